@@ -1,0 +1,104 @@
+"""Two ways to attend: over packed sequences (training), or through a paged KV cache (serving).
+
+Both call one primitive, `varlen_attention`: on a GPU PyTorch's fused kernel, elsewhere the plain
+definition that the kernel is tested against. Neither knows where pages come from (the engine's
+allocator) or how documents were packed (the training loader).
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+
+
+@dataclass
+class Packed:
+    """Sequences laid end to end; each attends causally to itself and to no other."""
+
+    cu_seqlens: Tensor  # (S + 1,) int32, where each sequence starts, and the end of the last
+    max_seqlen: int
+    window: int | None = None  # ModelConfig.sliding_window
+    positions: Tensor = field(init=False)  # (T,)
+
+    def __post_init__(self) -> None:
+        starts, lengths = self.cu_seqlens[:-1], self.cu_seqlens.diff()
+        total = torch.arange(int(self.cu_seqlens[-1]), device=self.cu_seqlens.device)
+        self.positions = total - starts.repeat_interleave(lengths)
+
+    @classmethod
+    def of(cls, *lengths: int, window: int | None = None, device: str = "cpu") -> "Packed":
+        """Sequences of these lengths."""
+        cu_seqlens = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(device, torch.int32)
+        return cls(cu_seqlens, max(lengths), window)
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        cu, longest = self.cu_seqlens, self.max_seqlen
+        return varlen_attention(q, k, v, cu, cu, longest, window=self.window)
+
+
+@dataclass
+class Paged:
+    """New tokens of several sequences, each behind a past that lies in pages of the KV cache."""
+
+    kv_cache: Tensor  # (L, 2, P, page_size, K, H)
+    positions: Tensor  # (T,)
+    slots: Tensor  # (T,) where each new key and value goes: page * page_size + offset
+    cu_seqlens: Tensor  # (S + 1,) int32, bounds of the new tokens of each sequence
+    max_seqlen: int  # most new tokens of any sequence: 1 when decoding
+    context_lens: Tensor  # (S,) int32, past and new tokens of each sequence
+    page_table: Tensor  # (S, most pages of any sequence) int32
+    window: int | None = None  # ModelConfig.sliding_window
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k_pages, v_pages = self.kv_cache[layer]
+        k_pages.flatten(0, 1).index_copy_(0, self.slots, k.to(k_pages.dtype))
+        v_pages.flatten(0, 1).index_copy_(0, self.slots, v.to(v_pages.dtype))
+        return varlen_attention(
+            q, k_pages, v_pages, self.cu_seqlens, None, self.max_seqlen,
+            self.context_lens, self.page_table, self.window,
+        )  # fmt: skip
+
+
+def varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor | None, max_seqlen: int,
+    context_lens: Tensor | None = None, page_table: Tensor | None = None, window: int | None = None,
+) -> Tensor:  # fmt: skip
+    """Causal attention of q (T, N, H) within each sequence; its last query sees its last key.
+
+    Without a page table k and v are (T, K, H), else pools of pages (P, page_size, K, H).
+    With a window each query sees only the last `window` keys, its own included.
+    """
+    if q.is_cuda:
+        max_k = max_seqlen if page_table is None else page_table.shape[1] * k.shape[1]
+        return varlen_attn(  # pyright: ignore[reportReturnType]
+            q, k, v, cu_q, cu_k, max_seqlen, max_k,
+            window_size=(-1 if window is None else window - 1, 0), enable_gqa=True,
+            seqused_k=context_lens, block_table=page_table,
+        )  # fmt: skip
+    out = torch.empty_like(q)
+    bounds = cu_q.tolist()
+    for i, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        if page_table is None or context_lens is None:
+            keys, values = k[start:end], v[start:end]
+        else:
+            length, page_size = int(context_lens[i]), k.shape[1]
+            pages = page_table[i, : -(-length // page_size)]
+            keys, values = (pool[pages].flatten(0, 1)[:length] for pool in (k, v))
+        new, length = end - start, keys.shape[0]
+        heads = (x.transpose(0, 1)[None] for x in (q[start:end], keys, values))
+        # The commonest cases need no mask, which lets PyTorch take its fused CPU kernel.
+        causal = window is None and new == length
+        mask = None if causal or (window is None and new == 1) else visible(new, length, window, q)
+        seq = F.scaled_dot_product_attention(
+            *heads, attn_mask=mask, is_causal=causal, enable_gqa=True
+        )
+        out[start:end] = seq[0].transpose(0, 1)
+    return out
+
+
+def visible(new: int, length: int, window: int | None, like: Tensor) -> Tensor:
+    """(new, length) booleans: which of `length` keys the last `new` queries may see."""
+    mask = torch.ones(new, length, dtype=torch.bool, device=like.device).tril(length - new)
+    return mask if window is None else mask.triu(length - new - window + 1)
