@@ -5,6 +5,7 @@ definition that the kernel is tested against. Neither knows where pages come fro
 allocator) or how documents were packed (the training loader).
 """
 
+import itertools
 from dataclasses import dataclass, field
 
 import torch
@@ -79,7 +80,7 @@ def varlen_attention(
         )  # fmt: skip
     out = torch.empty_like(q)
     bounds = cu_q.tolist()
-    for i, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for i, (start, end) in enumerate(itertools.pairwise(bounds)):
         if page_table is None or context_lens is None:
             keys, values = k[start:end], v[start:end]
         else:

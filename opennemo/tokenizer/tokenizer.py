@@ -49,9 +49,7 @@ class Tokenizer(ABC):
         Bytes that are not UTF-8 become U+FFFD, as in `bytes.decode(errors="replace")`.
         """
         names = self.control_names if show_control else {}
-        data = b"".join(
-            names[id].encode() if id in names else self.token_bytes(id) for id in ids
-        )
+        data = b"".join(names[id].encode() if id in names else self.token_bytes(id) for id in ids)
         text = data.decode("utf-8", errors="replace")
         return text[1:] if self.dummy_prefix and text.startswith(" ") else text
 
