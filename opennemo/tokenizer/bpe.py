@@ -1,0 +1,150 @@
+"""Byte-pair encoding: a split pattern and ranked tokens turn text into ids, exactly and fast.
+
+The definition is `merge` and `encode_plainly`, twenty lines of Python. What runs is one of two
+Rust libraries that are held equal to it, by the tests on every kind of text and, for the faster
+one, by a probe each time it is built. `tiktoken` is ready within a quarter of a second and does
+what a chat needs; `fastokens` encodes fresh text up to ten times as fast, but takes more than a
+second to build, so it is built in the background by whoever turns out to encode a lot.
+
+Knows nothing of files and control tokens. BPE: arXiv:1508.07909, on bytes: GPT-2 (2019).
+"""
+
+import base64
+import re
+import tempfile
+import threading
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+
+from opennemo.errors import InvalidRequest
+from opennemo.tokenizer.tokenizer import repair_surrogates
+
+try:
+    import fastokens
+except ImportError:  # no wheel for this platform: tiktoken then does everything
+    fastokens = None
+
+# tiktoken needs about 0.1 s for so many characters; who encodes them will probably go on.
+MANY_CHARS = 1_000_000
+# tiktoken's regex engine overflows its stack, and panics, at a million whitespace characters.
+MAX_BLANKS = 900_000
+
+
+def merge(piece: bytes, ranks: Mapping[bytes, int], n_parts: int = 1) -> list[bytes]:
+    """Join the neighbours whose union ranks lowest, the first such, until `n_parts` are left."""
+    parts = [piece[i : i + 1] for i in range(len(piece))]
+    while len(parts) > n_parts:
+        pairs = [a + b for a, b in pairwise(parts)]
+        best = min(range(len(pairs)), key=lambda i: ranks.get(pairs[i], len(ranks)))
+        if pairs[best] not in ranks:
+            break
+        parts[best : best + 2] = [pairs[best]]
+    return parts
+
+
+def encode_plainly(text: str, pattern: str, ranks: Mapping[bytes, int]) -> list[int]:
+    """Ranks of the text's tokens: what the fast libraries must equal; far too slow to use."""
+    import regex  # comes with tiktoken; reads \\p{...} as Rust's libraries do
+
+    pieces = (match.group().encode() for match in regex.finditer(pattern, text))
+    return [ranks[part] for piece in pieces for part in merge(piece, ranks)]
+
+
+class BytePairEncoding:
+    """Text to ids, where the id of a token is its rank + `first_id`.
+
+    Args:
+        pattern: regular expression whose successive matches are encoded each by itself.
+        tokens: bytes of every token, most frequent first; the single bytes come before all.
+
+    Raises:
+        ValueError: the pattern does not compile.
+    """
+
+    def __init__(self, pattern: str, tokens: Sequence[bytes], first_id: int):
+        self._pattern, self._tokens, self._first_id = pattern, tokens, first_id
+        ids = dict(zip(tokens, range(first_id, first_id + len(tokens)), strict=True))
+        self._tiktoken = tiktoken.Encoding(
+            "tekken", pat_str=pattern, mergeable_ranks=ids, special_tokens={}
+        )
+        self._fast = None
+        self._chars_left = MANY_CHARS  # until fastokens is worth its construction
+        self._building = threading.Lock()
+        self._may_build = True
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text; lone surrogates count as U+FFFD.
+
+        Raises:
+            InvalidRequest: a run of blanks too long for the only library there is.
+        """
+        try:
+            if self._fast is not None:
+                return self._fast.encode_ordinary(text).ids
+            return self._encode_slowly(text)
+        except UnicodeEncodeError:
+            return self.encode(repair_surrogates(text))
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of many texts, each (n,) uint32, on all processors and without Python's lock."""
+        self._build()
+        if self._fast is None:
+            return [np.array(self.encode(text), np.uint32) for text in texts]
+        try:
+            ids, offsets = self._fast.encode_batch_flat(list(texts))
+        except UnicodeEncodeError:
+            ids, offsets = self._fast.encode_batch_flat([repair_surrogates(t) for t in texts])
+        return np.split(np.frombuffer(ids, "<u4"), np.frombuffer(offsets, "<u8")[1:-1])
+
+    def _encode_slowly(self, text: str) -> list[int]:
+        self._chars_left -= len(text)
+        if self._may_build and self._chars_left < 0:
+            # Not a daemon: killing a thread inside native code at exit can abort the process.
+            threading.Thread(target=self._build, name="build fastokens").start()
+        if len(text) > MAX_BLANKS and re.search(rf"\s{{{MAX_BLANKS}}}", text):
+            self._build()
+            if self._fast is None:
+                raise InvalidRequest(
+                    f"the text has more than {MAX_BLANKS:,} whitespace characters in a row"
+                )
+            return self._fast.encode_ordinary(text).ids
+        return self._tiktoken.encode_ordinary(text)
+
+    def _build(self) -> None:
+        """Build fastokens, once, and take it into use if it agrees with tiktoken."""
+        with self._building:
+            if fastokens is None or not self._may_build:
+                return
+            self._may_build = False
+            # Ids start at `first_id`, but fastokens wants them dense: pairs of bytes that occur
+            # in no UTF-8 fill the places below and can never match.
+            unused = (bytes([high, low]) for high in range(0xF8, 0x100) for low in range(256))
+            fillers = [next(unused) for _ in range(self._first_id)]
+            lines = (
+                base64.b64encode(token) + b" %d\n" % id
+                for id, token in enumerate([*fillers, *self._tokens])
+            )
+            with tempfile.TemporaryDirectory() as folder:
+                file = Path(folder) / "vocabulary.tiktoken"
+                file.write_bytes(b"".join(lines))
+                try:
+                    fast = fastokens.Tokenizer.from_tiktoken(str(file), pattern=self._pattern)
+                except ValueError:  # a vocabulary with tokens that no merge reaches
+                    return
+            text = probe()
+            if fast.encode_ordinary(text).ids == self._tiktoken.encode_ordinary(text):
+                self._fast = fast
+
+
+def probe() -> str:
+    """A text that would show a difference: every script, blanks, digits, cases, look-alikes."""
+    scripts = "".join(chr(c) for c in range(0, 0x30000, 23) if not 0xD800 <= c < 0xE000)
+    blanks = " ".join(f"a{'  ' * n}\t{n}\n{' ' * n}b\r\n\n" for n in range(9))
+    words = (
+        "DON'T don't I'LL camelCase HTTPServer x86_64 1234567 3.14 <s>[INST]</s> //\n/* é e\u0301"
+    )
+    return f"{words}{blanks}{scripts}{words}"

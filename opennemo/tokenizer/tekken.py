@@ -1,0 +1,259 @@
+"""Tekken, the tokenizer of Mistral NeMo: `tekken.json` in and out, and text <-> ids.
+
+One idea makes it simple: an id is a control token if it is below `n_special`, and else the rank
+of a run of bytes plus `n_special`. Text only ever becomes ranks, so it cannot become control. How
+text is split into ranks is bpe.py's business, and what the control tokens mean is chat.py's.
+
+The official file is 15 MB of JSON and takes half a second to read, so its content is kept in the
+user's cache folder in a form that takes a tenth of that. Format: mistral-common, `tekken.py`.
+"""
+
+import base64
+import binascii
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from opennemo.errors import CheckpointError
+from opennemo.tokenizer.bpe import BytePairEncoding
+from opennemo.tokenizer.tokenizer import Tokenizer
+
+# The control tokens of files that name none themselves, which v7 was the last to do.
+V3_SPECIAL_TOKENS = (
+    *("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]"),
+    *("[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]"),
+    *("[IMG_END]", "[PREFIX]", "[MIDDLE]", "[SUFFIX]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"),
+    "[TOOL_CONTENT]",
+)
+SINGLE_BYTES = [bytes([i]) for i in range(256)]
+MAX_FILE_BYTES = 256 << 20  # the largest known file has 20 MB
+MIN_CACHED_BYTES = 4 << 20  # smaller files are read about as fast as their cache would be
+CACHE_FORMAT = b"opennemo tekken 1\n"
+
+
+class Tekken(Tokenizer):
+    """A byte-level BPE vocabulary in Mistral's layout.
+
+    Args:
+        pattern: regular expression that splits text into pieces which tokens do not cross.
+        tokens: bytes of each token in order of rank; first the 256 single bytes, in order.
+        version: Mistral's tokenizer version, which says how a chat is laid out.
+        special_tokens: names of the first control tokens in order of id, by default those of
+            version v3; the ids that are left up to `n_special` are called `<SPECIAL_{id}>`.
+
+    Raises:
+        ValueError: these are not the parts of a Tekken vocabulary; says which and why.
+    """
+
+    def __init__(
+        self,
+        pattern: str,
+        tokens: Sequence[bytes],
+        *,
+        version: str = "v3",
+        special_tokens: Sequence[str] = V3_SPECIAL_TOKENS,
+        n_special: int = 1000,
+    ):
+        names = list(special_tokens)
+        names += [f"<SPECIAL_{id}>" for id in range(len(names), n_special)]
+        self.control = {name: id for id, name in enumerate(names)}
+        if len(self.control) != n_special:
+            raise ValueError(f"{len(special_tokens)} special tokens do not fill {n_special} ids")
+        if "<s>" not in self.control or "</s>" not in self.control:
+            raise ValueError("the special tokens lack <s> or </s>")
+        self.pattern, self.version, self.n_special = pattern, version, n_special
+        self.special_tokens = tuple(special_tokens)
+        self.tokens = _checked(list(tokens))
+        self.bos_id, self.eos_id = self.control["<s>"], self.control["</s>"]
+        self.vocab_size = n_special + len(self.tokens)
+        self.instruct_version = f"{version}-tekken"
+        self._bytes = [b""] * n_special + self.tokens
+        self._bpe = BytePairEncoding(pattern, self.tokens, first_id=n_special)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text alone: no BOS, no EOS, never a control id."""
+        return self._bpe.encode(text)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode` of many texts, each (n,) uint32, on all processors."""
+        return self._bpe.encode_batch(texts)
+
+    def token_bytes(self, id: int) -> bytes:
+        """The bytes one id stands for; b"" for a control token. IndexError if out of range."""
+        if id < 0:
+            raise IndexError(f"{id} is no token id")
+        return self._bytes[id]
+
+    @classmethod
+    def load(cls, path: Path) -> "Tekken":
+        """Read a `tekken.json`, or what the cache has kept of it.
+
+        Raises:
+            CheckpointError: the file is no tekken.json; says what is wrong with it.
+        """
+        try:
+            status = path.stat()
+            if status.st_size > MAX_FILE_BYTES:
+                raise CheckpointError(
+                    f"{path}: {status.st_size:,} bytes are too many for a tekken.json "
+                    f"(at most {MAX_FILE_BYTES:,})"
+                )
+            if status.st_size < MIN_CACHED_BYTES:
+                return cls(**_parse(path.read_bytes()))
+            cache = _cache_file(path, status)
+            if (parts := _read_cache(cache)) is None:
+                parts = _parse(path.read_bytes())
+                tokenizer = cls(**parts)
+                _write_cache(cache, parts)
+                return tokenizer
+            return cls(**parts)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+        except ValueError as error:
+            raise CheckpointError(f"{path}: not a usable tekken.json: {error}") from error
+
+    def save(self, path: Path) -> None:
+        """Write a `tekken.json` that mistral-common reads too; same vocabulary, same bytes.
+
+        Entries beyond the vocabulary, which official files carry unused, are not kept.
+        """
+        config = {
+            "pattern": self.pattern,
+            "num_vocab_tokens": len(self.tokens),
+            "default_vocab_size": self.vocab_size,
+            "default_num_special_tokens": self.n_special,
+            "version": self.version,
+        }
+        vocab = [
+            {
+                "rank": rank,
+                "token_bytes": base64.b64encode(token).decode(),
+                "token_str": text(token),
+            }
+            for rank, token in enumerate(self.tokens)
+        ]
+        content: dict[str, Any] = {"config": config, "vocab": vocab}
+        if self.special_tokens != V3_SPECIAL_TOKENS:
+            content["special_tokens"] = [
+                {"rank": id, "token_str": name, "is_control": True}
+                for id, name in enumerate(self.special_tokens)
+            ]
+        _write_whole(path, json.dumps(content, ensure_ascii=True).encode())
+
+
+def text(token: bytes) -> str | None:
+    """The token as a string, or None if its bytes are not UTF-8."""
+    try:
+        return token.decode()
+    except UnicodeDecodeError:
+        return None
+
+
+def _checked(tokens: list[bytes]) -> list[bytes]:
+    if tokens[:256] != SINGLE_BYTES:
+        raise ValueError("the first 256 tokens are not the single bytes in order")
+    if len(set(tokens)) < len(tokens) or b"" in tokens:
+        seen: dict[bytes, int] = {}
+        for rank, token in enumerate(tokens):
+            if not token or seen.setdefault(token, rank) != rank:
+                what = f"is the same as token {seen[token]}" if token else "is empty"
+                raise ValueError(f"token {rank} {what}")
+    return tokens
+
+
+def _parse(data: bytes) -> dict[str, Any]:
+    """The constructor's arguments from the content of a tekken.json; ValueError if it is wrong."""
+    try:
+        content = json.loads(data)
+    except ValueError as error:
+        raise ValueError(f"it is not JSON ({error})") from None
+    except RecursionError:
+        raise ValueError("its JSON is nested too deeply") from None
+    rank = 0
+    try:
+        config, vocab = content["config"], content["vocab"]
+        n_special = config["default_num_special_tokens"]
+        n_tokens = config["default_vocab_size"] - n_special
+        if not isinstance(n_tokens, int) or not 256 <= n_tokens <= len(vocab):
+            raise ValueError(f"it says {n_tokens} tokens, but has {len(vocab)}")
+        tokens = []
+        for rank, entry in enumerate(vocab[:n_tokens]):
+            if entry["rank"] != rank:
+                raise ValueError(f"rank {rank} is missing (rank {entry['rank']} is in its place)")
+            tokens.append(binascii.a2b_base64(entry["token_bytes"], strict_mode=True))
+        parts = {
+            "pattern": config["pattern"],
+            "version": config["version"],
+            "n_special": n_special,
+            "tokens": tokens,
+        }
+        if special := content.get("special_tokens"):
+            if [entry["rank"] for entry in special] != list(range(len(special))):
+                raise ValueError("the ranks of the special tokens are not 0, 1, 2, ...")
+            parts["special_tokens"] = [entry["token_str"] for entry in special]
+        elif parts["version"] not in ("v3", "v7"):
+            raise ValueError(f"version {parts['version']} must list its special_tokens")
+    except KeyError as error:
+        raise ValueError(f"the key {error} is missing") from None
+    except binascii.Error as error:
+        raise ValueError(f"token {rank} is not base64 ({error})") from None
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"it is not laid out as one ({error})") from None
+    return parts
+
+
+def _cache_file(path: Path, status: os.stat_result) -> Path:
+    """Where the compact copy of this very file is, if there is one."""
+    key = f"{path.resolve()} {status.st_size} {status.st_mtime_ns}"
+    folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(folder, "opennemo", f"tekken-{hashlib.sha256(key.encode()).hexdigest()[:24]}")
+
+
+def _read_cache(file: Path) -> dict[str, Any] | None:
+    """The constructor's arguments, or None unless every byte is as it was written."""
+    try:
+        data = file.read_bytes()
+    except OSError:
+        return None
+    body = data[len(CACHE_FORMAT) + 32 :]
+    if data != CACHE_FORMAT + hashlib.sha256(body).digest() + body:
+        return None
+    header, _, rest = body.partition(b"\n")
+    parts = json.loads(header)
+    n_bytes = 4 * parts["tokens"]
+    ends = np.frombuffer(rest[:n_bytes], "<u4").tolist()
+    rest = rest[n_bytes:]
+    parts["tokens"] = [rest[start:end] for start, end in pairwise([0, *ends])]
+    return parts
+
+
+def _write_cache(file: Path, parts: dict[str, Any]) -> None:
+    """Keep the parts for the next time; a cache folder that cannot be written costs only time."""
+    tokens = parts["tokens"]
+    header = json.dumps({**parts, "tokens": len(tokens)}).encode()
+    ends = np.array(list(accumulate(map(len, tokens))), "<u4").tobytes()
+    body = b"\n".join([header, ends + b"".join(tokens)])
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        _write_whole(file, CACHE_FORMAT + hashlib.sha256(body).digest() + body)
+    except OSError:
+        pass
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    """Write all of the file or nothing of it, whoever else reads or writes it meanwhile."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
+        try:
+            file.write(data)
+            file.close()
+            os.replace(file.name, path)
+        except OSError:
+            os.unlink(file.name)
+            raise
