@@ -3,6 +3,7 @@
     OpenNemoError
     ├── InvalidRequest          the request is wrong: what, where, and what is allowed (HTTP 400)
     │   └── ContextTooLong      more tokens than the model has positions; names both numbers
+    ├── Overloaded              too much is waiting already; try again later (HTTP 503)
     └── CheckpointError         a model folder, or a file of one, cannot be used
 
 The command line prints one as a single line and exits with code 2; the server answers with its
@@ -27,6 +28,10 @@ class ContextTooLong(InvalidRequest):
             f"but this model has room for {max_tokens:,}"
         )
         self.n_tokens, self.max_tokens = n_tokens, max_tokens
+
+
+class Overloaded(OpenNemoError):
+    """The queue of requests is full."""
 
 
 class CheckpointError(OpenNemoError):

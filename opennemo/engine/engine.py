@@ -1,0 +1,284 @@
+"""Many requests at once: `submit`, `cancel`, and `step`, which moves everybody forward.
+
+    step:  inbox -> Scheduler.next_step -> Runner.run -> sample -> events
+
+The core is free of threads: tests and batch jobs call `step` themselves. `start` puts one thread
+around it for everybody else; `submit` and `cancel` may be called from any thread at any time, and
+events arrive on the engine's thread. A request that fails (no room, numbers that are not finite)
+hears so in an event of its own and the others go on. Token ids only: text is llm.py's business.
+"""
+
+import itertools
+import logging
+import threading
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from opennemo.engine.kv_cache import KVCache
+from opennemo.engine.runner import Runner
+from opennemo.engine.sampler import sample, token_logprobs
+from opennemo.engine.scheduler import Scheduler
+from opennemo.engine.sequence import (
+    Chunk,
+    Event,
+    FinishReason,
+    Listener,
+    SamplingParams,
+    Sequence,
+    TokenLogprobs,
+)
+from opennemo.errors import ContextTooLong, InvalidRequest, OpenNemoError, Overloaded
+from opennemo.model.transformer import Transformer
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Sizes of the engine."""
+
+    max_context: int | None = None  # tokens of one sequence; None: what the model was trained for
+    n_pages: int | None = None  # None: room for one sequence of `max_context`, and then some
+    page_size: int = 16  # tokens
+    max_batched_tokens: int = 512  # computed in one step
+    max_sequences: int = 64  # that run at the same time
+    max_queued: int = 1024  # that wait; one more is refused
+    max_answers: int = 16  # n of one request
+    prefix_caching: bool = True
+    n_draft_tokens: int = 0  # guessed by prompt lookup and checked in one step; 0: off
+
+
+class Engine:
+    """A model that answers many requests side by side."""
+
+    def __init__(
+        self, model: Transformer, eos_ids: Iterable[int], config: EngineConfig | None = None
+    ):
+        self.config = config = config or EngineConfig()
+        self.eos_ids = frozenset(eos_ids)
+        longest = model.config.max_position_embeddings
+        self.max_context = min(config.max_context or longest, longest)
+        n_pages = config.n_pages or -(-self.max_context // config.page_size) + 64
+        self.max_context = min(self.max_context, n_pages * config.page_size)
+        self.vocab_size = model.config.vocab_size
+        self.cache = KVCache(n_pages, config.page_size, config.prefix_caching)
+        self.scheduler = Scheduler(
+            self.cache, config.max_batched_tokens, config.max_sequences, config.n_draft_tokens
+        )
+        self.runner = Runner(model, n_pages, config.page_size)
+        self._ids = itertools.count(1)
+        self._sequences: dict[int, list[Sequence]] = {}  # alive, by request
+        self._inbox: deque[list[Sequence] | int] = deque()  # new requests, and ids to cancel
+        self._wake = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._stopping = False
+
+    def submit(
+        self,
+        prompt_ids: list[int],
+        params: SamplingParams,
+        on_event: Listener,
+        *,
+        n: int = 1,
+        salt: bytes = b"",
+    ) -> int:
+        """Queue a prompt for n answers; returns the request's id. Thread-safe.
+
+        `on_event` hears every token and, for each answer, one event with a `finish_reason`. It is
+        called on the thread that steps and must return quickly. Prefixes are shared only between
+        requests of the same `salt`.
+
+        Raises:
+            ContextTooLong: the prompt leaves no room for a single token.
+            InvalidRequest: an empty prompt, an id outside the vocabulary, too many answers.
+            Overloaded: the queue is full.
+        """
+        if not prompt_ids:
+            raise InvalidRequest("the prompt is empty: at least one token is needed")
+        if not 0 <= min(prompt_ids) <= max(prompt_ids) < self.vocab_size:
+            raise InvalidRequest(
+                f"a token id is outside the vocabulary (0 to {self.vocab_size - 1})"
+            )
+        if any(not 0 <= id < self.vocab_size for id in params.logit_bias):
+            raise InvalidRequest(f"logit_bias names an id outside 0 to {self.vocab_size - 1}")
+        if not 1 <= n <= self.config.max_answers:
+            raise InvalidRequest(f"n is {n}, allowed is 1 to {self.config.max_answers}")
+        room = self.max_context - len(prompt_ids)
+        if room < 1:
+            raise ContextTooLong(len(prompt_ids) + 1, self.max_context)
+        if len(self.scheduler.waiting) + len(self._inbox) >= self.config.max_queued:
+            raise Overloaded(
+                f"{self.config.max_queued} requests are waiting already; try again later"
+            )
+        max_tokens = min(params.max_tokens or room, room)
+        request_id = next(self._ids)
+        answers = [
+            Sequence(request_id, list(prompt_ids), params, on_event, max_tokens, i, salt)
+            for i in range(n)
+        ]
+        for follower in answers[1:]:
+            follower.leader = answers[0]
+        self._post(answers)
+        return request_id
+
+    def cancel(self, request_id: int) -> None:
+        """Stop a request; its pages are free at the next step. Unknown or ended ids are ignored."""
+        self._post(request_id)
+
+    def step(self) -> bool:
+        """Move every running request forward; False when there is nothing to do."""
+        self._read_inbox()
+        chunks = self.scheduler.next_step()
+        if not chunks:
+            return bool(self.scheduler.waiting or self._inbox)
+        try:
+            logits = self.runner.run(chunks)
+        except RuntimeError as error:  # out of memory, a kernel that fails: theirs, not everyone's
+            log.exception("a step of %d sequences failed", len(chunks))
+            for chunk in chunks:
+                self._finish(chunk.sequence, "error", f"the model failed: {error}")
+            return True
+        self._advance(chunks, logits)
+        return True
+
+    def start(self) -> None:
+        """Run steps on a thread of the engine's own until `stop`."""
+        assert self._thread is None, "the engine is running already"
+        self._stopping = False
+        self._thread = threading.Thread(target=self._loop, name="opennemo-engine", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread after the step in progress; what was not finished is cancelled."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self._read_inbox()
+        for request_id in list(self._sequences):
+            self._cancel(request_id)
+
+    def _post(self, message: list[Sequence] | int) -> None:
+        with self._wake:
+            if self._stopping:
+                raise OpenNemoError("the engine has stopped")
+            self._inbox.append(message)
+            self._wake.notify()
+
+    def _loop(self) -> None:
+        while True:
+            with self._wake:
+                if self._stopping:
+                    return
+            if not self.step():
+                with self._wake:
+                    self._wake.wait_for(lambda: self._inbox or self._stopping)
+
+    def _read_inbox(self) -> None:
+        while self._inbox:
+            message = self._inbox.popleft()
+            if isinstance(message, int):
+                self._cancel(message)
+            else:
+                self._sequences[message[0].request_id] = message
+                for sequence in message:
+                    self.scheduler.add(sequence)
+
+    def _cancel(self, request_id: int) -> None:
+        for sequence in list(self._sequences.get(request_id, ())):
+            self._finish(sequence, "cancelled")
+
+    def _advance(self, chunks: list[Chunk], logits: Tensor) -> None:
+        """Book what was computed, choose tokens where a chunk reached its end, tell listeners."""
+        healthy = logits.amax(-1).isfinite().tolist()
+        row, ready = 0, []  # (chunk, first row of it that chooses a token)
+        for chunk in chunks:
+            sequence, rows = chunk.sequence, range(row, row + chunk.n_rows)
+            row = rows.stop
+            if not all(healthy[i] for i in rows):
+                self._finish(sequence, "error", "the model computed a number that is not finite")
+                continue
+            if sequence.params.prompt_logprobs is not None and sequence.n_output == 0:
+                self._note_prompt_logprobs(chunk, logits[rows.start : rows.stop])
+            if chunk.reaches_end:
+                ready.append((chunk, rows.stop - 1 - len(chunk.draft)))
+            sequence.n_computed += chunk.n_new
+            self.cache.publish(sequence)
+        if not ready:
+            return
+        plain = [(c, i) for c, i in ready if not c.draft]
+        if plain:
+            index = torch.tensor([i for _, i in plain], device=logits.device)
+            choices = sample(logits[index], [c.sequence for c, _ in plain], self.eos_ids)
+            for (chunk, _), choice in zip(plain, choices, strict=True):
+                self._append(chunk.sequence, choice.token, choice.logprobs)
+        for chunk, first in ready:
+            if chunk.draft:
+                self._check_draft(chunk, logits[first : first + 1 + len(chunk.draft)])
+
+    def _check_draft(self, chunk: Chunk, logits: Tensor) -> None:
+        """Keep the drafted tokens as far as greedy choice agrees, and the one token after them."""
+        sequence = chunk.sequence
+        for guess, token in zip((*chunk.draft, None), logits.argmax(-1).tolist(), strict=True):
+            self._append(sequence, token, None)
+            if sequence.finished or token != guess:
+                return
+            sequence.n_computed += 1
+            self.cache.publish(sequence)
+
+    def _note_prompt_logprobs(self, chunk: Chunk, logits: Tensor) -> None:
+        """Keep how likely the model found each token of the prompt; row i predicts token i + 1."""
+        sequence = chunk.sequence
+        n_top = sequence.params.prompt_logprobs or 0
+        following = sequence.tokens[sequence.n_computed + 1 :]
+        for row, token in zip(logits, following, strict=False):
+            sequence.prompt_logprobs.append(token_logprobs(row, token, n_top))
+
+    def _append(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None) -> None:
+        """Add a chosen token, and end the answer where it says so."""
+        sequence.tokens.append(token)
+        params, reason = sequence.params, None
+        if token in params.stop_ids or (token in self.eos_ids and not params.ignore_eos):
+            reason = "stop"
+        elif sequence.n_output >= sequence.max_tokens:
+            reason = "length"
+        first = sequence.n_output == 1 and params.prompt_logprobs is not None
+        event = Event(
+            request_id=sequence.request_id,
+            index=sequence.index,
+            token=token,
+            logprobs=logprobs,
+            prompt_logprobs=tuple(sequence.prompt_logprobs) if first else None,
+            finish_reason=reason,
+            n_cached_tokens=sequence.n_cached,
+        )
+        if reason:
+            self._forget(sequence)
+        sequence.on_event(event)
+
+    def _finish(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> None:
+        """End an answer from outside: cancelled, or failed."""
+        self._forget(sequence)
+        sequence.on_event(
+            Event(
+                request_id=sequence.request_id,
+                index=sequence.index,
+                finish_reason=reason,
+                error=error,
+                n_cached_tokens=sequence.n_cached,
+            )
+        )
+
+    def _forget(self, sequence: Sequence) -> None:
+        sequence.finished = True
+        self.scheduler.remove(sequence)
+        alive = self._sequences[sequence.request_id]
+        alive.remove(sequence)
+        if not alive:
+            del self._sequences[sequence.request_id]

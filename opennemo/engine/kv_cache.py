@@ -1,0 +1,138 @@
+"""Which page of the KV cache belongs to whom, and which prompt prefixes lie there already.
+
+One idea: a page is never erased, only forgotten. A page that nobody uses keeps its keys and values
+and its name until it is handed out again, least recently used first; a request that begins with
+the same tokens finds it by that name. A full page's name is a keyed BLAKE2b hash over its parent's
+name and its tokens, so it stands for the whole prefix; on a hit the tokens are compared too.
+
+This is bookkeeping alone, in plain Python; the tensor belongs to the runner. The paged cache is
+that of vLLM (arXiv:2309.06180).
+"""
+
+import hashlib
+import secrets
+from array import array
+from dataclasses import dataclass, field
+
+from opennemo.engine.sequence import Sequence
+
+
+@dataclass
+class _Page:
+    n_users: int = 0
+    key: bytes | None = None  # name of the prefix that ends with this page, once it is full
+    tokens: bytes = b""
+
+
+@dataclass
+class KVCache:
+    """Pages with reference counts.
+
+    A page is in exactly one of two states: used by one or more sequences (`n_users > 0`), or free
+    and queued in `_free`, perhaps still carrying a prefix.
+    """
+
+    n_pages: int
+    page_size: int
+    prefix_caching: bool = True
+    n_hit_tokens: int = 0  # prompt tokens found, of
+    n_asked_tokens: int = 0  # prompt tokens looked up, since the start
+    _free: dict[int, None] = field(init=False)  # in order of use: the first is the next to go
+    _pages: list[_Page] = field(init=False)
+    _by_key: dict[bytes, int] = field(init=False)
+    _secret: bytes = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._free = dict.fromkeys(range(self.n_pages))
+        self._pages = [_Page() for _ in range(self.n_pages)]
+        self._by_key = {}
+        # Without the secret, a client who can compute hashes could aim for a collision.
+        self._secret = secrets.token_bytes(32)
+
+    @property
+    def n_free(self) -> int:
+        return len(self._free)
+
+    @property
+    def n_used(self) -> int:
+        return self.n_pages - self.n_free
+
+    def match(self, sequence: Sequence) -> None:
+        """Give a sequence without pages those that already hold the beginning of its tokens.
+
+        At least its last token is left to compute: there must be a row to take logits from.
+        """
+        assert not sequence.pages and sequence.n_computed == 0
+        if sequence.params.prompt_logprobs is not None:
+            return  # every position's logits are wanted, so every position is computed
+        for i in range((len(sequence.tokens) - 1) // self.page_size):
+            key, data = self._name(sequence, i)
+            page = self._by_key.get(key)
+            if page is None or self._pages[page].tokens != data:
+                break
+            self._free.pop(page, None)
+            self._pages[page].n_users += 1
+            sequence.pages.append(page)
+            sequence.page_keys.append(key)
+        sequence.n_computed = len(sequence.pages) * self.page_size
+        sequence.n_cached = sequence.n_computed if sequence.n_output == 0 else sequence.n_cached
+        self.n_asked_tokens += len(sequence.tokens)
+        self.n_hit_tokens += sequence.n_computed
+
+    def extend(self, sequence: Sequence, n_tokens: int) -> bool:
+        """See that the sequence has pages for its first `n_tokens`; False if too few are free."""
+        missing = -(-n_tokens // self.page_size) - len(sequence.pages)
+        if missing > self.n_free:
+            return False
+        for _ in range(missing):
+            page = next(iter(self._free))
+            del self._free[page]
+            self._forget(page)
+            self._pages[page].n_users = 1
+            sequence.pages.append(page)
+        return True
+
+    def publish(self, sequence: Sequence) -> None:
+        """Name the pages that the sequence has filled, so that others can find them."""
+        for i in range(len(sequence.page_keys), sequence.n_computed // self.page_size):
+            key, data = self._name(sequence, i)
+            sequence.page_keys.append(key)
+            if key not in self._by_key:  # two sequences may fill the same page side by side
+                self._by_key[key] = sequence.pages[i]
+                self._pages[sequence.pages[i]].key = key
+                self._pages[sequence.pages[i]].tokens = data
+
+    def release(self, sequence: Sequence) -> None:
+        """Take all pages back from a sequence; those nobody else uses become free."""
+        for page in reversed(sequence.pages):  # the end of a prefix is forgotten before its start
+            self._pages[page].n_users -= 1
+            assert self._pages[page].n_users >= 0, f"page {page} was released twice"
+            if self._pages[page].n_users == 0:
+                self._free[page] = None
+        sequence.pages.clear()
+        sequence.page_keys.clear()
+        sequence.n_computed = 0
+
+    def reset(self) -> None:
+        """Forget every prefix; pages in use stay in use."""
+        for page in list(self._by_key.values()):
+            self._forget(page)
+
+    def _forget(self, page: int) -> None:
+        key = self._pages[page].key
+        if key is not None:
+            del self._by_key[key]
+            self._pages[page].key, self._pages[page].tokens = None, b""
+
+    def _name(self, sequence: Sequence, i: int) -> tuple[bytes, bytes]:
+        """Key of the prefix that ends with page i, and the page's own tokens."""
+        tokens = sequence.tokens[i * self.page_size : (i + 1) * self.page_size]
+        data = array("q", tokens).tobytes()
+        salt = sequence.salt
+        if not self.prefix_caching:  # the answers of one request still share its prompt
+            salt += b"/%d" % sequence.request_id
+        parent = (
+            sequence.page_keys[i - 1] if i else hashlib.blake2b(salt, key=self._secret).digest()
+        )
+        key = hashlib.blake2b(parent + data, key=self._secret, digest_size=32).digest()
+        return key, data

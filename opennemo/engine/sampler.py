@@ -1,0 +1,131 @@
+"""Choose the next token of every row at once, each by its own rules.
+
+One idea makes seeds hold in any batch: a row consumes exactly one uniform number, drawn from its
+own sequence's generator, and finds its token by inverting the cumulative distribution. Filters
+(top-k, top-p, min-p) look at the likeliest `HEAD` tokens, sorted; the full vocabulary is sorted
+only for the rare row whose nucleus is larger.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from opennemo.engine.sequence import SamplingParams, Sequence, TokenLogprobs
+
+HEAD = 1024
+
+
+@dataclass(frozen=True)
+class Choice:
+    token: int
+    logprobs: TokenLogprobs | None
+
+
+def sample(logits: Tensor, sequences: list[Sequence], eos_ids: frozenset[int]) -> list[Choice]:
+    """The next token of each sequence from its row of logits (S, V); the logits are not kept."""
+    wanted = [i for i, s in enumerate(sequences) if s.params.logprobs is not None]
+    raw = {i: logits[i].clone() for i in wanted}  # log-probabilities are the model's own
+    for i, sequence in enumerate(sequences):
+        _bias_(logits[i], sequence, eos_ids)
+    penalised = [i for i, s in enumerate(sequences) if s.params.penalises]
+    if penalised:
+        logits[penalised] = _penalise(logits[penalised], [sequences[i] for i in penalised])
+    tokens = logits.argmax(-1)
+    random = [i for i, s in enumerate(sequences) if s.params.temperature > 0]
+    if random:
+        tokens[random] = _draw(logits[random], [sequences[i] for i in random])
+    return [
+        Choice(token, token_logprobs(raw[i], token, sequences[i].params.logprobs or 0))
+        if i in raw
+        else Choice(token, None)
+        for i, token in enumerate(tokens.tolist())
+    ]
+
+
+def token_logprobs(logits: Tensor, token: int, n_top: int) -> TokenLogprobs:
+    """Log-probability of one token under logits (V,), its rank, and the n likeliest."""
+    logprobs = logits.log_softmax(-1)
+    own = logprobs[token]
+    values, ids = logprobs.topk(n_top)
+    return TokenLogprobs(
+        logprob=own.item(),
+        rank=int((logprobs > own).sum()) + 1,
+        top=tuple(zip(ids.tolist(), values.tolist(), strict=True)),
+    )
+
+
+def _bias_(row: Tensor, sequence: Sequence, eos_ids: frozenset[int]) -> None:
+    params = sequence.params
+    if params.logit_bias:
+        ids = torch.tensor(list(params.logit_bias), device=row.device)
+        row[ids] += torch.tensor(list(params.logit_bias.values()), device=row.device)
+    if sequence.n_output < params.min_tokens:
+        row[list(eos_ids | params.stop_ids)] = -torch.inf
+
+
+def _penalise(logits: Tensor, sequences: list[Sequence]) -> Tensor:
+    """Repetition (CTRL, arXiv:1909.05858), presence and frequency penalties, (S, V) -> (S, V)."""
+
+    def count(of: list[list[int]]) -> Tensor:
+        rows = [i for i, tokens in enumerate(of) for _ in tokens]
+        ids = [id for tokens in of for id in tokens]
+        counts = torch.zeros_like(logits)
+        at = (torch.tensor(rows, dtype=torch.int64), torch.tensor(ids, dtype=torch.int64))
+        return counts.index_put_(at, torch.ones(len(ids), device=logits.device), accumulate=True)
+
+    def column(name: str) -> Tensor:
+        values = [getattr(s.params, name) for s in sequences]
+        return torch.tensor(values, device=logits.device)[:, None]
+
+    repetition = column("repetition_penalty")
+    seen = count([s.tokens for s in sequences]) > 0
+    scaled = torch.where(logits > 0, logits / repetition, logits * repetition)
+    logits = torch.where(seen, scaled, logits)
+    answered = count([s.tokens[s.n_prompt :] for s in sequences])
+    presence, frequency = column("presence_penalty"), column("frequency_penalty")
+    return logits - presence * (answered > 0) - frequency * answered
+
+
+def _draw(logits: Tensor, sequences: list[Sequence]) -> Tensor:
+    """Sample each row of (S, V) under its temperature and filters -> ids (S,)."""
+    params = [s.params for s in sequences]
+    uniform = torch.tensor([s.rng.random() for s in sequences], device=logits.device)
+    temperature = torch.tensor([p.temperature for p in params], device=logits.device)
+    # Float64 so that a vocabulary's worth of rounding cannot move a token across its border.
+    logits = logits.double() / temperature[:, None]
+    total = logits.logsumexp(-1, keepdim=True)
+    top, ids = logits.topk(min(HEAD, logits.shape[-1]))
+    tokens, complete = _pick((top - total).exp(), ids, uniform, params)
+    rest = [i for i, done in enumerate(complete.tolist()) if not done]
+    if rest and logits.shape[-1] > HEAD:
+        top, ids = logits[rest].sort(descending=True, stable=True)
+        probs = (top - total[rest]).exp()
+        tokens[rest], _ = _pick(probs, ids, uniform[rest], [params[i] for i in rest])
+    return tokens
+
+
+def _pick(
+    probs: Tensor, ids: Tensor, uniform: Tensor, params: list[SamplingParams]
+) -> tuple[Tensor, Tensor]:
+    """Filter probabilities (S, head), likeliest first, and invert their cumulative distribution.
+
+    -> token ids (S,), and whether the head held all of each row's choice (S,). The likeliest
+    token always stays.
+    """
+
+    def column(values: list) -> Tensor:
+        return torch.tensor(values, device=probs.device)[:, None]
+
+    places = torch.arange(probs.shape[-1], device=probs.device)
+    before = probs.cumsum(-1) - probs  # mass of the tokens that are likelier
+    dropped = places >= column([p.top_k or 2**31 for p in params])
+    dropped |= before >= column([p.top_p for p in params])
+    dropped |= probs < column([p.min_p for p in params]) * probs[:, :1]
+    dropped[:, 0] = False
+    cumulative = probs.masked_fill(dropped, 0).cumsum(-1)
+    place = (cumulative <= uniform[:, None] * cumulative[:, -1:]).sum(-1, keepdim=True)
+    last = (~dropped).sum(-1, keepdim=True) - 1
+    tokens = ids.gather(-1, torch.minimum(place, last))[:, 0]
+    # What lies beyond the head is negligible once the head has all but 1e-9 of the mass.
+    return tokens, dropped[:, -1] | (before[:, -1] + probs[:, -1] > 1 - 1e-9)

@@ -1,0 +1,169 @@
+"""One request's life in the engine: what was asked, what is known so far, what happened.
+
+A sequence is a list of token ids of which the first `n_computed` have their keys and values in the
+cache. Prefill, chunked prefill, decoding, recomputation after preemption and the checking of
+drafted tokens are then one thing: compute some of the tokens that are pending. This module knows
+no tensors.
+"""
+
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal
+
+from opennemo.errors import InvalidRequest
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+_BOUNDS: dict[str, tuple[float, float]] = {
+    "max_tokens": (1, 2**31),
+    "min_tokens": (0, 2**31),
+    "temperature": (0, 100),
+    "top_k": (0, 2**31),
+    "top_p": (0, 1),
+    "min_p": (0, 1),
+    "repetition_penalty": (0.01, 100),
+    "presence_penalty": (-100, 100),
+    "frequency_penalty": (-100, 100),
+    "logprobs": (0, 100),
+    "prompt_logprobs": (0, 100),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How to choose tokens. The defaults are greedy, without limits but the model's own.
+
+    Raises:
+        InvalidRequest: a number out of bounds, naming the field and what is allowed.
+    """
+
+    max_tokens: int | None = None  # None: as many as the context has room for
+    min_tokens: int = 0  # EOS and stop ids are masked until then
+    temperature: float = 0.0  # 0: greedy
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0
+    min_p: float = 0.0  # drop tokens below this share of the likeliest one's probability
+    repetition_penalty: float = 1.0  # divides logits of tokens seen in prompt or answer (CTRL)
+    presence_penalty: float = 0.0  # subtracted once from tokens seen in the answer
+    frequency_penalty: float = 0.0  # subtracted for each time a token stands in the answer
+    logit_bias: Mapping[int, float] = field(default_factory=lambda: MappingProxyType({}))
+    stop_ids: frozenset[int] = frozenset()  # besides the model's EOS
+    ignore_eos: bool = False
+    seed: int | None = None  # same seed, same answer, whatever else is in the batch
+    logprobs: int | None = None  # report the chosen token's, and this many of the likeliest
+    prompt_logprobs: int | None = None  # the same for the tokens of the prompt
+
+    def __post_init__(self) -> None:
+        for name, (low, high) in _BOUNDS.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:  # NaN fails this, too
+                raise InvalidRequest(f"{name} is {value}, allowed is {low:g} to {high:g}")
+        if self.top_p == 0:
+            raise InvalidRequest("top_p is 0, allowed is more than 0, up to 1")
+        if any(not -100 <= bias <= 100 for bias in self.logit_bias.values()):
+            raise InvalidRequest("logit_bias holds a value outside -100 to 100")
+
+    @property
+    def penalises(self) -> bool:
+        """Whether the choice of a token depends on which tokens came before."""
+        penalties = (self.repetition_penalty - 1, self.presence_penalty, self.frequency_penalty)
+        return any(penalties)
+
+    @property
+    def can_be_drafted(self) -> bool:
+        """Whether several tokens may be checked at once: greedy, each independent of the rest."""
+        greedy = self.temperature == 0 and not self.penalises and self.min_tokens == 0
+        return greedy and self.logprobs is None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenLogprobs:
+    """Log-probabilities, in nats, before temperature: the token's own and the likeliest ones'."""
+
+    logprob: float
+    rank: int  # 1: the likeliest
+    top: tuple[tuple[int, float], ...]  # (id, logprob), likeliest first
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """What a request's listener hears: one new token, or the end, or both."""
+
+    request_id: int
+    index: int = 0  # which of the n answers
+    token: int | None = None
+    logprobs: TokenLogprobs | None = None
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None  # with the first token
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+    n_cached_tokens: int = 0  # prompt tokens that came from the prefix cache
+
+
+Listener = Callable[[Event], Any]
+
+
+@dataclass(eq=False)
+class Sequence:
+    """Token ids, how far they are computed, and where: the engine's unit of work."""
+
+    request_id: int
+    tokens: list[int]
+    params: SamplingParams
+    on_event: Listener
+    max_tokens: int  # of the answer, after the context's room is taken into account
+    index: int = 0
+    salt: bytes = b""  # sequences share cached pages only within the same salt
+    n_prompt: int = field(init=False)
+    n_computed: int = 0
+    n_cached: int = 0
+    pages: list[int] = field(default_factory=list)
+    page_keys: list[bytes] = field(default_factory=list)  # chain keys of the full pages
+    leader: "Sequence | None" = None  # wait for this one's prompt, then share its pages
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=lambda: [None])
+    finished: bool = False
+    rng: random.Random = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.n_prompt = len(self.tokens)
+        seed = self.params.seed
+        self.rng = random.Random(None if seed is None else f"{seed}/{self.index}")
+
+    @property
+    def n_pending(self) -> int:
+        """Tokens whose keys and values are not in the cache yet; 1 while decoding."""
+        return len(self.tokens) - self.n_computed
+
+    @property
+    def n_output(self) -> int:
+        return len(self.tokens) - self.n_prompt
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The part of one step that belongs to one sequence: compute the next `n_new` tokens.
+
+    `draft` holds guesses at tokens after the last known one, computed along and then checked.
+    """
+
+    sequence: Sequence
+    n_new: int
+    draft: tuple[int, ...] = ()
+
+    @property
+    def tokens(self) -> list[int]:
+        start = self.sequence.n_computed
+        return self.sequence.tokens[start : start + self.n_new] + list(self.draft)
+
+    @property
+    def reaches_end(self) -> bool:
+        """Whether the chunk ends at the last known token, so that the next one can be chosen."""
+        return self.n_new == self.sequence.n_pending
+
+    @property
+    def n_rows(self) -> int:
+        """How many of its last positions are to be turned into logits."""
+        if self.sequence.params.prompt_logprobs is not None and self.sequence.n_output == 0:
+            return self.n_new
+        return 1 + len(self.draft) if self.reaches_end else 0
