@@ -26,6 +26,7 @@ class Tokenizer(ABC):
         instruct_version: Mistral's name of the chat layout this vocabulary was trained with
             ("v1", "v2", "v3", "v3-tekken"), or None where `chat_template` says it.
         chat_template: the Jinja source found beside the vocabulary, or None.
+        add_bos: whether a text by itself begins with BOS, as Mistral's do.
         dummy_prefix: SentencePiece puts a space before the text and takes it away when decoding.
     """
 
@@ -35,6 +36,7 @@ class Tokenizer(ABC):
     control: Mapping[str, int]
     instruct_version: str | None = None
     chat_template: str | None = None
+    add_bos: bool = True
     dummy_prefix: bool = False
 
     @abstractmethod
@@ -101,16 +103,58 @@ class StreamDecoder:
 
 def repair_surrogates(text: str) -> str:
     """Join surrogates that form a pair, and make U+FFFD of the others: what UTF-8 cannot hold."""
+    if text.isascii():
+        return text
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def mistral_version(
+    control: Mapping[str, int], chat_template: str | None, version: str
+) -> str | None:
+    """`version` if the control tokens are those of Mistral's v3, and no template says otherwise.
+
+    v7 brought [SYSTEM_PROMPT]. A fine-tune may keep the vocabulary and change the layout.
+    """
+    is_v3 = {"[INST]", "[TOOL_CALLS]"} <= control.keys() and "[SYSTEM_PROMPT]" not in control
+    return version if is_v3 and (chat_template is None or "[INST]" in chat_template) else None
 
 
 def load_tokenizer(model: Path) -> Tokenizer:
     """The tokenizer of a model folder, of a `.gguf` file, or of a tokenizer file by itself.
 
-    In a folder `tekken.json` is preferred, then `tokenizer.model*` (SentencePiece), then
-    `tokenizer.json`: Mistral's own files before converted ones.
+    In a folder `tekken.json` is preferred, then `tokenizer.model.v1` to `.v3` (SentencePiece), then
+    `tokenizer.json`, then a `tokenizer.model` without version: Mistral's own files before converted
+    ones, but not before a `tokenizer.json` to which a fine-tune may have added tokens.
 
     Raises:
         CheckpointError: nothing there that is known, or the file is damaged.
     """
-    raise CheckpointError(f"{model}: no tokenizer found")
+    # The kinds of tokenizers are built on this module, hence imported late.
+    from opennemo.tokenizer.gguf import load_gguf
+    from opennemo.tokenizer.huggingface import HuggingFace, read_chat_template
+    from opennemo.tokenizer.sentencepiece import SentencePiece
+    from opennemo.tokenizer.tekken import Tekken
+
+    file = model
+    if model.is_dir():
+        known = ["tekken.json", "tokenizer.model.v3", "tokenizer.model.v2", "tokenizer.model.v1"]
+        known += ["tokenizer.json", "tokenizer.model"]
+        file = next((model / name for name in known if (model / name).exists()), model)
+    if file.suffix == ".gguf":
+        return load_gguf(file)
+    if file.suffix == ".json" and "tekken" in file.name:
+        return Tekken.load(file)
+    if ".model" in file.suffixes[-2:]:
+        return SentencePiece.load(file, chat_template=read_chat_template(file.parent))
+    if file.suffix == ".json":
+        return HuggingFace.load(file)
+    what = (
+        "has none of its files"
+        if model.is_dir()
+        else "is not one"
+        if model.exists()
+        else "is missing"
+    )
+    raise CheckpointError(
+        f"{model} {what}: a tokenizer is a tekken.json, tokenizer.model, tokenizer.json or .gguf"
+    )

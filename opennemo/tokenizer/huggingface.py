@@ -1,0 +1,308 @@
+"""`tokenizer.json` of Hugging Face behind the same interface, and Tekken written as one.
+
+One idea makes it safe: the control tokens are taken out of the vocabulary before the `tokenizers`
+library sees it, so no text, however spelled, can come out as one. Two families of vocabularies
+are supported, those whose tokens spell bytes in GPT-2's alphabet (NeMo, Llama 3, Qwen, SmolLM) and
+SentencePiece's with `▁` for a space and `<0x0A>` for a byte (Mistral 7B, Llama 2).
+
+Format: the `tokenizers` library; files beside it: `PreTrainedTokenizerBase` of transformers.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+
+from opennemo.errors import CheckpointError
+from opennemo.tokenizer.bpe import merge
+from opennemo.tokenizer.tekken import Tekken
+from opennemo.tokenizer.tokenizer import Tokenizer, mistral_version, repair_surrogates
+
+# GPT-2's alphabet: printable bytes of Latin-1 stand for themselves, the others for U+0100 on.
+UNPRINTABLE = (*range(33), *range(127, 161), 173)
+SPELLED = {byte: 256 + i for i, byte in enumerate(UNPRINTABLE)}
+METASPACE_STEPS = {"ByteFallback", "Metaspace", "Replace", "Fuse", "Strip"}
+BYTE_OF = {chr(SPELLED.get(byte, byte)): byte for byte in range(256)}
+
+
+class HuggingFace(Tokenizer):
+    """A vocabulary in the terms of `tokenizer.json`.
+
+    Args:
+        spec: the content of the file.
+        bos_id, eos_id: ids that begin a text and end an answer, control tokens in any case.
+
+    Raises:
+        ValueError: a kind of vocabulary that is not supported, or one that is inconsistent.
+    """
+
+    def __init__(
+        self,
+        spec: dict[str, Any],
+        *,
+        bos_id: int,
+        eos_id: int,
+        chat_template: str | None = None,
+        add_bos: bool = True,
+    ):
+        if spec["model"].get("type") != "BPE":
+            raise ValueError(f"its model is {spec['model'].get('type')!r}, not 'BPE'")
+        byte_level, self.dummy_prefix = _how_it_decodes(spec.get("decoder") or {})
+        names = _names(spec)
+        for id in (bos_id, eos_id):
+            if id not in names:
+                raise ValueError(f"it has no token {id}, which is to begin or end a text")
+        special = {added["id"] for added in spec.get("added_tokens") or [] if added["special"]}
+        self.control = {names[id]: id for id in sorted(special | {bos_id, eos_id})}
+        self.bos_id, self.eos_id, self.add_bos = bos_id, eos_id, add_bos
+        self.chat_template = chat_template
+        version = "v3-tekken" if byte_level else "v3"
+        self.instruct_version = mistral_version(self.control, chat_template, version)
+        self.vocab_size = max(names) + 1
+        self._bytes = [b""] * self.vocab_size
+        plain = {added["content"] for added in spec.get("added_tokens") or []}
+        meaning = _byte_level_meaning if byte_level else _metaspace_meaning
+        for id, name in names.items():
+            if name not in self.control:
+                self._bytes[id] = name.encode() if name in plain else meaning(name)
+        text_only = json.dumps(_without_control(spec, self.control), ensure_ascii=False)
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(text_only)
+        except Exception as error:  # the library raises nothing narrower
+            raise ValueError(str(error)) from error
+
+    @classmethod
+    def load(cls, path: Path) -> "HuggingFace":
+        """Read a `tokenizer.json` and, where they are, the files that say how it is used.
+
+        Raises:
+            CheckpointError: a file is damaged, or of a kind that is not supported.
+        """
+        folder = path.parent
+        settings: dict[str, Any] = {}
+        for name in ("config", "generation_config", "special_tokens_map", "tokenizer_config"):
+            settings |= (
+                read_json(folder / f"{name}.json") if (folder / f"{name}.json").exists() else {}
+            )
+        spec = read_json(path)
+        try:
+            ids = {name: id for id, name in _names(spec).items()}
+            bos_id, eos_id = (_id_of(which, settings, ids) for which in ("bos", "eos"))
+            if eos_id is None:
+                raise ValueError(
+                    "neither it nor a config beside it names the token that ends a text"
+                )
+            bos = json.dumps(next((name for name, id in ids.items() if id == bos_id), ""))
+            return cls(
+                spec,
+                bos_id=eos_id if bos_id is None else bos_id,
+                eos_id=eos_id,
+                chat_template=read_chat_template(folder),
+                add_bos=settings.get(
+                    "add_bos_token", bos in json.dumps(spec.get("post_processor"))
+                ),
+            )
+        except KeyError as error:
+            raise CheckpointError(f"{path}: the key {error} is missing") from error
+        except (ValueError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{path}: not a usable tokenizer.json: {error}") from error
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text alone: no BOS, no EOS, never a control id."""
+        return self._tokenizer.encode(repair_surrogates(text)).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode` of many texts, each (n,) uint32, on all processors."""
+        encodings = self._tokenizer.encode_batch_fast([repair_surrogates(text) for text in texts])
+        return [np.array(encoding.ids, np.uint32) for encoding in encodings]
+
+    def token_bytes(self, id: int) -> bytes:
+        """The bytes one id stands for; b"" for a control token. IndexError if out of range."""
+        if id < 0:
+            raise IndexError(f"{id} is no token id")
+        return self._bytes[id]
+
+
+def byte_level_spec(
+    vocab: Mapping[str, int],
+    merges: Iterable[Sequence[str]],
+    patterns: Sequence[str],
+    added: Mapping[str, bool],
+    *,
+    ignore_merges: bool,
+) -> dict[str, Any]:
+    """The content of a tokenizer.json, for tokens spelled in GPT-2's alphabet.
+
+    Text is split at the `patterns` one after the other; `added` are the tokens that are not merged
+    from others, and whether each is a control token.
+    """
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+    byte_level["trim_offsets"] = True
+    split = {"type": "Split", "behavior": "Isolated", "invert": False}
+    splits = [{**split, "pattern": {"Regex": pattern}} for pattern in patterns]
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {"id": vocab[name], "content": name, "special": special, **flags}
+            for name, special in added.items()
+        ],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*splits, byte_level]},
+        "post_processor": None,
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE",
+            "vocab": vocab,
+            "merges": list(merges),
+            "ignore_merges": ignore_merges,
+        },
+    }
+
+
+def save_huggingface(tokenizer: Tekken, folder: Path) -> None:
+    """Write `tokenizer.json` and `tokenizer_config.json` that give the same ids as `tokenizer`.
+
+    Raises:
+        ValueError: a token is spelled like a control token, which this format cannot tell apart.
+    """
+    control = list(tokenizer.control)
+    if tokenizer.version == "v3":
+        # NeMo was not trained on these, which came later; that they are absent marks it as v3.
+        control[17:20] = [f"<SPECIAL_{id}>" for id in (17, 18, 19)]
+    names = [*control, *map(_spelled, tokenizer.tokens)]
+    vocab = {name: id for id, name in enumerate(names)}
+    if len(vocab) != len(names):
+        raise ValueError("a token is spelled like a control token")
+    ranks = {token: rank for rank, token in enumerate(tokenizer.tokens)}
+    halves = (merge(token, ranks, n_parts=2) for token in tokenizer.tokens[256:])
+    # A token that no merges lead to has more parts; it still stands for a whole piece of text.
+    merges = [list(map(_spelled, pair)) for pair in halves if len(pair) == 2]
+    spec = byte_level_spec(
+        vocab, merges, [tokenizer.pattern], dict.fromkeys(control, True), ignore_merges=True
+    )
+    begin = {"SpecialToken": {"id": "<s>", "type_id": 0}}
+    text, second = ({"Sequence": {"id": id, "type_id": n}} for n, id in enumerate("AB"))
+    spec["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [begin, text],
+        "pair": [begin, text, begin, second],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [tokenizer.bos_id], "tokens": ["<s>"]}},
+    }
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": True}
+    config |= {"bos_token": "<s>", "eos_token": "</s>", "clean_up_tokenization_spaces": False}
+    config |= {f"{name[1:-1]}_token": name for name in ("<unk>", "<pad>") if name in control}
+    if tokenizer.chat_template:
+        config["chat_template"] = tokenizer.chat_template
+    for name, content in (("tokenizer.json", spec), ("tokenizer_config.json", config)):
+        (folder / name).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+
+
+def _spelled(token: bytes) -> str:
+    return token.decode("latin-1").translate(SPELLED)
+
+
+def read_chat_template(folder: Path) -> str | None:
+    """The Jinja source beside a tokenizer, in any of the three places where there may be one."""
+    if (file := folder / "chat_template.jinja").exists():
+        try:
+            return file.read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{file}: cannot be read ({error})") from error
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        if (folder / name).exists():
+            template = read_json(folder / name).get("chat_template")
+            if isinstance(template, list):  # several, by name
+                template = {each["name"]: each["template"] for each in template}.get("default")
+            if template:
+                return template
+    return None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; CheckpointError if there is none."""
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: not a JSON object")
+    return content
+
+
+def _names(spec: dict[str, Any]) -> dict[int, str]:
+    """id -> name of every token."""
+    names = {id: name for name, id in spec["model"]["vocab"].items()}
+    return names | {added["id"]: added["content"] for added in spec.get("added_tokens") or []}
+
+
+def _id_of(which: str, settings: dict[str, Any], ids: dict[str, int]) -> int | None:
+    """The id of the "bos" or "eos" token: by name, or else by number, as the configs have it."""
+    name = settings.get(f"{which}_token")
+    name = name["content"] if isinstance(name, dict) else name
+    if name in ids:
+        return ids[name]
+    id = settings.get(f"{which}_token_id")
+    return id[0] if isinstance(id, list) else id
+
+
+def _how_it_decodes(decoder: dict[str, Any]) -> tuple[bool, bool]:
+    """Whether tokens spell bytes in GPT-2's alphabet (or else `▁`), and whether a space is added.
+
+    Raises:
+        ValueError: neither family; names what was found.
+    """
+    steps = decoder.get("decoders", [decoder])
+    kinds = {step.get("type"): step for step in steps}
+    if kinds.keys() == {"ByteLevel"}:
+        return True, False
+    if not {"ByteFallback", "Metaspace"} & kinds.keys() or not kinds.keys() <= METASPACE_STEPS:
+        raise ValueError(
+            f"its decoder {[*kinds]} is not supported: not ByteLevel, not ByteFallback"
+        )
+    metaspace = kinds.get("Metaspace", {"prepend_scheme": "never"})
+    added = metaspace.get("add_prefix_space", metaspace.get("prepend_scheme") != "never")
+    return False, bool(added) or kinds.get("Strip", {}).get("start", 0) > 0
+
+
+def _byte_level_meaning(name: str) -> bytes:
+    """What a token of the first family stands for; one outside the alphabet, for itself."""
+    try:
+        return bytes(BYTE_OF[character] for character in name)
+    except KeyError:
+        return name.encode()
+
+
+def _metaspace_meaning(name: str) -> bytes:
+    """What a token of the second family stands for."""
+    if byte := re.fullmatch("<0x([0-9A-F]{2})>", name):
+        return bytes.fromhex(byte[1])
+    return name.replace("▁", " ").encode()
+
+
+def _without_control(spec: dict[str, Any], control: dict[str, int]) -> dict[str, Any]:
+    """The tokenizer without its control tokens, the other tokens keeping their ids."""
+    model = spec["model"]
+    added = [a for a in spec.get("added_tokens") or [] if a["content"] not in control]
+    # In the vocabulary as well, or the library would number them anew.
+    vocab = {name: id for name, id in model["vocab"].items() if name not in control}
+    vocab |= {a["content"]: a["id"] for a in added}
+    merges = (m if isinstance(m, list) else m.split(" ") for m in model["merges"])
+    merges = [[a, b] for a, b in merges if not {a, b, a + b} & control.keys()]
+    unk_token = None if model.get("unk_token") in control else model.get("unk_token")
+    return {
+        **spec,
+        "truncation": None,
+        "padding": None,
+        "post_processor": None,
+        "added_tokens": added,
+        "model": {**model, "vocab": vocab, "merges": merges, "unk_token": unk_token},
+    }

@@ -1,0 +1,104 @@
+"""SentencePiece models: `tokenizer.model` of Mistral 7B and its kin, behind the same interface.
+
+The `sentencepiece` library does everything; this file says which bytes each piece stands for and
+which chat layout goes with which file name, as mistral-common does (`tokenizer.model.v3` is v3).
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from sentencepiece import SentencePieceProcessor
+
+from opennemo.errors import CheckpointError
+from opennemo.tokenizer.tokenizer import Tokenizer, mistral_version, repair_surrogates
+
+
+class SentencePiece(Tokenizer):
+    """A SentencePiece vocabulary with byte fallback.
+
+    Args:
+        model: the serialised model, the content of a `tokenizer.model`.
+        instruct_version: by default "v3" if it has the control tokens of v3, "v1" if it has none
+            and no template says better.
+
+    Raises:
+        ValueError: these bytes are no SentencePiece model.
+    """
+
+    def __init__(
+        self,
+        model: bytes,
+        *,
+        instruct_version: str | None = None,
+        chat_template: str | None = None,
+        add_bos: bool = True,
+    ):
+        if not model:  # the library takes this for a model and logs to stderr from then on
+            raise ValueError("it is empty")
+        try:
+            self._model = SentencePieceProcessor(model_proto=model)
+        except RuntimeError as error:
+            raise ValueError("it is not a SentencePiece model") from error
+        self.vocab_size = self._model.vocab_size()
+        pieces = [self._model.id_to_piece(id) for id in range(self.vocab_size)]
+        self._bytes = [self._bytes_of(id, piece) for id, piece in enumerate(pieces)]
+        self.control = {
+            piece: id
+            for id, piece in enumerate(pieces)
+            if self._model.is_control(id) or self._model.is_unknown(id)
+        }
+        self.bos_id, self.eos_id = self._model.bos_id(), self._model.eos_id()
+        if self.eos_id < 0 or self.bos_id < 0:
+            raise ValueError("it has no token that begins or ends a text")
+        self.dummy_prefix = self._model.encode("a", out_type=str)[0].startswith("▁")
+        self.chat_template, self.add_bos = chat_template, add_bos
+        self.instruct_version = instruct_version or mistral_version(
+            self.control, chat_template, "v3"
+        )
+        if self.instruct_version is None and chat_template is None:
+            self.instruct_version = "v1"
+
+    @classmethod
+    def load(cls, path: Path, *, chat_template: str | None = None) -> "SentencePiece":
+        """Read a `tokenizer.model`; a last suffix such as `.v2` names the chat layout.
+
+        Raises:
+            CheckpointError: the file cannot be read or is no SentencePiece model.
+        """
+        # The second number in "v7m1" is of image tokens.
+        version = re.fullmatch(r"\.(v\d+)(m\d+)?", path.suffix)
+        try:
+            return cls(
+                path.read_bytes(),
+                instruct_version=version[1] if version else None,
+                chat_template=chat_template,
+            )
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+        except ValueError as error:
+            raise CheckpointError(f"{path}: not a usable tokenizer.model: {error}") from error
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text alone: no BOS, no EOS, never a control id."""
+        return self._model.encode(repair_surrogates(text))
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode` of many texts, each (n,) uint32, on all processors."""
+        ids = self._model.encode([repair_surrogates(text) for text in texts], num_threads=-1)
+        return [np.array(i, np.uint32) for i in ids]
+
+    def token_bytes(self, id: int) -> bytes:
+        """The bytes one id stands for; b"" for a control token. IndexError if out of range."""
+        if id < 0:
+            raise IndexError(f"{id} is no token id")
+        return self._bytes[id]
+
+    def _bytes_of(self, id: int, piece: str) -> bytes:
+        model = self._model
+        if model.is_byte(id):
+            return bytes([int(piece[3:5], 16)])  # "<0x0A>"
+        if model.is_control(id) or model.is_unknown(id) or model.is_unused(id):
+            return b""
+        return piece.replace("▁", " ").encode()
