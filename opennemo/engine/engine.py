@@ -13,8 +13,10 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -76,6 +78,7 @@ class Engine:
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
         self._stopping = False
+        self._masks = ThreadPoolExecutor(1, "opennemo-grammar")
 
     def submit(
         self,
@@ -135,6 +138,7 @@ class Engine:
         chunks = self.scheduler.next_step()
         if not chunks:
             return bool(self.scheduler.waiting or self._inbox)
+        masks = self._masks.submit(self._fill_masks, chunks)  # while the model runs
         try:
             logits = self.runner.run(chunks)
         except RuntimeError as error:  # out of memory, a kernel that fails: theirs, not everyone's
@@ -142,7 +146,7 @@ class Engine:
             for chunk in chunks:
                 self._finish(chunk.sequence, "error", f"the model failed: {error}")
             return True
-        self._advance(chunks, logits)
+        self._advance(chunks, logits, masks.result())
         return True
 
     def start(self) -> None:
@@ -194,7 +198,19 @@ class Engine:
         for sequence in list(self._sequences.get(request_id, ())):
             self._finish(sequence, "cancelled")
 
-    def _advance(self, chunks: list[Chunk], logits: Tensor) -> None:
+    def _fill_masks(self, chunks: list[Chunk]) -> dict[Sequence, np.ndarray]:
+        """Which tokens may come next, one bit each, for answers that follow a grammar."""
+        masks = {}
+        for chunk in chunks:
+            matcher = chunk.sequence.matcher
+            if matcher is not None and chunk.reaches_end:
+                masks[chunk.sequence] = np.zeros(-(-self.vocab_size // 32), np.int32)
+                matcher.fill(masks[chunk.sequence])
+        return masks
+
+    def _advance(
+        self, chunks: list[Chunk], logits: Tensor, masks: dict[Sequence, np.ndarray]
+    ) -> None:
         """Book what was computed, choose tokens where a chunk reached its end, tell listeners."""
         healthy = logits.amax(-1).isfinite().tolist()
         row, ready = 0, []  # (chunk, first row of it that chooses a token)
@@ -203,6 +219,10 @@ class Engine:
             row = rows.stop
             if not all(healthy[i] for i in rows):
                 self._finish(sequence, "error", "the model computed a number that is not finite")
+                continue
+            if sequence in masks and not masks[sequence].any():
+                reason = sequence.matcher and sequence.matcher.error
+                self._finish(sequence, "error", f"the grammar allows no token: {reason}")
                 continue
             if sequence.params.prompt_logprobs is not None and sequence.n_output == 0:
                 self._note_prompt_logprobs(chunk, logits[rows.start : rows.stop])
@@ -215,7 +235,9 @@ class Engine:
         plain = [(c, i) for c, i in ready if not c.draft]
         if plain:
             index = torch.tensor([i for _, i in plain], device=logits.device)
-            choices = sample(logits[index], [c.sequence for c, _ in plain], self.eos_ids)
+            sequences = [c.sequence for c, _ in plain]
+            bits = {i: masks[s] for i, s in enumerate(sequences) if s in masks}
+            choices = sample(logits[index], sequences, self.eos_ids, bits)
             for (chunk, _), choice in zip(plain, choices, strict=True):
                 self._append(chunk.sequence, choice.token, choice.logprobs)
         for chunk, first in ready:
@@ -243,8 +265,12 @@ class Engine:
     def _append(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None) -> None:
         """Add a chosen token, and end the answer where it says so."""
         sequence.tokens.append(token)
-        params, reason = sequence.params, None
-        if token in params.stop_ids or (token in self.eos_ids and not params.ignore_eos):
+        params, reason, matcher = sequence.params, None, sequence.matcher
+        if matcher is not None and (error := matcher.advance(token)):
+            self._finish(sequence, "error", f"the grammar cannot go on: {error}")
+            return
+        ends = token in params.stop_ids or (token in self.eos_ids and not params.ignore_eos)
+        if ends or (matcher is not None and matcher.complete):
             reason = "stop"
         elif sequence.n_output >= sequence.max_tokens:
             reason = "length"

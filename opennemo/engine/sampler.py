@@ -8,6 +8,7 @@ only for the rare row whose nucleus is larger.
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,12 +23,26 @@ class Choice:
     logprobs: TokenLogprobs | None
 
 
-def sample(logits: Tensor, sequences: list[Sequence], eos_ids: frozenset[int]) -> list[Choice]:
-    """The next token of each sequence from its row of logits (S, V); the logits are not kept."""
+def sample(
+    logits: Tensor,
+    sequences: list[Sequence],
+    eos_ids: frozenset[int],
+    masks: dict[int, np.ndarray] | None = None,
+) -> list[Choice]:
+    """The next token of each sequence from its row of logits (S, V), which are changed in place.
+
+    `masks` holds, for rows whose answer follows a grammar, one bit for each token that may come.
+    """
     wanted = [i for i, s in enumerate(sequences) if s.params.logprobs is not None]
     raw = {i: logits[i].clone() for i in wanted}  # log-probabilities are the model's own
     for i, sequence in enumerate(sequences):
         _bias_(logits[i], sequence, eos_ids)
+    if masks:
+        bits = torch.from_numpy(np.stack(list(masks.values()))).to(logits.device)
+        places = torch.arange(32, dtype=torch.int32, device=logits.device)
+        allowed = (bits[:, :, None] >> places & 1).flatten(1)[:, : logits.shape[1]].bool()
+        rows = list(masks)
+        logits[rows] = logits[rows].masked_fill(~allowed, -torch.inf)
     penalised = [i for i, s in enumerate(sequences) if s.params.penalises]
     if penalised:
         logits[penalised] = _penalise(logits[penalised], [sequences[i] for i in penalised])
@@ -60,7 +75,7 @@ def _bias_(row: Tensor, sequence: Sequence, eos_ids: frozenset[int]) -> None:
     if params.logit_bias:
         ids = torch.tensor(list(params.logit_bias), device=row.device)
         row[ids] += torch.tensor(list(params.logit_bias.values()), device=row.device)
-    if sequence.n_output < params.min_tokens:
+    if sequence.n_output < params.min_tokens and params.grammar is None:
         row[list(eos_ids | params.stop_ids)] = -torch.inf
 
 

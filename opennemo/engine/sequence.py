@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
+from opennemo.engine.grammar import Grammar, Matcher
 from opennemo.errors import InvalidRequest
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
@@ -54,6 +55,7 @@ class SamplingParams:
     seed: int | None = None  # same seed, same answer, whatever else is in the batch
     logprobs: int | None = None  # report the chosen token's, and this many of the likeliest
     prompt_logprobs: int | None = None  # the same for the tokens of the prompt
+    grammar: Grammar | None = None  # the answer follows it to its end; min_tokens gives way
 
     def __post_init__(self) -> None:
         for name, (low, high) in _BOUNDS.items():
@@ -75,7 +77,7 @@ class SamplingParams:
     def can_be_drafted(self) -> bool:
         """Whether several tokens may be checked at once: greedy, each independent of the rest."""
         greedy = self.temperature == 0 and not self.penalises and self.min_tokens == 0
-        return greedy and self.logprobs is None
+        return greedy and self.logprobs is None and self.grammar is None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,11 +124,14 @@ class Sequence:
     page_keys: list[bytes] = field(default_factory=list)  # chain keys of the full pages
     leader: "Sequence | None" = None  # wait for this one's prompt, then share its pages
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=lambda: [None])
+    matcher: Matcher | None = None  # where the answer stands in its grammar
     finished: bool = False
     rng: random.Random = field(init=False)
 
     def __post_init__(self) -> None:
         self.n_prompt = len(self.tokens)
+        if self.params.grammar is not None:
+            self.matcher = self.params.grammar.start()
         seed = self.params.seed
         self.rng = random.Random(None if seed is None else f"{seed}/{self.index}")
 

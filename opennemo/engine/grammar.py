@@ -1,0 +1,185 @@
+"""Answers that must follow a grammar: JSON, a JSON schema, a regex, a choice, Lark, tool calls.
+
+llguidance does the work: a grammar, compiled against the vocabulary's bytes, tells in some tens of
+microseconds which tokens may come next. Compiling happens outside the engine's step, within
+bounds, and what is wrong with a grammar is told there; masks are computed while the model runs.
+The engine sees only `Grammar.start()` and what `Matcher` offers.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any, Literal
+
+import numpy as np
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+
+from opennemo.errors import InvalidRequest
+
+Kind = Literal["json_object", "json_schema", "regex", "choice", "lark"]
+
+MAX_SOURCE = 64 * 1024  # characters of a grammar
+MAX_DEPTH = 64  # of nested objects and lists in a schema
+MAX_CHOICES = 10_000
+KEPT = 256  # compiled grammars, least recently used first out
+
+# Models learn JSON as json.dumps writes it; other white space costs tokens and quality.
+_JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
+class Matcher:
+    """Where one answer stands in its grammar."""
+
+    def __init__(self, matcher: LLMatcher):
+        self._matcher = matcher
+
+    def fill(self, mask: np.ndarray) -> None:
+        """Set one bit in mask (ceil(V / 32),) int32 for every token that may come next."""
+        self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+
+    def advance(self, token: int) -> str | None:
+        """Take the token that was chosen; returns what went wrong, if anything did."""
+        return None if self._matcher.consume_token(token) else self._matcher.get_error()
+
+    @property
+    def error(self) -> str | None:
+        return self._matcher.get_error() or None
+
+    @property
+    def complete(self) -> bool:
+        """Nothing but the end may follow."""
+        return self._matcher.is_stopped()
+
+
+class Grammar:
+    """A compiled grammar, to be shared by any number of answers."""
+
+    def __init__(self, matcher: LLMatcher):
+        self._matcher = matcher
+
+    def start(self) -> Matcher:
+        return Matcher(self._matcher.deep_copy())
+
+
+class GrammarCompiler:
+    """Compiles grammars for one vocabulary.
+
+    Args:
+        tokens: bytes of every id; b"" for control tokens.
+        control: name -> id of the control tokens. In Lark they are written `<NAME>`, Mistral's
+            square brackets included: `<TOOL_CALLS>`.
+        eos_id: the id that ends an answer.
+    """
+
+    def __init__(self, tokens: Sequence[bytes], control: Mapping[str, int], eos_id: int):
+        self._vocabulary = LLTokenizer(TokenizerWrapper(_Vocabulary(tokens, control, eos_id)))
+        self.compile = lru_cache(KEPT)(self._compile)
+
+    def _compile(self, kind: Kind, source: str = "") -> Grammar:
+        """Compile a grammar; `compile` is this with a memory of the last `KEPT` results.
+
+        Args:
+            kind: what `source` is: a JSON schema, a regex, a JSON list of strings to choose from,
+                or a Lark grammar. For any JSON object it is not needed.
+
+        Raises:
+            InvalidRequest: too large, too deep, or not understood; with llguidance's own words.
+        """
+        if len(source) > MAX_SOURCE:
+            raise InvalidRequest(
+                f"the {kind} has {len(source):,} characters, allowed are {MAX_SOURCE:,}"
+            )
+        try:
+            text = _to_llguidance(kind, source)
+        except (ValueError, RecursionError) as error:
+            raise InvalidRequest(f"the {kind} is not valid: {error}") from None
+        matcher = LLMatcher(
+            self._vocabulary, text, log_level=0, limits=LLParserLimits(verbose_errors=False)
+        )
+        if matcher.is_error():
+            reason = matcher.get_error().strip().splitlines()[0]
+            raise InvalidRequest(f"the {kind} is not valid: {reason[:300]}")
+        return Grammar(matcher)
+
+
+def tool_call_grammar(
+    tools: Sequence[Mapping[str, Any]], *, required: bool, parallel: bool = True
+) -> str:
+    """Lark source of a Mistral v3 answer that calls declared tools with valid arguments.
+
+    With `required` the answer is a call, or several if `parallel`; without, it may also be text.
+    The array is spelt as the model learnt it: `[TOOL_CALLS][{"name": ..., "arguments": ...}]`.
+
+    Raises:
+        InvalidRequest: there is no tool to call.
+    """
+    if not tools:
+        raise InvalidRequest("a tool call is required, but no tools are given")
+    calls = [
+        {
+            "type": "object",
+            "properties": {
+                "name": {"const": tool["function"]["name"]},
+                "arguments": tool["function"].get("parameters") or {"type": "object"},
+            },
+            "required": ["name", "arguments"],
+            "additionalProperties": False,
+        }
+        for tool in tools
+    ]
+    array = {"type": "array", "items": {"anyOf": calls}, "minItems": 1, "x-guidance": _JSON_STYLE}
+    if not parallel:
+        array["maxItems"] = 1
+    text = "" if required else "| /(.|\\n)*/"
+    return f"start: <TOOL_CALLS> calls {text}\ncalls: %json {json.dumps(array)}"
+
+
+class _Vocabulary:
+    """What LLTokenizer asks of a tokenizer; it turns no text into ids for us."""
+
+    bos_token_id = None
+
+    def __init__(self, tokens: Sequence[bytes], control: Mapping[str, int], eos_id: int):
+        self.eos_token_id, self.special_token_ids = eos_id, list(control.values())
+        self.tokens = list(tokens)
+        self._single = {token[0]: id for id, token in enumerate(tokens) if len(token) == 1}
+        for name, id in control.items():
+            bare = name[1:-1] if name[:1] + name[-1:] in ("[]", "<>") else name
+            self.tokens[id] = f"<{bare}>".encode()
+
+    def __call__(self, text: bytes | str) -> list[int]:
+        """Byte by byte; llguidance asks only for forced text, which we leave to the model."""
+        data = text if isinstance(text, bytes) else text.encode()
+        return [self._single[byte] for byte in data if byte in self._single]
+
+
+def _to_llguidance(kind: Kind, source: str) -> str:
+    if kind == "regex":
+        return LLMatcher.grammar_from_regex(source)
+    if kind == "lark":
+        return LLMatcher.grammar_from_lark(source)
+    if kind == "json_object":
+        return LLMatcher.grammar_from_json_schema({"type": "object", "x-guidance": _JSON_STYLE})
+    value = json.loads(source)
+    if kind == "choice":
+        if not isinstance(value, list) or not value or not all(isinstance(v, str) for v in value):
+            raise ValueError("a list of one or more strings is expected")
+        if len(value) > MAX_CHOICES:
+            raise ValueError(f"{len(value):,} choices are given, allowed are {MAX_CHOICES:,}")
+        options = " | ".join(json.dumps(v) for v in value)
+        return LLMatcher.grammar_from_lark(f"start: {options}")
+    if not isinstance(value, dict):
+        raise ValueError("a JSON object is expected")
+    if _depth(value) > MAX_DEPTH:
+        raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
+    return LLMatcher.grammar_from_json_schema({"x-guidance": _JSON_STYLE, **value})
+
+
+def _depth(value: object) -> int:
+    """How deep lists and objects are nested; stops counting past what is allowed."""
+    level, depth = [value], 0
+    while level and depth <= MAX_DEPTH:
+        inner = [list(v.values()) if isinstance(v, dict) else v for v in level]
+        level = [x for v in inner if isinstance(v, list) for x in v]
+        depth += 1
+    return depth

@@ -1,0 +1,151 @@
+"""Answers of a random model at high temperature: nonsense, but always in the grammar."""
+
+import json
+import re
+
+import pytest
+
+from opennemo.engine import Engine, SamplingParams
+from opennemo.engine.grammar import GrammarCompiler, tool_call_grammar
+from opennemo.errors import InvalidRequest
+
+# A vocabulary of 320: 64 control tokens, then every single byte.
+CONTROL = {"<unk>": 0, "<s>": 1, "</s>": 2, "[TOOL_CALLS]": 9}
+CONTROL |= {f"<SPECIAL_{i}>": i for i in range(64) if i not in CONTROL.values()}
+TOKENS = [b""] * 64 + [bytes([i]) for i in range(256)]
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "n": {"type": "integer", "minimum": 0, "maximum": 99},
+        "kind": {"enum": ["a", "bc"]},
+        "flags": {"type": "array", "items": {"type": "boolean"}, "maxItems": 3},
+    },
+    "required": ["n", "kind", "flags"],
+    "additionalProperties": False,
+}
+TOOLS = [
+    {"type": "function", "function": {"name": "add", "parameters": {**SCHEMA}}},
+    {"type": "function", "function": {"name": "now"}},
+]
+
+
+@pytest.fixture(scope="module")
+def compiler() -> GrammarCompiler:
+    return GrammarCompiler(TOKENS, CONTROL, eos_id=2)
+
+
+def ask(model, grammars: list, **params) -> list[list[int]]:
+    engine = Engine(model, [2])
+    answers: dict[int, list[int]] = {}
+    ends = {}
+
+    def listen(event) -> None:
+        answers.setdefault(event.request_id, [])
+        if event.token is not None:
+            answers[event.request_id].append(event.token)
+        if event.finish_reason:
+            ends[event.request_id] = (event.finish_reason, event.error)
+
+    settings = {"temperature": 2.0, "max_tokens": 200, **params}
+    ids = [
+        engine.submit([5, i], SamplingParams(grammar=g, seed=i, **settings), listen)
+        for i, g in enumerate(grammars)
+    ]
+    while engine.step():
+        pass
+    assert all(error is None for _, error in ends.values())
+    whole = [answers[id] for id in ids if ends[id][0] == "stop"]
+    assert len(whole) > len(ids) / 2  # the others met the length limit
+    return whole
+
+
+def text(ids: list[int]) -> str:
+    return b"".join(TOKENS[id] for id in ids).decode()
+
+
+def test_schemas_regexes_and_choices_hold_side_by_side(model, compiler):
+    schema = compiler.compile("json_schema", json.dumps(SCHEMA))
+    regex = compiler.compile("regex", "(north|south)-[0-9]{3}")
+    choice = compiler.compile("choice", '["yes", "no", "n\\u00e9 \\"quoted\\""]')
+    lark = compiler.compile("lark", 'start: "<" /[a-f]{2,5}/ ">"')
+    answers = [text(ids) for ids in ask(model, [schema, regex, choice, lark] * 6)]
+    assert len(answers) == 24
+    for i in range(0, 24, 4):
+        value = json.loads(answers[i])
+        assert 0 <= value["n"] <= 99 and value["kind"] in ("a", "bc")
+        assert set(value) == {"n", "kind", "flags"} and len(value["flags"]) <= 3
+        assert answers[i] == json.dumps(value)
+        assert re.fullmatch("(north|south)-[0-9]{3}", answers[i + 1])
+        assert answers[i + 2] in ("yes", "no", 'né "quoted"')
+        assert re.fullmatch("<[a-f]{2,5}>", answers[i + 3])
+
+
+def test_greedy_and_min_tokens_give_way_to_the_grammar(model, compiler):
+    choice = compiler.compile("choice", '["yes"]')
+    assert [text(i) for i in ask(model, [choice], temperature=0, min_tokens=50)] == ["yes"]
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+def test_a_required_tool_call_is_always_a_valid_call(model, compiler, parallel):
+    source = tool_call_grammar(TOOLS, required=True, parallel=parallel)
+    numbers = set()
+    for ids in ask(model, [compiler.compile("lark", source)] * 12, max_tokens=230):
+        assert ids[0] == 9
+        calls = json.loads(text(ids))
+        numbers.add(len(calls))
+        for call in calls:
+            assert set(call) == {"name", "arguments"} and call["name"] in ("add", "now")
+            if call["name"] == "add":
+                assert call["arguments"]["kind"] in ("a", "bc")
+    assert parallel or numbers == {1}
+
+
+def test_any_json_object_and_text_or_calls_can_be_walked(compiler):
+    free = compiler.compile("lark", tool_call_grammar(TOOLS, required=False))
+    for answer in ([*b"Hello"], [*b""]):
+        matcher = free.start()
+        assert all(matcher.advance(64 + b) is None for b in answer)
+        assert matcher.advance(2) is None and matcher.complete
+    matcher = compiler.compile("json_object").start()
+    assert all(matcher.advance(64 + b) is None for b in b'{"a": [1, {"b": null}]}')
+    assert matcher.complete
+    assert compiler.compile("json_object").start().advance(64 + ord("[")) is not None
+
+
+@pytest.mark.parametrize(
+    ("kind", "source", "message"),
+    [
+        ("json_schema", '{"type": "objectx"}', "objectx"),
+        ("json_schema", "{", "not valid"),
+        ("json_schema", "[1]", "JSON object is expected"),
+        ("json_schema", '{"anyOf":[' * 300 + "{}" + "]}" * 300, "nested"),
+        ("json_schema", "[" * 30_000, "not valid"),
+        ("json_schema", '{"$ref": "#/nowhere"}', "not valid"),
+        ("json_schema", '{"type":"string","pattern":"' + "(" * 200 + '"}', "not valid"),
+        ("regex", "(", "not valid"),
+        ("lark", "start: nothing", "not valid"),
+        ("choice", "[]", "one or more"),
+        ("choice", '{"a": 1}', "list"),
+        ("lark", "x" * 70_000, "70,000"),
+    ],
+)
+def test_grammars_that_cannot_be_are_refused_in_one_line(compiler, kind, source, message):
+    with pytest.raises(InvalidRequest, match=message) as caught:
+        compiler.compile(kind, source)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_tools_to_call_is_said(compiler):
+    with pytest.raises(InvalidRequest, match="no tools"):
+        tool_call_grammar([], required=True)
+
+
+def test_a_grammar_that_never_ends_meets_the_length_limit(model, compiler):
+    engine, ends = Engine(model, [2]), []
+    endless = compiler.compile("regex", "(a|b)+c{100000}")
+    engine.submit([1], SamplingParams(grammar=endless, max_tokens=30), ends.append)
+    engine.submit([1], SamplingParams(max_tokens=30, ignore_eos=True), ends.append)
+    while engine.step():
+        pass
+    reasons = [e.finish_reason for e in ends if e.finish_reason]
+    assert reasons == ["length", "length"]
