@@ -11,7 +11,7 @@ FLOORS = [
     {"model"},
     {"train", "engine"},
     {"llm"},
-    {"evals", "serve"},
+    {"evals", "serve", "terminal"},
     {"cli"},
 ]
 FLOOR = {package: height for height, floor in enumerate(FLOORS) for package in floor}
@@ -26,6 +26,7 @@ BUDGET = {
     "llm": 350,
     "evals": 1600,
     "serve": 1000,
+    "terminal": 150,
     "cli": 400,
 }
 FORBIDDEN_NAMES = {"utils", "common", "base", "helpers", "core", "misc"}
