@@ -34,6 +34,7 @@ from opennemo.engine.sequence import (
     TokenLogprobs,
 )
 from opennemo.errors import ContextTooLong, InvalidRequest, OpenNemoError, Overloaded
+from opennemo.model.lora import Adapter
 from opennemo.model.transformer import Transformer
 
 log = logging.getLogger(__name__)
@@ -87,6 +88,7 @@ class Engine:
         on_event: Listener,
         *,
         n: int = 1,
+        adapter: Adapter | None = None,
         salt: bytes = b"",
     ) -> int:
         """Queue a prompt for n answers; returns the request's id. Thread-safe.
@@ -117,10 +119,12 @@ class Engine:
             raise Overloaded(
                 f"{self.config.max_queued} requests are waiting already; try again later"
             )
+        if adapter is not None:  # the same prompt has other keys and values under an adapter
+            salt += b"/adapter %d" % adapter.number
         max_tokens = min(params.max_tokens or room, room)
         request_id = next(self._ids)
         answers = [
-            Sequence(request_id, list(prompt_ids), params, on_event, max_tokens, i, salt)
+            Sequence(request_id, list(prompt_ids), params, on_event, max_tokens, i, salt, adapter)
             for i in range(n)
         ]
         for follower in answers[1:]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from opennemo.engine.sequence import Chunk
 from opennemo.model.attention import Paged
+from opennemo.model.lora import Adapter, adapted
 from opennemo.model.transformer import Transformer
 
 
@@ -61,5 +62,12 @@ class Runner:
             page_table=tensor(page_table),
             window=self.model.config.sliding_window,
         )
-        hidden = self.model(tensor(tokens), attend)
+        rows_of: dict[Adapter, list[int]] = {}
+        for chunk, start, length in zip(
+            chunks, accumulate(lengths, initial=0), lengths, strict=False
+        ):
+            if chunk.sequence.adapter is not None:
+                rows_of.setdefault(chunk.sequence.adapter, []).extend(range(start, start + length))
+        with adapted(self.model, [(a, tensor(r, torch.int64)) for a, r in rows_of.items()]):
+            hidden = self.model(tensor(tokens), attend)
         return self.model.output(hidden[tensor(rows, torch.int64)]).float()

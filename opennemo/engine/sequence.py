@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from opennemo.engine.grammar import Grammar, Matcher
 from opennemo.errors import InvalidRequest
+from opennemo.model.lora import Adapter
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
@@ -117,6 +118,7 @@ class Sequence:
     max_tokens: int  # of the answer, after the context's room is taken into account
     index: int = 0
     salt: bytes = b""  # sequences share cached pages only within the same salt
+    adapter: Adapter | None = None
     n_prompt: int = field(init=False)
     n_computed: int = 0
     n_cached: int = 0

@@ -1,0 +1,94 @@
+"""Many adapters in one batch: each row answers as a model with that adapter merged would."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from opennemo.engine import Engine, SamplingParams
+from opennemo.errors import CheckpointError
+from opennemo.model.lora import Adapter, load_adapter
+from opennemo.model.transformer import Transformer
+
+PREFIX = "base_model.model.model.layers"
+
+
+def write_adapter(folder, seed: int, *, rank: int = 4, modules=("q_proj", "k_proj"), **config):
+    """A PEFT folder with random weights for the tiny model."""
+    torch.manual_seed(seed)
+    widths = {"q_proj": (64, 48), "k_proj": (32, 48), "down_proj": (48, 96)}
+    tensors = {}
+    for layer in range(2):
+        for module in modules:
+            out, width = widths[module]
+            part = "mlp" if module == "down_proj" else "self_attn"
+            name = f"{PREFIX}.{layer}.{part}.{module}.lora"
+            tensors[f"{name}_A.weight"] = torch.randn(rank, width)
+            tensors[f"{name}_B.weight"] = torch.randn(out, rank)
+    folder.mkdir()
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 8, "bias": "none", **config}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+def merged(model: Transformer, adapter: Adapter) -> Transformer:
+    copy = Transformer(model.config).eval().requires_grad_(False)
+    copy.load_state_dict(model.state_dict())
+    for path, (a, b) in adapter.weights.items():
+        copy.get_parameter(f"{path}.weight").add_(b @ a)
+    return copy
+
+
+def run(engine: Engine, requests: list) -> list[list[int]]:
+    answers: list[list[int]] = [[] for _ in requests]
+    for i, (prompt, adapter) in enumerate(requests):
+        listen = lambda event, i=i: answers[i].append(event.token)  # noqa: E731
+        engine.submit(prompt, SamplingParams(max_tokens=10), listen, adapter=adapter)
+    while engine.step():
+        pass
+    return answers
+
+
+def test_rows_follow_their_own_adapters(model, tmp_path):
+    first = load_adapter(write_adapter(tmp_path / "a", 1), model)
+    second = load_adapter(
+        write_adapter(tmp_path / "b", 2, rank=2, modules=("down_proj",), use_rslora=True), model
+    )
+    prompt = list(range(40))  # the same for all: the prefix cache must keep them apart
+    engine = Engine(model, [])
+    together = run(engine, [(prompt, None), (prompt, first), (prompt, second), ([9], first)] * 2)
+    want = [
+        run(Engine(m, []), [(p, None)])[0]
+        for m, p in (
+            (model, prompt),
+            (merged(model, first), prompt),
+            (merged(model, second), prompt),
+            (merged(model, first), [9]),
+        )
+    ]
+    assert together == want * 2
+    assert len({tuple(answer) for answer in want}) == 4
+    assert run(engine, [(prompt, second), (prompt, None)]) == [want[2], want[0]]
+
+
+def test_adapters_that_do_not_fit_are_refused(model, tmp_path):
+    cases = {
+        "shapes": (write_adapter(tmp_path / "shapes", 1), "layers.0.attention.wq: A and B are"),
+        "dora": (write_adapter(tmp_path / "dora", 1, use_dora=True), "use_dora"),
+        "rank": (write_adapter(tmp_path / "rank", 1, r=0), "r is 0"),
+    }
+    save_file(
+        {f"{PREFIX}.0.self_attn.q_proj.lora_{h}.weight": torch.zeros(3, 3) for h in "AB"},
+        tmp_path / "shapes" / "adapter_model.safetensors",
+    )
+    for folder, message in cases.values():
+        with pytest.raises(CheckpointError, match=message):
+            load_adapter(folder, model)
+    with pytest.raises(CheckpointError, match="adapter_config"):
+        load_adapter(tmp_path / "nowhere", model)
+    broken = write_adapter(tmp_path / "broken", 1)
+    (broken / "adapter_model.safetensors").write_bytes(b"\x00" * 100)
+    with pytest.raises(CheckpointError, match="adapter_model"):
+        load_adapter(broken, model)
