@@ -1,0 +1,274 @@
+"""Chat templates from model folders: Jinja in a sandbox, and text that cannot forge a turn.
+
+A template answers with one string in which control tokens are spelled out, so what a user typed
+has to be told from what the template wrote. One idea does it: before rendering, a sentinel
+character that occurs nowhere in the conversation is put behind the first character of everything
+that looks like a control token or the beginning of one. No control token can then start inside a
+user's text, however the template trims, cuts and joins; once the result is split at control
+tokens, the sentinel is taken out again. (A template that itself writes half a control token, as
+in ``'<' + name + '>'``, must mean it.)
+
+Conventions: Hugging Face's chat templates. How messages are validated, and Mistral's own layouts,
+are chat.py's business.
+"""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from functools import lru_cache
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2 import meta, nodes
+from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+
+from opennemo.errors import CheckpointError, InvalidRequest
+from opennemo.tokenizer.tokenizer import Tokenizer
+
+Segment = tuple[int | str, bool]
+"""A control id or a piece of text, and whether a model is trained to write it."""
+
+MAX_RENDERED = 1 << 24  # characters; a million tokens of prose are about 5 million
+RAISED_BY_TEMPLATES = (
+    jinja2.TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+
+
+class ChatTemplate:
+    """A conversation in normal form together with the template that renders it.
+
+    Raises:
+        InvalidRequest: the model has no template.
+        CheckpointError: the template is not valid Jinja, or does what the sandbox forbids.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, messages: Sequence[dict], tools: Sequence[dict]):
+        source = tokenizer.chat_template
+        if source is None:
+            raise InvalidRequest(
+                f"messages: chat layout {tokenizer.instruct_version} of this model is not supported"
+                if tokenizer.instruct_version
+                else "messages: this model has no chat template, it only completes text"
+            )
+        self._template, knows_tools = _compile(source)
+        self._control = tokenizer.control
+        self._control_tokens, look_alikes = _patterns(tuple(tokenizer.control))
+        try:
+            if not knows_tools:
+                messages, tools = _spell_out_tools(messages, tools), []
+            used = set(json.dumps([messages, tools], ensure_ascii=False) + source)
+            self._sentinel = next(c for c in map(chr, range(0xE000, 0x110000)) if c not in used)
+            guard = rf"\g<0>{self._sentinel}"
+            self._messages = _map_strings(messages, lambda text: look_alikes.sub(guard, text))
+            tools = _map_strings(tools, lambda text: look_alikes.sub(guard, text))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise InvalidRequest(
+                f"tools or arguments: cannot be written as JSON: {error}"
+            ) from None
+        names = tokenizer.control_names
+        self._variables = {
+            "tools": tools or None,
+            "bos_token": names.get(tokenizer.bos_id, ""),
+            "eos_token": names.get(tokenizer.eos_id, ""),
+        }
+
+    def prompt(self) -> list[Segment]:
+        """Everything up to where the answer begins, or goes on after a `prefix` message."""
+        *earlier, last = self._messages
+        if not last.get("prefix"):
+            return self._split(self._render(self._messages, add_generation_prompt=True))
+        prompt = self._render(earlier, add_generation_prompt=True)
+        return self._split(prompt + last["content"].rstrip(" "))
+
+    def lesson(self) -> list[Segment]:
+        """The whole conversation, trained where the assistant speaks, its end of turn included.
+
+        The words of a turn are what rendering it adds to rendering the messages before it with
+        the generation prompt, so the trained part starts exactly where a served prompt stops.
+
+        Raises:
+            InvalidRequest: the template changes a turn once others follow it.
+        """
+        whole = self._render(self._messages)
+        segments, done = [], 0
+        for i, message in enumerate(self._messages):
+            if message["role"] != "assistant" or message.get("weight") == 0:
+                continue
+            before = self._render(self._messages[:i], add_generation_prompt=True)
+            through = self._render(self._messages[: i + 1])
+            if not (through.startswith(before) and whole.startswith(through)):
+                raise InvalidRequest(
+                    "messages: this model's chat template changes an assistant message once "
+                    "others follow it, so only the last one can be trained; set `weight: 0` on "
+                    "the others"
+                )
+            end = len(before) + self._end_of_turn(through[len(before) :])
+            segments += self._split(whole[done : len(before)])
+            segments += self._split(whole[len(before) : end], trained=True)
+            done = end
+        return segments + self._split(whole[done:])
+
+    def _end_of_turn(self, text: str) -> int:
+        """Behind the last control token, unless words follow it: then behind those."""
+        ends = [match.end() for match in self._control_tokens.finditer(text)]
+        return ends[-1] if ends and not text[ends[-1] :].strip() else len(text)
+
+    def _split(self, text: str, *, trained: bool = False) -> list[Segment]:
+        segments: list[Segment] = []
+        for i, piece in enumerate(self._control_tokens.split(text)):
+            value = self._control[piece] if i % 2 else piece.replace(self._sentinel, "")
+            if value != "":
+                segments.append((value, trained))
+        return segments
+
+    def _render(self, messages: Sequence[dict], *, add_generation_prompt: bool = False) -> str:
+        variables = self._variables | {"add_generation_prompt": add_generation_prompt}
+        pieces, n_chars = [], 0
+        try:
+            for piece in self._template.generate(messages=messages, **variables):
+                pieces.append(piece)
+                n_chars += len(piece)
+                if n_chars > MAX_RENDERED:
+                    raise InvalidRequest(
+                        f"messages: the chat template renders more than {MAX_RENDERED:,} characters"
+                    )
+        except SecurityError as error:
+            raise CheckpointError(f"chat template: the sandbox forbids it: {error}") from None
+        except RAISED_BY_TEMPLATES as error:
+            raise InvalidRequest(f"messages: the model's chat template says: {error}") from None
+        return "".join(pieces)
+
+
+def _spell_out_tools(messages: Sequence[dict], tools: Sequence[dict]) -> list[dict]:
+    """The conversation for a template that has no place for tools, in the tags that Hermes began.
+
+    Definitions join the system text, calls become text, and results are told by the user.
+    """
+    spelled: list[dict] = []
+    for message in messages:
+        role, content = message["role"], message["content"]
+        if role == "tool":
+            role, content = "user", f"<tool_response>\n{content}\n</tool_response>"
+        calls = [
+            f"<tool_call>\n{json.dumps(call['function'], ensure_ascii=False)}\n</tool_call>"
+            for call in message.get("tool_calls", [])
+        ]
+        content = "\n".join(([content] if content or not calls else []) + calls)
+        if role == "user" and spelled and spelled[-1]["role"] == "user":
+            spelled[-1]["content"] += f"\n{content}"
+        else:
+            marks = {key: message[key] for key in ("prefix", "weight") if key in message}
+            spelled.append({"role": role, "content": content, **marks})
+    if tools:
+        if spelled[0]["role"] != "system":
+            spelled.insert(0, {"role": "system", "content": ""})
+        definitions = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
+        about_tools = (
+            f"These functions can be called:\n<tools>\n{definitions}\n</tools>\n"
+            "A call is written as its name and arguments in JSON:\n"
+            '<tool_call>\n{"name": "...", "arguments": {...}}\n</tool_call>'
+        )
+        spelled[0]["content"] = f"{spelled[0]['content']}\n\n{about_tools}".lstrip("\n")
+    return spelled
+
+
+def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
+    """A copy of a JSON value with every string in it changed, keys included."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {change(str(k)): _map_strings(v, change) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_map_strings(item, change) for item in value]
+    return value
+
+
+@lru_cache(maxsize=8)
+def _patterns(names: tuple[str, ...]) -> tuple[re.Pattern[str], re.Pattern[str]]:
+    """One pattern to split at control tokens, and one for the first character of look-alikes.
+
+    A look-alike is the name of a control token anywhere, or the beginning of one where a text
+    ends (or would, trimmed), lest the next text complete it.
+    """
+    names = tuple(name for name in names if len(name) > 1)
+    first = [
+        f"{re.escape(head)}(?=(?:{_any_of(tails)})|(?:{_any_of(tails, unfinished=True)})\\s*\\Z)"
+        for head, tails in _by_first_character(names).items()
+    ]
+    return re.compile(f"({_any_of(names) or '(?!)'})"), re.compile("|".join(first) or "(?!)")
+
+
+def _any_of(names: Sequence[str], *, unfinished: bool = False) -> str:
+    """A regular expression for any of the names, the longest that fits; or for how one begins.
+
+    It branches character by character, for NeMo has a thousand names and a list of a thousand
+    alternatives would be tried one by one at every `<`.
+    """
+    branches = [
+        re.escape(head) + _any_of(tails, unfinished=unfinished)
+        for head, tails in _by_first_character(names).items()
+    ]
+    optional = unfinished or "" in names
+    if len(branches) == 1 and not optional:
+        return branches[0]
+    return f"(?:{'|'.join(branches)}){'?' if optional else ''}" if branches else ""
+
+
+def _by_first_character(names: Sequence[str]) -> dict[str, list[str]]:
+    tails: dict[str, list[str]] = {}
+    for name in filter(None, names):
+        tails.setdefault(name[0], []).append(name[1:])
+    return tails
+
+
+@lru_cache(maxsize=8)
+def _compile(source: str) -> tuple[jinja2.Template, bool]:
+    """The template, and whether it has a place for tools."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals = {
+        "range": environment.globals["range"],  # the sandbox's own, which is bounded
+        "dict": lambda *args, **kwargs: dict(*args, **kwargs),
+        "namespace": Namespace,
+        "raise_exception": _raise_exception,
+        "strftime_now": lambda format: datetime.now().strftime(format),
+    }
+    try:
+        knows_tools = "tools" in meta.find_undeclared_variables(environment.parse(source))
+        return environment.from_string(source), knows_tools
+    except jinja2.TemplateSyntaxError as error:
+        raise CheckpointError(f"chat template, line {error.lineno}: {error.message}") from None
+    except RecursionError:
+        raise CheckpointError("chat template: nested too deeply") from None
+
+
+class _Generation(Extension):
+    """Lets templates mark the assistant's words; we find them ourselves, with any template."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+    # Jinja's own filter escapes for HTML, which no model was trained on.
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
