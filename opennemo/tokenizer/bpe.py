@@ -51,7 +51,8 @@ def encode_plainly(text: str, pattern: str, ranks: Mapping[bytes, int]) -> list[
     import regex  # comes with tiktoken; reads \\p{...} as Rust's libraries do
 
     pieces = (match.group().encode() for match in regex.finditer(pattern, text))
-    return [ranks[part] for piece in pieces for part in merge(piece, ranks)]
+    parts = ([piece] if piece in ranks else merge(piece, ranks) for piece in pieces)
+    return [ranks[part] for piece in parts for part in piece]
 
 
 class BytePairEncoding:
@@ -62,12 +63,18 @@ class BytePairEncoding:
         tokens: bytes of every token, most frequent first; the single bytes come before all.
 
     Raises:
-        ValueError: the pattern does not compile.
+        ValueError: the pattern does not compile, or a token is empty or occurs twice.
     """
 
     def __init__(self, pattern: str, tokens: Sequence[bytes], first_id: int):
         self._pattern, self._tokens, self._first_id = pattern, tokens, first_id
         ids = dict(zip(tokens, range(first_id, first_id + len(tokens)), strict=True))
+        if len(ids) < len(tokens) or b"" in ids:
+            bad = next(
+                i for i, token in enumerate(tokens) if not token or ids[token] - first_id > i
+            )
+            again = f"is token {ids[tokens[bad]] - first_id} again" if tokens[bad] else "is empty"
+            raise ValueError(f"token {bad} {again}")
         self._tiktoken = tiktoken.Encoding(
             "tekken", pat_str=pattern, mergeable_ranks=ids, special_tokens={}
         )

@@ -120,12 +120,6 @@ class HuggingFace(Tokenizer):
         encodings = self._tokenizer.encode_batch_fast([repair_surrogates(text) for text in texts])
         return [np.array(encoding.ids, np.uint32) for encoding in encodings]
 
-    def token_bytes(self, id: int) -> bytes:
-        """The bytes one id stands for; b"" for a control token. IndexError if out of range."""
-        if id < 0:
-            raise IndexError(f"{id} is no token id")
-        return self._bytes[id]
-
 
 def byte_level_spec(
     vocab: Mapping[str, int],

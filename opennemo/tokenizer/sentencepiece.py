@@ -89,12 +89,6 @@ class SentencePiece(Tokenizer):
         ids = self._model.encode([repair_surrogates(text) for text in texts], num_threads=-1)
         return [np.array(i, np.uint32) for i in ids]
 
-    def token_bytes(self, id: int) -> bytes:
-        """The bytes one id stands for; b"" for a control token. IndexError if out of range."""
-        if id < 0:
-            raise IndexError(f"{id} is no token id")
-        return self._bytes[id]
-
     def _bytes_of(self, id: int, piece: str) -> bytes:
         model = self._model
         if model.is_byte(id):

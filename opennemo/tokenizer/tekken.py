@@ -31,14 +31,16 @@ PATTERN = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# The control tokens of files that name none themselves, which v7 was the last to do.
+# The control tokens of files that name none, and the versions of which there are such files.
 V3_SPECIAL_TOKENS = (
     *("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]"),
     *("[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]"),
     *("[IMG_END]", "[PREFIX]", "[MIDDLE]", "[SUFFIX]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"),
     "[TOOL_CONTENT]",
 )
+NAME_NONE = ("v3", "v7")
 SINGLE_BYTES = [bytes([i]) for i in range(256)]
+MAX_SPECIAL = 2048  # twice what any known file has
 MAX_FILE_BYTES = 256 << 20  # the largest known file has 20 MB
 MIN_CACHED_BYTES = 4 << 20  # smaller files are read about as fast as their cache would be
 CACHE_FORMAT = b"opennemo tekken 1\n"
@@ -67,16 +69,18 @@ class Tekken(Tokenizer):
         special_tokens: Sequence[str] = V3_SPECIAL_TOKENS,
         n_special: int = 1000,
     ):
+        if not len(special_tokens) <= n_special <= MAX_SPECIAL:
+            raise ValueError(f"{len(special_tokens)} special tokens for {n_special} ids")
         names = list(special_tokens)
         names += [f"<SPECIAL_{id}>" for id in range(len(names), n_special)]
         self.control = {name: id for id, name in enumerate(names)}
-        if len(self.control) != n_special:
-            raise ValueError(f"{len(special_tokens)} special tokens do not fill {n_special} ids")
-        if "<s>" not in self.control or "</s>" not in self.control:
-            raise ValueError("the special tokens lack <s> or </s>")
+        if len(self.control) < n_special or not {"<s>", "</s>"} <= self.control.keys():
+            raise ValueError("its special tokens are not unique, or lack <s> or </s>")
         self.pattern, self.version, self.n_special = pattern, version, n_special
         self.special_tokens = tuple(special_tokens)
-        self.tokens = _checked(list(tokens))
+        self.tokens = list(tokens)
+        if self.tokens[:256] != SINGLE_BYTES:
+            raise ValueError("the first 256 tokens are not the single bytes in order")
         self.bos_id, self.eos_id = self.control["<s>"], self.control["</s>"]
         self.vocab_size = n_special + len(self.tokens)
         self.instruct_version = f"{version}-tekken"
@@ -90,12 +94,6 @@ class Tekken(Tokenizer):
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """`encode` of many texts, each (n,) uint32, on all processors."""
         return self._bpe.encode_batch(texts)
-
-    def token_bytes(self, id: int) -> bytes:
-        """The bytes one id stands for; b"" for a control token. IndexError if out of range."""
-        if id < 0:
-            raise IndexError(f"{id} is no token id")
-        return self._bytes[id]
 
     @classmethod
     def load(cls, path: Path) -> "Tekken":
@@ -141,12 +139,12 @@ class Tekken(Tokenizer):
             {
                 "rank": rank,
                 "token_bytes": base64.b64encode(token).decode(),
-                "token_str": text(token),
+                "token_str": _text(token),
             }
             for rank, token in enumerate(self.tokens)
         ]
         content: dict[str, Any] = {"config": config, "vocab": vocab}
-        if self.special_tokens != V3_SPECIAL_TOKENS:
+        if self.special_tokens != V3_SPECIAL_TOKENS or self.version not in NAME_NONE:
             content["special_tokens"] = [
                 {"rank": id, "token_str": name, "is_control": True}
                 for id, name in enumerate(self.special_tokens)
@@ -154,24 +152,12 @@ class Tekken(Tokenizer):
         _write_whole(path, json.dumps(content, ensure_ascii=True).encode())
 
 
-def text(token: bytes) -> str | None:
+def _text(token: bytes) -> str | None:
     """The token as a string, or None if its bytes are not UTF-8."""
     try:
         return token.decode()
     except UnicodeDecodeError:
         return None
-
-
-def _checked(tokens: list[bytes]) -> list[bytes]:
-    if tokens[:256] != SINGLE_BYTES:
-        raise ValueError("the first 256 tokens are not the single bytes in order")
-    if len(set(tokens)) < len(tokens) or b"" in tokens:
-        seen: dict[bytes, int] = {}
-        for rank, token in enumerate(tokens):
-            if not token or seen.setdefault(token, rank) != rank:
-                what = f"is the same as token {seen[token]}" if token else "is empty"
-                raise ValueError(f"token {rank} {what}")
-    return tokens
 
 
 def _parse(data: bytes) -> dict[str, Any]:
@@ -185,6 +171,8 @@ def _parse(data: bytes) -> dict[str, Any]:
     rank = 0
     try:
         config, vocab = content["config"], content["vocab"]
+        if not isinstance(config["pattern"], str) or not isinstance(config["version"], str):
+            raise ValueError("its pattern and its version must be strings")
         n_special = config["default_num_special_tokens"]
         n_tokens = config["default_vocab_size"] - n_special
         if not isinstance(n_tokens, int) or not 256 <= n_tokens <= len(vocab):
@@ -204,7 +192,7 @@ def _parse(data: bytes) -> dict[str, Any]:
             if [entry["rank"] for entry in special] != list(range(len(special))):
                 raise ValueError("the ranks of the special tokens are not 0, 1, 2, ...")
             parts["special_tokens"] = [entry["token_str"] for entry in special]
-        elif parts["version"] not in ("v3", "v7"):
+        elif parts["version"] not in NAME_NONE:
             raise ValueError(f"version {parts['version']} must list its special_tokens")
     except KeyError as error:
         raise ValueError(f"the key {error} is missing") from None

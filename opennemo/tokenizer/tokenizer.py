@@ -38,6 +38,7 @@ class Tokenizer(ABC):
     chat_template: str | None = None
     add_bos: bool = True
     dummy_prefix: bool = False
+    _bytes: Sequence[bytes]  # of every id
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -47,9 +48,11 @@ class Tokenizer(ABC):
         """`encode` of many texts, each (n,) uint32: for corpora, as fast as the machine allows."""
         return [np.array(self.encode(text), np.uint32) for text in texts]
 
-    @abstractmethod
     def token_bytes(self, id: int) -> bytes:
         """The bytes one id stands for; b"" for a control token. IndexError if out of range."""
+        if id < 0:
+            raise IndexError(f"{id} is no token id")
+        return self._bytes[id]
 
     def decode(self, ids: Iterable[int], *, show_control: bool = False) -> str:
         """Text of the ids; control tokens vanish, or appear by name with `show_control`.
