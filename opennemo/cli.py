@@ -6,8 +6,10 @@ cause ends in one line on standard error and exit code 2.
 
 import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -118,3 +120,127 @@ def generate(
         for piece in llm.complete(text or "", stop=tuple(stop or ()), **sampling):
             print(piece, end="", flush=True)
         print()
+
+
+@app.command()
+def convert(
+    source: Model,
+    folder: Annotated[Path, typer.Argument(help="The folder to write; it must not hold files.")],
+    to: Annotated[
+        str, typer.Option(help="hf (config.json, model.safetensors) or mistral (params.json).")
+    ] = "hf",
+    dtype: Annotated[
+        str | None, typer.Option(help="bfloat16, float16 or float32; by default as stored.")
+    ] = None,
+) -> None:
+    """Write a model in another layout: Mistral's own, or Hugging Face's."""
+    import torch
+
+    from opennemo.model.checkpoint import convert as convert_checkpoint
+    from opennemo.model.hub import locate
+
+    layout = _one_of("--to", to, ("hf", "mistral"))
+    name = None if dtype is None else _one_of("--dtype", dtype, ("bfloat16", "float16", "float32"))
+    with _progress("Converting") as progress:
+        convert_checkpoint(
+            locate(source),
+            folder,
+            to=layout,
+            dtype=getattr(torch, name) if name else None,
+            progress=progress,
+        )
+    print(f"Wrote {folder}")
+
+
+@app.command()
+def info(model: Model) -> None:
+    """What a model is, the memory it needs, and what fits on this machine; loads no weights."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from opennemo.model.checkpoint import open_checkpoint
+    from opennemo.model.hub import locate
+    from opennemo.model.memory import Needs, machine_memory
+
+    checkpoint = open_checkpoint(locate(model))
+    config, console = checkpoint.config, Console(highlight=False)
+    needs = Needs.of(config)
+    rows = {
+        "parameters": f"{needs.n_parameters:,}",
+        "layout": f"{checkpoint.layout}, stored as {str(checkpoint.dtype).removeprefix('torch.')}",
+        "layers": f"{config.n_layers} of width {config.dim:,}, feed-forward {config.hidden_dim:,}",
+        "heads": f"{config.n_heads} for queries, {config.n_kv_heads} for keys and values, "
+        f"of {config.head_dim}",
+        "vocabulary": f"{config.vocab_size:,}{', tied to the head' * config.tied_embeddings}",
+        "context": f"{config.max_position_embeddings:,} tokens"
+        + (f", window {config.sliding_window:,}" if config.sliding_window else ""),
+    }
+    for name, value in rows.items():
+        console.print(f"{name:<11} {value}")
+    lengths = [n for n in (1024, 8192, 32768, 131072) if n <= config.max_position_embeddings]
+    table = Table("memory for", *(f"{n:,} tokens" for n in lengths), title_justify="left")
+    for kv, size in needs.kv_per_token.items():
+        table.add_row(f"KV cache in {kv}", *(_size(n * size) for n in lengths))
+    console.print(table)
+    fits = Table("weights in", "size", *(f"context on {d}" for d in machine_memory()))
+    for weights, size in needs.weights.items():
+        contexts = [
+            f"{needs.max_context(memory, weights, 'bf16'):,}"
+            for memory in machine_memory().values()
+        ]
+        fits.add_row(weights, _size(size), *contexts)
+    console.print(fits)
+    memory = ", ".join(f"{device} {_size(size)}" for device, size in machine_memory().items())
+    console.print(f"Context: tokens that fit beside the weights, KV cache in bf16. {memory}.")
+
+
+def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> Any:
+    if value not in allowed:
+        raise InvalidRequest(f"{option} is {value}, allowed are {', '.join(allowed)}")
+    return value
+
+
+def _size(n_bytes: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if n_bytes < 1024:
+            return f"{n_bytes:.0f} {unit}"
+        n_bytes /= 1024
+    return f"{n_bytes:.1f} GiB"
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar for bytes (done, total) on standard error; in a pipe, a line for every tenth."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    console = Console(stderr=True)
+    tenths = 0
+
+    def line(done: int, total: int) -> None:
+        nonlocal tenths
+        if 10 * done // total > tenths:
+            tenths = 10 * done // total
+            print(f"{what}: {10 * tenths} % of {_size(total)}", file=sys.stderr)
+
+    if not console.is_terminal:
+        yield line
+        return
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True),
+        TransferSpeedColumn(), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+if __name__ == "__main__":
+    main()

@@ -16,14 +16,15 @@ import torch
 
 from opennemo.engine import Engine, EngineConfig, Event, SamplingParams
 from opennemo.errors import OpenNemoError
-from opennemo.model.checkpoint import load, read_generation_config
+from opennemo.model.checkpoint import load
+from opennemo.model.companions import read_generation_config
 from opennemo.model.hub import locate
 from opennemo.tokenizer import Tokenizer, load_tokenizer
 from opennemo.tokenizer.chat import Message, encode_chat, parse_reply
 
-# Mistral's model card: "unlike previous Mistral models, NeMo requires smaller temperatures".
-NEMO_TEMPERATURE = 0.3
-OTHER_TEMPERATURE = 0.7
+# What NeMo's model card asks for ("requires smaller temperatures"), and a good choice for small
+# models, too. A model whose generation config names another gets that.
+DEFAULT_TEMPERATURE = 0.3
 
 
 class LLM:
@@ -64,13 +65,12 @@ class LLM:
         dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
         tokenizer = load_tokenizer(path)
         said = read_generation_config(path)
-        nemo = tokenizer.instruct_version == "v3-tekken"
         defaults = SamplingParams(
-            temperature=said.get("temperature", NEMO_TEMPERATURE if nemo else OTHER_TEMPERATURE),
+            temperature=said.get("temperature", DEFAULT_TEMPERATURE),
             top_p=said.get("top_p", 1.0),
             top_k=said.get("top_k", 0),
         )
-        eos_ids = {tokenizer.eos_id, *said.get("eos_token_id", ())}
+        eos_ids = {tokenizer.eos_id, *said.get("eos_token_ids", ())}
         engine = Engine(load(path, device=device, dtype=dtype), eos_ids, config)
         engine.start()
         return cls(_name(path, model), tokenizer, engine, defaults)
