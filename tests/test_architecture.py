@@ -18,7 +18,9 @@ FLOOR = {package: height for height, floor in enumerate(FLOORS) for package in f
 # Lines of Python a package may have. Raise one only in the commit that needs it, saying why.
 BUDGET = {
     "errors": 60,
-    "tokenizer": 1500,
+    # Chat layouts and templates, learning a vocabulary and measuring one turned out to be five
+    # subjects beside the tokenizers themselves.
+    "tokenizer": 3000,
     "kernels": 700,
     "model": 1500,
     "train": 1700,
