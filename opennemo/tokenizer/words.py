@@ -1,0 +1,180 @@
+"""How often each word occurs in texts of many languages: all that learning a vocabulary needs.
+
+One idea makes it simple: once words are counted per language, the weights of languages, sampling
+by temperature and bounded memory are arithmetic on counts. The order in which processes finish
+changes nothing.
+
+It does not know what a token is. Sampling by temperature: arXiv:1907.05019. Pruned counts: Manku
+and Motwani, "Approximate Frequency Counts over Data Streams" (2002).
+"""
+
+import multiprocessing
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass, field
+
+import regex  # comes with tiktoken; reads \p{...} as the Rust libraries do
+
+from opennemo.errors import InvalidRequest
+from opennemo.tokenizer.texts import Texts
+from opennemo.tokenizer.tokenizer import repair_surrogates
+
+_WORD = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+_NAME = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+_SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_BLANK = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+PATTERNS = {
+    "tekken": rf"[^\r\n\p{{L}}\p{{N}}]?{_WORD}|[^\r\n\p{{L}}\p{{N}}]?{_NAME}|\p{{N}}"
+    rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_BLANK}",
+    "o200k": rf"[^\r\n\p{{L}}\p{{N}}]?{_WORD}{_SUFFIX}?|[^\r\n\p{{L}}\p{{N}}]?{_NAME}{_SUFFIX}?"
+    rf"|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_BLANK}",
+    "llama3": rf"{_SUFFIX}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}"
+    rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_BLANK}",
+    "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+}
+BATCH_CHARS = 4 << 20  # characters that a process counts at a time
+MAX_WORD_CHARS = 1_000  # a longer word, such as an image in base64, teaches nothing
+MAX_WEIGHED_BYTES = 1 << 30  # of all words together: rustbpe counts pairs in 31 bits
+
+Report = Callable[[str, float], None]  # what is being done, and how much of it: 0 to 1
+
+
+@dataclass
+class WordCounts:
+    """How often each word occurs, by language.
+
+    Attributes:
+        n_bytes: of text, by language, in UTF-8.
+        missed: by language, the most that any count may be too low because rare words were
+            dropped to stay within `max_words`; a language that is not in it is counted exactly.
+        n_broken: lines left out because they could not be read.
+    """
+
+    words: dict[str, Counter[str]] = field(default_factory=dict)
+    n_bytes: Counter[str] = field(default_factory=Counter)
+    missed: Counter[str] = field(default_factory=Counter)
+    n_broken: int = 0
+
+    def add(self, words: Mapping[str, Counter[str]], max_words: int) -> None:
+        """Add counts; then drop the rarest words of the languages that have most of them."""
+        for language, counts in words.items():
+            self.words.setdefault(language, Counter()).update(counts)
+        while sum(map(len, self.words.values())) > max_words:
+            language = max(self.words, key=lambda name: len(self.words[name]))
+            counts = self.words[language]
+            threshold = sorted(counts.values())[len(counts) // 2]
+            kept = {word: n for word, n in counts.items() if n > threshold}
+            self.words[language] = Counter(kept)
+            self.missed[language] += threshold
+
+
+def compiled(pattern: str) -> regex.Pattern[str]:
+    """The pattern, sure to lose nothing of a text that is split with it.
+
+    Raises:
+        InvalidRequest: it does not compile, has groups, or matches some character nowhere.
+    """
+    try:
+        split = regex.compile(pattern)
+    except regex.error as error:
+        names = ", ".join(PATTERNS)
+        raise InvalidRequest(
+            f"the pattern {pattern!r} is none of {names} and does not compile: {error}"
+        ) from error
+    if split.groups:
+        raise InvalidRequest(f"the pattern {pattern!r} has groups: write (?:...) for (...)")
+    sample = "".join(chr(c) for c in (*range(0xD800), *range(0xE000, 0x30000)))
+    if left := split.sub("", sample):
+        raise InvalidRequest(f"the pattern {pattern!r} would lose {left[0]!r} of a text")
+    return split
+
+
+def count_words(
+    texts: Texts, pattern: str, max_words: int, *, processes: int = 1, report: Report | None = None
+) -> WordCounts:
+    """Split all texts into words and count them; more processes change nothing but the time."""
+    result = WordCounts()
+    say = report or (lambda stage, share: None)
+    stage = "counting words"
+    batches = _batches(texts, result.n_bytes, lambda n: say(stage, n / max(1, texts.n_bytes)))
+    if processes == 1:
+        for batch in batches:
+            result.add(_count(pattern, batch), max_words)
+    else:
+        # Spawned, not forked: whoever calls may have threads.
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(processes, mp_context=spawn) as pool:
+            pending: deque[Future[dict[str, Counter[str]]]] = deque()
+            for batch in batches:
+                pending.append(pool.submit(_count, pattern, batch))
+                if len(pending) > 2 * processes:  # so that texts do not pile up
+                    result.add(pending.popleft().result(), max_words)
+            while pending:
+                result.add(pending.popleft().result(), max_words)
+    result.n_broken = texts.n_broken
+    if not any(result.words.values()):
+        raise InvalidRequest(f"no text to learn from ({result.n_broken:,} lines were unreadable)")
+    return result
+
+
+def _batches(
+    texts: Texts, n_bytes: Counter[str], report: Callable[[int], None]
+) -> Iterator[list[tuple[str, str]]]:
+    batch, size = [], 0
+    for language, text in texts.read(report):
+        try:
+            n_bytes[language] += len(text.encode())
+        except UnicodeEncodeError:  # JSON can say "\\ud800"
+            text = repair_surrogates(text)
+            n_bytes[language] += len(text.encode())
+        batch.append((language, text))
+        size += len(text)
+        if size >= BATCH_CHARS:
+            yield batch
+            batch, size = [], 0
+    yield batch
+
+
+def _count(pattern: str, batch: list[tuple[str, str]]) -> dict[str, Counter[str]]:
+    find = regex.compile(pattern).findall  # from the library's cache after the first time
+    words: dict[str, Counter[str]] = {}
+    for language, text in batch:
+        words.setdefault(language, Counter()).update(find(text))
+    for counts in words.values():
+        for word in [word for word in counts if len(word) > MAX_WORD_CHARS]:
+            del counts[word]
+    return words
+
+
+def weigh(
+    counts: WordCounts, temperature: float = 1.0, weights: Mapping[str, float] | None = None
+) -> Iterator[tuple[str, int]]:
+    """One list of words for all languages, in order, each with how often it is to count.
+
+    All counts together stay as they are, up to `MAX_WEIGHED_BYTES`; only shares change. They are
+    rounded by carrying the rest over to the next word: rounding each by itself would drop most
+    of the languages without spaces, whose words hardly occur twice.
+    """
+    weights = weights or {}
+    if unknown := weights.keys() - counts.words.keys():
+        raise InvalidRequest(f"weights for languages without texts: {', '.join(sorted(unknown))}")
+    due = {
+        language: n ** (1 / temperature) * weights.get(language, 1.0)
+        for language, n in counts.n_bytes.items()
+    }
+    if not (all_due := sum(due.values())):
+        raise InvalidRequest("the weights of all languages are 0")
+    scale = min(MAX_WEIGHED_BYTES, counts.n_bytes.total()) / all_due
+    weighed: dict[str, float] = {}
+    for language in sorted(counts.words):
+        factor = due[language] * scale / counts.n_bytes[language]
+        for word, n in counts.words[language].items():
+            weighed[word] = weighed.get(word, 0.0) + n * factor
+    carry = 0.5
+    for word in sorted(weighed):
+        carry += weighed[word]
+        n = int(carry)
+        carry -= n
+        if n:
+            yield word, n
