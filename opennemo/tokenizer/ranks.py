@@ -1,0 +1,63 @@
+"""Files of ranks as tiktoken has them, such as Llama 3's `tokenizer.model`, to compare with.
+
+Each line is a token in base64 and its rank. Such a file names no control tokens and no split
+pattern, so it serves to measure and to look at, not to run a model. Format: tiktoken, `load.py`.
+"""
+
+import binascii
+from pathlib import Path
+
+from opennemo.errors import CheckpointError
+from opennemo.tokenizer.bpe import BytePairEncoding
+from opennemo.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from opennemo.tokenizer.words import PATTERNS
+
+# A file of ranks does not say how it splits text; its number of ranks gives it away.
+PATTERN_OF_RANKS = {50_256: "gpt2", 100_256: "llama3", 128_000: "llama3", 199_998: "o200k"}
+PATTERN_OF_RANKS |= {200_000: "o200k"}  # Llama 4
+
+
+class Ranks(Tokenizer):
+    """A vocabulary without control tokens; the id of a token is its rank.
+
+    Raises:
+        CheckpointError: the file is none of this kind, or of an unknown number of ranks.
+    """
+
+    def __init__(self, path: Path):
+        try:
+            lines = (line.split() for line in path.read_bytes().splitlines())
+            self._tokens = [binascii.a2b_base64(token) for token, rank in lines]
+        except (ValueError, OSError) as error:
+            raise CheckpointError(f"{path}: not a tiktoken file ({error})") from error
+        if (pattern := PATTERN_OF_RANKS.get(len(self._tokens))) is None:
+            known = ", ".join(f"{n:,}" for n in PATTERN_OF_RANKS)
+            raise CheckpointError(
+                f"{path}: {len(self._tokens):,} ranks, so its split pattern is unknown "
+                f"(known are files of {known})"
+            )
+        self._bpe = BytePairEncoding(PATTERNS[pattern], self._tokens, first_id=0)
+        self.vocab_size, self.control = len(self._tokens), {}
+        self.bos_id = self.eos_id = -1
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text."""
+        return self._bpe.encode(text)
+
+    def token_bytes(self, id: int) -> bytes:
+        """The bytes one id stands for; IndexError if out of range."""
+        return self._tokens[id]
+
+
+def open_tokenizer(path: Path) -> Tokenizer:
+    """Any tokenizer of the package, or a file of ranks, told by what is in it.
+
+    Raises:
+        CheckpointError: nothing there that is known.
+    """
+    if path.is_file():
+        with path.open("rb") as file:
+            first = file.read(1024).partition(b"\n")[0].split()
+        if len(first) == 2 and first[1] == b"0":
+            return Ranks(path)
+    return load_tokenizer(path)
