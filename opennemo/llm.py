@@ -1,26 +1,33 @@
 """Text in, text out: a tokenizer and an engine, and what lies between text and ids.
 
 `LLM.load(model)` takes a folder, a `.gguf` file or a Hugging Face id; `chat` and `complete` return
-a `Reply` at once and the words follow as they are chosen. Between ids and words stand whole
-UTF-8 characters, stop strings (which may lie across tokens) and, in a chat, the reply's message.
-This module knows neither HTTP nor the terminal.
+a `Reply` at once (reply.py) and the words follow as they are chosen. On the way in, a conversation
+becomes ids, and tools and formats become a grammar that the answer cannot leave. This module knows
+neither HTTP nor the terminal.
 """
 
-import queue
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from opennemo.engine import Engine, EngineConfig, Event, SamplingParams
-from opennemo.errors import OpenNemoError
+from opennemo.engine.grammar import GrammarCompiler, Kind, tool_call_grammar
+from opennemo.errors import InvalidRequest
 from opennemo.model.checkpoint import load
 from opennemo.model.companions import read_generation_config
 from opennemo.model.hub import locate
+from opennemo.model.lora import Adapter, load_adapter
+from opennemo.reply import TAG, Reply, TextStream
 from opennemo.tokenizer import Tokenizer, load_tokenizer
-from opennemo.tokenizer.chat import Message, encode_chat, parse_reply
+from opennemo.tokenizer.chat import Message, encode_chat
+from opennemo.tokenizer.messages import Tool
+
+__all__ = ["LLM", "Reply", "TextStream"]
 
 # What NeMo's model card asks for ("requires smaller temperatures"), and a good choice for small
 # models, too. A model whose generation config names another gets that.
@@ -39,6 +46,7 @@ class LLM:
     def __init__(self, name: str, tokenizer: Tokenizer, engine: Engine, defaults: SamplingParams):
         """Takes a running engine; `defaults` are the model's own sampling settings."""
         self.name, self.tokenizer, self.engine, self.defaults = name, tokenizer, engine, defaults
+        self.adapters: dict[str, Adapter] = {}
 
     @classmethod
     def load(
@@ -89,149 +97,191 @@ class LLM:
         self,
         messages: list[Message],
         *,
-        tools: list[dict[str, Any]] | None = None,
+        tools: list[Tool] | None = None,
+        tool_choice: str | Mapping[str, Any] = "auto",
+        parallel_tool_calls: bool = True,
+        format: tuple[Kind, str] | None = None,
         stop: tuple[str, ...] = (),
+        adapter: str | None = None,
+        n: int = 1,
+        salt: bytes = b"",
         **sampling: Any,
     ) -> "Reply":
         """Answer a conversation of OpenAI messages; `sampling` are fields of SamplingParams.
+
+        Args:
+            tool_choice: "auto", "none", "required" (or "any"), or OpenAI's objects that name one
+                tool or several. Calls are always to a declared tool, with valid arguments.
+            format: the kind of a grammar that the answer's text follows, and its source.
+            adapter: the name of one that was loaded.
+            n: how many answers. Prompts share cached pages within the same `salt` only.
 
         Raises:
             InvalidRequest: a message, tool or setting that the model's chat layout cannot take.
             ContextTooLong: the conversation leaves no room for an answer.
         """
-        return self._submit(encode_chat(self.tokenizer, messages, tools), stop, sampling)
+        allowed, required = _choose_tools(tools or [], tool_choice)
+        ids = encode_chat(self.tokenizer, messages, tools if allowed else None)
+        marker = self.tokenizer.control.get("[TOOL_CALLS]")
+        if allowed:
+            format = self._answer_format(allowed, required, parallel_tool_calls, format)
+        elif marker is not None:
+            sampling["logit_bias"] = {**sampling.get("logit_bias", {}), marker: -100.0}
+        if format is not None:
+            sampling["grammar"] = self.grammars.compile(*format)
+        calls = (TAG if marker is None else marker) if allowed else None
+        return self._submit(ids, sampling, stop, calls, adapter, n, salt)
 
     def complete(
-        self, prompt: str | list[int], *, stop: tuple[str, ...] = (), **sampling: Any
+        self,
+        prompt: str | list[int],
+        *,
+        format: tuple[Kind, str] | None = None,
+        stop: tuple[str, ...] = (),
+        adapter: str | None = None,
+        n: int = 1,
+        salt: bytes = b"",
+        **sampling: Any,
     ) -> "Reply":
         """Continue a text, after BOS, or a list of ids exactly as given."""
-        ids = prompt
-        if isinstance(ids, str):
-            ids = [self.tokenizer.bos_id, *self.tokenizer.encode(ids)]
-        return self._submit(ids, stop, sampling)
+        if format is not None:
+            sampling["grammar"] = self.grammars.compile(*format)
+        ids = self.encode(prompt) if isinstance(prompt, str) else prompt
+        return self._submit(ids, sampling, stop, None, adapter, n, salt)
 
-    def _submit(
-        self, ids: list[int], stop: tuple[str, ...], sampling: Mapping[str, Any]
-    ) -> "Reply":
-        params = replace(self.defaults, **sampling)
-        return Reply(self.tokenizer, self.engine, ids, params, stop)
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text by itself, with BOS where the model wants one."""
+        return [self.tokenizer.bos_id, *self.tokenizer.encode(text)]
 
+    @cached_property
+    def grammars(self) -> GrammarCompiler:
+        """Compiles grammars for the vocabulary; built when first asked for (seconds, for NeMo)."""
+        tokenizer = self.tokenizer
+        tokens = [tokenizer.token_bytes(id) for id in range(tokenizer.vocab_size)]
+        # A model may have more rows than the vocabulary has tokens; nothing stands for those.
+        tokens += [b""] * (self.engine.vocab_size - len(tokens))
+        return GrammarCompiler(tokens, tokenizer.control, tokenizer.eos_id)
 
-class Reply:
-    """An answer on its way: iterate for its text, piece by piece; the whole is there afterwards.
-
-    Attributes:
-        ids: token ids so far, EOS included.
-        n_prompt_tokens, n_cached_tokens: size of the prompt, and how much of it was in the cache.
-        finish_reason: "stop", "length" or "cancelled" once the answer has ended.
-    """
-
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        engine: Engine,
-        prompt_ids: list[int],
-        params: SamplingParams,
-        stop: tuple[str, ...] = (),
-    ):
-        self.ids: list[int] = []
-        self.n_prompt_tokens, self.n_cached_tokens = len(prompt_ids), 0
-        self.finish_reason: str | None = None
-        self._tokenizer, self._engine = tokenizer, engine
-        self._text = TextStream(tokenizer, stop)
-        self._pieces: list[str] = []
-        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self._id = engine.submit(prompt_ids, params, self._events.put)
-
-    def __iter__(self) -> Iterator[str]:
-        """Pieces of text as they come, never empty. Ends early at a stop string.
+    def load_adapter(self, name: str, folder: Path) -> None:
+        """Read a LoRA adapter that PEFT saved; from now on requests may name it.
 
         Raises:
-            OpenNemoError: the engine could not finish the answer.
+            CheckpointError: it cannot be read, or is not for this model.
         """
-        while self.finish_reason is None:
-            piece = self._take(self._events.get())
-            if piece:
-                self._pieces.append(piece)
-                yield piece
+        self.adapters[name] = load_adapter(folder, self.engine.runner.model)
 
-    def _take(self, event: Event) -> str:
-        self.n_cached_tokens = event.n_cached_tokens
-        if event.error:
-            self.finish_reason = "error"
-            raise OpenNemoError(event.error)
-        piece = ""
-        if event.token is not None:
-            self.ids.append(event.token)
-            piece = self._text.push(event.token)
-        if self._text.stopped:
-            self.cancel()
-            self.finish_reason = "stop"
-        elif event.finish_reason:
-            self.finish_reason = event.finish_reason
-            piece += self._text.flush()
-        return piece
+    def reset_prefix_cache(self) -> None:
+        """Forget all cached prompts, on the thread that owns them: an empty answer's listener."""
 
-    def cancel(self) -> None:
-        """Give up: the engine stops at its next step, and the text so far is all there is."""
-        self._engine.cancel(self._id)
+        def forget(event: Event) -> None:
+            self.engine.cache.reset()
 
-    @property
-    def text(self) -> str:
-        """The whole text; waits for the end."""
-        for _ in self:
-            pass
-        return "".join(self._pieces)
+        self._submit([self.tokenizer.bos_id], {"max_tokens": 1}, listen=forget).finish()
 
-    @property
-    def message(self) -> Message:
-        """The whole answer as an OpenAI message, tool calls parsed; waits for the end."""
-        text = self.text
-        message = parse_reply(self._tokenizer, self.ids)
-        return message if message.get("tool_calls") else {"role": "assistant", "content": text}
+    def sleep(self) -> None:
+        """Stop the engine and give its cache back, and on a GPU the weights' memory, too."""
+        self.engine.stop()
+        self.engine.cache.reset()
+        runner = self.engine.runner
+        self._awake = runner.kv_cache.shape, runner.kv_cache.device, runner.kv_cache.dtype
+        runner.kv_cache = torch.empty(0, dtype=self._awake[2])
+        runner.model.to("cpu")
+        if self._awake[1].type == "cuda":
+            torch.cuda.empty_cache()
 
+    def wake(self) -> None:
+        """The opposite of `sleep`."""
+        shape, device, dtype = self._awake
+        runner = self.engine.runner
+        runner.model.to(device)
+        runner.kv_cache = torch.zeros(shape, device=device, dtype=dtype)
+        self.engine.start()
 
-class TextStream:
-    """Turns ids into text as they come, and ends it before the first stop string.
+    def _answer_format(
+        self, tools: list[Tool], required: bool, parallel: bool, format: tuple[Kind, str] | None
+    ) -> tuple[Kind, str]:
+        """A grammar of calls, or else of text, which follows `format` if there is one."""
+        text = None
+        if format is not None and not required:
+            if format[0] not in ("json_object", "json_schema"):
+                raise InvalidRequest(
+                    f"a {format[0]} cannot be combined with tools that may be used"
+                )
+            schema = format[1] or json.dumps({"type": "object"})
+            text = f"%json {schema}"
+        if "[TOOL_CALLS]" in self.tokenizer.control:
+            source = tool_call_grammar(
+                tools, required=required or text is not None, parallel=parallel
+            )
+            if text:
+                source = source.replace(
+                    "start: <TOOL_CALLS> calls", "start: <TOOL_CALLS> calls | text"
+                )
+        else:
+            source = tagged_call_grammar(self.tokenizer, tools, parallel)
+            if not required:
+                source = source.replace("start: calls", "start: calls | text")
+                tagged = f"(.|\\n)*{TAG}(.|\\n)*"
+                text = text or f"PLAIN\nPLAIN: /(.|\\n)*/ & ~/{tagged}/"
+        return "lark", f"{source}\ntext: {text}" if text else source
 
-    Text that could be the beginning of a stop string is held back until it is decided.
-
-    >>> stream = TextStream(tokenizer, stop=("END",))
-    >>> [stream.push(id) for id in tokenizer.encode("the E of END.")]
-    ['the', '', ' E of', ' ', '']
-    """
-
-    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = ()):
-        self.stopped = False
-        self._stop = tuple(s for s in stop if s)
-        self._stream = tokenizer.stream()
-        self._held = ""
-
-    def push(self, id: int) -> str:
-        return self._release(self._stream.push(id))
-
-    def flush(self) -> str:
-        """What was still held back, at the end of the answer."""
-        piece = self._release(self._stream.flush())
-        held, self._held = self._held, ""
-        return piece if self.stopped else piece + held
-
-    def _release(self, piece: str) -> str:
-        if self.stopped or not self._stop:
-            return "" if self.stopped else piece
-        text = self._held + piece
-        found = [at for s in self._stop if (at := text.find(s)) >= 0]
-        if found:
-            self.stopped, self._held = True, ""
-            return text[: min(found)]
-        hold = max(_overlap(text, s) for s in self._stop)
-        self._held = text[len(text) - hold :]
-        return text[: len(text) - hold]
+    def _submit(
+        self,
+        ids: list[int],
+        sampling: Mapping[str, Any],
+        stop: tuple[str, ...] = (),
+        calls: int | str | None = None,
+        adapter: str | None = None,
+        n: int = 1,
+        salt: bytes = b"",
+        listen: Callable[[Event], None] | None = None,
+    ) -> "Reply":
+        params = replace(self.defaults, **sampling)
+        if adapter is not None and adapter not in self.adapters:
+            raise InvalidRequest(f"there is no adapter {adapter!r}, only {sorted(self.adapters)}")
+        reply = Reply(self.tokenizer, self.engine, ids, n, stop, calls, listen)
+        lora = self.adapters[adapter] if adapter else None
+        reply.id = self.engine.submit(ids, params, reply.listen, n=n, adapter=lora, salt=salt)
+        return reply
 
 
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` with which `stop` begins."""
-    return next(n for n in range(min(len(text), len(stop) - 1), -1, -1) if text.endswith(stop[:n]))
+def tagged_call_grammar(tokenizer: Tokenizer, tools: list[Tool], parallel: bool) -> str:
+    """Lark source of calls in `<tool_call>` tags, for models without Mistral's control tokens."""
+    source = tool_call_grammar(tools, required=True, parallel=parallel)
+    array = json.loads(source.partition("%json ")[2])
+    call = {"anyOf": array["items"]["anyOf"], "x-guidance": array["x-guidance"]}
+    begin, end = (
+        tag if tag in tokenizer.control else json.dumps(tag) for tag in (TAG, "</tool_call>")
+    )
+    many = '("\\n" call)*' if parallel else ""
+    return (
+        f'start: calls\ncalls: call {many}\ncall: {begin} "\\n" body "\\n" {end}\n'
+        f"body: %json {json.dumps(call)}"
+    )
+
+
+def _choose_tools(tools: list[Tool], choice: str | Mapping[str, Any]) -> tuple[list[Tool], bool]:
+    """The tools that may be called, and whether one must be."""
+    if isinstance(choice, str):
+        if choice not in ("auto", "none", "required", "any"):
+            raise InvalidRequest(
+                f"tool_choice: {choice!r} is none of auto, none, required, any, or an object"
+            )
+        if choice in ("required", "any") and not tools:
+            raise InvalidRequest("tool_choice: a tool call is required, but there are no tools")
+        return [] if choice == "none" else tools, choice in ("required", "any")
+    allowed = choice.get("allowed_tools", choice)
+    entries = allowed.get("tools", [choice]) if isinstance(allowed, Mapping) else [choice]
+    names = {_tool_name(entry) for entry in entries} if isinstance(entries, list) else set()
+    chosen = [tool for tool in tools if _tool_name(tool) in names]
+    if not chosen or len(chosen) < len(names):
+        raise InvalidRequest(f"tool_choice: {choice} names a tool that is not declared")
+    return chosen, not isinstance(allowed, Mapping) or allowed.get("mode") != "auto"
+
+
+def _tool_name(tool: Any) -> str:
+    function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+    return str(function.get("name")) if isinstance(function, Mapping) else ""
 
 
 def _name(path: Path, model: str) -> str:
