@@ -59,7 +59,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
             return {head.string(): head.value(head.scalar("I")) for _ in range(n_keys)}
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
-    except (struct.error, ValueError, KeyError) as error:
+    except (struct.error, ValueError, KeyError, RecursionError) as error:
         raise CheckpointError(f"{path}: damaged or cut off in its metadata ({error})") from error
 
 

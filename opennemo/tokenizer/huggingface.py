@@ -55,7 +55,7 @@ class HuggingFace(Tokenizer):
         names = _names(spec)
         for id in (bos_id, eos_id):
             if id not in names:
-                raise ValueError(f"it has no token {id}, which is to begin or end a text")
+                raise ValueError(f"it has no token {id!r}, which is to begin or end a text")
         special = {added["id"] for added in spec.get("added_tokens") or [] if added["special"]}
         self.control = {names[id]: id for id in sorted(special | {bos_id, eos_id})}
         self.bos_id, self.eos_id, self.add_bos = bos_id, eos_id, add_bos
@@ -85,9 +85,8 @@ class HuggingFace(Tokenizer):
         folder = path.parent
         settings: dict[str, Any] = {}
         for name in ("config", "generation_config", "special_tokens_map", "tokenizer_config"):
-            settings |= (
-                read_json(folder / f"{name}.json") if (folder / f"{name}.json").exists() else {}
-            )
+            if (file := folder / f"{name}.json").exists():
+                settings |= {k: v for k, v in read_json(file).items() if v is not None}
         spec = read_json(path)
         try:
             ids = {name: id for id, name in _names(spec).items()}

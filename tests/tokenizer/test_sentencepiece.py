@@ -1,0 +1,99 @@
+"""SentencePiece: the ids of mistral-common, and the chat layout by the name of the file."""
+
+import importlib.util
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer, get_spm_version
+
+from opennemo.errors import CheckpointError
+from opennemo.tokenizer.sentencepiece import SentencePiece
+from opennemo.tokenizer.tokenizer import load_tokenizer
+
+DATA = Path(str(importlib.util.find_spec("mistral_common").origin)).parent / "data"  # type: ignore
+FILES = sorted(DATA.glob("*.model*"))
+V1, V3 = DATA / "tokenizer.model.v1", DATA / "mistral_instruct_tokenizer_240323.model.v3"
+
+
+@pytest.mark.parametrize("file", FILES, ids=[file.name for file in FILES])
+def test_mistral_common_agrees(texts: SimpleNamespace, file: Path):
+    ours, theirs = load_tokenizer(file), SentencePieceTokenizer(file.as_posix())
+    assert ours.instruct_version == get_spm_version(file).value
+    assert (ours.vocab_size, ours.bos_id, ours.eos_id) == (theirs.n_words, 1, 2)
+    assert ours.dummy_prefix and ours.add_bos
+    for name, id in ours.control.items():
+        assert theirs.get_special_token(name) == id
+    every = [*texts.documents(), *texts.sentences, *texts.look_alikes, *texts.random(3000, seed=5)]
+    for text, batched in zip(every, ours.encode_batch(every), strict=True):
+        ids = ours.encode(text)
+        assert ids == batched.tolist() == theirs.encode(text, bos=False, eos=False)
+        assert not {*ids} & {*ours.control.values()}
+        assert ours.decode(ids) == theirs.decode(ids)
+        assert ours.decode(ids) == text.replace("▁", " ")
+
+
+def test_bytes_and_control_tokens():
+    tokenizer = load_tokenizer(V3)
+    ids = tokenizer.encode("🦙\ud800")
+    assert b"".join(map(tokenizer.token_bytes, ids)) == " 🦙\ufffd".encode()
+    assert tokenizer.token_bytes(tokenizer.bos_id) == tokenizer.token_bytes(0) == b""
+    inst = tokenizer.control["[INST]"]
+    assert tokenizer.decode([1, inst, *tokenizer.encode("Hi")], show_control=True) == "<s>[INST] Hi"
+    for id in (-1, tokenizer.vocab_size):
+        with pytest.raises(IndexError):
+            tokenizer.token_bytes(id)
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "template", "version"),
+    [
+        (V1, "tokenizer.model", None, "v1"),
+        (V1, "tokenizer.model", "[INST] {{ messages }}", None),
+        (V1, "tokenizer.model.v1", "[INST] {{ messages }}", "v1"),
+        (V3, "tokenizer.model", None, "v3"),
+        (V3, "tokenizer.model", "[INST] {{ messages }}", "v3"),
+        (V3, "tokenizer.model", "<|im_start|>{{ messages }}", None),
+        (V3, "tokenizer.model.v2", None, "v2"),
+    ],
+)
+def test_version(tmp_path: Path, source: Path, name: str, template: str | None, version: str):
+    shutil.copy(source, tmp_path / name)
+    if template:
+        (tmp_path / "chat_template.jinja").write_text(template)
+    tokenizer = load_tokenizer(tmp_path)
+    assert isinstance(tokenizer, SentencePiece)
+    assert (tokenizer.instruct_version, tokenizer.chat_template) == (version, template)
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 99, b"text", V1.read_bytes()[:100_000]])
+def test_a_file_that_is_no_model(tmp_path: Path, content: bytes):
+    file = tmp_path / "tokenizer.model"
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError) as caught:
+        load_tokenizer(file)
+    assert str(file) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_which_file_of_a_folder(tmp_path: Path):
+    def loaded() -> tuple[str, str | None]:
+        tokenizer = load_tokenizer(tmp_path)
+        return type(tokenizer).__name__, tokenizer.instruct_version
+
+    with pytest.raises(CheckpointError, match="has none of its files"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(CheckpointError, match=r"none\.json: cannot be read"):
+        load_tokenizer(tmp_path / "none.json")
+    with pytest.raises(CheckpointError, match="is missing"):
+        load_tokenizer(tmp_path / "none")
+    (tmp_path / "weights.bin").write_text("")
+    with pytest.raises(CheckpointError, match="is not one"):
+        load_tokenizer(tmp_path / "weights.bin")
+    shutil.copy(V1, tmp_path / "tokenizer.model")
+    assert loaded() == ("SentencePiece", "v1")
+    shutil.copy(V1, tmp_path / "tokenizer.model.v1")
+    shutil.copy(V3, tmp_path / "tokenizer.model.v3")
+    assert loaded() == ("SentencePiece", "v3")
+    shutil.copy(DATA / "tekken_240718.json", tmp_path / "tekken.json")
+    assert loaded() == ("Tekken", "v3-tekken")
