@@ -53,6 +53,7 @@ class EngineConfig:
     max_answers: int = 16  # n of one request
     prefix_caching: bool = True
     n_draft_tokens: int = 0  # guessed by prompt lookup and checked in one step; 0: off
+    adapters: bool = False  # whether requests may name one; on a CPU this keeps weights twice
 
 
 class Engine:
@@ -72,7 +73,7 @@ class Engine:
         self.scheduler = Scheduler(
             self.cache, config.max_batched_tokens, config.max_sequences, config.n_draft_tokens
         )
-        self.runner = Runner(model, n_pages, config.page_size)
+        self.runner = Runner(model, n_pages, config.page_size, config.adapters)
         self._ids = itertools.count(1)
         self._sequences: dict[int, list[Sequence]] = {}  # alive, by request
         self._inbox: deque[list[Sequence] | int] = deque()  # new requests, and ids to cancel
@@ -119,6 +120,8 @@ class Engine:
             raise Overloaded(
                 f"{self.config.max_queued} requests are waiting already; try again later"
             )
+        if adapter is not None and not self.config.adapters:
+            raise InvalidRequest("this engine was started without adapters")
         if adapter is not None:  # the same prompt has other keys and values under an adapter
             salt += b"/adapter %d" % adapter.number
         max_tokens = min(params.max_tokens or room, room)

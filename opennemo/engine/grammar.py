@@ -39,11 +39,12 @@ class Matcher:
 
     def advance(self, token: int) -> str | None:
         """Take the token that was chosen; returns what went wrong, if anything did."""
-        return None if self._matcher.consume_token(token) else self._matcher.get_error()
+        return None if self._matcher.consume_token(token) else self.error
 
     @property
-    def error(self) -> str | None:
-        return self._matcher.get_error() or None
+    def error(self) -> str:
+        """Why nothing may follow, in one line; "" if nothing is wrong."""
+        return _first_line(self._matcher.get_error())
 
     @property
     def complete(self) -> bool:
@@ -97,8 +98,7 @@ class GrammarCompiler:
             self._vocabulary, text, log_level=0, limits=LLParserLimits(verbose_errors=False)
         )
         if matcher.is_error():
-            reason = matcher.get_error().strip().splitlines()[0]
-            raise InvalidRequest(f"the {kind} is not valid: {reason[:300]}")
+            raise InvalidRequest(f"the {kind} is not valid: {_first_line(matcher.get_error())}")
         return Grammar(matcher)
 
 
@@ -173,6 +173,10 @@ def _to_llguidance(kind: Kind, source: str) -> str:
     if _depth(value) > MAX_DEPTH:
         raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
     return LLMatcher.grammar_from_json_schema({"x-guidance": _JSON_STYLE, **value})
+
+
+def _first_line(text: str) -> str:
+    return text.strip().partition("\n")[0][:300]
 
 
 def _depth(value: object) -> int:

@@ -1,7 +1,8 @@
-"""Turns a step's chunks into one flat forward pass, and its hidden states into logits.
+"""Turns a step's chunks into one flat forward pass, and the wanted rows of it into logits.
 
-The runner owns what lives on the device: the model and the pages of the KV cache. It knows nothing
-of requests' fates, only which tokens stand where and which rows are wanted.
+The runner owns what lives on the device: the model, compiled for it, and the pages of the KV
+cache. It knows nothing of requests' fates, only which tokens stand where and which rows are wanted.
+Rows that follow an adapter take PyTorch's path through the same pages, beside the compiled one.
 """
 
 from itertools import accumulate
@@ -11,16 +12,23 @@ from torch import Tensor
 
 from opennemo.engine.sequence import Chunk
 from opennemo.model.attention import Paged
+from opennemo.model.cpu import TorchStep, compile_step
 from opennemo.model.lora import Adapter, adapted
 from opennemo.model.transformer import Transformer
 
 
 class Runner:
-    """A model with `n_pages` pages of KV cache in its own dtype, (L, 2, P, page_size, K, H)."""
+    """A model with `n_pages` pages of KV cache in its own dtype, (L, 2, P, page_size, K, H).
 
-    def __init__(self, model: Transformer, n_pages: int, page_size: int):
+    Unless `adapters` are to be served, a CPU model's matrices are handed over to the kernel, which
+    keeps its own, packed copy; PyTorch cannot run the model afterwards.
+    """
+
+    def __init__(self, model: Transformer, n_pages: int, page_size: int, adapters: bool = False):
         config, weight = model.config, model.tok_embeddings.weight
         self.model, self.page_size = model.eval(), page_size
+        self._step = compile_step(model, release=not adapters)
+        self._adapted_step = TorchStep(model) if adapters else None
         # Untouched pages cost no memory on a CPU: the system hands them out on first use.
         self.kv_cache = torch.zeros(
             (config.n_layers, 2, n_pages, page_size, config.n_kv_heads, config.head_dim),
@@ -31,7 +39,23 @@ class Runner:
     @torch.inference_mode()
     def run(self, chunks: list[Chunk]) -> Tensor:
         """Compute the chunks -> logits (rows, V) in float32, `Chunk.n_rows` each, in order."""
-        device = self.kv_cache.device
+        plain = [chunk for chunk in chunks if chunk.sequence.adapter is None]
+        if len(plain) == len(chunks):
+            return self._step(*self._inputs(chunks))
+        if self._adapted_step is None:
+            raise RuntimeError("this engine was not made for adapters")
+        others = [chunk for chunk in chunks if chunk.sequence.adapter is not None]
+        logits = []
+        if plain:
+            logits += self._step(*self._inputs(plain)).split([c.n_rows for c in plain])
+        with adapted(self.model, self._rows_by_adapter(others)):
+            inputs = self._inputs(others)
+            logits += self._adapted_step(*inputs).split([c.n_rows for c in others])
+        of_chunk = dict(zip(map(id, (*plain, *others)), logits, strict=True))
+        return torch.cat([of_chunk[id(chunk)] for chunk in chunks])
+
+    def _inputs(self, chunks: list[Chunk]) -> tuple[Tensor, Paged, Tensor]:
+        """The chunks laid end to end: tokens (T,), where they stand, rows wanted (R,)."""
         tokens, positions, slots, rows, context_lens = [], [], [], [], []
         for chunk in chunks:
             start, new = chunk.sequence.n_computed, chunk.tokens
@@ -48,26 +72,27 @@ class Runner:
         width = max(-(-n // self.page_size) for n in context_lens)
         page_table = [c.sequence.pages[:width] for c in chunks]
         page_table = [pages + [0] * (width - len(pages)) for pages in page_table]
-
-        def tensor(values: list, dtype: torch.dtype = torch.int32) -> Tensor:
-            return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
-
         attend = Paged(
             kv_cache=self.kv_cache,
-            positions=tensor(positions),
-            slots=tensor(slots, torch.int64),
-            cu_seqlens=tensor([0, *accumulate(lengths)]),
+            positions=self._tensor(positions),
+            slots=self._tensor(slots, torch.int64),
+            cu_seqlens=self._tensor([0, *accumulate(lengths)]),
             max_seqlen=max(lengths),
-            context_lens=tensor(context_lens),
-            page_table=tensor(page_table),
+            context_lens=self._tensor(context_lens),
+            page_table=self._tensor(page_table),
             window=self.model.config.sliding_window,
         )
-        rows_of: dict[Adapter, list[int]] = {}
-        for chunk, start, length in zip(
-            chunks, accumulate(lengths, initial=0), lengths, strict=False
-        ):
-            if chunk.sequence.adapter is not None:
-                rows_of.setdefault(chunk.sequence.adapter, []).extend(range(start, start + length))
-        with adapted(self.model, [(a, tensor(r, torch.int64)) for a, r in rows_of.items()]):
-            hidden = self.model(tensor(tokens), attend)
-        return self.model.output(hidden[tensor(rows, torch.int64)]).float()
+        return self._tensor(tokens), attend, self._tensor(rows, torch.int64)
+
+    def _rows_by_adapter(self, chunks: list[Chunk]) -> list[tuple[Adapter, Tensor]]:
+        rows: dict[Adapter, list[int]] = {}
+        start = 0
+        for chunk in chunks:
+            assert chunk.sequence.adapter is not None
+            end = start + len(chunk.tokens)
+            rows.setdefault(chunk.sequence.adapter, []).extend(range(start, end))
+            start = end
+        return [(adapter, self._tensor(index, torch.int64)) for adapter, index in rows.items()]
+
+    def _tensor(self, values: list, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.tensor(values, dtype=dtype).to(self.kv_cache.device, non_blocking=True)

@@ -4,8 +4,7 @@ import torch
 from opennemo.model.transformer import PRESETS, Transformer
 
 
-@pytest.fixture(scope="module")
-def model() -> Transformer:
+def tiny_model() -> Transformer:
     """A tiny random model whose greedy answers differ from prompt to prompt."""
     torch.manual_seed(0)
     model = Transformer(PRESETS["tiny"]).eval().requires_grad_(False)
@@ -13,3 +12,8 @@ def model() -> Transformer:
         if parameter.dim() == 2:
             parameter.mul_(3)  # sharper choices than at initialisation
     return model
+
+
+@pytest.fixture
+def model() -> Transformer:
+    return tiny_model()

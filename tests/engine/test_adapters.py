@@ -1,12 +1,13 @@
 """Many adapters in one batch: each row answers as a model with that adapter merged would."""
 
 import json
+from copy import deepcopy
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from opennemo.engine import Engine, SamplingParams
+from opennemo.engine import Engine, EngineConfig, SamplingParams
 from opennemo.errors import CheckpointError
 from opennemo.model.lora import Adapter, load_adapter
 from opennemo.model.transformer import Transformer
@@ -57,10 +58,10 @@ def test_rows_follow_their_own_adapters(model, tmp_path):
         write_adapter(tmp_path / "b", 2, rank=2, modules=("down_proj",), use_rslora=True), model
     )
     prompt = list(range(40))  # the same for all: the prefix cache must keep them apart
-    engine = Engine(model, [])
+    engine = Engine(deepcopy(model), [], EngineConfig(adapters=True))
     together = run(engine, [(prompt, None), (prompt, first), (prompt, second), ([9], first)] * 2)
     want = [
-        run(Engine(m, []), [(p, None)])[0]
+        run(Engine(deepcopy(m), [], EngineConfig(adapters=True)), [(p, None)])[0]
         for m, p in (
             (model, prompt),
             (merged(model, first), prompt),

@@ -3,6 +3,7 @@
 import random
 import threading
 from collections import defaultdict
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -52,7 +53,7 @@ def greedy(model: Transformer, prompt: list[int], n: int) -> list[int]:
 
 
 def test_greedy_equals_the_definition(model):
-    engine = Engine(model, eos_ids=[])
+    engine = Engine(deepcopy(model), eos_ids=[])
     params = SamplingParams(max_tokens=12)
     for prompt in prompts(6):
         assert answers(engine, [prompt], params) == [greedy(model, prompt, 12)]
@@ -74,8 +75,8 @@ def test_greedy_equals_the_definition(model):
 @pytest.mark.parametrize("params", [SamplingParams(max_tokens=20), SAMPLED], ids=["greedy", "seed"])
 def test_answers_do_not_depend_on_how_work_is_shared(model, config, params):
     texts = prompts(12, shared=20)
-    alone = [answers(Engine(model, [EOS]), [text], params)[0] for text in texts]
-    engine = Engine(model, [EOS], config)
+    alone = [answers(Engine(deepcopy(model), [EOS]), [text], params)[0] for text in texts]
+    engine = Engine(deepcopy(model), [EOS], config)
     assert answers(engine, texts, params) == alone
     assert answers(engine, texts, params) == alone  # now with whatever the cache has learnt
     if config.n_pages:
@@ -83,7 +84,7 @@ def test_answers_do_not_depend_on_how_work_is_shared(model, config, params):
 
 
 def test_prefix_cache_saves_work_and_says_so(model):
-    engine = Engine(model, [EOS])
+    engine = Engine(deepcopy(model), [EOS])
     prompt = prompts(1, shared=40)[0]
     params = SamplingParams(max_tokens=2)
     cold = run(engine, [(prompt, params)])[0]
@@ -95,13 +96,13 @@ def test_prefix_cache_saves_work_and_says_so(model):
 
 @pytest.mark.parametrize("prefix_caching", [True, False])
 def test_n_answers_share_the_prompt_and_differ(model, prefix_caching):
-    engine = Engine(model, [], EngineConfig(prefix_caching=prefix_caching, page_size=4))
+    engine = Engine(deepcopy(model), [], EngineConfig(prefix_caching=prefix_caching, page_size=4))
     prompt = prompts(1, shared=41)[0]
     events = run(engine, [(prompt, SAMPLED)], n=5)[0]
     texts = [tuple(e.token for e in events if e.index == i) for i in range(5)]
     assert len(set(texts)) == 5 and all(len(t) == 20 for t in texts)
     assert all(e.n_cached_tokens == (len(prompt) - 1) // 4 * 4 for e in events if e.index > 0)
-    alone = run(Engine(model, []), [(prompt, SAMPLED)])[0]
+    alone = run(Engine(deepcopy(model), []), [(prompt, SAMPLED)])[0]
     assert texts[0] == tuple(e.token for e in alone)
 
 
@@ -111,7 +112,7 @@ def test_sampling_follows_the_softmax(model):
     with torch.inference_mode():
         logits = model.output(model(torch.tensor(prompt), Packed.of(3))[-1])
     probs = (logits / 2).softmax(-1)
-    engine = Engine(model, [], EngineConfig(max_answers=16, max_queued=5000))
+    engine = Engine(deepcopy(model), [], EngineConfig(max_answers=16, max_queued=5000))
     counts = torch.zeros(320)
     requests = [
         (prompt, SamplingParams(temperature=2.0, max_tokens=1, seed=i)) for i in range(4000)
@@ -128,7 +129,7 @@ def test_logprobs_and_prompt_logprobs_are_the_models(model):
     prompt = prompts(1)[0][:9]
     params = SamplingParams(max_tokens=3, logprobs=4, prompt_logprobs=2, temperature=0.7, seed=1)
     for config in (EngineConfig(), EngineConfig(max_batched_tokens=4)):
-        engine = Engine(model, [], config)
+        engine = Engine(deepcopy(model), [], config)
         for _ in range(2):  # the second time, the prefix cache could be tempted
             events = run(engine, [(prompt, params)])[0]
             tokens = prompt + [e.token for e in events]
@@ -145,7 +146,7 @@ def test_logprobs_and_prompt_logprobs_are_the_models(model):
 
 
 def test_penalties_biases_and_stops(model):
-    engine = Engine(model, [EOS])
+    engine = Engine(deepcopy(model), [EOS])
     prompt = prompts(1)[0]
 
     def answer(**params) -> list[int]:
@@ -166,7 +167,7 @@ def test_penalties_biases_and_stops(model):
 
 
 def test_the_border_of_the_context(model):
-    engine = Engine(model, [], EngineConfig(max_context=64))
+    engine = Engine(deepcopy(model), [], EngineConfig(max_context=64))
     for room, prompt in ((1, [1] * 63), (2, [1] * 62)):
         events = run(engine, [(prompt, SamplingParams())])[0]
         assert [e.finish_reason for e in events] == [None] * (room - 1) + ["length"]
@@ -178,7 +179,7 @@ def test_the_border_of_the_context(model):
 
 
 def test_bad_requests_are_refused_with_a_reason(model):
-    engine = Engine(model, [])
+    engine = Engine(deepcopy(model), [])
     for prompt, message in (([], "empty"), ([320], "vocabulary"), ([-1], "vocabulary")):
         with pytest.raises(InvalidRequest, match=message):
             engine.submit(prompt, SamplingParams(), print)
@@ -190,7 +191,7 @@ def test_bad_requests_are_refused_with_a_reason(model):
 
 
 def test_a_full_queue_refuses_and_recovers(model):
-    engine = Engine(model, [], EngineConfig(max_queued=3))
+    engine = Engine(deepcopy(model), [], EngineConfig(max_queued=3))
     params, heard = SamplingParams(max_tokens=1), []
     for _ in range(3):
         engine.submit([1, 2], params, heard.append)
@@ -209,7 +210,7 @@ def test_a_number_that_is_not_finite_fails_its_own_request_only(model):
     bad.load_state_dict(model.state_dict())
     bad.requires_grad_(False)
     bad.tok_embeddings.weight[300] = torch.nan
-    engine = Engine(bad, [])
+    engine = Engine(deepcopy(bad), [])
     params = SamplingParams(max_tokens=5)
     first, broken, last = run(engine, [([1, 2], params), ([1, 300], params), ([3], params)])
     assert broken[-1].finish_reason == "error" and "not finite" in broken[-1].error
@@ -218,7 +219,7 @@ def test_a_number_that_is_not_finite_fails_its_own_request_only(model):
 
 
 def test_threads_submit_and_cancel_at_any_time(model):
-    engine = Engine(model, [], EngineConfig(page_size=4, n_pages=40, max_queued=10_000))
+    engine = Engine(deepcopy(model), [], EngineConfig(page_size=4, n_pages=40, max_queued=10_000))
     engine.start()
     ends: dict[int, list[Event]] = defaultdict(list)
     done = threading.Semaphore(0)
@@ -249,7 +250,7 @@ def test_threads_submit_and_cancel_at_any_time(model):
 
 
 def test_stopping_cancels_what_is_left(model):
-    engine = Engine(model, [])
+    engine = Engine(deepcopy(model), [])
     heard: list[Event] = []
     engine.start()
     engine.submit([1], SamplingParams(max_tokens=250), heard.append)
