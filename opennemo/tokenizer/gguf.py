@@ -38,7 +38,8 @@ SPLITS = {
     "tekken": [PATTERN],
 }
 
-SCALARS = dict(enumerate(("B", "b", "H", "h", "I", "i", "f", "?"))) | {10: "Q", 11: "q", 12: "d"}
+# Types of values: those that `struct` has codes for, and the two others.
+NUMBERS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
 
 
@@ -50,17 +51,11 @@ def read_metadata(path: Path) -> dict[str, Any]:
     """
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            if data[:4] != b"GGUF":
-                raise CheckpointError(f"{path}: not a GGUF file")
-            version, _, n_keys = struct.unpack_from("<IQQ", data, 4)
-            if version not in (2, 3):
-                raise CheckpointError(f"{path}: GGUF version {version} is not known, only 2 and 3")
-            head = _Head(data, 24)
-            return {head.string(): head.value(head.scalar("I")) for _ in range(n_keys)}
+            return read_head(Cursor(data))[0]
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
-    except (struct.error, ValueError, KeyError, RecursionError) as error:
-        raise CheckpointError(f"{path}: damaged or cut off in its metadata ({error})") from error
+    except (struct.error, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: damaged or not GGUF: {error}") from error
 
 
 def load_gguf(path: Path) -> Tokenizer:
@@ -83,28 +78,24 @@ def load_gguf(path: Path) -> Tokenizer:
     try:
         return readers[kind](fields, template)
     except KeyError as error:
-        raise CheckpointError(
-            f"{path}: the key tokenizer.ggml.{error.args[0]} is missing"
-        ) from error
-    except (ValueError, IndexError) as error:
+        missing = f"tokenizer.ggml.{error.args[0]}"
+        raise CheckpointError(f"{path}: the key {missing} is missing") from error
+    except (ValueError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise CheckpointError(f"{path}: its vocabulary is not usable: {error}") from error
 
 
 def _byte_level(fields: dict[str, Any], template: str | None) -> HuggingFace:
-    name = fields.get("pre", "gpt-2")
+    name = str(fields.get("pre", "gpt-2"))
     split = next((split for names, split in SPLITS.items() if name in names.split()), None)
     if split is None:
         raise ValueError(f"how {name!r} splits text is not known, only {', '.join(SPLITS)}")
     kinds = dict(zip(fields["tokens"], fields["token_type"], strict=True))
+    whole = (UNKNOWN, CONTROL, USER_DEFINED)
     spec = byte_level_spec(
         {name: id for id, name in enumerate(fields["tokens"])},
         [merge.split(" ") for merge in fields["merges"]],
         split,
-        {
-            name: kind != USER_DEFINED
-            for name, kind in kinds.items()
-            if kind in (UNKNOWN, CONTROL, USER_DEFINED)
-        },
+        {name: kind != USER_DEFINED for name, kind in kinds.items() if kind in whole},
         ignore_merges=name == "tekken" or name in LLAMA_3.split(),
     )
     eos_id = fields["eos_token_id"]
@@ -126,18 +117,14 @@ def _sentencepiece(fields: dict[str, Any], template: str | None) -> SentencePiec
         _field(1, token.encode()) + _field(2, float(score)) + _field(3, kind)
         for token, score, kind in zip(tokens, scores, kinds, strict=True)
     ]
-    trainer = [
-        *(_field(3, 2), _field(35, 1)),  # byte pairs, with byte fallback
-        *(
-            _field(40, unk_id),
-            _field(41, fields["bos_token_id"]),
-            _field(42, fields["eos_token_id"]),
-        ),
-    ]
+    trainer = _field(3, 2) + _field(35, 1)  # byte pairs, with byte fallback
+    for number, key in ((41, "bos_token_id"), (42, "eos_token_id")):
+        trainer += _field(number, fields[key])
+    trainer += _field(40, unk_id)
     space = int(fields.get("add_space_prefix", True))
-    normalizer = [_field(1, b"identity"), _field(3, space), _field(4, 0), _field(5, 1)]
+    normalizer = _field(1, b"identity") + _field(3, space) + _field(4, 0) + _field(5, 1)
     model = b"".join(_field(1, piece) for piece in pieces)
-    model += _field(2, b"".join(trainer)) + _field(3, b"".join(normalizer))
+    model += _field(2, trainer) + _field(3, normalizer)
     add_bos = fields.get("add_bos_token", True)
     return SentencePiece(model, chat_template=template, add_bos=add_bos)
 
@@ -158,35 +145,43 @@ def _varint(value: int) -> bytes:
     return bytes([low | 0x80]) + _varint(rest) if rest else bytes([low])
 
 
-class _Head:
-    """A place in the file that moves on as values are read."""
+class Cursor:
+    """A place in a GGUF file that moves on as values are read, and never leaves the file."""
 
-    def __init__(self, data: mmap.mmap, position: int):
-        self._data, self._position = data, position
+    def __init__(self, data: mmap.mmap | memoryview):
+        self.data, self.at = data, 0
 
-    def scalar(self, code: str) -> Any:
-        (value,) = struct.unpack_from("<" + code, self._data, self._position)
-        self._position += struct.calcsize("<" + code)
-        return value
+    def numbers(self, code: str, n: int) -> tuple[Any, ...]:
+        """The next `n` numbers of a type of `struct`; struct.error where the file ends."""
+        if n > len(self.data):
+            raise ValueError(f"{n:,} values are said to follow at byte {self.at:,}")
+        values = struct.unpack_from(f"<{n}{code}", self.data, self.at)
+        self.at += struct.calcsize(f"<{n}{code}")
+        return values
 
-    def string(self) -> str:
-        start = self._position + 8
-        length = self.scalar("Q")
-        if length > len(self._data) - start:
-            raise ValueError(f"a string of {length:,} bytes goes beyond the end")
-        self._position = start + length
-        return self._data[start : self._position].decode()
+    def number(self, code: str) -> Any:
+        return self.numbers(code, 1)[0]
+
+    def text(self) -> str:
+        return self.numbers("s", self.number("Q"))[0].decode()
 
     def value(self, kind: int) -> Any:
         if kind == STRING:
-            return self.string()
-        if kind != ARRAY:
-            return self.scalar(SCALARS[kind])
-        kind, length = self.scalar("I"), self.scalar("Q")
-        if length > len(self._data):
-            raise ValueError(f"a list of {length:,} goes beyond the end")
-        if kind in SCALARS:
-            start = self._position
-            self._position += length * struct.calcsize(SCALARS[kind])
-            return list(struct.unpack_from(f"<{length}{SCALARS[kind]}", self._data, start))
-        return [self.value(kind) for _ in range(length)]
+            return self.text()
+        if kind == ARRAY:
+            kind, n = self.number("I"), self.number("Q")
+            if kind in NUMBERS:
+                return list(self.numbers(NUMBERS[kind], n))
+            return [self.value(kind) for _ in range(n)]
+        if kind not in NUMBERS:
+            raise ValueError(f"{kind} is no type of a value")
+        return self.number(NUMBERS[kind])
+
+
+def read_head(cursor: Cursor) -> tuple[dict[str, Any], int]:
+    """The metadata, and how many tensors are described where it ends."""
+    (magic,) = cursor.numbers("s", 4)
+    version, n_tensors, n_keys = (cursor.number(code) for code in "IQQ")
+    if magic != b"GGUF" or version not in (2, 3):
+        raise ValueError(f"it begins with {magic!r}, version {version}, not GGUF of version 2 or 3")
+    return {cursor.text(): cursor.value(cursor.number("I")) for _ in range(n_keys)}, n_tensors

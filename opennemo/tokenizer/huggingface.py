@@ -49,8 +49,8 @@ class HuggingFace(Tokenizer):
         chat_template: str | None = None,
         add_bos: bool = True,
     ):
-        if spec["model"].get("type") != "BPE":
-            raise ValueError(f"its model is {spec['model'].get('type')!r}, not 'BPE'")
+        if (kind := spec["model"].get("type", "BPE")) != "BPE":
+            raise ValueError(f"its model is {kind!r}, not 'BPE'")
         byte_level, self.dummy_prefix = _how_it_decodes(spec.get("decoder") or {})
         names = _names(spec)
         for id in (bos_id, eos_id):
@@ -92,18 +92,15 @@ class HuggingFace(Tokenizer):
             ids = {name: id for id, name in _names(spec).items()}
             bos_id, eos_id = (_id_of(which, settings, ids) for which in ("bos", "eos"))
             if eos_id is None:
-                raise ValueError(
-                    "neither it nor a config beside it names the token that ends a text"
-                )
-            bos = json.dumps(next((name for name, id in ids.items() if id == bos_id), ""))
+                raise ValueError("no file beside it names the token that ends a text")
+            bos = json.dumps(next((name for name, id in ids.items() if id == bos_id), None))
+            begins = bos in json.dumps(spec.get("post_processor"), ensure_ascii=False)
             return cls(
                 spec,
                 bos_id=eos_id if bos_id is None else bos_id,
                 eos_id=eos_id,
                 chat_template=read_chat_template(folder),
-                add_bos=settings.get(
-                    "add_bos_token", bos in json.dumps(spec.get("post_processor"))
-                ),
+                add_bos=settings.get("add_bos_token", begins),
             )
         except KeyError as error:
             raise CheckpointError(f"{path}: the key {error} is missing") from error
@@ -258,9 +255,7 @@ def _how_it_decodes(decoder: dict[str, Any]) -> tuple[bool, bool]:
     if kinds.keys() == {"ByteLevel"}:
         return True, False
     if not {"ByteFallback", "Metaspace"} & kinds.keys() or not kinds.keys() <= METASPACE_STEPS:
-        raise ValueError(
-            f"its decoder {[*kinds]} is not supported: not ByteLevel, not ByteFallback"
-        )
+        raise ValueError(f"its decoder {[*kinds]} is neither ByteLevel nor with ByteFallback")
     metaspace = kinds.get("Metaspace", {"prepend_scheme": "never"})
     added = metaspace.get("add_prefix_space", metaspace.get("prepend_scheme") != "never")
     return False, bool(added) or kinds.get("Strip", {}).get("start", 0) > 0

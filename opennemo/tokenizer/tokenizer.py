@@ -151,13 +151,6 @@ def load_tokenizer(model: Path) -> Tokenizer:
         return SentencePiece.load(file, chat_template=read_chat_template(file.parent))
     if file.suffix == ".json":
         return HuggingFace.load(file)
-    what = (
-        "has none of its files"
-        if model.is_dir()
-        else "is not one"
-        if model.exists()
-        else "is missing"
-    )
     raise CheckpointError(
-        f"{model} {what}: a tokenizer is a tekken.json, tokenizer.model, tokenizer.json or .gguf"
+        f"{model}: no tokenizer there (tekken.json, tokenizer.model, tokenizer.json or a .gguf)"
     )

@@ -262,6 +262,10 @@ def test_nemo_in_gguf(texts: SimpleNamespace, tmp_path: Path):
         ({"eos_token_id": None}, "tokenizer.ggml.eos_token_id is missing"),
         ({"tokens": "text"}, "vocabulary is not usable"),
         ({"eos_token_id": "text"}, "has no token 'text'"),
+        ({"tokens": 5}, "vocabulary is not usable"),
+        ({"tokens": [5] * 1300}, "vocabulary is not usable"),
+        ({"merges": [5]}, "vocabulary is not usable"),
+        ({"pre": 5}, "how '5' splits text is not known"),
         ({"model": "llama"}, "tokenizer.ggml.scores is missing"),
         ({"model": "llama", "scores": [0.0] * 1300}, "vocabulary is not usable"),
     ],
@@ -377,8 +381,8 @@ def test_settings_beside_a_tokenizer_json(tmp_path: Path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"decoder": None}, "decoder [None] is not supported"),
-        ({"decoder": {"type": "WordPiece"}}, "decoder ['WordPiece'] is not supported"),
+        ({"decoder": None}, "decoder [None] is neither"),
+        ({"decoder": {"type": "WordPiece"}}, "decoder ['WordPiece'] is neither"),
         ({"decoder": {"type": "Sequence", "decoders": 5}}, "not a usable tokenizer.json"),
         ({"model": {"type": "Unigram", "vocab": []}}, "not a usable tokenizer.json"),
         ({"model": {"type": "WordLevel", "vocab": {}}}, "its model is 'WordLevel', not 'BPE'"),
