@@ -29,9 +29,9 @@ from opennemo.tokenizer.messages import Tool
 
 __all__ = ["LLM", "Reply", "TextStream"]
 
-# What NeMo's model card asks for ("requires smaller temperatures"), and a good choice for small
-# models, too. A model whose generation config names another gets that.
-DEFAULT_TEMPERATURE = 0.3
+# NeMo's model card asks for it: "requires smaller temperatures". A model that says nothing of
+# sampling is answered greedily, which suits the small one that `make chat` brings.
+NEMO_TEMPERATURE = 0.3
 
 
 class LLM:
@@ -73,8 +73,9 @@ class LLM:
         dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
         tokenizer = load_tokenizer(path)
         said = read_generation_config(path)
+        nemo = tokenizer.instruct_version == "v3-tekken"
         defaults = SamplingParams(
-            temperature=said.get("temperature", DEFAULT_TEMPERATURE),
+            temperature=said.get("temperature", NEMO_TEMPERATURE if nemo else 0.0),
             top_p=said.get("top_p", 1.0),
             top_k=said.get("top_k", 0),
         )
