@@ -18,6 +18,8 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
+from opennemo.errors import InvalidRequest
+from opennemo.tokenizer.ranks import open_tokenizer
 from opennemo.tokenizer.tokenizer import Tokenizer
 
 COLOURS = ("#8a94a6", "#3f7cac", "#2e8b74", "#7f6a93", "#b5525c", "#a88432")
@@ -45,7 +47,7 @@ class Comparison:
 
     def ratio(self, name: str, language: str) -> float:
         """Tokens of a tokenizer for one of the reference: above 1, the reference is better."""
-        return self.n_tokens[name][language] / self.n_tokens[self.reference][language]
+        return self.n_tokens[name][language] / max(1, self.n_tokens[self.reference][language])
 
     def won(self, name: str) -> int:
         """Number of languages for which the reference needs fewer tokens than this tokenizer."""
@@ -62,8 +64,8 @@ class Comparison:
                 "language": language,
                 "tokenizer": name,
                 "tokens": tokens[language],
-                "bytes_a_token": round(self.n_bytes[language] / tokens[language], 4),
-                "chars_a_token": round(self.n_chars[language] / tokens[language], 4),
+                "bytes_a_token": round(self.n_bytes[language] / max(1, tokens[language]), 4),
+                "chars_a_token": round(self.n_chars[language] / max(1, tokens[language]), 4),
                 "ratio": round(self.ratio(name, language), 4),
             }
             for language in self.languages
@@ -96,7 +98,7 @@ class Comparison:
         for column in ("tokens", "bytes/token", "chars/token", *others):
             table.add_column(column, justify="right")
         for language in languages or self.languages:
-            tokens = self.n_tokens[self.reference][language]
+            tokens = max(1, self.n_tokens[self.reference][language])
             cells = [language, f"{tokens:,}", f"{self.n_bytes[language] / tokens:.2f}"]
             cells.append(f"{self.n_chars[language] / tokens:.2f}")
             ratios = [self.ratio(name, language) for name in others]
@@ -170,16 +172,34 @@ class Comparison:
                 figure.savefig(file, dpi=120, metadata={"Date": None} if svg else None)
 
 
+def open_all(specs: Sequence[str]) -> dict[str, Tokenizer]:
+    """Tokenizers from `PATH` or `NAME=PATH`; without a name they are called after the path.
+
+    Raises:
+        InvalidRequest: two have the same name. CheckpointError: a path is no tokenizer.
+    """
+    tokenizers: dict[str, Tokenizer] = {}
+    for spec in specs:
+        name, equals, path = spec.rpartition("=")
+        file = Path(path)
+        if not equals:  # tekken.json or tokenizer.json says less than the folder that it is in
+            name = file.parent.name if "token" in file.name or file.stem == "tekken" else file.stem
+        if (name := name or path) in tokenizers:
+            raise InvalidRequest(f"two tokenizers are called {name}: write NAME={path}")
+        tokenizers[name] = open_tokenizer(file)
+    return tokenizers
+
+
 def compare(
     tokenizers: Mapping[str, Tokenizer], texts: Iterable[tuple[str, str]], reference: str
 ) -> Comparison:
     """Count the tokens of (language, text) pairs with every tokenizer.
 
     Raises:
-        ValueError: the reference is not among the tokenizers, or there is no text.
+        InvalidRequest: the reference is not among the tokenizers, or there is no text.
     """
     if reference not in tokenizers:
-        raise ValueError(f"{reference} is not among {', '.join(tokenizers)}")
+        raise InvalidRequest(f"{reference} is not among {', '.join(tokenizers)}")
     n_tokens = {name: Counter[str]() for name in tokenizers}
     n_bytes, n_chars = Counter[str](), Counter[str]()
     for language, text in texts:
@@ -188,5 +208,5 @@ def compare(
         n_bytes[language] += len(text.encode("utf-8", "replace"))
         n_chars[language] += len(text)
     if not n_chars.total():
-        raise ValueError("no text to compare on")
+        raise InvalidRequest("there is no text to compare on")
     return Comparison(reference, n_tokens, n_bytes, n_chars)

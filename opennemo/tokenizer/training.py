@@ -11,11 +11,13 @@ import json
 import logging
 import math
 import re
+import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 
@@ -43,7 +45,7 @@ class VocabularySettings:
         pattern: a name in `PATTERNS` or a regular expression that splits text into words.
         temperature: a language of n bytes counts as n ** (1 / temperature): 1 takes the texts as
             they are, a higher one gives small languages more.
-        weights: factors on top of that, by language.
+        weights: factors on top of that, by language; that of "*" is for all others.
         max_words: distinct words held in memory, about 0.8 kB each while merges are learned.
     """
 
@@ -64,6 +66,31 @@ class VocabularySettings:
             raise InvalidRequest("temperature must be above 0, weights finite and not below 0")
         if self.max_words < 1000:
             raise InvalidRequest(f"max_words is {self.max_words}, but must be 1,000 or more")
+
+
+def read_settings(file: Path, **changes: int | float | str) -> VocabularySettings:
+    """The settings in a TOML file, with some of them changed.
+
+    Raises:
+        InvalidRequest: it is no TOML, or has a setting that does not exist or is of another type.
+    """
+    try:
+        settings: dict[str, Any] = tomllib.loads(file.read_text("utf-8")) | changes
+    except (OSError, ValueError) as error:
+        raise InvalidRequest(f"{file}: cannot be read as TOML ({error})") from error
+    defaults = asdict(VocabularySettings())
+    for name, value in settings.items():
+        if name not in defaults:
+            raise InvalidRequest(f"{file}: no setting {name!r} (there are {', '.join(defaults)})")
+        kind = (int, float) if name == "temperature" else type(defaults[name])
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise InvalidRequest(
+                f"{file}: {name} is {value!r}, but must be of the type of {defaults[name]!r}"
+            )
+    for language, weight in settings.get("weights", {}).items():
+        if not isinstance(weight, int | float):
+            raise InvalidRequest(f"{file}: the weight of {language} is {weight!r}, not a number")
+    return VocabularySettings(**settings)
 
 
 def learn(

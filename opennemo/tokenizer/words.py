@@ -157,10 +157,11 @@ def weigh(
     of the languages without spaces, whose words hardly occur twice.
     """
     weights = weights or {}
-    if unknown := weights.keys() - counts.words.keys():
+    others = weights.get("*", 1.0)
+    if unknown := weights.keys() - counts.words.keys() - {"*"}:
         raise InvalidRequest(f"weights for languages without texts: {', '.join(sorted(unknown))}")
     due = {
-        language: n ** (1 / temperature) * weights.get(language, 1.0)
+        language: n ** (1 / temperature) * weights.get(language, others)
         for language, n in counts.n_bytes.items()
     }
     if not (all_due := sum(due.values())):

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from opennemo.errors import CheckpointError
-from opennemo.tokenizer.compression import Comparison, compare
+from opennemo.errors import CheckpointError, InvalidRequest
+from opennemo.tokenizer.compression import Comparison, compare, open_all
 from opennemo.tokenizer.display import show
 from opennemo.tokenizer.ranks import PATTERN_OF_RANKS, Ranks, open_tokenizer
 from opennemo.tokenizer.tekken import SINGLE_BYTES, Tekken
@@ -81,9 +81,9 @@ def test_the_plot_is_the_same_file_each_time(comparison: Comparison, tmp_path: P
 
 
 def test_comparing_needs_texts_and_a_reference(english: Tekken):
-    with pytest.raises(ValueError, match="no text"):
+    with pytest.raises(InvalidRequest, match="no text"):
         compare({"a": english}, [], "a")
-    with pytest.raises(ValueError, match="b is not among a"):
+    with pytest.raises(InvalidRequest, match="b is not among a"):
         compare({"a": english}, TEXTS, "b")
 
 
@@ -104,6 +104,15 @@ def test_a_file_of_ranks_is_known_by_its_content(ranks: Path):
     ids = tokenizer.encode(" low é")
     assert ids == [257, 32, *"é".encode()]
     assert tokenizer.decode(ids) == " low é"
+
+
+def test_tokenizers_have_names(english: Tekken, ranks: Path, tmp_path: Path):
+    (tmp_path / "small").mkdir()
+    english.save(tmp_path / "small" / "tekken.json")
+    opened = open_all([str(tmp_path / "small"), f"gpt={ranks}"])
+    assert {name: type(each) for name, each in opened.items()} == {"small": Tekken, "gpt": Ranks}
+    with pytest.raises(InvalidRequest, match="two tokenizers are called small: write NAME="):
+        open_all([str(tmp_path / "small"), str(tmp_path / "small" / "tekken.json")])
 
 
 def test_an_unknown_number_of_ranks_is_an_error(tmp_path: Path):

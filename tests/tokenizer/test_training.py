@@ -17,7 +17,13 @@ from opennemo.tokenizer import training
 from opennemo.tokenizer.bpe import merge
 from opennemo.tokenizer.tekken import Tekken
 from opennemo.tokenizer.texts import Texts
-from opennemo.tokenizer.training import VocabularySettings, learn, learn_on_top, train
+from opennemo.tokenizer.training import (
+    VocabularySettings,
+    learn,
+    learn_on_top,
+    read_settings,
+    train,
+)
 from opennemo.tokenizer.words import PATTERNS, WordCounts, compiled, count_words, weigh
 
 GREEK = "Όλοι οι άνθρωποι γεννιούνται ελεύθεροι και ίσοι στα δικαιώματα. "  # noqa: RUF001
@@ -148,6 +154,7 @@ def test_weights_and_temperature_change_shares_and_not_the_total():
     assert dict(weigh(counts)) == {"a": 900, "b": 100}
     assert dict(weigh(counts, temperature=2)) == {"a": 750, "b": 250}  # 30 : 10
     assert dict(weigh(counts, weights={"small": 9})) == {"a": 500, "b": 500}
+    assert dict(weigh(counts, weights={"big": 1, "*": 9})) == {"a": 500, "b": 500}
 
 
 def test_rounding_keeps_languages_of_rare_words():
@@ -203,6 +210,28 @@ def test_settings_that_cannot_be_met_get_one_clear_line(
     with pytest.raises(InvalidRequest, match=message.replace("(", "\\(")) as error:
         train(corpus, VocabularySettings(**settings))
     assert "\n" not in str(error.value)
+
+
+def test_settings_come_from_a_file(tmp_path: Path):
+    file = tmp_path / "settings.toml"
+    file.write_text("vocab_size = 5000\ntemperature = 2\n[weights]\nel = 3\n")
+    expected = VocabularySettings(vocab_size=6000, temperature=2, weights={"el": 3})
+    assert read_settings(file, vocab_size=6000) == expected
+    for text, message in (
+        ("vocab_size = 'big'", "vocab_size is 'big', but must be of the type of 131072"),
+        ("vocabulary = 1", "no setting 'vocabulary' \\(there are vocab_size, "),
+        ("[weights]\nel = 'x'", "the weight of el is 'x', not a number"),
+        ("vocab_size =", "cannot be read as TOML"),
+    ):
+        file.write_text(text)
+        with pytest.raises(InvalidRequest, match=message):
+            read_settings(file)
+
+
+@pytest.mark.parametrize("size", [32_768, 131_072])
+def test_the_recipes_are_valid(size: int):
+    file = Path(__file__).parents[2] / "recipes" / f"opennemo-tekken-{size >> 10}k.toml"
+    assert read_settings(file).vocab_size == size
 
 
 def test_an_empty_corpus_is_an_error(tmp_path: Path):
