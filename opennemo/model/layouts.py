@@ -1,0 +1,198 @@
+"""Three spellings of one model: Mistral's own, Hugging Face's and GGUF's.
+
+Mistral's names of settings and weights are the package's own; the other two are the columns of the
+tables below, with a few rules. A setting that would change what the model computes is refused by
+name, never skipped. This file knows dictionaries and names only; it opens no file.
+
+Sources: `mistral_inference/args.py` for params.json (vLLM reads some keys more), `MistralConfig`
+and `LlamaConfig` of transformers for config.json, docs/gguf.md of ggml for GGUF.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from opennemo.errors import CheckpointError
+from opennemo.model.transformer import ModelConfig
+
+Layout = Literal["mistral", "hf", "gguf"]
+COLUMN = {"hf": 0, "gguf": 1}
+SETTINGS = {
+    "dim": ("hidden_size", "llama.embedding_length"),
+    "n_layers": ("num_hidden_layers", "llama.block_count"),
+    "n_heads": ("num_attention_heads", "llama.attention.head_count"),
+    "n_kv_heads": ("num_key_value_heads", "llama.attention.head_count_kv"),
+    "head_dim": ("head_dim", "llama.attention.key_length"),
+    "hidden_dim": ("intermediate_size", "llama.feed_forward_length"),
+    "vocab_size": ("vocab_size", "llama.vocab_size"),
+    "rope_theta": ("rope_theta", "llama.rope.freq_base"),
+    "norm_eps": ("rms_norm_eps", "llama.attention.layer_norm_rms_epsilon"),
+    "max_position_embeddings": ("max_position_embeddings", "llama.context_length"),
+    "sliding_window": ("sliding_window", "llama.attention.sliding_window"),
+    "tied_embeddings": ("tie_word_embeddings", "tied_embeddings"),
+}
+WEIGHTS = {
+    "tok_embeddings": ("model.embed_tokens", "token_embd"),
+    "norm": ("model.norm", "output_norm"),
+    "output": ("lm_head", "output"),
+    "layers": ("model.layers", "blk"),
+    "attention.wq": ("self_attn.q_proj", "attn_q"),
+    "attention.wk": ("self_attn.k_proj", "attn_k"),
+    "attention.wv": ("self_attn.v_proj", "attn_v"),
+    "attention.wo": ("self_attn.o_proj", "attn_output"),
+    "attention_norm": ("input_layernorm", "attn_norm"),
+    "feed_forward.w1": ("mlp.gate_proj", "ffn_gate"),
+    "feed_forward.w2": ("mlp.down_proj", "ffn_down"),
+    "feed_forward.w3": ("mlp.up_proj", "ffn_up"),
+    "ffn_norm": ("post_attention_layernorm", "ffn_norm"),
+}
+# Settings that change what a model computes, and the values of them that are understood here;
+# an empty value (false, null, 0, {}) is as good as none.
+ONLY: dict[Layout, dict[str, list]] = {
+    "mistral": {
+        "model_type": ["transformer"], "activation": ["silu"], "moe": [], "lora": [], "yarn": [],
+        "rope_scaling": [], "llama_4_scaling": [], "vision_encoder": [], "multimodal": [],
+        "qk_nope_head_dim": [], "use_biases": [], "quantization": [],
+    },
+    "hf": {
+        "auto_map": [],  # code that comes with a model is never run
+        "architectures": [["MistralForCausalLM"], ["LlamaForCausalLM"]],
+        "model_type": ["mistral", "llama"], "hidden_act": ["silu"], "rope_type": ["default"],
+        "partial_rotary_factor": [1], "attention_bias": [], "mlp_bias": [],
+        "quantization_config": [],
+    },
+    "gguf": {
+        "general.architecture": ["llama"], "llama.expert_count": [], "split.count": [1],
+        "llama.rope.scaling.type": ["none"],
+    },
+}  # fmt: skip
+
+
+def spell(name: str, layout: Layout) -> str:
+    """A weight's name in a layout, as `blk.3.attn_q.weight` in GGUF for `layers.3...wq.weight`."""
+    if layout == "mistral":
+        return name
+    column, (module, kind) = COLUMN[layout], name.rsplit(".", 1)
+    if not module.startswith("layers."):
+        return f"{WEIGHTS[module][column]}.{kind}"
+    _, index, part = module.split(".", 2)
+    return f"{WEIGHTS['layers'][column]}.{index}.{WEIGHTS[part][column]}.{kind}"
+
+
+def key(setting: str, layout: Layout) -> str:
+    """The name of a setting in a layout."""
+    return setting if layout == "mistral" else SETTINGS[setting][COLUMN[layout]]
+
+
+def is_rotated(name: str) -> bool:
+    """Whether a weight's rows are channels that RoPE turns: Hugging Face reorders those."""
+    return ".wq." in name or ".wk." in name
+
+
+def pairs_to_halves(weight: Tensor, head_dim: int) -> Tensor:
+    """Rows (heads * H, ...) in Mistral's order to Hugging Face's.
+
+    RoPE turns channel 2i with 2i + 1 in the one, i with i + H/2 in the other.
+    """
+    return weight.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def halves_to_pairs(weight: Tensor, head_dim: int) -> Tensor:
+    """Rows (heads * H, ...) in Hugging Face's order to Mistral's."""
+    return weight.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
+
+
+def read_settings(raw: Mapping[str, Any], layout: Layout, where: Path) -> ModelConfig:
+    """The shape of a model from the settings in the file `where`.
+
+    Raises:
+        CheckpointError: a setting is missing, out of range, or not supported.
+    """
+    raw = {"mistral": _params_json, "hf": _config_json, "gguf": _gguf_fields}[layout](raw)
+    for name, allowed in ONLY[layout].items():
+        if raw.get(name) and raw[name] not in allowed:
+            only = f"; supported: {' or '.join(map(str, allowed))}" if allowed else ""
+            raise CheckpointError(f"{where}: {name} = {short(raw[name])} is not supported{only}")
+
+    def number(name: str, most: float, default: int | None = None, kind: type = int) -> Any:
+        # The file may be anyone's: every number has a range, wide enough for any model so far.
+        value: Any = raw.get(key(name, layout))
+        value = default if value is None else value
+        if type(value) not in (int, kind) or not 0 < value <= most:
+            found = "missing" if value is None else short(value)
+            wanted = f"{'a whole number' if kind is int else 'a number'} up to {most:,}"
+            raise CheckpointError(f"{where}: {key(name, layout)} is {found}, not {wanted}")
+        return value
+
+    dim, n_heads = number("dim", 2**17), number("n_heads", 2**12)
+    max_positions, window = number("max_position_embeddings", 2**27), key("sliding_window", layout)
+    config = ModelConfig(
+        dim=dim,
+        n_layers=number("n_layers", 2**10),
+        n_heads=n_heads,
+        n_kv_heads=number("n_kv_heads", n_heads, default=n_heads),
+        head_dim=number("head_dim", 2**12, default=dim // n_heads),
+        hidden_dim=number("hidden_dim", 2**19),
+        vocab_size=number("vocab_size", 2**22),
+        rope_theta=float(number("rope_theta", 1e12, kind=float)),
+        norm_eps=float(number("norm_eps", 1, kind=float)),
+        # The first release of Mistral NeMo says 1,024,000, but it was trained for 128k.
+        max_position_embeddings=131_072 if max_positions == 1_024_000 else max_positions,
+        sliding_window=number("sliding_window", 2**27) if raw.get(window) else None,
+        tied_embeddings=bool(raw.get(key("tied_embeddings", layout))),
+    )
+    if n_heads % config.n_kv_heads or config.head_dim % 2:
+        raise CheckpointError(
+            f"{where}: {n_heads} query heads must be a multiple of {config.n_kv_heads} key-value "
+            f"heads, and the {config.head_dim} channels of a head must be even in number"
+        )
+    return config
+
+
+def write_settings(config: ModelConfig, layout: Layout) -> dict[str, Any]:
+    """The content of params.json or config.json that `read_settings` reads back."""
+    values = {key(name, layout): value for name, value in asdict(config).items()}
+    if layout == "mistral":
+        return {name: value for name, value in values.items() if value not in (None, False)}
+    # Without a window Mistral's architecture is Llama's; RoPE is said for old readers and new.
+    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
+    head = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "hidden_act": "silu"}
+    return head | values | {"rope_parameters": rope}
+
+
+def _params_json(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    window = raw.get("sliding_window") or raw.get("_sliding_window")
+    # Mistral's files do not say. Tekken came with 128k of context, SentencePiece with 32k.
+    context = 131_072 if raw.get("vocab_size") == 131_072 else 32_768
+    return {
+        "max_position_embeddings": raw.get("max_seq_len") or context,
+        "rope_theta": 1e4 if window else 1e6,  # as mistral-inference; the first is Mistral 7B v0.1
+        **raw,
+        "sliding_window": window,
+    }
+
+
+def _config_json(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    # Since transformers 5 one dictionary has all about RoPE; before, only how it is scaled.
+    ropes = [raw.get(name) or {} for name in ("rope_scaling", "rope_parameters")]
+    ropes = [rope if isinstance(rope, dict) else {"rope_type": rope} for rope in ropes]
+    kinds = {str(rope.get("rope_type", rope.get("type"))) for rope in ropes} - {"None", "default"}
+    window = 4096 if raw.get("model_type") == "mistral" else None  # MistralConfig's default
+    defaults = {"rope_theta": 1e4, "rms_norm_eps": 1e-6, "sliding_window": window}
+    return defaults | dict(raw) | ropes[0] | ropes[1] | {"rope_type": ", ".join(kinds)}
+
+
+def _gguf_fields(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    head_dim = raw.get("llama.rope.dimension_count")
+    fields = {"llama.rope.freq_base": 1e4, "llama.attention.key_length": head_dim} | dict(raw)
+    # Stored as float32, where 1e-5 is 9.99999974738e-06.
+    return {k: float(f"{v:.7g}") if isinstance(v, float) else v for k, v in fields.items()}
+
+
+def short(value: object) -> str:
+    """A value from a file, as a message may quote it."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

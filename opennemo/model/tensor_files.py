@@ -1,0 +1,79 @@
+"""Read and write safetensors, one tensor at a time.
+
+The files of a folder act as one: `shapes` and `dtypes` say what is there, `read` maps a tensor. The
+library checks a header against its file (sizes, gaps, overlaps) before anything else. It can write
+only what lies in memory whole, so writing is done here: a length, a JSON header, then the bytes.
+
+Specification: https://github.com/huggingface/safetensors#format
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from opennemo.errors import CheckpointError
+from opennemo.model.layouts import short
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+class SafetensorFiles:
+    """Some open `.safetensors` files: their tensors' shapes and types, and the tensors."""
+
+    def __init__(self, paths: Iterable[Path]):
+        """Open the files and check their headers.
+
+        Raises:
+            CheckpointError: a file is damaged or truncated, or holds other than plain floats.
+        """
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+        self._files = {}
+        for path in paths:
+            try:
+                file = safe_open(path, framework="pt")
+                parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(
+                    f"{path}: damaged, truncated, or not safetensors ({error}); fetch it again"
+                ) from error
+            for name, part in parts.items():
+                if (code := part.get_dtype()) not in DTYPES:
+                    known = ", ".join(DTYPES)
+                    raise CheckpointError(
+                        f"{path}: {short(name)} is of type {code}; supported: {known}"
+                    )
+                self._files[name] = file
+                self.shapes[name], self.dtypes[name] = tuple(part.get_shape()), DTYPES[code]
+
+    def read(self, name: str, dtype: torch.dtype) -> Tensor:
+        """One tensor; a view of the file, without a copy, where it is stored as `dtype`."""
+        return self._files[name].get_tensor(name).to(dtype)
+
+
+def write_safetensors(
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    read: Callable[[str], Tensor],
+) -> None:
+    """Write tensors of one type, asking `read` for each when its turn comes."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # which transformers looks for
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": CODES[dtype], "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that tensors are aligned, and can be mapped
+    with path.open("xb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, shape in shapes.items():
+            tensor = read(name)
+            assert tensor.shape == shape and tensor.dtype == dtype, name
+            file.write(tensor.contiguous().view(torch.uint8).numpy().data)

@@ -1,0 +1,226 @@
+"""GGUF files: every quantisation dequantised, and no forged file that does harm."""
+
+import random
+import struct
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Type
+from transformers import AutoModelForCausalLM
+
+from opennemo.errors import CheckpointError
+from opennemo.model import layouts
+from opennemo.model.attention import Packed
+from opennemo.model.checkpoint import load
+from opennemo.model.companions import read_generation_config
+from opennemo.model.gguf import BLOCKS, CHUNK, GGUF, PART, PLAIN
+from opennemo.model.transformer import ModelConfig, Transformer
+
+# Rows of 256, the largest block; head_dim apart from dim / n_heads, as in Mistral NeMo.
+CONFIG = ModelConfig(
+    dim=256, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=128, hidden_dim=512,
+    vocab_size=300, rope_theta=5e5, max_position_embeddings=1024,
+)  # fmt: skip
+
+
+def write(path: Path, config: ModelConfig, type: Type = Type.F32, **fields: Any) -> Transformer:
+    """A random model as llama.cpp's converter would write it; returns what it holds."""
+    torch.manual_seed(0)
+    model = Transformer(config).requires_grad_(False)
+    writer = gguf.GGUFWriter(path, fields.pop("architecture", "llama"))
+    writer.add_block_count(config.n_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.dim)
+    writer.add_feed_forward_length(config.hidden_dim)
+    writer.add_head_count(config.n_heads)
+    writer.add_head_count_kv(config.n_kv_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_array("tokenizer.ggml.tokens", [f"é{i}" for i in range(config.vocab_size)])
+    writer.add_array("tokenizer.ggml.scores", [0.5, 1.5])
+    writer.add_bool("tokenizer.ggml.add_bos_token", True)
+    writer.add_uint32("tokenizer.ggml.eos_token_id", 2)
+    for key, value in fields.items():
+        kind = gguf.GGUFValueType.STRING if isinstance(value, str) else gguf.GGUFValueType.UINT32
+        writer.add_key_value(key, value, kind)
+    for name, weight in model.named_parameters():
+        kind = type if weight.dim() == 2 else Type.F32  # llama.cpp keeps norms in float32
+        if kind in (Type.Q2_K, Type.Q3_K, Type.Q4_K, Type.Q5_K, Type.Q6_K):
+            data = random_blocks(weight.shape, kind)  # the package can read them, not write them
+        else:
+            data = gguf.quantize(weight.numpy(), kind)
+        weight.copy_(torch.from_numpy(gguf.dequantize(data, kind)))
+        writer.add_tensor(layouts.spell(name, "gguf"), data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return model
+
+
+def random_blocks(shape: torch.Size, type: Type) -> np.ndarray:
+    """Random codes, with scales (float16, first or last in a block) that are ordinary numbers."""
+    block, n_bytes = gguf.GGML_QUANT_SIZES[type]
+    rng = np.random.default_rng(shape[0])
+    blocks = rng.integers(256, size=(shape[0], shape[1] // block, n_bytes), dtype=np.uint8)
+    scale = np.float16(0.01).view(np.uint16)
+    at = {Type.Q2_K: [80, 82], Type.Q3_K: [108], Type.Q6_K: [208]}.get(type, [0, 2])
+    for i in at:
+        blocks[..., i : i + 2] = np.array([scale & 255, scale >> 8], np.uint8)
+    return blocks.reshape(shape[0], -1)
+
+
+@pytest.mark.parametrize("type", [*PLAIN, *BLOCKS], ids=lambda type: type.name)
+def test_every_kind_of_numbers(type, tmp_path):
+    expected = write(tmp_path / "model.gguf", CONFIG, type)
+    for dtype in (torch.float32, torch.bfloat16):
+        model = load(tmp_path / "model.gguf", dtype=dtype)
+        assert model.config == CONFIG
+        for (name, mine), theirs in zip(
+            model.named_parameters(), expected.parameters(), strict=True
+        ):
+            assert torch.equal(mine, theirs.to(dtype)), name
+    as_stored = load(tmp_path / "model.gguf").tok_embeddings.weight.dtype
+    assert as_stored == PLAIN.get(type, torch.float32)
+
+
+def test_more_weights_than_are_dequantised_at_a_time(tmp_path):
+    weight = np.random.default_rng(0).normal(size=(PART // 256 * 2 + CHUNK // 256 + 3, 256))
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    codes = gguf.quantize(weight.astype(np.float32), Type.Q8_0)
+    writer.add_tensor("weight", codes, raw_dtype=Type.Q8_0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    read = GGUF(tmp_path / "model.gguf").read("weight", torch.float32)
+    assert np.array_equal(read.numpy(), gguf.dequantize(codes, Type.Q8_0))
+
+
+def test_tied_embeddings_and_generation(tmp_path):
+    write(tmp_path / "model.gguf", replace(CONFIG, tied_embeddings=True))
+    model = load(tmp_path / "model.gguf")
+    assert model.config.tied_embeddings and model.output.weight is model.tok_embeddings.weight
+    assert read_generation_config(tmp_path / "model.gguf") == {"eos_token_ids": [2]}
+
+
+def test_channels_are_in_mistral_s_order(tmp_path):
+    """transformers, which reorders the rows for a RoPE of its own, has the same logits."""
+    expected = write(tmp_path / "model.gguf", CONFIG)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf")
+    tokens = torch.arange(50) * 7 % CONFIG.vocab_size
+    with torch.no_grad():
+        logits = expected.output(expected(tokens, Packed.of(50)))
+        torch.testing.assert_close(logits, theirs(tokens[None]).logits[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("architecture", "gemma2", "general.architecture = 'gemma2'.*supported: llama"),
+        ("llama.expert_count", 8, "llama.expert_count = 8"),
+        ("llama.rope.scaling.type", "yarn", "llama.rope.scaling.type = 'yarn'.*supported: none"),
+        ("split.count", 4, "split.count = 4"),
+        ("llama.attention.sliding_window", 2**31, "sliding_window is 2147483648, not"),
+        ("general.alignment", 3, "aligned to 3"),
+    ],
+)
+def test_files_that_are_another_model(field, value, message, tmp_path):
+    path = tmp_path / "model.gguf"
+    write(path, CONFIG, **{field: value})
+    assert_refused(path, message)
+
+
+def test_llama_3_s_rope(tmp_path):
+    path = tmp_path / "model.gguf"
+    write(path, CONFIG)
+    path.write_bytes(path.read_bytes().replace(b"token_embd.weight", b"rope_freqs.weight"))
+    assert_refused(path, "llama.rope.scaling.type = 'llama3'")
+
+
+def test_a_quantisation_that_is_not_supported(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    codes = np.zeros((4, 136), np.uint8)
+    writer.add_tensor("token_embd.weight", codes, raw_dtype=Type.IQ4_XS)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert_refused(tmp_path / "model.gguf", "'token_embd.weight' is in IQ4_XS; supported: F32")
+
+
+def assert_refused(path: Path, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message) as error:
+        load(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+HEAD = b"GGUF" + struct.pack("<I", 3)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"GGUF",
+        b"GGML" + bytes(100),
+        b"GGUF" + struct.pack("<IQQ", 1, 0, 0),
+        b"GGUF" + struct.pack(">IQQ", 3, 0, 0),
+        HEAD + struct.pack("<QQ", 0, 2**64 - 1),
+        HEAD + struct.pack("<QQ", 2**64 - 1, 0),
+        HEAD + struct.pack("<QQQ", 0, 1, 2**63),
+        HEAD + struct.pack("<QQQcIIQ", 0, 1, 1, b"k", 9, 0, 2**63),
+        HEAD + struct.pack("<QQQcIIQ", 0, 1, 1, b"k", 9, 99, 1) + bytes(100),
+        HEAD + struct.pack("<QQQcI", 0, 1, 1, b"k", 99),
+        HEAD + struct.pack("<QQQcI", 0, 1, 1, b"k", 9) + struct.pack("<IQ", 9, 2) * 10**5,
+    ],
+)
+def test_files_that_are_not_gguf(content, tmp_path):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(content)
+    assert_refused(path, "damaged, or not GGUF")
+
+
+def test_a_truncated_file_names_the_tensor(tmp_path):
+    path = tmp_path / "model.gguf"
+    write(path, CONFIG)
+    path.write_bytes(path.read_bytes()[:-1])
+    assert_refused(path, r"'output.weight' would be at byte .*: truncated")
+
+
+def test_no_forged_header_escapes(tmp_path):
+    path = tmp_path / "model.gguf"
+    write(path, replace(CONFIG, n_layers=1), Type.Q4_0)
+    original = path.read_bytes()
+    end = original.index(b"output.weight") + 60
+    rng = random.Random(0)
+    n_refused = 0
+    for _ in range(600):
+        data = bytearray(original)
+        at = rng.randrange(end)
+        match rng.randrange(4):
+            case 0:
+                for _ in range(rng.randint(1, 4)):
+                    data[rng.randrange(end)] = rng.randrange(256)
+            case 1:
+                forged = rng.choice([0, 1, 255, 2**16, 2**31, 2**32 - 1, 2**63, 2**64 - 1])
+                data[at : at + 8] = forged.to_bytes(8, "little")
+            case 2:
+                del data[rng.randrange(len(data)) :]
+            case 3:
+                del data[at : at + rng.randint(1, 16)]
+        path.write_bytes(data)
+        try:
+            load(path)
+        except CheckpointError as error:
+            n_refused += 1
+            assert "\n" not in str(error)
+    assert n_refused > 300
