@@ -25,6 +25,7 @@ from opennemo.tokenizer.tokenizer import Tokenizer, mistral_version, repair_surr
 # GPT-2's alphabet: printable bytes of Latin-1 stand for themselves, the others for U+0100 on.
 UNPRINTABLE = (*range(33), *range(127, 161), 173)
 SPELLED = {byte: 256 + i for i, byte in enumerate(UNPRINTABLE)}
+MAX_IDS = 1 << 24  # the largest known vocabularies have a quarter of a million
 METASPACE_STEPS = {"ByteFallback", "Metaspace", "Replace", "Fuse", "Strip"}
 BYTE_OF = {chr(SPELLED.get(byte, byte)): byte for byte in range(256)}
 
@@ -53,6 +54,8 @@ class HuggingFace(Tokenizer):
             raise ValueError(f"its model is {kind!r}, not 'BPE'")
         byte_level, self.dummy_prefix = _how_it_decodes(spec.get("decoder") or {})
         names = _names(spec)
+        if not 0 <= min(names) <= max(names) < MAX_IDS:
+            raise ValueError(f"its ids go from {min(names):,} to {max(names):,}")
         for id in (bos_id, eos_id):
             if id not in names:
                 raise ValueError(f"it has no token {id!r}, which is to begin or end a text")
@@ -209,8 +212,9 @@ def read_chat_template(folder: Path) -> str | None:
         if (folder / name).exists():
             template = read_json(folder / name).get("chat_template")
             if isinstance(template, list):  # several, by name
-                template = {each["name"]: each["template"] for each in template}.get("default")
-            if template:
+                named = {each.get("name"): each for each in template if isinstance(each, dict)}
+                template = named.get("default", {}).get("template")
+            if isinstance(template, str):
                 return template
     return None
 

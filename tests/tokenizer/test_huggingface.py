@@ -389,6 +389,8 @@ def test_settings_beside_a_tokenizer_json(tmp_path: Path):
         ({"model": 5}, "not a usable tokenizer.json"),
         ({"model": {"type": "BPE", "merges": []}}, "the key 'vocab' is missing"),
         ({"pre_tokenizer": {"type": "Magic"}}, "not a usable tokenizer.json"),
+        ({"added_tokens": [{"id": 10**20, "content": "x", "special": True}]}, "its ids go from 0"),
+        ({"added_tokens": [{"id": -1, "content": "x", "special": True}]}, "its ids go from -1"),
         ({"added_tokens": [{"id": 3}]}, "the key 'content' is missing"),
     ],
 )
