@@ -56,9 +56,24 @@ def main() -> None:
         sys.exit(130)
 
 
-def _given(**options: object) -> dict[str, object]:
+def _given(**options: Any) -> dict[str, Any]:
     """The options that were given; the rest is left to the model's defaults."""
     return {name: value for name, value in options.items() if value is not None}
+
+
+def _standard_input() -> str:
+    """All of standard input, as one text.
+
+    Raises:
+        InvalidRequest: it is not UTF-8, or there is nothing.
+    """
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"standard input is not UTF-8 text (byte {error.start})") from None
+    if not text:
+        raise InvalidRequest("standard input is empty: write a text to it")
+    return text
 
 
 def _read(path: Path) -> str:
@@ -82,12 +97,16 @@ def chat(
     device: Device = None,
 ) -> None:
     """Talk to a model. Without a terminal, answer what stands on standard input, once."""
-    from opennemo.terminal import converse
-
     sampling = _given(
         temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, max_tokens=max_tokens
     )
-    converse(model, system, device, sampling)
+    text = None if sys.stdin.isatty() else _standard_input()
+    from opennemo.terminal import answer, converse
+
+    if text is None:
+        converse(model, system, device, sampling)
+    else:
+        answer(text, model, system, device, sampling)
 
 
 @app.command()
@@ -192,6 +211,108 @@ def info(model: Model) -> None:
     console.print(fits)
     memory = ", ".join(f"{device} {_size(size)}" for device, size in machine_memory().items())
     console.print(f"Context: tokens that fit beside the weights, KV cache in bf16. {memory}.")
+
+
+tokenizer_app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Look at, compare and learn vocabularies."
+)
+app.add_typer(tokenizer_app, name="tokenizer")
+
+TokenizerFile = Annotated[
+    str,
+    typer.Argument(
+        help="tekken.json, tokenizer.json, tokenizer.model, a tiktoken file, a .gguf or a folder."
+    ),
+]
+
+
+@tokenizer_app.command()
+def show(
+    tokenizer: TokenizerFile,
+    text: Annotated[str | None, typer.Argument(help="The text; else standard input.")] = None,
+) -> None:
+    """Show a text's tokens in colours, with their ids and bytes."""
+    from rich.console import Console
+
+    from opennemo.model.hub import locate
+    from opennemo.tokenizer.display import show as render
+    from opennemo.tokenizer.ranks import open_tokenizer
+
+    Console().print(render(open_tokenizer(locate(tokenizer)), text or _standard_input()))
+
+
+@tokenizer_app.command()
+def compare(
+    tokenizers: Annotated[list[str], typer.Argument(help="Files or folders; NAME=PATH names one.")],
+    texts: Annotated[
+        list[Path],
+        typer.Option(help="JSON lines (text, language), text files or folders, .gz or .zst too."),
+    ],
+    reference: Annotated[
+        str | None, typer.Option(help="Compare the others with this one; by default the first.")
+    ] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write the rows here as CSV.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write everything here as JSON.")] = None,
+    plot: Annotated[
+        list[Path] | None, typer.Option(help="Draw the ratios here: .png, .svg, .pdf.")
+    ] = None,
+) -> None:
+    """Count the tokens that tokenizers need for the same texts, by language."""
+    from rich.console import Console
+
+    from opennemo.tokenizer.compression import compare as measure
+    from opennemo.tokenizer.compression import open_all
+    from opennemo.tokenizer.texts import Texts
+
+    opened = open_all(tokenizers)
+    result = measure(opened, Texts(texts).read(lambda n: None), reference or next(iter(opened)))
+    Console().print(result.table())
+    if csv:
+        csv.write_text(result.csv(), "utf-8")
+    if json:
+        json.write_text(result.json(), "utf-8")
+    if plot:
+        shown = sorted(result.languages, key=lambda c: -result.n_bytes[c])[:13]
+        result.plot(plot, {language: language for language in sorted(shown)})
+
+
+@tokenizer_app.command()
+def train(
+    corpus: Annotated[
+        list[Path],
+        typer.Argument(help="JSON lines (text, language), text files or folders, .gz or .zst too."),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")],
+    vocab_size: Annotated[
+        int | None, typer.Option(help="Ids in all, control tokens included; 131072 by default.")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Above 1, small languages count for more.")
+    ] = None,
+    settings: Annotated[
+        Path | None, typer.Option(help="A TOML file of settings, as in recipes/.")
+    ] = None,
+    extend: Annotated[
+        Path | None, typer.Option(help="A tekken.json to extend; its ids stay as they are.")
+    ] = None,
+    processes: Annotated[int, typer.Option(help="That count words side by side.")] = 2,
+) -> None:
+    """Learn a byte-level BPE vocabulary; writes tekken.json and tokenizer.json with equal ids."""
+    from opennemo.tokenizer.display import progress
+    from opennemo.tokenizer.tekken import Tekken
+    from opennemo.tokenizer.texts import Texts
+    from opennemo.tokenizer.training import VocabularySettings, read_settings
+    from opennemo.tokenizer.training import train as learn
+
+    changes = _given(vocab_size=vocab_size, temperature=temperature)
+    wanted = read_settings(settings, **changes) if settings else VocabularySettings(**changes)
+    with progress() as report:
+        base = Tekken.load(extend) if extend else None
+        trained = learn(Texts(corpus), wanted, base=base, processes=processes, report=report)
+    trained.save(output)
+    print(f"Wrote {output}: {trained.tokenizer.vocab_size:,} ids")
+    if broken := trained.record["unreadable_lines"]:
+        print(f"{broken:,} lines were not UTF-8 or not JSON and were left out", file=sys.stderr)
 
 
 def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> Any:

@@ -1,11 +1,6 @@
-"""A conversation in the terminal: words as they come, Ctrl-C for the answer and not the program.
-
-Without a terminal on standard input, all that stands there is one message; the bare answer goes to
-standard output, so that the command works in a pipe.
-"""
+"""A conversation in the terminal: words as they come, Ctrl-C for the answer and not the program."""
 
 import json
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -25,27 +20,34 @@ HELP = """\
 /exit         leave, as Ctrl-D does; Ctrl-C stops an answer"""
 
 
+def answer(
+    text: str, model: str, system: str | None, device: str | None, sampling: dict[str, Any]
+) -> None:
+    """Answer one message on standard output, bare, so that the command works in a pipe."""
+    with LLM.load(model, device=device) as llm:
+        for piece in llm.chat([*_start(system), {"role": "user", "content": text}], **sampling):
+            print(piece, end="", flush=True)
+    print()
+
+
 def converse(model: str, system: str | None, device: str | None, sampling: dict[str, Any]) -> None:
     """Load a model and talk to it until the user has had enough."""
     console = Console()
     with suppress(ImportError):
         import readline  # noqa: F401  arrow keys and history in input()
-    messages: list[Message] = [{"role": "system", "content": system}] if system else []
-    if not sys.stdin.isatty():
-        messages.append({"role": "user", "content": _standard_input()})
-        with LLM.load(model, device=device) as llm:
-            for piece in llm.chat(messages, **sampling):
-                print(piece, end="", flush=True)
-        print()
-        return
     with console.status(f"Loading {escape(model)} ..."):
         llm = LLM.load(model, device=device)
     with llm:
         console.print(
             f"[bold]{escape(llm.name)}[/bold], {llm.engine.max_context:,} tokens of context. "
-            "[dim]/help tells what else there is, Ctrl-D leaves.[/dim]"
+            "[dim]/help tells what else there is, Ctrl-D leaves.[/dim]",
+            highlight=False,
         )
-        Conversation(console, llm, messages, sampling).run()
+        Conversation(console, llm, _start(system), sampling).run()
+
+
+def _start(system: str | None) -> list[Message]:
+    return [{"role": "system", "content": system}] if system else []
 
 
 class Conversation:
@@ -123,13 +125,3 @@ class Conversation:
         except OSError as error:
             raise InvalidRequest(f"{name}: {error.strerror}") from None
         self.console.print(f"[dim]Saved {len(self.messages)} messages to {escape(name)}.[/dim]")
-
-
-def _standard_input() -> str:
-    try:
-        text = sys.stdin.buffer.read().decode("utf-8").strip()
-    except UnicodeDecodeError as error:
-        raise InvalidRequest(f"standard input is not UTF-8 text (byte {error.start})") from None
-    if not text:
-        raise InvalidRequest("standard input is empty: write a message to it, or use a terminal")
-    return text
