@@ -70,10 +70,9 @@ class BytePairEncoding:
         self._pattern, self._tokens, self._first_id = pattern, tokens, first_id
         ids = dict(zip(tokens, range(first_id, first_id + len(tokens)), strict=True))
         if len(ids) < len(tokens) or b"" in ids:
-            bad = next(
-                i for i, token in enumerate(tokens) if not token or ids[token] - first_id > i
-            )
-            again = f"is token {ids[tokens[bad]] - first_id} again" if tokens[bad] else "is empty"
+            last = {token: rank for rank, token in enumerate(tokens)}
+            bad = next(rank for rank, token in enumerate(tokens) if not token or last[token] > rank)
+            again = f"is token {last[tokens[bad]]} again" if tokens[bad] else "is empty"
             raise ValueError(f"token {bad} {again}")
         self._tiktoken = tiktoken.Encoding(
             "tekken", pat_str=pattern, mergeable_ranks=ids, special_tokens={}
@@ -99,13 +98,14 @@ class BytePairEncoding:
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of many texts, each (n,) uint32, on all processors and without Python's lock."""
         self._build()
-        if self._fast is None:
+        if self._fast is None or not texts:
             return [np.array(self.encode(text), np.uint32) for text in texts]
         try:
             ids, offsets = self._fast.encode_batch_flat(list(texts))
         except UnicodeEncodeError:
             ids, offsets = self._fast.encode_batch_flat([repair_surrogates(t) for t in texts])
-        return np.split(np.frombuffer(ids, "<u4"), np.frombuffer(offsets, "<u8")[1:-1])
+        writable = np.frombuffer(ids, "<u4").astype(np.uint32)
+        return np.split(writable, np.frombuffer(offsets, "<u8")[1:-1])
 
     def _encode_slowly(self, text: str) -> list[int]:
         self._chars_left -= len(text)
@@ -115,9 +115,7 @@ class BytePairEncoding:
         if len(text) > MAX_BLANKS and re.search(rf"\s{{{MAX_BLANKS}}}", text):
             self._build()
             if self._fast is None:
-                raise InvalidRequest(
-                    f"the text has more than {MAX_BLANKS:,} whitespace characters in a row"
-                )
+                raise InvalidRequest(f"the text has {MAX_BLANKS:,} whitespace characters in a row")
             return self._fast.encode_ordinary(text).ids
         return self._tiktoken.encode_ordinary(text)
 
@@ -135,13 +133,13 @@ class BytePairEncoding:
                 base64.b64encode(token) + b" %d\n" % id
                 for id, token in enumerate([*fillers, *self._tokens])
             )
-            with tempfile.TemporaryDirectory() as folder:
-                file = Path(folder) / "vocabulary.tiktoken"
-                file.write_bytes(b"".join(lines))
-                try:
+            try:
+                with tempfile.TemporaryDirectory() as folder:
+                    file = Path(folder) / "vocabulary.tiktoken"
+                    file.write_bytes(b"".join(lines))
                     fast = fastokens.Tokenizer.from_tiktoken(str(file), pattern=self._pattern)
-                except ValueError:  # a vocabulary with tokens that no merge reaches
-                    return
+            except (ValueError, OSError):  # tokens that no merge reaches, or no room on the disk
+                return
             text = probe()
             if fast.encode_ordinary(text).ids == self._tiktoken.encode_ordinary(text):
                 self._fast = fast
@@ -151,7 +149,5 @@ def probe() -> str:
     """A text that would show a difference: every script, blanks, digits, cases, look-alikes."""
     scripts = "".join(chr(c) for c in range(0, 0x30000, 23) if not 0xD800 <= c < 0xE000)
     blanks = " ".join(f"a{'  ' * n}\t{n}\n{' ' * n}b\r\n\n" for n in range(9))
-    words = (
-        "DON'T don't I'LL camelCase HTTPServer x86_64 1234567 3.14 <s>[INST]</s> //\n/* é e\u0301"
-    )
+    words = "DON'T don't I'LL camelCase HTTPServer x86_64 12345 3.14 <s>[INST]</s> //\n/* é e\u0301"
     return f"{words}{blanks}{scripts}{words}"

@@ -68,6 +68,7 @@ def same(nemo: Tekken, oracle: tiktoken.Encoding, texts: Iterable[str]) -> None:
     expected = [[rank + 1000 for rank in oracle.encode_ordinary(text)] for text in texts]
     assert [nemo.encode(text) for text in texts] == expected
     assert [ids.tolist() for ids in nemo.encode_batch(texts)] == expected
+    assert nemo.encode_batch([]) == []
 
 
 def test_both_libraries_are_tried(ready: Tekken):
