@@ -1,0 +1,167 @@
+"""What was learned in a format is what is exported in it, bit for bit."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from opennemo.model.attention import Packed
+from opennemo.model.quantization import (
+    FORMATS,
+    FUSED,
+    Format,
+    QuantizedLinear,
+    calibration,
+    prepare_qat_,
+    quantize_,
+)
+from opennemo.model.transformer import PRESETS, ModelConfig, Transformer
+
+# Widths that fill no group of 32 and no byte of two codes.
+ODD = ModelConfig(
+    dim=35, n_layers=2, n_heads=3, n_kv_heads=1, head_dim=14, hidden_dim=45, vocab_size=64
+)
+TOKENS = torch.arange(40) * 7 % 64
+
+
+def model(config: ModelConfig = PRESETS["tiny"], dtype: torch.dtype = torch.float32) -> Transformer:
+    torch.manual_seed(0)
+    return Transformer(config).to(dtype)
+
+
+def hidden(net: Transformer) -> Tensor:
+    return net(TOKENS, Packed.of(25, 15))
+
+
+def calibrated(net: Transformer, format: Format) -> dict[str, float] | None:
+    if not format.static:
+        return None
+    with calibration(net) as largest, torch.no_grad():
+        hidden(net)
+    return largest
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("config", [PRESETS["tiny"], ODD], ids=["tiny", "odd"])
+@pytest.mark.parametrize("name", FORMATS)
+def test_exporting_what_was_trained_changes_no_output(
+    name: str, config: ModelConfig, dtype: torch.dtype
+):
+    format, net = FORMATS[name], model(config, dtype)
+    prepare_qat_(net, format, calibrated(net, format))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+    before = hidden(net).detach()
+    hidden(net).square().sum().backward()
+    optimizer.step()
+    trained = hidden(net).detach()
+    assert not torch.equal(before, trained)
+    quantize_(net, format)
+    assert torch.equal(hidden(net), trained)
+    assert sum(isinstance(m, QuantizedLinear) for m in net.modules()) == 7 * config.n_layers
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_gradients_pass_straight_through(name: str):
+    format = FORMATS[name]
+    x, w = torch.randn(8, 64), torch.randn(6, 64)
+    x_scale = format.inputs.scale(x) if format.inputs and format.static else None
+    leaves = x.clone().requires_grad_(), w.clone().requires_grad_()
+    out = format.fake_linear(leaves[0], leaves[1], None, x_scale)
+    # Tiny gradients are where codes that carry them lose nearly everything.
+    grad = torch.randn_like(out) * 1e-4
+    out.backward(grad)
+    rounded_x = x if format.inputs is None else format.inputs.fake_quantize(x, x_scale)
+    rounded_w = format.weights.fake_quantize(w)
+    assert leaves[0].grad is not None and leaves[1].grad is not None
+    torch.testing.assert_close(leaves[0].grad, grad @ rounded_w)
+    torch.testing.assert_close(leaves[1].grad, grad.T @ rounded_x)
+
+
+def test_numbers_beyond_a_static_scale_are_clipped_and_do_not_learn():
+    rounding = FORMATS["fp8-static"].inputs
+    assert rounding is not None
+    scale = rounding.scale(torch.tensor([[1.0]]))
+    x = torch.tensor([[0.5, 100.0, -100.0]], requires_grad=True)
+    rounded = rounding.fake_quantize(x, scale)
+    rounded.sum().backward()
+    limit = float(scale) * 448
+    assert rounded.tolist() == [[0.5, limit, -limit]]
+    assert x.grad is not None and x.grad.tolist() == [[1, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("name", "largest"), [("fp32", 0), ("bf16", 2**-8), ("fp8", 2**-4), ("int8", 1 / 254)]
+)
+def test_rounding_errs_no_more_than_its_step(name: str, largest: float):
+    rounding = FORMATS[name].weights
+    x = torch.randn(16, 100) * torch.logspace(-6, 6, 16)[:, None]
+    error = (rounding.fake_quantize(x) - x).abs()
+    # Floats err in proportion to the number, integers to the largest one of the row.
+    reference = x.abs().amax(-1, keepdim=True) if name == "int8" else x.abs() + x.abs().amax() * 0
+    slack = x.abs().amax(-1, keepdim=True) * 2**-17  # below the smallest normal number
+    assert (error <= reference * largest * 1.0001 + slack).all()
+
+
+def test_int4_keeps_what_a_q4_0_block_holds():
+    codes = torch.randint(-8, 8, (5, 96))
+    codes[:, ::32] = -8
+    x = codes * torch.rand(5, 3).add(0.5).repeat_interleave(32, -1)
+    packed, scale = FORMATS["int4"].weights.quantize(x)
+    assert packed.shape == (5, 48) and packed.dtype == torch.uint8 and scale.shape == (5, 3)
+    torch.testing.assert_close(FORMATS["int4"].weights.fake_quantize(x), x)
+
+
+def test_zeros_stay_zeros():
+    for format in FORMATS.values():
+        assert torch.equal(format.weights.fake_quantize(torch.zeros(3, 40)), torch.zeros(3, 40))
+
+
+@pytest.mark.parametrize("name", ["fp8", "fp8-static"])
+def test_fp8_scales_are_powers_of_two_and_use_the_range(name: str):
+    rounding = FORMATS[name].weights
+    w = torch.randn(50, 64)
+    codes, scale = rounding.quantize(w)
+    assert torch.equal(torch.frexp(scale).mantissa, torch.full_like(scale, 0.5))
+    largest = codes.float().abs().amax(-1)
+    assert (largest.max() if name == "fp8-static" else largest.min()) >= 224
+
+
+def test_layers_that_engines_fuse_share_a_scale():
+    net = model()
+    quantize_(net, FORMATS["fp8-static"], calibrated(net, FORMATS["fp8-static"]))
+    state = net.state_dict()
+    for i in range(net.config.n_layers):
+        for group, part in zip(FUSED, ("attention", "feed_forward"), strict=True):
+            for scale in ("scale", "input_scale"):
+                values = {float(state[f"layers.{i}.{part}.{name}.{scale}"]) for name in group}
+                assert len(values) == 1
+
+
+def test_a_static_format_refuses_to_guess_the_inputs():
+    with pytest.raises(ValueError, match=r"layers\.0\..*calibrate"):
+        quantize_(model(), FORMATS["fp8-static"])
+    with pytest.raises(ValueError, match="calibrate"):
+        prepare_qat_(model(), FORMATS["fp8-static"], {"layers.0.attention.wq": 1.0})
+
+
+def test_only_the_head_that_is_named_is_rounded():
+    net = model()
+    quantize_(net, FORMATS["fp8"])
+    assert isinstance(net.output, nn.Linear)
+    tied = model(PRESETS["nano-60m"]).requires_grad_(False)
+    embedding = tied.tok_embeddings.weight.clone()
+    quantize_(tied, FORMATS["int4"], head=FORMATS["int8"])
+    assert isinstance(tied.output, QuantizedLinear) and tied.output.format is FORMATS["int8"]
+    assert torch.equal(tied.tok_embeddings.weight, embedding)
+
+
+def test_a_quantized_model_copies_and_saves_its_codes():
+    net = model()
+    quantize_(net, FORMATS["int8"], head=FORMATS["int8"])
+    twin = copy.deepcopy(net)
+    for tensor in twin.state_dict().values():
+        tensor.zero_()
+    twin.load_state_dict(net.state_dict())
+    assert torch.equal(hidden(twin), hidden(net))
+    assert net.state_dict()["layers.0.attention.wq.weight"].dtype == torch.int8
