@@ -1,0 +1,847 @@
+// One step of the decoder on a CPU: a ragged batch of tokens in, logits of the wanted rows out.
+//
+// The whole step is one call, because at one token a step a framework's time lies between its
+// operators. Every product, attention's two included, is done by one of two tiles over panels of
+// 32 columns: `tile` in float32, which all formats but int8 are unpacked for, and `tile8` in int8.
+// Vectors are those of GCC and Clang, so the same text is AVX-512, AVX2, NEON or scalar code; only
+// `dot` is written for each. The file is compiled for the machine it runs on (see cpu.py).
+//
+// A row's result never depends on what else is in the batch: each sum runs over its own terms in a
+// fixed order, whatever the shape of the tile, and attention walks keys in tiles that are aligned
+// to the beginning of the sequence. Tests hold this bit for bit; mind it when you change a loop.
+//
+// Letters as in transformer.py: T tokens, D dim, N and K heads, H head_dim, F hidden_dim.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <thread>
+#include <vector>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+// A test runs the AVX-512 code on any machine, with its one special instruction spelled out.
+#if defined(EMULATE_VNNI) || (defined(__AVX512VNNI__) && defined(__AVX512BW__))
+#define VNNI 1
+constexpr int W = 16, TILE = 12, SUMS = 24;  // floats in a vector, most rows and sums in a tile
+#elif defined(__AVX2__)
+constexpr int W = 8, TILE = 6, SUMS = 8;
+#else
+constexpr int W = 4, TILE = 6, SUMS = 8;
+#endif
+
+typedef float vf __attribute__((vector_size(4 * W)));
+typedef int32_t vi __attribute__((vector_size(4 * W)));
+typedef float vf_any __attribute__((vector_size(4 * W), aligned(4), may_alias));
+typedef int32_t vi_any __attribute__((vector_size(4 * W), aligned(4), may_alias));
+typedef int32_t i8x __attribute__((vector_size(32)));
+typedef int32_t i8x_any __attribute__((vector_size(32), aligned(4), may_alias));
+typedef float f8x __attribute__((vector_size(32)));
+typedef float f8x_any __attribute__((vector_size(32), aligned(4), may_alias));
+
+constexpr int COLS = 32;       // of a panel: output features of a weight matrix, or keys
+constexpr int V = COLS / W;    // vectors across a panel
+constexpr int BLOCK = 48;      // rows that share an unpacked panel
+constexpr int DEPTH = 128;     // unpacked at a time: 16 KiB, half of a first-level cache
+constexpr int GROUP = 32;      // int8 inputs that share a scale, int4 weights that share one
+
+static inline vf load(const float* p) { return *(const vf_any*)p; }
+static inline vi load(const int32_t* p) { return *(const vi_any*)p; }
+static inline void store(float* p, vf x) { *(vf_any*)p = x; }
+static inline vf splat(float x) { return x - (vf){}; }
+static inline vi splat(int32_t x) { return x - (vi){}; }
+static inline vf to_float(vi x) { return __builtin_convertvector(x, vf); }
+static inline vf larger(vf a, vf b) { return a > b ? a : b; }
+static inline vf smaller(vf a, vf b) { return a < b ? a : b; }
+static inline vf magnitude(vf x) { return (vf)((vi)x & 0x7FFFFFFF); }
+static inline float sum(vf x) {
+  float s = 0;
+  for (int i = 0; i < W; i++) s += x[i];
+  return s;
+}
+static inline float largest(vf x) {
+  float s = x[0];
+  for (int i = 1; i < W; i++) s = std::max(s, x[i]);
+  return s;
+}
+static inline int padded(int n, int to) { return (n + to - 1) / to * to; }
+
+// e^x to a few units in the last place; exactly 0 below -87, so that a masked key weighs nothing.
+static inline vf exponential(vf x) {
+  const vf magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
+  vf y = smaller(larger(x, splat(-87.f)), splat(88.f));
+  vf n = (y * 1.44269504f + magic) - magic;
+  vf r = (y - n * 0.693145752f) - n * 1.42860677e-6f;
+  vf p = splat(1.9875691e-4f);
+  p = p * r + 1.3981999e-3f, p = p * r + 8.3334519e-3f, p = p * r + 4.1665796e-2f;
+  p = p * r + 1.6666666e-1f, p = p * r + 0.5f;
+  p = p * r * r + r + 1.f;
+  vf scaled = (vf)((vi)p + (__builtin_convertvector(n, vi) << 23));
+  return (vf)((vi)scaled & (x > splat(-87.f)));
+}
+
+// ---- tiles ------------------------------------------------------------------------------------
+
+// y (M, W * VN) += x (M, K) w (K, W * VN), one addition after the other along K.
+template <int M, int VN>
+static inline void tile(const float* w, size_t w_stride, const float* x, size_t x_stride, int K,
+                        float* y, size_t y_stride) {
+  vf acc[M][VN];
+  for (int m = 0; m < M; m++)
+    for (int v = 0; v < VN; v++) acc[m][v] = load(y + m * y_stride + v * W);
+  for (int k = 0; k < K; k++, w += w_stride) {
+    vf b[VN];
+    for (int v = 0; v < VN; v++) b[v] = load(w + v * W);
+    for (int m = 0; m < M; m++) {
+      vf a = splat(x[m * x_stride + k]);
+      for (int v = 0; v < VN; v++) acc[m][v] += a * b[v];
+    }
+  }
+  for (int m = 0; m < M; m++)
+    for (int v = 0; v < VN; v++) store(y + m * y_stride + v * W, acc[m][v]);
+}
+
+// Integer products: SIDE inputs of a feature lie side by side in a lane, whose products `dot` adds
+// up. x holds the same SIDE inputs for all lanes.
+#if defined(VNNI)
+typedef int8_t Code;
+constexpr int SIDE = 4, BIAS = 128;  // it takes unsigned weights; `tile8` subtracts the excess
+static inline vi lanes(const uint8_t* w) { return load((const int32_t*)w); }
+static inline vi dot(vi acc, vi w, int32_t x) {
+#if defined(EMULATE_VNNI)
+  for (int byte = 0; byte < 32; byte += 8) acc += (w >> byte & 255) * (int8_t)(x >> byte);
+  return acc;
+#else
+  return (vi)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, _mm512_set1_epi32(x));
+#endif
+}
+#else
+// In 16 bits nothing can overflow. The product of bytes that AVX2 has saturates, and working around
+// that with signs was a tenth slower (65 against 72 billion products a second on Zen 3).
+typedef int16_t Code;
+constexpr int SIDE = 2, BIAS = 0;
+#if defined(__AVX2__)
+static inline vi lanes(const uint8_t* w) {
+  return (vi)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)w));
+}
+static inline vi dot(vi acc, vi w, int32_t x) {
+  return acc + (vi)_mm256_madd_epi16((__m256i)w, _mm256_set1_epi32(x));
+}
+#else
+typedef int8_t bytes __attribute__((vector_size(2 * W), aligned(1), may_alias));
+typedef int16_t shorts __attribute__((vector_size(4 * W)));
+static inline vi lanes(const uint8_t* w) {
+  return (vi)__builtin_convertvector(*(const bytes*)w, shorts);
+}
+static inline vi dot(vi acc, vi w, int32_t x) {
+  return acc + (w << 16 >> 16) * (x << 16 >> 16) + (w >> 16) * (x >> 16);
+}
+#endif
+#endif
+
+typedef Code codes_any __attribute__((vector_size(W * sizeof(Code)), aligned(1), may_alias));
+
+struct Codes {  // int8 inputs
+  const Code* x;
+  const float* scale;     // one a group
+  const int32_t* excess;  // BIAS times the sum of a group
+  int n_groups;
+};
+
+// y (M, W * VN) = int8 x (M, groups of 32) times a panel, exact within a group.
+template <int M, int VN>
+static inline void tile8(const uint8_t* w, Codes in, float* y, size_t y_stride) {
+  const size_t x_stride = (size_t)in.n_groups * GROUP;
+  vf total[M][VN] = {};
+  for (int g = 0; g < in.n_groups; g++) {
+    vi acc[M][VN];
+    for (int m = 0; m < M; m++)
+      for (int v = 0; v < VN; v++)
+        acc[m][v] = BIAS ? splat(-in.excess[m * in.n_groups + g]) : (vi){};
+    for (int k = 0; k < GROUP; k += SIDE, w += SIDE * COLS) {
+      vi b[VN];
+      for (int v = 0; v < VN; v++) b[v] = lanes(w + v * W * SIDE);
+      for (int m = 0; m < M; m++) {
+        int32_t a;
+        std::memcpy(&a, in.x + m * x_stride + g * GROUP + k, 4);
+        for (int v = 0; v < VN; v++) acc[m][v] = dot(acc[m][v], b[v], a);
+      }
+    }
+    for (int m = 0; m < M; m++) {
+      vf scale = splat(in.scale[m * in.n_groups + g]);
+      for (int v = 0; v < VN; v++) total[m][v] += to_float(acc[m][v]) * scale;
+    }
+  }
+  for (int m = 0; m < M; m++)
+    for (int v = 0; v < VN; v++) store(y + m * y_stride + v * W, total[m][v]);
+}
+
+// Few rows take the panel in one pass, many in several, so that sums stay in registers.
+template <int M> constexpr int ACROSS = M * V <= SUMS ? V : 2;
+
+template <int M>
+static void rows_of(const float* w, size_t w_stride, const float* x, size_t x_stride, int K,
+                    float* y, size_t y_stride) {
+  for (int v = 0; v < V; v += ACROSS<M>)
+    tile<M, ACROSS<M>>(w + v * W, w_stride, x, x_stride, K, y + v * W, y_stride);
+}
+template <int M> static void rows_of8(const uint8_t* w, Codes in, float* y, size_t y_stride) {
+  for (int v = 0; v < V; v += ACROSS<M>)
+    tile8<M, ACROSS<M>>(w + v * W * SIDE, in, y + v * W, y_stride);
+}
+
+template <int M, class F> static inline void with_rows(int m, F f) {
+  if (m == M) f(std::integral_constant<int, M>());
+  else if constexpr (M > 1) with_rows<M - 1>(m, f);
+}
+
+// y (M, 32) += x (M, K) w (K, 32)
+static void multiply(const float* w, size_t w_stride, const float* x, size_t x_stride, int M, int K,
+                     float* y, size_t y_stride) {
+  for (int m = 0; m < M; m += TILE)
+    with_rows<TILE>(std::min(TILE, M - m), [&](auto n) {
+      rows_of<n>(w, w_stride, x + m * x_stride, x_stride, K, y + m * y_stride, y_stride);
+    });
+}
+
+// ---- number formats ---------------------------------------------------------------------------
+
+enum Format { FP32, BF16, FP8, INT8, INT4 };  // numbered as in cpu.py
+
+static inline float from_bf16(uint16_t x) {
+  uint32_t bits = (uint32_t)x << 16;
+  float y;
+  std::memcpy(&y, &bits, 4);
+  return y;
+}
+static inline uint16_t to_bf16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if (x != x) return 0x7FC0;
+  return (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+}
+
+static void* pages_of(size_t bytes) {
+  void* p = std::aligned_alloc(1 << 21, (bytes + (1 << 21) - 1) >> 21 << 21);
+  if (!p) std::abort();
+#if defined(__linux__)
+  madvise(p, bytes, MADV_HUGEPAGE);  // a panel then costs no page walk
+#endif
+  return p;
+}
+
+// A weight matrix in panels of 32 output features, along the inputs (K):
+//   fp32, bf16  [K][32]
+//   int8        [K / SIDE][32][SIDE], as `dot` takes them
+//   fp8         [K][8][4], and int4 [K / 2][8][4], two inputs a byte: byte j of the i-th group of
+//               four is feature 8 * j + i, so that shifts alone unpack eight features at once
+struct Matrix {
+  Format format = FP32;
+  int rows = 0, cols = 0, panels = 0;
+  bool power_of_two = false;
+  float input_scale = 0;  // of fp8 inputs, if static
+  size_t panel_bytes = 0;
+  uint8_t* data = nullptr;
+  std::vector<float> scale;  // fp8, int8: [rows]; int4: [panels][groups][32]
+
+  ~Matrix() { std::free(data); }
+  int depth() const { return padded(cols, format == INT8 || format == INT4 ? GROUP : 1); }
+  const uint8_t* panel(int p) const { return data + p * panel_bytes; }
+
+  void shape(Format f, int n_rows, int n_cols) {
+    format = f, rows = n_rows, cols = n_cols, panels = padded(n_rows, COLS) / COLS;
+    const size_t half_bytes[] = {8, 4, 2, 2, 1};
+    panel_bytes = half_bytes[f] * depth() * COLS / 2;
+    data = (uint8_t*)pages_of(panel_bytes * panels);
+    size_t n_scales = f == INT4 ? (size_t)panels * depth() : panels * COLS;
+    scale.assign(n_scales, f == FP32 || f == BF16 ? 1.f : 0.f);
+    std::memset(data, f == INT8 ? BIAS : f == INT4 ? 0x88 : 0, panel_bytes * panels);
+  }
+
+  // Put one row of codes, as PyTorch holds them, in its place.
+  void pack(int row, const void* codes, const float* row_scale) {
+    uint8_t* to = data + row / COLS * panel_bytes;
+    int lane = row % COLS, byte = lane % 8 * 4 + lane / 8;
+    const uint8_t* from = (const uint8_t*)codes;
+    switch (format) {
+      case FP32:
+        for (int k = 0; k < cols; k++) ((float*)to)[k * COLS + lane] = ((const float*)from)[k];
+        return;
+      case BF16:
+        for (int k = 0; k < cols; k++)
+          ((uint16_t*)to)[k * COLS + lane] = ((const uint16_t*)from)[k];
+        return;
+      case FP8:
+        for (int k = 0; k < cols; k++) to[k * COLS + byte] = from[k];
+        break;
+      case INT8:
+        for (int k = 0; k < cols; k++) to[(k / SIDE * COLS + lane) * SIDE + k % SIDE] = from[k] ^ BIAS;
+        break;
+      case INT4:
+        for (int k = 0; k < cols; k += 2) to[k / 2 * COLS + byte] = from[k / 2];
+        for (int g = 0; g < depth() / GROUP; g++)
+          scale[((size_t)row / COLS * depth() / GROUP + g) * COLS + lane] = row_scale[g];
+        return;
+    }
+    scale[row] = *row_scale;
+  }
+
+  // Inputs k0 to k0 + n of a panel as float32 (n, 32), before the scale of fp8.
+  void unpack(int p, int k0, int n, float* out) const {
+    if (format == BF16) {
+      const uint16_t* w = (const uint16_t*)panel(p) + k0 * COLS;
+      for (int i = 0; i < n * COLS; i++) out[i] = from_bf16(w[i]);
+    } else if (format == FP8) {
+      // Sign, exponent and mantissa stand in float32's order; only the exponent's bias differs.
+      for (int k = 0; k < n; k++) {
+        i8x w = *(const i8x_any*)(panel(p) + (k0 + k) * COLS);
+        for (int j = 0; j < 4; j++) {
+          f8x x = (f8x)((w << (24 - 8 * j)) >> 4 & (int32_t)0x87F00000);
+          *(f8x_any*)(out + k * COLS + 8 * j) = x * 0x1p120f;
+        }
+      }
+    } else {
+      for (int k = 0; k < n; k++) {
+        i8x w = *(const i8x_any*)(panel(p) + (k0 + k) / 2 * COLS);
+        const float* s = &scale[((size_t)p * depth() + k0 + k) / GROUP * COLS];
+        for (int j = 0; j < 4; j++) {
+          i8x code = (w >> (8 * j + 4 * ((k0 + k) & 1)) & 15) - 8;
+          *(f8x_any*)(out + k * COLS + 8 * j) =
+              __builtin_convertvector(code, f8x) * *(const f8x_any*)(s + 8 * j);
+        }
+      }
+    }
+  }
+};
+
+// Inputs of a product, a row a token: float32, which fp8 rounds in place, or int8 codes.
+struct Inputs {
+  std::vector<float> scale;
+  std::vector<Code> codes;
+  std::vector<int32_t> excess;
+
+  void reserve(int n_rows, int width) {
+    size_t n = (size_t)n_rows * padded(width, GROUP);
+    if (codes.size() < n) codes.resize(n), scale.resize(n), excess.resize(n / GROUP);
+  }
+
+  void round(const Matrix& a, int row, float* x) {
+    if (a.format == INT8) round_int8(a.cols, row, x);
+    if (a.format == FP8) round_fp8(a, row, x);
+  }
+
+  void round_int8(int n, int row, const float* x) {
+    int width = padded(n, GROUP);
+    Code* q = codes.data() + (size_t)row * width;
+    for (int k = 0; k < n; k += GROUP) {
+      size_t g = ((size_t)row * width + k) / GROUP;
+      alignas(64) float part[GROUP] = {};
+      std::memcpy(part, x + k, std::min(GROUP, n - k) * sizeof(float));
+      vf most = splat(1e-12f);
+      for (int i = 0; i < GROUP; i += W) most = larger(most, magnitude(load(part + i)));
+      float step = largest(most) / 127.f;
+      vi total = {};
+      excess[g] = 0;
+      for (int i = 0; i < GROUP; i += W) {
+        vf magic = splat(12582912.f);
+        vi code = __builtin_convertvector((load(part + i) / step + magic) - magic, vi);
+        *(codes_any*)(q + k + i) = __builtin_convertvector(code, codes_any);
+        total += code;
+      }
+      scale[g] = step;
+      for (int j = 0; BIAS && j < W; j++) excess[g] += BIAS * total[j];
+    }
+  }
+
+  void round_fp8(const Matrix& a, int row, float* x) {
+    float step = a.input_scale;
+    if (!step) {
+      float most = 1e-12f;
+      for (int k = 0; k < a.cols; k++) most = std::max(most, std::fabs(x[k]));
+      step = most / 448.f;
+      if (a.power_of_two) {
+        int exponent;
+        float mantissa = std::frexp(step, &exponent);
+        step = std::ldexp(1.f, exponent - (mantissa == 0.5f));
+      }
+    }
+    scale[row] = step;
+    for (int k = 0; k < a.cols; k += W) {
+      alignas(64) float part[W] = {};
+      int n = std::min(W, a.cols - k);
+      std::memcpy(part, x + k, n * sizeof(float));
+      vf y = smaller(larger(load(part) / step, splat(-448.f)), splat(448.f));
+      // Halves go to even: of 3 bits of mantissa, or of steps of 2^-9 below the normal numbers.
+      vi bits = (vi)y;
+      vf normal = (vf)((bits + 0x7FFFF + (bits >> 20 & 1)) & (int32_t)0xFFF00000);
+      vf magic = splat(24576.f);  // 1.5 * 2^14: float32 there has steps of 2^-9
+      vf tiny = (y + magic) - magic;
+      store(part, magnitude(y) < splat(0x1p-6f) ? tiny : normal);
+      std::memcpy(x + k, part, n * sizeof(float));
+    }
+  }
+};
+
+// ---- threads ----------------------------------------------------------------------------------
+
+static inline void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// Wait for the word to leave `old`: spin briefly, as phases are microseconds apart, then sleep, as
+// the other core may have been given to somebody else.
+static void wait_for_change(std::atomic<uint32_t>& word, uint32_t old) {
+  for (int i = 0; i < 3000; i++) {
+    if (word.load(std::memory_order_acquire) != old) return;
+    relax();
+  }
+  word.wait(old, std::memory_order_acquire);
+}
+
+class Pool {
+ public:
+  explicit Pool(int n) : n_(n) {
+    for (int t = 1; t < n; t++) workers_.emplace_back([this, t] { work(t); });
+  }
+  ~Pool() {
+    job_ = nullptr;
+    start();
+    for (auto& w : workers_) w.join();
+  }
+  int size() const { return n_; }
+
+  template <class F> void run(F&& f) {
+    auto call = [](void* f, int t) { (*(F*)f)(t); };
+    job_ = call, argument_ = &f, taken_ = 0;
+    start();
+    call(&f, 0);
+    barrier();
+  }
+
+  // All threads meet; what was taken of the last phase is forgotten.
+  void barrier() {
+    uint32_t phase = phase_.load(std::memory_order_relaxed);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == (uint32_t)n_) {
+      arrived_.store(0, std::memory_order_relaxed);
+      taken_.store(0, std::memory_order_relaxed);
+      phase_.store(phase + 1, std::memory_order_release);
+      if (n_ > 1) phase_.notify_all();
+    } else {
+      wait_for_change(phase_, phase);
+    }
+  }
+
+  // Share out 0 to n: large pieces first, small ones last, so that a thread that lost its core
+  // for a while holds nobody up.
+  template <class F> void share(int n, F&& f, int least = 1) {
+    for (int from = taken_.load(std::memory_order_relaxed); from < n;) {
+      int to = std::min(n, from + std::max(least, (n - from) / (2 * n_)));
+      if (!taken_.compare_exchange_weak(from, to, std::memory_order_relaxed)) continue;
+      for (int i = from; i < to; i++) f(i);
+      from = taken_.load(std::memory_order_relaxed);
+    }
+    barrier();
+  }
+
+ private:
+  void start() {
+    started_.fetch_add(1, std::memory_order_release);
+    if (n_ > 1) started_.notify_all();
+  }
+  void work(int t) {
+    for (uint32_t seen = 0;; seen++) {
+      wait_for_change(started_, seen);
+      if (!job_) return;
+      job_(argument_, t);
+      barrier();
+    }
+  }
+  const int n_;
+  void (*job_)(void*, int) = nullptr;
+  void* argument_ = nullptr;
+  std::atomic<uint32_t> started_{0}, phase_{0}, arrived_{0};
+  std::atomic<int> taken_{0};
+  std::vector<std::thread> workers_;
+};
+
+// ---- the model --------------------------------------------------------------------------------
+
+struct Shape {  // mirrored in cpu.py, as is Step
+  int32_t dim, n_layers, n_heads, n_kv_heads, head_dim, hidden_dim, vocab_size, n_threads;
+  float norm_eps;
+};
+
+struct Step {
+  int32_t n_tokens, n_sequences, n_rows, table_width, page_size, window, kv_format;
+  int64_t n_pages;
+  const int32_t *tokens, *positions;          // (T,)
+  const int64_t* slots;                       // (T,)
+  const int32_t* cu_seqlens;                  // (S + 1,)
+  const int32_t* page_table;                  // (S, table_width)
+  const int32_t* rows;                        // (R,), tokens whose logits are wanted
+  uint8_t* kv_cache;                          // (L, 2, P, page_size, K, H)
+  float* logits;                              // (R, V)
+};
+
+enum { QKV, OUT, UP, DOWN, PER_LAYER };  // w1 and w3 alternate in UP, a panel each
+
+struct Scratch {  // of one thread
+  alignas(64) float y[2][BLOCK * COLS], unpacked[DEPTH * COLS], weights[BLOCK * COLS];
+  std::vector<float> q, keys, values, widened, out;
+};
+
+struct Model {
+  Shape shape;
+  std::vector<Matrix> matrices;  // PER_LAYER a layer, and the head
+  std::vector<float> norms;      // (2 L + 1, D): attention_norm, ffn_norm, ..., norm
+  std::vector<double> frequencies;
+  const void* embedding = nullptr;
+  Format embedding_format = FP32;
+  Pool pool;
+  Inputs inputs;
+  std::vector<Scratch> scratch;
+  std::vector<float> x, normed, qkv, attended, hidden, rope;
+  struct Task { int sequence, from, to, head; };
+  std::vector<Task> tasks;  // of attention
+
+  explicit Model(const Shape& s)
+      : shape(s), matrices(s.n_layers * PER_LAYER + 1), pool(s.n_threads), scratch(s.n_threads) {}
+
+  // rows (M, K) of x times panel p -> y (M, 32)
+  void product(const Matrix& a, int p, const float* x, int first, int M, float* y, Scratch& s) {
+    std::memset(y, 0, sizeof(float) * M * COLS);
+    if (a.format == INT8) {
+      int n_groups = a.depth() / GROUP;
+      for (int m = 0; m < M; m += TILE) {
+        size_t g = (size_t)(first + m) * n_groups;
+        Codes in{inputs.codes.data() + g * GROUP, &inputs.scale[g], &inputs.excess[g], n_groups};
+        with_rows<TILE>(std::min(TILE, M - m), [&](auto n) {
+          rows_of8<n>(a.panel(p), in, y + m * COLS, COLS);
+        });
+      }
+    } else {
+      x += (size_t)first * a.cols;
+      for (int k = 0; k < a.cols; k += DEPTH) {
+        int n = std::min(DEPTH, a.cols - k);
+        if (a.format != FP32) a.unpack(p, k, n, s.unpacked);
+        const float* w = a.format == FP32 ? (const float*)a.panel(p) + (size_t)k * COLS : s.unpacked;
+        multiply(w, COLS, x + k, a.cols, M, n, y, COLS);
+      }
+    }
+    if (a.format != FP8 && a.format != INT8) return;
+    for (int m = 0; m < M; m++)
+      for (int i = 0; i < COLS; i += W) {
+        vf scaled = load(y + m * COLS + i) * load(&a.scale[p * COLS + i]);
+        store(y + m * COLS + i, a.format == FP8 ? scaled * inputs.scale[first + m] : scaled);
+      }
+  }
+
+  // Every row of x (T, K) times the matrix, shared out among threads by panels, or pairs of them;
+  // emit(row, first column, y, y of the second panel, columns) gets each piece.
+  template <class F> void matmul(int T, const Matrix& a, const float* x, int t, int each, F&& emit) {
+    Scratch& s = scratch[t];
+    pool.share(a.panels / each, [&](int unit) {
+      for (int first = 0; first < T; first += BLOCK) {
+        int M = std::min(BLOCK, T - first);
+        for (int i = 0; i < each; i++) product(a, unit * each + i, x, first, M, s.y[i], s);
+        int column = unit * COLS, n = std::min(COLS, a.rows / each - column);
+        for (int m = 0; m < M; m++)
+          emit(first + m, column, s.y[0] + m * COLS, s.y[1] + m * COLS, n);
+      }
+    });
+  }
+
+  void norm(const float* x, const float* gain, float* y) {
+    vf squares = {};
+    int D = shape.dim, whole = D / W * W;
+    for (int i = 0; i < whole; i += W) squares += load(x + i) * load(x + i);
+    float total = sum(squares);
+    for (int i = whole; i < D; i++) total += x[i] * x[i];
+    float r = 1.f / std::sqrt(total / D + shape.norm_eps);
+    for (int i = 0; i < D; i++) y[i] = x[i] * r * gain[i];
+  }
+
+  // Nothing that a step names may lie outside of what it is looked up in.
+  bool valid(const Step& s) const {
+    auto below = [](int64_t x, int64_t end) { return x >= 0 && x < end; };
+    if (s.cu_seqlens[0] != 0 || s.cu_seqlens[s.n_sequences] != s.n_tokens) return false;
+    for (int i = 0; i < s.n_rows; i++)
+      if (!below(s.rows[i], s.n_tokens)) return false;
+    for (int i = 0; i < s.n_sequences; i++)
+      for (int j = s.cu_seqlens[i]; j < s.cu_seqlens[i + 1]; j++) {
+        if (!below(j, s.n_tokens) || !below(s.tokens[j], shape.vocab_size)) return false;
+        if (!below(s.positions[j], (int64_t)s.table_width * s.page_size)) return false;
+        if (!below(s.slots[j], s.n_pages * s.page_size)) return false;
+        if (j > s.cu_seqlens[i] && s.positions[j] != s.positions[j - 1] + 1) return false;
+        if (j == s.cu_seqlens[i + 1] - 1)
+          for (int p = 0; p <= s.positions[j] / s.page_size; p++)
+            if (!below(s.page_table[(size_t)i * s.table_width + p], s.n_pages)) return false;
+      }
+    return true;
+  }
+
+  void step(const Step& step);
+  void attend(const Step& step, int layer, const Task& task, Scratch& s);
+};
+
+// columns[h][j] = rows[j][h] of 8 keys, for all of their H channels
+static void transpose8(const float* const* rows, int H, float* columns) {
+  int h = 0;
+#if defined(__AVX2__)
+  for (; h + 8 <= H; h += 8) {
+    __m256 a[8], b[8];
+    for (int j = 0; j < 8; j++) a[j] = _mm256_loadu_ps(rows[j] + h);
+    for (int j = 0; j < 8; j += 2) {
+      b[j] = _mm256_unpacklo_ps(a[j], a[j + 1]), b[j + 1] = _mm256_unpackhi_ps(a[j], a[j + 1]);
+    }
+    for (int j = 0; j < 8; j += 4)
+      for (int i = 0; i < 2; i++) {
+        a[j + 2 * i] = _mm256_shuffle_ps(b[j + i], b[j + 2 + i], 0x44);
+        a[j + 2 * i + 1] = _mm256_shuffle_ps(b[j + i], b[j + 2 + i], 0xEE);
+      }
+    for (int i = 0; i < 4; i++) {
+      _mm256_storeu_ps(columns + (h + i) * COLS, _mm256_permute2f128_ps(a[i], a[4 + i], 0x20));
+      _mm256_storeu_ps(columns + (h + 4 + i) * COLS, _mm256_permute2f128_ps(a[i], a[4 + i], 0x31));
+    }
+  }
+#endif
+  for (; h < H; h++)
+    for (int j = 0; j < 8; j++) columns[h * COLS + j] = rows[j][h];
+}
+
+static inline float* grow(std::vector<float>& v, size_t n) {
+  if (v.size() < n) v.resize(n);
+  return v.data();
+}
+
+// Queries [from, to) of a sequence and the heads that share one head of keys and values, as one
+// stack of rows: scores, softmax and weighted values tile by tile (FlashAttention's recurrence).
+void Model::attend(const Step& step, int layer, const Task& task, Scratch& s) {
+  const int H = shape.head_dim, N = shape.n_heads, K = shape.n_kv_heads, G = N / K;
+  const int width = padded(H, COLS), R = (task.to - task.from) * G, stride = (N + 2 * K) * H;
+  const size_t bytes = step.kv_format == FP32 ? 4 : 2;
+  const size_t pool_bytes = (size_t)step.n_pages * step.page_size * K * H * bytes;
+  const uint8_t* k_pages = step.kv_cache + 2 * layer * pool_bytes;
+  const int32_t* table = step.page_table + (size_t)task.sequence * step.table_width;
+  float *q = grow(s.q, R * H), *keys = grow(s.keys, H * COLS), *out = grow(s.out, R * width);
+  float *values = grow(s.values, COLS * width), *widened = grow(s.widened, (COLS + 1) * H);
+  float* zeros = widened + COLS * H;
+  std::fill(zeros, zeros + H, 0.f);
+  std::vector<float> most(R, -1e30f), total(R, 0.f);
+  std::fill(out, out + R * width, 0.f);
+  const float scale = 1.f / std::sqrt((float)H);
+  for (int r = 0; r < R; r++) {
+    const float* from = &qkv[(size_t)(task.from + r / G) * stride + (task.head * G + r % G) * H];
+    for (int h = 0; h < H; h++) q[r * H + h] = from[h] * scale;
+  }
+  const int first = step.positions[task.from], last = step.positions[task.to - 1];
+  const int oldest = step.window ? std::max(0, first - step.window + 1) : 0;
+  for (int j0 = oldest / COLS * COLS; j0 <= last; j0 += COLS) {
+    const int n = std::min(COLS, last + 1 - j0);
+    // Beyond the last key stand zeros: whatever lies in the page must not become a NaN.
+    std::memset(values + n * width, 0, (COLS - n) * width * sizeof(float));
+    const float* rows[COLS];
+    for (int j = 0; j < COLS; j++) rows[j] = zeros;
+    for (int j = 0; j < n; j++) {
+      int page = table[(j0 + j) / step.page_size], offset = (j0 + j) % step.page_size;
+      size_t at = (((size_t)page * step.page_size + offset) * K + task.head) * H * bytes;
+      const uint8_t *k = k_pages + at, *v = k + pool_bytes;
+      if (step.kv_format == FP32) {
+        rows[j] = (const float*)k;
+        std::memcpy(values + j * width, v, H * sizeof(float));
+      } else {
+        for (int h = 0; h < H; h++) widened[j * H + h] = from_bf16(((const uint16_t*)k)[h]);
+        for (int h = 0; h < H; h++) values[j * width + h] = from_bf16(((const uint16_t*)v)[h]);
+        rows[j] = widened + j * H;
+      }
+    }
+    for (int j = 0; j < COLS; j += 8) transpose8(rows + j, H, keys + j);
+    for (int r0 = 0; r0 < R; r0 += BLOCK) {
+      const int M = std::min(BLOCK, R - r0);
+      float* score = s.weights;
+      std::memset(score, 0, sizeof(float) * M * COLS);
+      multiply(keys, COLS, q + r0 * H, H, M, H, score, COLS);
+      for (int m = 0; m < M; m++, score += COLS) {
+        const int r = r0 + m, position = step.positions[task.from + r / G];
+        const int begin = step.window ? position - step.window + 1 : 0;
+        if (j0 + COLS > position + 1 || j0 < begin)
+          for (int j = 0; j < COLS; j++)
+            if (j0 + j > position || j0 + j < begin) score[j] = -INFINITY;
+        vf peak = splat(most[r]);
+        for (int i = 0; i < COLS; i += W) peak = larger(peak, load(score + i));
+        const float top = largest(peak);
+        const float faded = exponential(splat(most[r] - top))[0];
+        vf added = {};
+        for (int i = 0; i < COLS; i += W) {
+          vf weight = exponential(load(score + i) - top);
+          store(score + i, weight), added += weight;
+        }
+        most[r] = top, total[r] = total[r] * faded + sum(added);
+        if (faded != 1.f)
+          for (int h = 0; h < width; h += W) store(out + r * width + h, load(out + r * width + h) * faded);
+      }
+      for (int h = 0; h < width; h += COLS)
+        multiply(values + h, width, s.weights, COLS, M, COLS, out + r0 * width + h, width);
+    }
+  }
+  for (int r = 0; r < R; r++) {
+    float* to = &attended[((size_t)(task.from + r / G) * N + task.head * G + r % G) * H];
+    for (int h = 0; h < H; h++) to[h] = out[r * width + h] / total[r];
+  }
+}
+
+void Model::step(const Step& step) {
+  const int T = step.n_tokens, D = shape.dim, H = shape.head_dim, F = shape.hidden_dim;
+  const int N = shape.n_heads, K = shape.n_kv_heads, stride = (N + 2 * K) * H, L = shape.n_layers;
+  const int tall = std::max(T, step.n_rows);
+  grow(x, (size_t)tall * D), grow(normed, (size_t)tall * D), grow(qkv, (size_t)T * stride);
+  grow(attended, (size_t)tall * N * H), grow(hidden, (size_t)tall * F), grow(rope, (size_t)T * H);
+  inputs.reserve(tall, std::max({D, N * H, F}));
+  tasks.clear();
+  const int block = std::max(1, BLOCK / (N / K));  // queries of an attention task
+  for (int i = 0; i < step.n_sequences; i++)
+    for (int from = step.cu_seqlens[i]; from < step.cu_seqlens[i + 1]; from += block)
+      for (int head = 0; head < K; head++)
+        tasks.push_back({i, from, std::min(from + block, step.cu_seqlens[i + 1]), head});
+
+  pool.run([&](int t) {
+    pool.share(T, [&](int i) {
+      size_t token = step.tokens[i];
+      if (embedding_format == FP32)
+        std::memcpy(&x[(size_t)i * D], (const float*)embedding + token * D, D * sizeof(float));
+      else
+        for (int d = 0; d < D; d++)
+          x[(size_t)i * D + d] = from_bf16(((const uint16_t*)embedding)[token * D + d]);
+      for (int h = 0; h < H / 2; h++) {  // in double, as in transformer.rotary
+        double angle = step.positions[i] * frequencies[h];
+        rope[(size_t)i * H + 2 * h] = std::cos(angle), rope[(size_t)i * H + 2 * h + 1] = std::sin(angle);
+      }
+    });
+    int n = T;  // rows that the rest of the network still needs
+    for (int layer = 0; layer < L; layer++) {
+      const Matrix* a = &matrices[layer * PER_LAYER];
+      const float* gains = &norms[(size_t)2 * layer * D];
+      pool.share(n, [&](int i) {
+        float* y = &normed[(size_t)i * D];
+        norm(&x[(size_t)i * D], gains, y);
+        inputs.round(a[QKV], i, y);
+      });
+      matmul(n, a[QKV], normed.data(), t, 1, [&](int i, int column, float* y, float*, int width) {
+        std::memcpy(&qkv[(size_t)i * stride + column], y, width * sizeof(float));
+      });
+      pool.share(n, [&](int i) {
+        float *row = &qkv[(size_t)i * stride], *turn = &rope[(size_t)i * H];
+        for (int head = 0; head < N + K; head++, row += H)
+          for (int h = 0; h < H; h += 2) {
+            float re = row[h], im = row[h + 1];
+            row[h] = re * turn[h] - im * turn[h + 1], row[h + 1] = re * turn[h + 1] + im * turn[h];
+          }
+        const float* kv = &qkv[(size_t)i * stride + N * H];
+        for (int part = 0; part < 2; part++, kv += K * H) {
+          size_t at = (size_t)(2 * layer + part) * step.n_pages * step.page_size + step.slots[i];
+          if (step.kv_format == FP32)
+            std::memcpy((float*)step.kv_cache + at * K * H, kv, K * H * sizeof(float));
+          else
+            for (int h = 0; h < K * H; h++) ((uint16_t*)step.kv_cache)[at * K * H + h] = to_bf16(kv[h]);
+        }
+      });
+      pool.share((int)tasks.size(), [&](int i) { attend(step, layer, tasks[i], scratch[t]); });
+      if (layer == L - 1) {  // keys and values are written: only the wanted rows go on
+        n = step.n_rows;
+        if (t == 0) {
+          std::vector<float> wanted((size_t)n * std::max(D, N * H));
+          auto gather = [&](std::vector<float>& from, size_t width) {
+            for (int i = 0; i < n; i++)
+              std::memcpy(&wanted[i * width], &from[step.rows[i] * width], width * sizeof(float));
+            std::memcpy(from.data(), wanted.data(), n * width * sizeof(float));
+          };
+          gather(x, D), gather(attended, (size_t)N * H);
+        }
+        pool.barrier();
+      }
+      pool.share(n, [&](int i) { inputs.round(a[OUT], i, &attended[(size_t)i * N * H]); });
+      auto add = [&](int i, int column, float* y, float*, int width) {
+        for (int j = 0; j < width; j++) x[(size_t)i * D + column + j] += y[j];
+      };
+      matmul(n, a[OUT], attended.data(), t, 1, add);
+      pool.share(n, [&](int i) {
+        float* y = &normed[(size_t)i * D];
+        norm(&x[(size_t)i * D], gains + D, y);
+        inputs.round(a[UP], i, y);
+      });
+      matmul(n, a[UP], normed.data(), t, 2, [&](int i, int column, float* g, float* u, int width) {
+        for (int j = 0; j < COLS; j += W) {
+          vf gate = load(g + j);
+          store(g + j, gate / (1.f + exponential(-gate)) * load(u + j));
+        }
+        size_t kept = std::min(width, F - column) * sizeof(float);
+        std::memcpy(&hidden[(size_t)i * F + column], g, kept);
+      });
+      pool.share(n, [&](int i) { inputs.round(a[DOWN], i, &hidden[(size_t)i * F]); });
+      matmul(n, a[DOWN], hidden.data(), t, 1, add);
+    }
+    const Matrix& head = matrices.back();
+    pool.share(n, [&](int i) {
+      float* y = &normed[(size_t)i * D];
+      norm(&x[(size_t)i * D], &norms[(size_t)2 * L * D], y);
+      inputs.round(head, i, y);
+    });
+    matmul(n, head, normed.data(), t, 1, [&](int i, int column, float* y, float*, int width) {
+      std::memcpy(step.logits + (size_t)i * shape.vocab_size + column, y, width * sizeof(float));
+    });
+  });
+}
+
+// ---- the door, called by cpu.py ---------------------------------------------------------------
+
+extern "C" {
+Model* model_new(const Shape* shape, const double* frequencies, const void* embedding,
+                 int embedding_format) {
+  Model* m = new Model(*shape);
+  m->norms.resize((size_t)(2 * shape->n_layers + 1) * shape->dim);
+  m->frequencies.assign(frequencies, frequencies + shape->head_dim / 2);
+  m->embedding = embedding, m->embedding_format = (Format)embedding_format;
+  return m;
+}
+void model_free(Model* m) { delete m; }
+void model_norm(Model* m, int index, const float* gains) {
+  std::memcpy(&m->norms[(size_t)index * m->shape.dim], gains, m->shape.dim * sizeof(float));
+}
+
+void matrix_shape(Model* m, int index, int format, int rows, int cols, float input_scale,
+                  int power_of_two) {
+  Matrix& a = m->matrices[index];
+  a.shape((Format)format, rows, cols);
+  a.input_scale = input_scale, a.power_of_two = power_of_two;
+}
+
+// Rows of codes, row_bytes apart, to their places: of every `step` panels one, from row `first`.
+void matrix_pack(Model* m, int index, int first, int step, int n_rows, const uint8_t* codes,
+                 int64_t row_bytes, const float* scale, int scales_per_row) {
+  Matrix& a = m->matrices[index];
+  m->pool.run([&](int) {
+    m->pool.share((n_rows + COLS - 1) / COLS, [&](int p) {
+      for (int r = p * COLS; r < std::min(n_rows, (p + 1) * COLS); r++)
+        a.pack(first + p * COLS * step + r % COLS, codes + r * row_bytes,
+               scale + (size_t)r * scales_per_row);
+    });
+  });
+}
+
+int model_step(Model* m, const Step* step) {
+  if (!m->valid(*step)) return 1;
+  m->step(*step);
+  return 0;
+}
+}
