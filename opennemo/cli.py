@@ -315,6 +315,21 @@ def train(
         print(f"{broken:,} lines were not UTF-8 or not JSON and were left out", file=sys.stderr)
 
 
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
+)
+def serve(context: typer.Context) -> None:
+    """Serve a model to OpenAI's, Mistral's, Anthropic's and NIM's clients; --help lists options."""
+    try:
+        from opennemo.serve.app import serve as run
+        from opennemo.serve.settings import read_settings
+    except ModuleNotFoundError as error:
+        raise OpenNemoError(f"{error.name} is missing: pip install 'opennemo[serve]'") from None
+
+    run(read_settings(context.args))
+
+
 def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> Any:
     if value not in allowed:
         raise InvalidRequest(f"{option} is {value}, allowed are {', '.join(allowed)}")

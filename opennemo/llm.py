@@ -32,6 +32,7 @@ __all__ = ["LLM", "Reply", "TextStream"]
 # NeMo's model card asks for it: "requires smaller temperatures". A model that says nothing of
 # sampling is answered greedily, which suits the small one that `make chat` brings.
 NEMO_TEMPERATURE = 0.3
+MAX_CALLS = 16  # in one answer, where the vocabulary has no token for calls
 
 
 class LLM:
@@ -127,7 +128,8 @@ class LLM:
         if allowed:
             format = self._answer_format(allowed, required, parallel_tool_calls, format)
         elif marker is not None:
-            sampling["logit_bias"] = {**sampling.get("logit_bias", {}), marker: -100.0}
+            bias = sampling.get("logit_bias", self.defaults.logit_bias)
+            sampling["logit_bias"] = {**bias, marker: -100.0}
         if format is not None:
             sampling["grammar"] = self.grammars.compile(*format)
         calls = (TAG if marker is None else marker) if allowed else None
@@ -202,7 +204,7 @@ class LLM:
         self, tools: list[Tool], required: bool, parallel: bool, format: tuple[Kind, str] | None
     ) -> tuple[Kind, str]:
         """A grammar of calls, or else of text, which follows `format` if there is one."""
-        text = None
+        tools, text = [_closed(tool) for tool in tools], None
         if format is not None and not required:
             if format[0] not in ("json_object", "json_schema"):
                 raise InvalidRequest(
@@ -254,11 +256,26 @@ def tagged_call_grammar(tokenizer: Tokenizer, tools: list[Tool], parallel: bool)
     begin, end = (
         tag if tag in tokenizer.control else json.dumps(tag) for tag in (TAG, "</tool_call>")
     )
-    many = '("\\n" call)*' if parallel else ""
+    # Small models would go on calling for ever.
+    many = f'("\\n" call){{0,{MAX_CALLS - 1}}}' if parallel else ""
     return (
         f'start: calls\ncalls: call {many}\ncall: {begin} "\\n" body "\\n" {end}\n'
         f"body: %json {json.dumps(call)}"
     )
+
+
+def _closed(tool: Tool) -> Tool:
+    """The tool without arguments that it does not name, unless its schema speaks of others."""
+    schema = tool["function"].get("parameters") or {}
+    if "properties" not in schema or not schema.keys() <= {
+        "type",
+        "properties",
+        "required",
+        "title",
+    }:
+        return tool
+    parameters = {**schema, "additionalProperties": False}
+    return {**tool, "function": {**tool["function"], "parameters": parameters}}
 
 
 def _choose_tools(tools: list[Tool], choice: str | Mapping[str, Any]) -> tuple[list[Tool], bool]:

@@ -7,7 +7,7 @@ across tokens) and the place where tool calls begin. What the text means is not 
 
 import asyncio
 import queue
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -123,7 +123,7 @@ class Reply:
             if piece and piece.text and piece.index == 0:
                 yield piece.text
 
-    async def pieces(self, idle: float = 1e9) -> AsyncIterator[list[Piece]]:
+    async def pieces(self, idle: float = 1e9) -> AsyncGenerator[list[Piece], None]:
         """What has come since the last time, of all answers; [] when nothing did for `idle` s.
 
         Raises:

@@ -1,0 +1,1 @@
+"""The server: one model, spoken to in the protocols that clients know."""

@@ -1,0 +1,71 @@
+"""What only an administrator may do, behind a key of its own and absent without one."""
+
+import asyncio
+from typing import Annotated
+
+from fastapi import APIRouter, Depends
+from starlette.responses import Response
+
+from opennemo.errors import InvalidRequest
+from opennemo.serve.errors import Json, Refusal
+from opennemo.serve.schema import AdapterRequest
+from opennemo.serve.service import Service, service_of
+
+router = APIRouter()
+TheService = Annotated[Service, Depends(service_of)]
+
+
+@router.post("/v1/load_lora_adapter")
+async def load_adapter(body: AdapterRequest, service: TheService) -> Response:
+    """Load an adapter from a folder below `--lora-root`."""
+    llm, root = service.llm, service.settings.lora_root
+    if root is None:
+        raise InvalidRequest("lora_path: the server was started without --lora-root")
+    folder = (root / (body.lora_path or body.lora_name)).resolve()
+    if not folder.is_relative_to(root.resolve()) or "://" in (body.lora_path or ""):
+        raise InvalidRequest("lora_path: must be a folder below --lora-root")
+    if body.lora_name in service.names or body.lora_name in llm.adapters:
+        raise InvalidRequest(f"lora_name: {body.lora_name} exists already")
+    await asyncio.to_thread(llm.load_adapter, body.lora_name, folder)
+    return Json({"message": f"Success: LoRA adapter {body.lora_name} added."})
+
+
+@router.post("/v1/unload_lora_adapter")
+async def unload_adapter(body: AdapterRequest, service: TheService) -> Response:
+    """Forget an adapter; answers that follow it end as they began."""
+    if service.llm.adapters.pop(body.lora_name, None) is None:
+        raise Refusal(404, f"there is no adapter {body.lora_name!r}", "invalid_model")
+    return Json({"message": f"Success: LoRA adapter {body.lora_name} removed."})
+
+
+@router.post("/reset_prefix_cache")
+async def reset_prefix_cache(service: TheService) -> Response:
+    """Forget all cached prompts."""
+    await asyncio.to_thread(service.llm.reset_prefix_cache)
+    return Json({"message": "The prefix cache is empty."})
+
+
+@router.post("/sleep")
+async def sleep(service: TheService) -> Response:
+    """Finish what runs, then give the cache's memory back, and a GPU's; answer 503 meanwhile."""
+    await service.sleep()
+    return Json({"is_sleeping": True})
+
+
+@router.post("/wake_up")
+async def wake_up(service: TheService) -> Response:
+    """Answer again."""
+    await service.wake()
+    return Json({"is_sleeping": service.asleep})
+
+
+@router.get("/is_sleeping")
+async def is_sleeping(service: TheService) -> Response:
+    return Json({"is_sleeping": service.asleep})
+
+
+@router.get("/server_info")
+async def server_info(service: TheService) -> Response:
+    """The settings, without keys."""
+    settings = service.settings.model_dump(mode="json", exclude={"api_key", "admin_key"})
+    return Json({"settings": settings, "n_active": len(service.active)})

@@ -1,0 +1,230 @@
+"""Anthropic's Messages API: its blocks to messages and back, whole and streamed."""
+
+import json
+from collections.abc import AsyncGenerator
+from typing import Annotated, Any
+
+import anyio
+from fastapi import APIRouter, Depends, Request
+from pydantic import Field
+from starlette.responses import Response
+
+from opennemo.errors import InvalidRequest
+from opennemo.llm import LLM
+from opennemo.serve.auth import Client
+from opennemo.serve.errors import Json
+from opennemo.serve.schema import Body, Messages, Stop, Tools
+from opennemo.serve.service import Service, client_of, service_of
+from opennemo.serve.stream import Delta, EventStream, Generation, event
+from opennemo.tokenizer.chat import encode_chat
+
+router = APIRouter()
+TheService = Annotated[Service, Depends(service_of)]
+TheClient = Annotated[Client, Depends(client_of)]
+STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
+PING = event({"type": "ping"}, "ping")
+
+
+class CountRequest(Body):
+    """POST /v1/messages/count_tokens."""
+
+    messages: Messages
+    system: str | list[dict[str, Any]] | None = None
+    tools: Tools | None = None
+    tool_choice: dict[str, Any] | None = None
+
+    def conversation(self) -> dict[str, Any]:
+        """`messages` and `tools` of the chat API."""
+        messages = [{"role": "system", "content": self.system}] if self.system else []
+        for i, message in enumerate(self.messages):
+            messages += _messages(message, f"messages[{i}]")
+        if messages[-1]["role"] == "assistant":  # its words are continued
+            messages[-1]["prefix"] = True
+        tools = []
+        for i, tool in enumerate(self.tools or []):
+            if tool.get("type", "custom") != "custom" or not isinstance(tool.get("name"), str):
+                raise InvalidRequest(f"tools[{i}]: only tools with a name and schema of their own")
+            parameters = tool.get("input_schema") or {"type": "object"}
+            function = {"name": tool["name"], "parameters": parameters}
+            if tool.get("description"):
+                function["description"] = tool["description"]
+            tools.append({"type": "function", "function": function})
+        return {"messages": messages, "tools": tools or None}
+
+
+class MessagesRequest(CountRequest):
+    """POST /v1/messages."""
+
+    max_tokens: int = Field(ge=1, lt=2**31)
+    temperature: float | None = Field(None, ge=0, le=5)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=0, lt=2**31)
+    stop_sequences: Stop | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """Arguments for `LLM.chat`."""
+        given: dict[str, Any] = {"max_tokens": self.max_tokens}
+        for name in ("temperature", "top_p", "top_k"):
+            if (value := getattr(self, name)) is not None:
+                given[name] = value
+        choice = self.tool_choice or {}
+        kind = choice.get("type", "auto")
+        if kind not in ("auto", "any", "none", "tool"):
+            raise InvalidRequest("tool_choice.type: is none of auto, any, tool, none")
+        tool_choice = {"type": "function", "name": choice.get("name")} if kind == "tool" else kind
+        return given | {
+            **self.conversation(),
+            "tool_choice": tool_choice,
+            "parallel_tool_calls": not choice.get("disable_parallel_tool_use"),
+            "stop": tuple(self.stop_sequences or ()),
+        }
+
+
+def _messages(message: dict[str, Any], where: str) -> list[dict[str, Any]]:
+    """One message of blocks as messages of the chat API: results of tools stand by themselves."""
+    role, content = message.get("role"), message.get("content")
+    if not isinstance(content, list):
+        return [{"role": role, "content": content}]
+    texts: list[dict[str, Any]] = []
+    calls: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
+    for i, block in enumerate(content):
+        kind = block.get("type") if isinstance(block, dict) else None
+        if kind == "text":
+            texts.append({"type": "text", "text": block.get("text")})
+        elif kind == "tool_use":
+            function = {"name": block.get("name"), "arguments": block.get("input") or {}}
+            calls.append({"id": block.get("id"), "type": "function", "function": function})
+        elif kind == "tool_result":
+            id, result = block.get("tool_use_id"), block.get("content")
+            results.append({"role": "tool", "tool_call_id": id, "content": result})
+        elif kind not in ("thinking", "redacted_thinking"):
+            raise InvalidRequest(f"{where}.content[{i}].type: {str(kind)[:100]!r} is not supported")
+    words = [{"role": role, "content": texts}] if texts or not (calls or results) else []
+    if calls:
+        words = [{"role": role, "content": texts or None, "tool_calls": calls}]
+    return [*results, *words]
+
+
+@router.post("/v1/messages")
+async def create_message(
+    body: MessagesRequest, service: TheService, client: TheClient, request: Request
+) -> Response:
+    """Answer a conversation."""
+
+    def ask(llm: LLM, options: dict[str, Any]):
+        return llm.chat(**body.arguments(), **options)
+
+    generation = await service.start(client, body, ask, prefix="msg_")
+    if body.stream:
+        return EventStream(generation, lambda deltas: _events(generation, deltas), ping=PING)
+    await generation.whole(request.receive)
+    choice = generation.choices[0]
+    content: list[dict[str, Any]] = []
+    if choice.text or not choice.calls:
+        content.append({"type": "text", "text": choice.text, "citations": None})
+    for call in choice.calls:
+        content.append(_tool_use(call.id, call.name, _object(call.arguments)))
+    message = _head(generation) | {"content": content, **_stop(generation)}
+    message["usage"] |= {"output_tokens": generation.n_output_tokens}
+    return Json(message, headers=generation.headers)
+
+
+@router.post("/v1/messages/count_tokens")
+async def count_tokens(body: CountRequest, service: TheService) -> Response:
+    """How many tokens a conversation has."""
+    body.ignored(strict=service.settings.strict_params)
+    service.adapter(body.model)
+    llm = service.llm
+
+    def count() -> int:
+        given = body.conversation()
+        return len(encode_chat(llm.tokenizer, given["messages"], given["tools"]))
+
+    return Json({"input_tokens": await anyio.to_thread.run_sync(count)})
+
+
+async def _events(
+    generation: Generation, batches: AsyncGenerator[list[Delta], None]
+) -> AsyncGenerator[str, None]:
+    """The events of a stream: blocks open, grow and close one after the other."""
+    yield _event("message_start", message=_head(generation))
+    index, kind = -1, ""  # of the block that is open
+    async for deltas in batches:
+        texts = []
+        for delta in deltas:
+            for call in [None, *delta.calls]:
+                text = delta.text if call is None else ""
+                opens = bool(call and call.name) or (text and kind != "text")
+                if opens:
+                    if index >= 0:
+                        texts.append(_event("content_block_stop", index=index))
+                    index, kind = index + 1, "tool_use" if call else "text"
+                    block = {"type": "text", "text": "", "citations": None}
+                    if call:
+                        block = _tool_use(call.id, call.name, {})
+                    texts.append(_event("content_block_start", index=index, content_block=block))
+                if call and call.arguments:
+                    change = {"type": "input_json_delta", "partial_json": call.arguments}
+                elif text:
+                    change = {"type": "text_delta", "text": text}
+                else:
+                    continue
+                texts.append(_event("content_block_delta", index=index, delta=change))
+            if delta.finish_reason:
+                if index >= 0:
+                    texts.append(_event("content_block_stop", index=index))
+                usage = {"output_tokens": generation.n_output_tokens}
+                texts.append(_event("message_delta", delta=_stop(generation), usage=usage))
+                texts.append(_event("message_stop"))
+        if texts or not deltas:
+            yield "".join(texts)
+
+
+def _head(generation: Generation) -> dict[str, Any]:
+    cached = generation.reply.n_cached_tokens
+    return {
+        "id": generation.id,
+        "type": "message",
+        "role": "assistant",
+        "model": generation.model,
+        "content": [],
+        "stop_reason": None,
+        "stop_sequence": None,
+        "stop_details": None,
+        "container": None,
+        "usage": {
+            "input_tokens": generation.reply.n_prompt_tokens - cached,
+            "output_tokens": 0,
+            "output_tokens_details": {"thinking_tokens": 0},
+            "cache_creation_input_tokens": 0,
+            "cache_read_input_tokens": cached,
+            "cache_creation": None,
+            "inference_geo": None,
+            "server_tool_use": None,
+            "service_tier": "standard",
+        },
+    }
+
+
+def _stop(generation: Generation) -> dict[str, Any]:
+    by = generation.reply.answers[0].stopped_by
+    reason = STOP_REASONS[generation.choices[0].finish_reason or "stop"]
+    return {"stop_reason": "stop_sequence" if by else reason, "stop_sequence": by}
+
+
+def _tool_use(id: str, name: str, input: Any) -> dict[str, Any]:
+    caller = {"type": "direct"}
+    return {"type": "tool_use", "id": id, "name": name, "input": input, "caller": caller}
+
+
+def _object(arguments: str) -> Any:
+    """Arguments that were cut off by the length limit are none."""
+    try:
+        return json.loads(arguments)
+    except ValueError:
+        return {}
+
+
+def _event(type: str, **fields: Any) -> str:
+    return event({"type": type, **fields}, type)

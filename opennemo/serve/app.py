@@ -1,0 +1,305 @@
+"""The application: routes, one gate before all of them, and a server that knows how to stop.
+
+The gate is deny by default: whatever path is not on its short open list needs a key, whether a
+route is there or not, and before a byte of the body is read. It also checks the Host header on
+loopback (DNS rebinding), names each request, and writes one line of log for it, without prompts.
+"""
+
+import asyncio
+import logging
+import re
+import secrets
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import structlog
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
+from starlette.staticfiles import StaticFiles
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from opennemo.errors import OpenNemoError
+from opennemo.serve import admin, anthropic, chat, models, nim, responses
+from opennemo.serve.errors import Refusal, error_response, refusal
+from opennemo.serve.service import Service
+from opennemo.serve.settings import Settings
+
+ERRORS = {400, 401, 403, 404, 405, 413, 422, 429, 500, 501, 503}
+MAX_HEADERS = 64 * 1024  # bytes
+WEB = Path(__file__).parent / "web"
+PAGE_POLICY = (
+    "default-src 'self'; img-src 'self' data:; style-src 'self' 'unsafe-inline'; "
+    "object-src 'none'; base-uri 'none'; frame-ancestors 'none'"
+)
+log = structlog.get_logger("opennemo.serve")
+
+
+def create_app(service: Service, *, load: Callable[[], None] | None = None) -> FastAPI:
+    """The application around a service.
+
+    Args:
+        load: loads the model, on a thread, once the server runs; requests get a 503 until then.
+    """
+    settings = service.settings
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        task = asyncio.create_task(asyncio.to_thread(load)) if load else None
+        if task:
+            task.add_done_callback(app.state.loaded)
+        yield
+        if task:
+            with suppress(OpenNemoError):
+                await task
+        await asyncio.to_thread(service.close)
+
+    app = FastAPI(
+        title="OpenNemo",
+        lifespan=lifespan,
+        docs_url=None,  # its page would come from foreign hosts
+        redoc_url=None,
+        openapi_url="/openapi.json" if settings.enable_docs else None,
+        root_path=settings.root_path,
+        max_body_size=settings.max_body_size,
+        responses={status: {"description": "An error"} for status in sorted(ERRORS)},
+        exception_handlers={
+            OpenNemoError: _on_error,
+            RequestValidationError: _on_invalid,
+            StarletteHTTPException: _on_http,
+        },
+    )
+    app.state.service, app.state.loaded = service, lambda task: None
+    for router in (chat.router, responses.router, anthropic.router, models.router, nim.router):
+        app.include_router(router)
+    if settings.admin_key:
+        app.include_router(admin.router)
+    pages = {f"/{path.relative_to(WEB)}" for path in WEB.rglob("*") if path.is_file()}
+    if pages:
+        app.mount("/", StaticFiles(directory=WEB, html=True))
+    is_open = {*nim.OPEN, *pages, *(["/"] if pages else [])}
+    if not settings.metrics_auth:
+        is_open |= set(nim.METRICS)
+    app.add_middleware(Gate, service=service, is_open=frozenset(is_open), pages=frozenset(pages))
+    if settings.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=settings.allowed_origins,
+            allow_methods=["*"], allow_headers=["*"],
+        )  # fmt: skip
+    return app
+
+
+class Gate:
+    """Everything that happens to every request, before and after its route."""
+
+    def __init__(
+        self, app: ASGIApp, service: Service, is_open: frozenset[str], pages: frozenset[str]
+    ):
+        self._app, self._service, self._is_open, self._pages = app, service, is_open, pages
+        self._admin = {getattr(route, "path", "") for route in admin.router.routes}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers, started, status = dict(scope["headers"]), time.perf_counter(), 500
+        asked = headers.get(b"x-request-id", b"").decode("latin-1")
+        request_id = (
+            asked if re.fullmatch(r"[\w-]{1,128}", asked, re.ASCII) else secrets.token_hex(8)
+        )
+        path, begun = scope["path"], False
+
+        async def reply(message: Message) -> None:
+            nonlocal status, begun
+            if message["type"] == "http.response.start":
+                status, begun = message["status"], True
+                message["headers"] = [*message["headers"], *self._headers(path, request_id)]
+            await send(message)
+
+        try:
+            self._check_host(headers)
+            scope.setdefault("state", {})["client"] = self._identify(path, headers)
+            await self._app(scope, receive, reply)
+        except Refusal as error:
+            await error_response(error, path)(scope, receive, reply)
+        except Exception:
+            log.exception("defect", id=request_id, path=path)
+            if not begun:
+                error = Refusal(
+                    500, "the server has a defect; its log tells", "internal_server_error"
+                )
+                await error_response(error, path)(scope, receive, reply)
+        finally:
+            if status >= 400:
+                self._service.metrics.refused(status)
+            log.info(
+                "request", id=request_id, method=scope["method"], path=path[:200], status=status,
+                seconds=round(time.perf_counter() - started, 4),
+            )  # fmt: skip
+
+    def _identify(self, path: str, headers: dict[bytes, bytes]) -> Any:
+        gatekeeper = self._service.gatekeeper
+        if path in self._is_open:
+            return gatekeeper.anonymous
+        if path in self._admin and gatekeeper.admin_digest:
+            gatekeeper.check_admin(headers)
+            return gatekeeper.anonymous
+        return gatekeeper.identify(headers)
+
+    def _check_host(self, headers: dict[bytes, bytes]) -> None:
+        """A page of a foreign site whose name was bound to 127.0.0.1 shows that name here."""
+        host = headers.get(b"host", b"").decode("latin-1").lower()
+        name = re.sub(r":\d*$", "", host).strip("[]")
+        if self._service.settings.is_loopback and name not in ("localhost", "127.0.0.1", "::1"):
+            raise Refusal(403, "this server answers to localhost only", "permission_error")
+
+    def _headers(self, path: str, request_id: str) -> list[tuple[bytes, bytes]]:
+        headers = [
+            (b"x-request-id", request_id.encode()),
+            (b"x-content-type-options", b"nosniff"),
+        ]
+        if path == "/" or path in self._pages:
+            headers.append((b"content-security-policy", PAGE_POLICY.encode()))
+        return headers
+
+
+async def _on_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, OpenNemoError)
+    refused = refusal(error)
+    if refused.status == 500:
+        log.error("failed", path=request.url.path, error=str(error)[:500])
+    return error_response(refused, request.url.path)
+
+
+async def _on_invalid(request: Request, error: Exception) -> Response:
+    """A body that does not fit the schema: 400 if it is no JSON at all, else 422 with places."""
+    assert isinstance(error, RequestValidationError)
+    found = error.errors()
+    detail = [{"type": e["type"], "loc": list(e["loc"]), "msg": e["msg"]} for e in found[:20]]
+    first = detail[0]
+    where = ".".join(str(part) for part in first["loc"][1:])
+    status = 400 if first["type"] == "json_invalid" else 422
+    refused = Refusal(
+        status, f"{where}: {first['msg']}" if where else first["msg"], "invalid_request_error",
+        param=where or None, detail=detail,
+    )  # fmt: skip
+    return error_response(refused, request.url.path)
+
+
+async def _on_http(request: Request, error: Exception) -> Response:
+    assert isinstance(error, StarletteHTTPException)
+    path = request.url.path
+    message = f"there is nothing at {path[:200]}" if error.status_code == 404 else str(error.detail)
+    kinds = {404: "not_found_error", 413: "request_too_large"}
+    kind = kinds.get(error.status_code, "invalid_request_error")
+    response = error_response(Refusal(error.status_code, message, kind), path)
+    response.headers.update(error.headers or {})
+    return response
+
+
+class BoundedHeaders(HttpToolsProtocol):
+    """uvicorn's protocol with a bound on headers, which would fill the memory without one."""
+
+    _n_head: int | None = None  # bytes of the headers being read
+
+    def on_message_begin(self) -> None:
+        self._n_head = 0
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        self._n_head = None
+        super().on_headers_complete()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._n_head is not None:
+            self._n_head += len(data)
+            if self._n_head > MAX_HEADERS and not self.transport.is_closing():
+                head = b"HTTP/1.1 431 Request Header Fields Too Large\r\n"
+                self.transport.write(head + b"connection: close\r\ncontent-length: 0\r\n\r\n")
+                self.transport.close()
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, except that a signal first drains and only then stops."""
+
+    service: Service
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        if self.service.draining:  # the second signal means now
+            self.should_exit = self.force_exit = True
+            return
+        self.service.draining = True
+        log.info("draining", signal=signal.Signals(sig).name, n_active=len(self.service.active))
+        asyncio.get_event_loop().call_soon_threadsafe(self._begin_drain)
+
+    def _begin_drain(self) -> None:
+        self._drain = asyncio.ensure_future(self._drain_and_stop())
+
+    async def _drain_and_stop(self) -> None:
+        await self.service.drain()
+        self.should_exit = True
+
+
+def serve(settings: Settings) -> None:
+    """Load a model and answer requests until a signal comes.
+
+    Raises:
+        OpenNemoError: the model cannot be loaded, or the port is taken.
+    """
+    configure_logs(settings.log_level)
+    service = Service(settings)
+    app = create_app(service, load=service.load)
+    config = uvicorn.Config(
+        app, host=settings.host, port=settings.port, http=BoundedHeaders, ws="none",
+        log_config=None, access_log=False, server_header=False,
+        timeout_graceful_shutdown=5, timeout_keep_alive=75,
+        ssl_keyfile=settings.ssl_keyfile, ssl_certfile=settings.ssl_certfile,
+    )  # fmt: skip
+    server = Server(config)
+    server.service = service
+    failure: list[BaseException] = []
+
+    def loaded(task: asyncio.Task) -> None:
+        if error := task.exception():
+            failure.append(error)
+            server.should_exit = True
+        else:
+            log.info("ready", names=service.names, context=service.llm.engine.max_context)
+
+    app.state.loaded = loaded
+    log.info("loading", model=settings.model, host=settings.host, port=settings.port)
+    try:
+        server.run()
+    except SystemExit:
+        raise OpenNemoError(f"cannot listen on {settings.host}:{settings.port}") from None
+    if failure:
+        raise failure[0]
+
+
+def configure_logs(level: str) -> None:
+    """One JSON object a line, on standard error; strings are escaped, so nothing can forge one."""
+    number = logging.getLevelName(level.upper())
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso"),
+            structlog.processors.format_exc_info,
+            structlog.processors.JSONRenderer(),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(number),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )

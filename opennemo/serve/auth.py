@@ -1,0 +1,160 @@
+"""Who asks, and how much they may: API keys, hashed at rest, each with limits of its own.
+
+Keys are random and long, so SHA-256 is enough; every known key is compared with each time, in
+constant time, so that timing tells nothing. Limits are the library `limits`' moving windows.
+"""
+
+import hashlib
+import hmac
+import re
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from limits import RateLimitItemPerMinute
+from limits.storage import MemoryStorage
+from limits.strategies import MovingWindowRateLimiter
+
+from opennemo.errors import InvalidRequest
+from opennemo.serve.errors import Refusal
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What one key may ask for; 0 is no limit."""
+
+    requests_per_minute: int = 0
+    tokens_per_minute: int = 0
+    max_concurrent: int = 0
+
+
+@dataclass(eq=False)
+class Client:
+    """Somebody with a key, or everybody where none is asked for."""
+
+    name: str
+    limits: Limits
+    digest: bytes = b""
+    n_running: int = field(default=0, init=False)
+
+
+class Gatekeeper:
+    """Knows the keys and keeps the limits."""
+
+    def __init__(self, clients: list[Client], limits: Limits, admin_key: str | None = None):
+        self.clients = clients
+        self.anonymous = Client("anonymous", limits)
+        self.admin_digest = hash_key(admin_key) if admin_key else None
+        self._window = MovingWindowRateLimiter(MemoryStorage())
+
+    def identify(self, headers: dict[bytes, bytes]) -> Client:
+        """The client whose key stands in `Authorization: Bearer` or `x-api-key`.
+
+        Raises:
+            Refusal: 401, no key or an unknown one.
+        """
+        if not self.clients:
+            return self.anonymous
+        digest, found = _presented(headers), None
+        for client in self.clients:
+            if hmac.compare_digest(digest, client.digest):
+                found = client
+        if found is None:
+            raise _unauthorised()
+        return found
+
+    def check_admin(self, headers: dict[bytes, bytes]) -> None:
+        """Raises: Refusal, 401, unless the admin key is given."""
+        if not hmac.compare_digest(_presented(headers), self.admin_digest or b""):
+            raise _unauthorised()
+
+    def admit(self, client: Client) -> None:
+        """Count a request in; `release` must follow.
+
+        Raises:
+            Refusal: 429, one of the client's limits is reached.
+        """
+        limits = client.limits
+        if limits.max_concurrent and client.n_running >= limits.max_concurrent:
+            raise _too_much(f"{limits.max_concurrent} requests at the same time", 1)
+        if limits.tokens_per_minute:
+            item = RateLimitItemPerMinute(limits.tokens_per_minute)
+            if not self._window.test(item, "tokens", client.name):
+                raise _too_much(
+                    f"{item.amount} tokens a minute", self._wait(item, "tokens", client)
+                )
+        if limits.requests_per_minute:
+            item = RateLimitItemPerMinute(limits.requests_per_minute)
+            if not self._window.hit(item, "requests", client.name):
+                wait = self._wait(item, "requests", client)
+                raise _too_much(f"{item.amount} requests a minute", wait)
+        client.n_running += 1
+
+    def release(self, client: Client, n_tokens: int) -> None:
+        """Count a request out, with the tokens that it used."""
+        client.n_running -= 1
+        if client.limits.tokens_per_minute and n_tokens:
+            item = RateLimitItemPerMinute(client.limits.tokens_per_minute)
+            # A window takes no more than its size; one long answer fills it.
+            left = self._window.get_window_stats(item, "tokens", client.name).remaining
+            self._window.hit(item, "tokens", client.name, cost=max(1, min(n_tokens, left)))
+
+    def _wait(self, item: RateLimitItemPerMinute, what: str, client: Client) -> float:
+        return self._window.get_window_stats(item, what, client.name).reset_time - time.time()
+
+
+def hash_key(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+
+
+def read_clients(keys: list[str], file: Path | None, limits: Limits) -> list[Client]:
+    """Clients from keys in the clear, and from a file of lines `NAME SHA256 [LIMIT=NUMBER ...]`.
+
+    Raises:
+        InvalidRequest: a line that cannot be read; keys themselves are never shown.
+    """
+    clients = [Client(f"key-{i}", limits, hash_key(key)) for i, key in enumerate(keys, 1)]
+    if file is None:
+        return clients
+    try:
+        lines = file.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"{file}: {error}") from None
+    for number, line in enumerate(lines, 1):
+        if not (words := line.split("#")[0].split()):
+            continue
+        own = dict(word.split("=", 1) for word in words[2:] if "=" in word)
+        known = set(own) <= set(Limits.__dataclass_fields__)
+        if len(own) != len(words[2:]) or not known or not all(v.isdecimal() for v in own.values()):
+            raise InvalidRequest(f"{file}, line {number}: limits are {', '.join(vars(Limits()))}")
+        if len(words) < 2 or not re.fullmatch("[0-9a-fA-F]{64}", words[1]):
+            raise InvalidRequest(
+                f"{file}, line {number}: expected NAME and the key's SHA-256 in hex"
+            )
+        own = replace(limits, **{name: int(value) for name, value in own.items()})
+        clients.append(Client(words[0], own, bytes.fromhex(words[1])))
+    return clients
+
+
+def _presented(headers: dict[bytes, bytes]) -> bytes:
+    """The digest of the key that a request shows; of nothing, which is no key's, if none."""
+    scheme, _, key = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
+    if scheme.lower() != "bearer" or not key:
+        key = headers.get(b"x-api-key", b"").decode("latin-1")
+    return hash_key(key.strip()) if key.strip() else b""
+
+
+def _unauthorised() -> Refusal:
+    return Refusal(
+        401, "no valid API key: send one as `Authorization: Bearer KEY`", "authentication_error",
+        code="invalid_api_key",
+    )  # fmt: skip
+
+
+def _too_much(limit: str, wait: float) -> Refusal:
+    return Refusal(
+        429, f"this key is limited to {limit}", "rate_limit_error",
+        code="rate_limit_exceeded", retry_after=wait,
+    )  # fmt: skip

@@ -1,0 +1,346 @@
+"""OpenAI's and Mistral's completions: of conversations and of plain texts, whole and streamed."""
+
+from collections.abc import AsyncGenerator, Callable
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Request
+from starlette.responses import Response
+
+import opennemo
+from opennemo.engine import Event
+from opennemo.errors import InvalidRequest
+from opennemo.llm import LLM
+from opennemo.serve.auth import Client
+from opennemo.serve.errors import Json, Refusal
+from opennemo.serve.schema import ChatRequest, CompletionRequest, Sampling
+from opennemo.serve.service import Service, client_of, service_of
+from opennemo.serve.stream import Choice, Delta, EventStream, Generation, event
+from opennemo.tokenizer import Tokenizer
+
+router = APIRouter()
+TheService = Annotated[Service, Depends(service_of)]
+TheClient = Annotated[Client, Depends(client_of)]
+DONE = event("[DONE]")
+FINGERPRINT = f"opennemo-{opennemo.__version__}"
+
+
+@router.post("/v1/chat/completions")
+async def chat_completions(
+    body: ChatRequest, service: TheService, client: TheClient, request: Request
+) -> Response:
+    """Answer a conversation."""
+    generation = await start_chat(service, client, body)
+    if body.stream:
+        llm, usage = service.llm, _usage_chunks(body, service)
+        return EventStream(
+            generation, lambda deltas: _chat_chunks(generation, llm, body, deltas, usage)
+        )
+    await generation.whole(request.receive)
+    return Json(chat_response(generation, service.llm, body), headers=generation.headers)
+
+
+async def start_chat(service: Service, client: Client, body: ChatRequest) -> Generation:
+    """Begin to answer a chat request, wherever it came from.
+
+    Raises:
+        OpenNemoError: it is wrong, too much, or comes at a bad time.
+    """
+
+    def ask(llm: LLM, options: dict[str, Any]):
+        return llm.chat(**body.arguments(), **options)
+
+    generation = await service.start(client, body, ask, prefix="chatcmpl-", salt=body.cache_salt)
+    generation.keep_stop = bool(body.include_stop_str_in_output)
+    return generation
+
+
+def chat_response(generation: Generation, llm: LLM, body: ChatRequest) -> dict[str, Any]:
+    """The body that answers a chat request, once all is there."""
+    choices = []
+    for i, choice in enumerate(generation.choices):
+        message = {
+            "role": "assistant",
+            "content": body.prefix() + choice.text if choice.text or not choice.calls else None,
+            "refusal": None,
+            "annotations": [],
+            "prefix": False,
+            "tool_calls": [_call(call) for call in choice.calls] or None,
+        }
+        if not choice.calls:
+            del message["tool_calls"]
+        logprobs = _chat_logprobs(llm, choice.events) if body.logprobs else None
+        entry = {
+            "index": i,
+            "message": message,
+            "logprobs": logprobs,
+            "finish_reason": choice.finish_reason,
+        }
+        choices.append(entry | _extras(llm.tokenizer, generation, i, body))
+    return {
+        "id": generation.id,
+        "object": "chat.completion",
+        "created": generation.created,
+        "model": generation.model,
+        "choices": choices,
+        "usage": generation.usage(),
+        "system_fingerprint": FINGERPRINT,
+        "service_tier": "default",
+    }
+
+
+async def _chat_chunks(
+    generation: Generation,
+    llm: LLM,
+    body: ChatRequest,
+    batches: AsyncGenerator[list[Delta], None],
+    usage: Callable[[Generation, bool], dict[str, Any]],
+) -> AsyncGenerator[str, None]:
+    """The events of a chat stream; texts of one batch go out together."""
+
+    def chunk(i: int, delta: dict, finish: str | None = None, logprobs: Any = None) -> dict:
+        choice = {"index": i, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+        return {
+            "id": generation.id,
+            "object": "chat.completion.chunk",
+            "created": generation.created,
+            "model": generation.model,
+            "system_fingerprint": FINGERPRINT,
+            "choices": [choice],
+        }
+
+    prefix, n_open = body.prefix(), len(generation.choices)
+    held: list[list[Event]] = [[] for _ in generation.choices]  # tokens without text as yet
+    first = {"role": "assistant", "content": prefix}
+    yield "".join(event(chunk(i, first)) for i in range(n_open))
+    async for deltas in batches:
+        texts = []
+        for delta in deltas:
+            i = delta.index
+            held[i] += delta.events if body.logprobs else ()
+            if delta.text or (delta.finish_reason and held[i]):
+                logprobs = _chat_logprobs(llm, held[i]) if body.logprobs else None
+                texts.append(event(chunk(i, {"content": delta.text}, logprobs=logprobs)))
+                held[i] = []
+            for call in delta.calls:
+                texts.append(event(chunk(i, {"tool_calls": [_call(call, delta=True)]})))
+            if delta.finish_reason:
+                n_open -= 1
+                last = chunk(i, {}, delta.finish_reason) | usage(generation, n_open == 0)
+                last["choices"][0] |= _extras(llm.tokenizer, generation, i, body)
+                texts.append(event(last))
+        if texts or not deltas:
+            yield "".join(texts)
+    if body.stream_options and body.stream_options.include_usage:
+        yield event(chunk(0, {}) | {"choices": [], "usage": generation.usage()})
+    yield DONE
+
+
+def _usage_chunks(body: ChatRequest, service: Service) -> Callable[[Generation, bool], dict]:
+    """What a finishing chunk says of usage: for OpenAI's clients null, for Mistral's numbers."""
+    if body.stream_options and body.stream_options.include_usage:
+        return lambda generation, last: {"usage": None}
+    mistral = service.settings.mistral_usage or body.model_fields_set & {
+        "random_seed",
+        "safe_prompt",
+    }
+    if not mistral:
+        return lambda generation, last: {}
+    return lambda generation, last: {"usage": generation.usage()} if last else {}
+
+
+def _call(call: Any, *, delta: bool = False) -> dict[str, Any]:
+    if delta and not call.name:
+        return {"index": call.index, "function": {"arguments": call.arguments}}
+    function = {"name": call.name, "arguments": call.arguments}
+    entry = {"id": call.id, "type": "function", "function": function}
+    return {"index": call.index, **entry} if delta else entry
+
+
+def _token(tokenizer: Tokenizer, id: int, logprob: float) -> dict[str, Any]:
+    data = tokenizer.token_bytes(id) if id < tokenizer.vocab_size else b""
+    text = data.decode("utf-8", "replace") if data else tokenizer.control_names.get(id, "")
+    # -inf is no JSON number; OpenAI's own server writes this instead.
+    return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(data), "token_id": id}
+
+
+def _chat_logprobs(llm: LLM, events: list[Event]) -> dict[str, Any]:
+    """OpenAI's and Mistral's shape in one; the end of the answer is no token of it."""
+    content = []
+    for e in events:
+        if e.token is None or e.logprobs is None or e.token in llm.engine.eos_ids:
+            continue
+        top = [_token(llm.tokenizer, id, logprob) for id, logprob in e.logprobs.top]
+        entry = _token(llm.tokenizer, e.token, e.logprobs.logprob)
+        content.append(entry | {"top_logprobs": top})
+    return {"content": content, "refusal": None}
+
+
+def _extras(
+    tokenizer: Tokenizer, generation: Generation, index: int, body: Sampling
+) -> dict[str, Any]:
+    """vLLM's additions to a choice, where they were asked for."""
+    extras: dict[str, Any] = {}
+    answer = generation.reply.answers[index]
+    if body.return_token_ids:
+        extras |= {"token_ids": answer.ids, "prompt_token_ids": generation.reply.prompt_ids}
+    if body.prompt_logprobs is not None:
+        extras["prompt_logprobs"] = [
+            logprobs
+            and {
+                str(id): {"logprob": max(value, -9999.0), "decoded_token": tokenizer.decode([id])}
+                for id, value in ((token, logprobs.logprob), *logprobs.top)
+            }
+            for token, logprobs in _prompt_logprobs(generation, index)
+        ]
+    return extras
+
+
+def _prompt_logprobs(generation: Generation, index: int) -> list[tuple[int, Any]]:
+    events = generation.choices[index].events
+    found = next((e.prompt_logprobs for e in events if e.prompt_logprobs is not None), ())
+    return list(zip(generation.reply.prompt_ids, found, strict=False))
+
+
+@router.post("/v1/completions")
+async def completions(
+    body: CompletionRequest, service: TheService, client: TheClient, request: Request
+) -> Response:
+    """Continue texts."""
+    prompts = body.prompts()
+    if body.stream and len(prompts) > 1:
+        raise InvalidRequest("stream: takes one prompt, not a list of them")
+    generations: list[Generation] = []
+    try:
+        for prompt in prompts:
+
+            def ask(llm: LLM, options: dict[str, Any], prompt: str | list[int] = prompt):
+                ids = prompt
+                if isinstance(prompt, str) and body.add_special_tokens is False:
+                    ids = llm.tokenizer.encode(prompt)
+                return llm.complete(ids, **body.arguments(), **options)
+
+            generations.append(
+                await service.start(client, body, ask, prefix="cmpl-", salt=body.cache_salt)
+            )
+            generations[-1].keep_stop = bool(body.include_stop_str_in_output)
+        llm, first = service.llm, generations[0]
+        if body.stream:
+            return EventStream(first, lambda deltas: _completion_chunks(first, llm, body, deltas))
+        for generation in generations:
+            await generation.whole(request.receive)
+    finally:
+        if not body.stream:
+            for generation in generations:
+                generation.close()
+    choices = [
+        _completion_choice(g, llm, body, i, choice.text, choice.events, choice.finish_reason)
+        for g in generations
+        for i, choice in enumerate(g.choices)
+    ]
+    usages = [generation.usage() for generation in generations]
+    content = {
+        **_completion_head(first),
+        "choices": [{**choice, "index": i} for i, choice in enumerate(choices)],
+        "usage": _sum(usages),
+    }
+    return Json(content, headers=first.headers)
+
+
+def _completion_head(generation: Generation) -> dict[str, Any]:
+    return {
+        "id": generation.id,
+        "object": "text_completion",
+        "created": generation.created,
+        "model": generation.model,
+        "system_fingerprint": FINGERPRINT,
+    }
+
+
+def _completion_choice(
+    generation: Generation,
+    llm: LLM,
+    body: CompletionRequest,
+    index: int,
+    text: str,
+    events: list[Event],
+    finish_reason: str | None,
+    *,
+    begins: bool = True,
+) -> dict[str, Any]:
+    tokenizer, shown = llm.tokenizer, []
+    if body.echo and begins:
+        shown = _prompt_logprobs(generation, index)
+        prompt = tokenizer.decode(generation.reply.prompt_ids)
+        text, events = (prompt, []) if body.max_tokens == 0 else (prompt + text, events)
+    logprobs = None
+    if body.logprobs is not None:
+        shown = shown + [
+            (e.token, e.logprobs)
+            for e in events
+            if e.token is not None and e.token not in llm.engine.eos_ids
+        ]
+        logprobs = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        offset = 0
+        for token, values in shown:
+            name = _token(tokenizer, token, 0)["token"]
+            logprobs["tokens"].append(name)
+            logprobs["text_offset"].append(offset)
+            offset += len(tokenizer.decode([token]))
+            logprobs["token_logprobs"].append(values and max(values.logprob, -9999.0))
+            top = values and {
+                _token(tokenizer, id, 0)["token"]: max(logprob, -9999.0)
+                for id, logprob in values.top
+            }
+            logprobs["top_logprobs"].append(top)
+    choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
+    return choice | (_extras(tokenizer, generation, index, body) if finish_reason else {})
+
+
+async def _completion_chunks(
+    generation: Generation,
+    llm: LLM,
+    body: CompletionRequest,
+    batches: AsyncGenerator[list[Delta], None],
+) -> AsyncGenerator[str, None]:
+    held = [Choice() for _ in generation.choices]
+    begun: set[int] = set()
+    async for deltas in batches:
+        texts = []
+        for delta in deltas:
+            i, choice = delta.index, held[delta.index]
+            choice.add(delta)
+            if choice.text or choice.finish_reason:
+                entry = _completion_choice(
+                    generation, llm, body, i, choice.text, choice.events, choice.finish_reason,
+                    begins=i not in begun,
+                )  # fmt: skip
+                begun.add(i)
+                texts.append(event(_completion_head(generation) | {"choices": [entry]}))
+                held[i] = Choice()
+        if texts or not deltas:
+            yield "".join(texts)
+    if body.stream_options and body.stream_options.include_usage:
+        yield event(_completion_head(generation) | {"choices": [], "usage": generation.usage()})
+    yield DONE
+
+
+def _sum(usages: list[dict[str, Any]]) -> dict[str, Any]:
+    total = dict(usages[0])
+    for usage in usages[1:]:
+        for name in ("prompt_tokens", "completion_tokens", "total_tokens"):
+            total[name] += usage[name]
+    return total
+
+
+@router.post("/v1/fim/completions")
+async def fim_completions() -> Response:
+    """Refuse to fill in the middle, which these models were not trained for."""
+    raise Refusal(
+        400, "this model was not trained to fill in the middle", "invalid_model", code="1500"
+    )
+
+
+@router.post("/v1/embeddings")
+async def embeddings() -> Response:
+    """Refuse to embed, which these models were not trained for."""
+    raise Refusal(501, "this server generates text; it has no embedding model", "not_implemented")

@@ -1,0 +1,102 @@
+"""How errors reach a client: one body that OpenAI's, Mistral's and Vercel's clients all parse.
+
+Mistral's clients read the top level, OpenAI's the object `error`; `code` is a string or null, since
+strict clients reject numbers there. Anthropic's clients get a shape of their own.
+"""
+
+import json
+from typing import Any
+
+from fastapi.responses import Response
+
+from opennemo.errors import (
+    CheckpointError,
+    ContextTooLong,
+    InvalidRequest,
+    OpenNemoError,
+    Overloaded,
+)
+
+MESSAGES = "/v1/messages"  # paths that begin so speak Anthropic's protocol
+_ANTHROPIC_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    422: "invalid_request_error",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+
+
+class Refusal(OpenNemoError):
+    """A request that is turned down with a status of its own; `retry_after` is in seconds."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        type: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        retry_after: float | None = None,
+        detail: list[dict] | None = None,
+    ):
+        super().__init__(message)
+        self.status, self.type, self.code, self.param = status, type, code, param
+        self.retry_after, self.detail = retry_after, detail
+
+
+def refusal(error: OpenNemoError) -> Refusal:
+    """Any error of ours as one with a status."""
+    if isinstance(error, Refusal):
+        return error
+    message = str(error)
+    if isinstance(error, ContextTooLong):
+        return Refusal(400, message, "invalid_request_error", code="context_length_exceeded")
+    if isinstance(error, InvalidRequest | CheckpointError):
+        where, colon, _ = message.partition(":")
+        param = where if colon and " " not in where else None
+        return Refusal(400, message, "invalid_request_error", param=param)
+    if isinstance(error, Overloaded):
+        return Refusal(503, message, "overloaded_error", code="overloaded", retry_after=1)
+    return Refusal(500, message, "internal_server_error")
+
+
+def error_body(error: Refusal, path: str) -> dict[str, Any]:
+    """The JSON that tells a client of an error, in the protocol of the path."""
+    if path.startswith(MESSAGES):
+        kind = _ANTHROPIC_TYPES.get(error.status, "api_error")
+        return {"type": "error", "error": {"type": kind, "message": str(error)}}
+    fields = {
+        "message": str(error),
+        "type": error.type,
+        "param": error.param,
+        "code": error.code,
+    }
+    body = {"object": "error", **fields, "raw_status_code": error.status, "error": fields}
+    return body | ({"detail": error.detail} if error.detail else {})
+
+
+def error_response(error: Refusal, path: str) -> Response:
+    headers = {}
+    if error.status == 401:
+        headers["www-authenticate"] = "Bearer"
+    if error.retry_after is not None:
+        headers["retry-after"] = str(max(1, round(error.retry_after)))
+    return Json(error_body(error, path), error.status, headers)
+
+
+class Json(Response):
+    """JSON, whatever strings hold: half a surrogate pair, which is no UTF-8, becomes a `?`."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return dumps(content).encode("utf-8", "replace")
+
+
+def dumps(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))

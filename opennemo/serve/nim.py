@@ -1,0 +1,91 @@
+"""Health, metrics and descriptions, at the paths that NVIDIA NIM and vLLM gave them."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Depends
+from starlette.responses import Response
+
+import opennemo
+from opennemo.serve.errors import Json
+from opennemo.serve.service import Service, service_of
+
+router = APIRouter()
+TheService = Annotated[Service, Depends(service_of)]
+OPEN = ("/health", "/ping", "/v1/health/live", "/v1/health/ready")  # need no key
+METRICS = ("/metrics", "/v1/metrics")
+LICENSE = {
+    "name": "Apache-2.0",
+    "path": "LICENSE",
+    "sha": "",
+    "size": 0,
+    "type": "text",
+    "url": "https://www.apache.org/licenses/LICENSE-2.0",
+}
+
+
+@router.get("/v1/health/live")
+async def live(service: TheService) -> Response:
+    """200 while the process runs and its engine moves."""
+    return _health(service.is_alive, "Service is live.", "Service hangs.")
+
+
+@router.get("/health")
+@router.get("/ping")
+@router.get("/v1/health/ready")
+async def ready(service: TheService) -> Response:
+    """200 while requests are answered: the model computed a token, and nothing shuts down."""
+    is_ready = service.is_ready and service.is_alive
+    return _health(is_ready, "Service is ready.", "Service is not ready.")
+
+
+def _health(good: bool, yes: str, no: str) -> Response:
+    content = {"object": "health-response", "message": yes if good else no}
+    return Json(content, 200 if good else 503, {} if good else {"retry-after": "5"})
+
+
+@router.get("/metrics")
+@router.get("/v1/metrics")
+async def metrics(service: TheService) -> Response:
+    """Prometheus' text format."""
+    return Response(service.metrics.render(), media_type="text/plain; version=0.0.4")
+
+
+@router.get("/version")
+@router.get("/v1/version")
+async def version() -> Response:
+    """Of the server and of its API."""
+    return Json({"release": opennemo.__version__, "api": "v1", "version": opennemo.__version__})
+
+
+@router.get("/v1/metadata")
+async def metadata(service: TheService) -> Response:
+    """What is served."""
+    model = {"modelUrl": service.settings.model, "shortName": service.llm.name}
+    return Json(
+        {
+            "assetInfo": [],
+            "licenseInfo": LICENSE,
+            "modelInfo": [model],
+            "repository_override": "",
+            "version": opennemo.__version__,
+            "selectedModelProfileId": service.names[0],
+        }
+    )
+
+
+@router.get("/v1/manifest")
+async def manifest(service: TheService) -> Response:
+    """The one profile that is served."""
+    config = service.llm.engine.runner.model.config
+    return Json(
+        {
+            "model": service.names[0],
+            "profiles": [{"id": service.names[0], "n_layers": config.n_layers, "dim": config.dim}],
+        }
+    )
+
+
+@router.get("/v1/license")
+async def license() -> Response:
+    """Of the server; a model has its own."""
+    return Json(LICENSE)

@@ -1,0 +1,279 @@
+"""Bodies of OpenAI's and Mistral's requests, as one superset, and what they ask of the model.
+
+Every number has bounds and none may be NaN. Fields that nobody knows are kept apart and reported,
+not refused, since clients send ever new ones; `--strict-params` refuses them. Messages and tools
+stay plain dicts here: `tokenizer/messages.py` brings them to one form.
+"""
+
+import json
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from opennemo.engine.grammar import Kind
+from opennemo.errors import InvalidRequest
+from opennemo.serve.errors import Refusal
+
+# Fields of the protocols that cannot change an answer of ours; never refused.
+WITHOUT_EFFECT = frozenset(
+    {
+        "background", "guardrails", "include", "metadata", "modalities", "parallel_tool_calls",
+        "prediction", "priority", "prompt_cache_key", "prompt_cache_retention", "prompt_mode",
+        "reasoning", "reasoning_effort", "request_id", "safety_identifier", "service_tier",
+        "skip_special_tokens", "spaces_between_special_tokens", "store", "tool_choice",
+        "truncation", "user", "verbosity",
+    }
+)  # fmt: skip
+# Fields that would let a request run code in the server.
+REFUSED = ("chat_template", "chat_template_kwargs", "logits_processors", "logits_processor_pattern")
+# Fields that have the same name and meaning in SamplingParams, or are arguments of LLM.chat.
+PASSED_ON = (
+    "max_tokens", "min_tokens", "temperature", "top_p", "min_p", "repetition_penalty",
+    "presence_penalty", "frequency_penalty", "logit_bias", "ignore_eos", "n", "prompt_logprobs",
+)  # fmt: skip
+SAFE_PROMPT = (
+    "Always assist with care, respect, and truth. Respond with utmost utility yet securely. Avoid "
+    "harmful, unethical, prejudiced, or negative content. Ensure replies promote fairness and "
+    "positivity."
+)
+
+Stop = Annotated[
+    list[Annotated[str, Field(max_length=1024)]],
+    Field(max_length=16),
+    BeforeValidator(lambda v: [v] if isinstance(v, str) else v or []),
+]
+Id = Annotated[int, Field(ge=0, lt=2**31)]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+Tools = Annotated[list[dict[str, Any]], Field(max_length=1024)]
+Messages = Annotated[list[dict[str, Any]], Field(min_length=1, max_length=4096)]
+Choice = str | dict[str, Any]
+
+
+class Body(BaseModel):
+    """A request's body; `extra` holds what it has besides."""
+
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+
+    model: Annotated[str, Field(max_length=256)]
+    stream: bool | None = False
+
+    def ignored(self, *, strict: bool) -> list[str]:
+        """Names of the fields without effect.
+
+        Raises:
+            InvalidRequest: a field that is refused for safety.
+            Refusal: 422 for an unknown field, if `strict`.
+        """
+        extra = {name for name, value in (self.model_extra or {}).items() if value is not None}
+        if refused := sorted(extra & set(REFUSED)):
+            raise InvalidRequest(f"{refused[0]}: the server does not take this from a request")
+        unknown = sorted(extra - WITHOUT_EFFECT)
+        if strict and unknown:
+            detail = [
+                {"type": "extra_forbidden", "loc": ["body", name], "msg": "unknown field"}
+                for name in unknown
+            ]
+            raise Refusal(
+                422, f"unknown fields: {', '.join(unknown)}", "invalid_request_error", detail=detail
+            )
+        return sorted(extra)
+
+
+class Sampling(Body):
+    """How tokens are chosen: fields of OpenAI, Mistral and vLLM."""
+
+    max_tokens: int | None = Field(None, ge=1, lt=2**31)
+    min_tokens: int | None = Field(None, ge=0, lt=2**31)
+    temperature: float | None = Field(None, ge=0, le=5)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=-1, lt=2**31)
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=10)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    logit_bias: (
+        Annotated[dict[Id, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)] | None
+    ) = None
+    seed: Seed | None = None
+    random_seed: Seed | None = None
+    stop: Stop | None = None
+    stop_token_ids: Annotated[list[Id], Field(max_length=64)] | None = None
+    ignore_eos: bool | None = None
+    n: int | None = Field(None, ge=1, le=16)
+    best_of: int | None = Field(None, ge=1, le=1)
+    prompt_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    cache_salt: str | None = Field(None, pattern=r"^[\w.-]{1,64}$")
+    return_token_ids: bool | None = False
+    include_stop_str_in_output: bool | None = False
+    structured_outputs: dict[str, Any] | None = None
+
+    def sampling(self) -> dict[str, Any]:
+        """Arguments for `LLM.chat` and `LLM.complete`; what is not given stays the model's own."""
+        given = {name: v for name in PASSED_ON if (v := getattr(self, name)) is not None}
+        if self.top_k is not None:
+            given["top_k"] = max(self.top_k, 0)  # -1 is vLLM's way to say off
+        if (seed := self.seed if self.seed is not None else self.random_seed) is not None:
+            given["seed"] = seed
+        if self.stop_token_ids:
+            given["stop_ids"] = frozenset(self.stop_token_ids)
+        return given | {"stop": tuple(self.stop or ())}
+
+    def structure(self) -> tuple[Kind, str] | None:
+        """vLLM's `structured_outputs` as the kind of a grammar and its source."""
+        if not self.structured_outputs:
+            return None
+        kinds: dict[str, Kind] = {
+            "json": "json_schema",
+            "json_object": "json_object",
+            "regex": "regex",
+            "choice": "choice",
+            "grammar": "lark",
+        }
+        given = {k: v for k, v in self.structured_outputs.items() if v not in (None, False)}
+        if len(given) != 1 or not given.keys() <= kinds.keys():
+            raise InvalidRequest(f"structured_outputs: expected one of {', '.join(kinds)}")
+        name, source = next(iter(given.items()))
+        if name == "json_object":
+            return "json_object", ""
+        return kinds[name], source if isinstance(source, str) else json.dumps(source)
+
+
+class StreamOptions(BaseModel):
+    include_usage: bool | None = False
+
+
+class ChatRequest(Sampling):
+    """POST /v1/chat/completions, of OpenAI, Mistral and vLLM."""
+
+    messages: Messages
+    max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)
+    tools: Tools | None = None
+    tool_choice: Choice | None = None
+    parallel_tool_calls: bool | None = True
+    response_format: dict[str, Any] | None = None
+    logprobs: bool | None = False
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    stream_options: StreamOptions | None = None
+    safe_prompt: bool | None = False
+    continue_final_message: bool | None = False
+    add_generation_prompt: bool | None = True
+    echo: bool | None = False
+
+    def arguments(self) -> dict[str, Any]:
+        """Arguments for `LLM.chat`."""
+        messages = list(self.messages)
+        if self.continue_final_message and messages[-1].get("role") == "assistant":
+            messages[-1] = {**messages[-1], "prefix": True}
+        if self.safe_prompt:
+            messages.insert(0, {"role": "system", "content": SAFE_PROMPT})
+        given = self.sampling()
+        if self.max_completion_tokens:
+            given["max_tokens"] = self.max_completion_tokens
+        if self.logprobs:
+            given["logprobs"] = self.top_logprobs or 0
+        elif self.top_logprobs:
+            raise InvalidRequest("top_logprobs: needs logprobs: true")
+        return given | {
+            "messages": messages,
+            "tools": self.tools or None,
+            "tool_choice": self.tool_choice or "auto",
+            "parallel_tool_calls": self.parallel_tool_calls is not False,
+            "format": self.structure() or response_format(self.response_format),
+        }
+
+    def prefix(self) -> str:
+        """The text that an answer repeats: Mistral's `prefix: true` does, vLLM's `echo`, too."""
+        last = self.messages[-1]
+        wanted = last.get("prefix") or (self.continue_final_message and self.echo)
+        content = last.get("content")
+        is_text = last.get("role") == "assistant" and isinstance(content, str)
+        return str(content) if wanted and is_text else ""
+
+
+class CompletionRequest(Sampling):
+    """POST /v1/completions, of OpenAI and vLLM."""
+
+    prompt: (
+        Annotated[list[Id], Field(max_length=2**21)]
+        | Annotated[list[str | Annotated[list[Id], Field(max_length=2**21)]], Field(max_length=64)]
+        | str
+    )
+    suffix: str | None = None
+    echo: bool | None = False
+    logprobs: int | None = Field(None, ge=0, le=20)
+    max_tokens: int | None = Field(16, ge=0, lt=2**31)
+    response_format: dict[str, Any] | None = None
+    stream_options: StreamOptions | None = None
+    add_special_tokens: bool | None = True
+
+    def prompts(self) -> list[str | list[int]]:
+        prompt = self.prompt
+        if isinstance(prompt, str):
+            return [prompt]
+        if not prompt:
+            raise InvalidRequest("prompt: is empty")
+        return [prompt] if isinstance(prompt[0], int) else prompt  # pyright: ignore[reportReturnType]
+
+    def arguments(self) -> dict[str, Any]:
+        """Arguments for `LLM.complete`, but for the prompt."""
+        if self.suffix:
+            raise InvalidRequest("suffix: this model was not trained to fill in the middle")
+        given = self.sampling() | {
+            "format": self.structure() or response_format(self.response_format)
+        }
+        if self.logprobs is not None:
+            given["logprobs"] = self.logprobs
+            if self.echo:
+                given.setdefault("prompt_logprobs", self.logprobs)
+        if self.max_tokens == 0:  # only the prompt's own log-probabilities are wanted
+            given["max_tokens"] = 1
+        return given
+
+
+class Unnamed(Body):
+    """A body that may leave it open which model is meant."""
+
+    model: Annotated[str, Field(max_length=256)] | None = None  # pyright: ignore
+
+
+class TokenizeRequest(Unnamed):
+    """POST /tokenize, of vLLM: a text or a conversation."""
+
+    prompt: str | None = None
+    messages: Messages | None = None
+    tools: Tools | None = None
+    add_special_tokens: bool | None = True
+    return_token_strs: bool | None = False
+
+
+class DetokenizeRequest(Unnamed):
+    """POST /detokenize, of vLLM."""
+
+    tokens: Annotated[list[Id], Field(max_length=2**21)]
+
+
+class AdapterRequest(Unnamed):
+    """POST /v1/load_lora_adapter and /v1/unload_lora_adapter, of vLLM."""
+
+    lora_name: str = Field(pattern=r"^[\w.:/-]{1,128}$")
+    lora_path: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
+
+
+def response_format(format: dict[str, Any] | None) -> tuple[Kind, str] | None:
+    """OpenAI's `response_format` as the kind of a grammar and its source."""
+    kind = (format or {}).get("type", "text")
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return "json_object", ""
+    if kind == "json_schema":
+        inner = (format or {}).get("json_schema", format)
+        schema = (
+            inner.get("schema", inner.get("schema_definition")) if isinstance(inner, dict) else 0
+        )
+        if not isinstance(schema, dict):
+            raise InvalidRequest("response_format.json_schema.schema: must be a JSON schema object")
+        return "json_schema", json.dumps(schema)
+    raise InvalidRequest(
+        f"response_format.type: {kind!r} is none of text, json_object, json_schema"
+    )

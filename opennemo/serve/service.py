@@ -1,0 +1,258 @@
+"""The server's state: the model, who is being answered, whether more may come.
+
+HTTP stays outside: routes ask `start` for a generation and put it into their protocol's words.
+"""
+
+import asyncio
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import structlog
+import torch
+from fastapi import Request
+
+from opennemo.engine import EngineConfig
+from opennemo.errors import InvalidRequest, OpenNemoError
+from opennemo.llm import LLM, Reply
+from opennemo.serve.auth import Client, Gatekeeper, Limits, read_clients
+from opennemo.serve.errors import Refusal
+from opennemo.serve.metrics import Metrics
+from opennemo.serve.schema import Body
+from opennemo.serve.settings import Settings
+from opennemo.serve.stream import Generation
+
+NEMO_NAMES = (
+    "open-mistral-nemo-2407",
+    "open-mistral-nemo",
+    "mistral-tiny-2407",
+    "mistral-tiny-latest",
+)
+log = structlog.get_logger("opennemo.serve")
+
+
+class Service:
+    """One model, answering."""
+
+    def __init__(self, settings: Settings):
+        self.settings = settings
+        limits = Limits(
+            requests_per_minute=settings.requests_per_minute,
+            tokens_per_minute=settings.tokens_per_minute,
+            max_concurrent=settings.max_concurrent,
+        )
+        clients = read_clients(settings.api_key, settings.api_key_file, limits)
+        self.gatekeeper = Gatekeeper(clients, limits, settings.admin_key)
+        self.metrics = Metrics(Path(settings.model).name, compat=settings.metrics_compat)
+        self.created = int(time.time())
+        self.active: set[Generation] = set()
+        self.draining = self.asleep = False
+        self.names: list[str] = []
+        self._llm: LLM | None = None
+        self._tasks: set[asyncio.Task] = set()
+        self._progress, self._progress_at = None, time.monotonic()
+
+    def load(self) -> None:
+        """Load the model and see it compute a token; slow, for a thread of its own.
+
+        Raises:
+            CheckpointError: it cannot be loaded.
+            InvalidRequest: an adapter is not named as NAME=FOLDER.
+        """
+        settings = self.settings
+        config = EngineConfig(
+            max_context=settings.max_model_len,
+            page_size=settings.block_size,
+            max_batched_tokens=settings.max_num_batched_tokens,
+            max_sequences=settings.max_num_seqs,
+            max_queued=settings.max_num_queued_reqs,
+            prefix_caching=settings.enable_prefix_caching,
+            n_draft_tokens=settings.num_speculative_tokens,
+        )
+        dtype = None if settings.dtype == "auto" else getattr(torch, settings.dtype)
+        llm = LLM.load(settings.model, device=settings.device, dtype=dtype, config=config)
+        try:
+            for module in settings.lora_modules:
+                name, equals, folder = module.partition("=")
+                if not equals:
+                    raise InvalidRequest(f"--lora-modules {module} is not NAME=FOLDER")
+                llm.load_adapter(name, Path(folder))
+            self.use(llm)
+        except OpenNemoError:
+            llm.close()
+            raise
+
+    def use(self, llm: LLM) -> None:
+        """Serve a model that is loaded already."""
+        given: dict[str, Any] = {
+            name: int(value) if name in ("top_k", "max_tokens") else value
+            for name, value in self.settings.override_generation_config.items()
+        }
+        try:
+            llm.defaults = replace(llm.defaults, **given)
+        except TypeError as error:
+            raise InvalidRequest(f"--override-generation-config: {error}") from None
+        llm.complete([llm.tokenizer.bos_id], max_tokens=1).finish()
+        config = llm.engine.runner.model.config
+        is_nemo = (config.dim, config.n_layers, config.vocab_size) == (5120, 40, 131072)
+        is_instruct = llm.tokenizer.instruct_version is not None
+        known = NEMO_NAMES if is_nemo and is_instruct else ()
+        self.names = self.settings.served_model_name or [*known, llm.name]
+        self.metrics.model_name = self.names[0]
+        self.metrics.watch(llm)
+        self._llm = llm
+
+    @property
+    def is_ready(self) -> bool:
+        return self._llm is not None and not self.draining and not self.asleep
+
+    @property
+    def llm(self) -> LLM:
+        """The model. Raises: Refusal, 503, while it cannot answer."""
+        if self._llm is None or self.draining or self.asleep:
+            what = "shutting down" if self.draining else "asleep" if self.asleep else "loading"
+            raise Refusal(
+                503, f"the server is {what}", "service_unavailable", code=what.replace(" ", "_"),
+                retry_after=5,
+            )  # fmt: skip
+        return self._llm
+
+    @property
+    def loaded(self) -> LLM | None:
+        return self._llm
+
+    def adapter(self, model: str | None) -> str | None:
+        """The adapter that a model's name stands for; None for the model itself.
+
+        Raises:
+            Refusal: 404, there is no such model.
+        """
+        llm = self.llm
+        if model is None or model in self.names:
+            return None
+        if model in llm.adapters:
+            return model
+        raise Refusal(
+            404, f"there is no model {model!r} here; there are: "
+            f"{', '.join([*self.names, *llm.adapters])[:500]}",
+            "invalid_model", code="model_not_found", param="model",
+        )  # fmt: skip
+
+    async def start(
+        self,
+        client: Client,
+        body: Body,
+        ask: Callable[[LLM, dict[str, Any]], Reply],
+        *,
+        prefix: str,
+        salt: str | None = None,
+    ) -> Generation:
+        """Begin to answer.
+
+        Args:
+            ask: calls the model on a worker thread, with keyword arguments to pass on.
+            prefix: of the answer's id.
+
+        Raises:
+            OpenNemoError: the request is wrong, too much, or comes at a bad time.
+        """
+        adapter, llm = self.adapter(body.model), self.llm
+        ignored = body.ignored(strict=self.settings.strict_params)
+        self.gatekeeper.admit(client)
+        # Between keys no pages are shared: timing would tell one what the other asked.
+        own = client.name if len(self.gatekeeper.clients) > 1 else ""
+        options = {"adapter": adapter, "salt": f"{own}/{salt or ''}".encode()}
+        task = asyncio.create_task(asyncio.to_thread(ask, llm, options))
+        try:
+            reply = await asyncio.shield(task)
+        except BaseException as error:
+            self.gatekeeper.release(client, 0)
+            if isinstance(error, asyncio.CancelledError):  # the thread goes on; its reply must not
+                task.add_done_callback(
+                    lambda t: t.cancelled() or t.exception() or t.result().cancel()
+                )
+            raise
+        generation = Generation(
+            f"{prefix}{secrets.token_hex(12)}",
+            body.model or self.names[0],
+            reply,
+            lambda generation: self._ended(generation, client),
+            keep_alive=self.settings.sse_keep_alive_interval,
+        )
+        if ignored:
+            names = [n for n in ignored if n.isascii() and n.isidentifier()][:20]
+            generation.headers["x-ignored-params"] = ", ".join(names)
+        self.active.add(generation)
+        return generation
+
+    def _ended(self, generation: Generation, client: Client) -> None:
+        self.active.discard(generation)
+        reply, seconds = generation.reply, time.perf_counter() - generation.started
+        self.gatekeeper.release(client, reply.n_prompt_tokens + generation.n_output_tokens)
+        self.metrics.finished(generation, seconds)
+        log.info(
+            "answer",
+            id=generation.id,
+            client=client.name,
+            n_prompt=reply.n_prompt_tokens,
+            n_cached=reply.n_cached_tokens,
+            n_output=generation.n_output_tokens,
+            seconds=round(seconds, 4),
+            end=[choice.finish_reason for choice in generation.choices],
+            failure=type(generation.failure).__name__ if generation.failure else None,
+        )
+
+    async def drain(self) -> None:
+        """Take nothing new, let answers finish within `shutdown_timeout`, then end them."""
+        self.draining = True
+        await self._wait_until_idle(self.settings.shutdown_timeout)
+        for generation in list(self.active):
+            generation.abort(Refusal(503, "the server is shutting down", "service_unavailable"))
+        await self._wait_until_idle(5)
+
+    async def sleep(self) -> None:
+        """Let answers finish, then stop the engine and give its memory back."""
+        llm = self.llm
+        self.asleep = True
+        await self._wait_until_idle(self.settings.shutdown_timeout)
+        await asyncio.to_thread(llm.sleep)
+
+    async def wake(self) -> None:
+        if self._llm is not None and self.asleep:
+            await asyncio.to_thread(self._llm.wake)
+            self.asleep = False
+
+    async def _wait_until_idle(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while self.active and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+
+    @property
+    def is_alive(self) -> bool:
+        """False once the engine has work and has not moved for `watchdog_timeout` seconds."""
+        if self._llm is None or not self.active:
+            self._progress = None
+            return True
+        running = list(self._llm.engine.scheduler.running)
+        progress = [(s.request_id, s.index, s.n_computed) for s in running]
+        progress.append((0, 0, sum(g.n_output_tokens for g in self.active)))
+        if progress != self._progress:
+            self._progress, self._progress_at = progress, time.monotonic()
+        return time.monotonic() - self._progress_at < self.settings.watchdog_timeout
+
+    def close(self) -> None:
+        if self._llm is not None and not self.asleep:
+            self._llm.close()
+
+
+def service_of(request: Request) -> Service:
+    """The service behind a request; a dependency of routes."""
+    return request.app.state.service
+
+
+def client_of(request: Request) -> Client:
+    """Who asks, as the gate has found out; a dependency of routes."""
+    return request.state.client

@@ -1,0 +1,169 @@
+"""What a server is told: command line, environment, a TOML file, defaults, in this order.
+
+Names are vLLM's, since people know them; `NIM_*` variables of NVIDIA's containers mean what they
+mean there. This and the command line are the only places that read the environment.
+"""
+
+import os
+import shlex
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    CliPositionalArg,
+    CliSettingsSource,
+    InitSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+    TomlConfigSettingsSource,
+)
+
+from opennemo.errors import InvalidRequest
+from opennemo.serve.auth import LOOPBACK
+
+Names = Annotated[list[str], NoDecode]
+Count = Annotated[int, Field(ge=0, le=2**40)]
+NIM = {
+    "NIM_MODEL_PATH": "model",
+    "NIM_SERVED_MODEL_NAME": "served_model_name",
+    "NIM_MAX_MODEL_LEN": "max_model_len",
+    "NIM_SERVER_PORT": "port",
+    "NIM_LOG_LEVEL": "log_level",
+    "NIM_PEFT_SOURCE": "lora_root",
+    "NIM_SSL_KEY_PATH": "ssl_keyfile",
+    "NIM_SSL_CERTS_PATH": "ssl_certfile",
+    "NIM_CORS_ALLOW_ORIGINS": "allowed_origins",
+    "NIM_ENABLE_KV_CACHE_REUSE": "enable_prefix_caching",
+}
+
+
+class Settings(BaseSettings):
+    """Serve a model to clients of OpenAI, Mistral, Anthropic and NVIDIA NIM."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="OPENNEMO_", cli_kebab_case=True, cli_implicit_flags=True, extra="forbid",
+        cli_hide_none_type=True, cli_avoid_json=True,
+    )  # fmt: skip
+
+    model: CliPositionalArg[str] = Field(
+        "smollm2-135m-instruct", description="A model folder, a .gguf file or a Hugging Face id."
+    )
+    served_model_name: Names = Field([], description="Name it goes by; repeatable.")
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on.")
+    device: str | None = Field(None, description="cpu or cuda; by default a GPU if there is one.")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    config: Path | None = Field(None, description="A TOML file with any of these settings.")
+
+    api_key: Names = Field([], description="A key that clients must show; repeatable.")
+    api_key_file: Path | None = Field(None, description="Lines of: NAME SHA256 [LIMIT=NUMBER ...]")
+    admin_key: str | None = Field(None, description="Key of the admin routes, off without one.")
+    insecure: bool = Field(False, description="Allow other hosts in without a key.")
+    metrics_auth: bool = Field(False, description="Ask for a key at /metrics, too.")
+    allowed_origins: Names = Field([], description="CORS; off by default.")
+    requests_per_minute: Count = Field(0, description="Of each key; 0 is no limit.")
+    tokens_per_minute: Count = Field(0, description="Of each key; 0 is no limit.")
+    max_concurrent: Count = Field(0, description="Requests of each key at once; 0 is no limit.")
+
+    max_model_len: int | None = Field(None, ge=1, le=2**31, description="Tokens of context.")
+    max_num_seqs: int = Field(64, ge=1, le=4096, description="Answers computed side by side.")
+    max_num_batched_tokens: int = Field(512, ge=1, le=2**20, description="Tokens in one step.")
+    max_num_queued_reqs: int = Field(1024, ge=1, le=2**20, description="One more gets a 503.")
+    block_size: int = Field(16, ge=1, le=1024, description="Tokens in a page of the KV cache.")
+    enable_prefix_caching: bool = True
+    num_speculative_tokens: int = Field(0, ge=0, le=64, description="Guessed by prompt lookup.")
+    override_generation_config: dict[str, float] = Field(
+        {}, description='Defaults of requests, e.g. {"temperature": 0.3}.'
+    )
+    lora_modules: Names = Field([], description="NAME=FOLDER of an adapter; repeatable.")
+    lora_root: Path | None = Field(None, description="Adapters may be loaded from below it.")
+    enable_auto_tool_choice: bool = Field(True, description="Always on.")
+    tool_call_parser: Literal["mistral"] = "mistral"
+    tokenizer_mode: Literal["auto", "mistral"] = "auto"
+
+    strict_params: bool = Field(False, description="Unknown fields get a 422.")
+    mistral_usage: bool = Field(False, description="Always put usage on the last chunk.")
+    max_body_size: int = Field(2**24, ge=1024, le=2**32, description="Bytes of a request.")
+    sse_keep_alive_interval: float = Field(15, gt=0, le=3600, description="Seconds.")
+    shutdown_timeout: float = Field(30, ge=0, le=86400, description="Seconds to finish answers.")
+    watchdog_timeout: float = Field(300, gt=0, le=86400, description="Seconds a step may take.")
+    metrics_compat: Literal["none", "vllm"] = "none"
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    enable_docs: bool = Field(False, description="Offer /openapi.json.")
+    root_path: str = Field("", description="Path a proxy strips.")
+    ssl_keyfile: Path | None = None
+    ssl_certfile: Path | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _split_lists(cls, values: Any) -> Any:
+        """Commas separate names in the environment, as in NIM."""
+        for name in ("served_model_name", "allowed_origins", "api_key", "lora_modules"):
+            if isinstance(values.get(name), str):
+                values[name] = [v.strip() for v in values[name].split(",") if v.strip()]
+        if isinstance(values.get("log_level"), str):
+            values["log_level"] = values["log_level"].lower()
+        return values
+
+    @model_validator(mode="after")
+    def _closed_by_default(self) -> "Settings":
+        if not (self.is_loopback or self.api_key or self.api_key_file or self.insecure):
+            raise ValueError(f"listening on {self.host} needs --api-key, or --insecure")
+        if any(len(key) < 8 for key in (*self.api_key, self.admin_key or "long enough")):
+            raise ValueError("keys have at least 8 characters")
+        return self
+
+    @property
+    def is_loopback(self) -> bool:
+        return self.host in LOOPBACK
+
+    @classmethod
+    def settings_customise_sources(
+        cls, settings_cls: type[BaseSettings], *sources: PydanticBaseSettingsSource, **named: Any
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        init, env = named["init_settings"], named["env_settings"]
+        nim = {NIM[k]: v for k, v in os.environ.items() if k in NIM and v}
+        return init, env, InitSettingsSource(settings_cls, nim)
+
+
+def read_settings(arguments: list[str]) -> Settings:
+    """The settings of a server that is started with these arguments.
+
+    Raises:
+        InvalidRequest: what is wrong with which setting.
+    """
+    # A later flag wins over an earlier one, so those of the environment come first.
+    arguments = [*shlex.split(os.environ.get("NIM_PASSTHROUGH_ARGS", "")), *arguments]
+
+    class Sources(Settings):
+        """Serve a model to clients of OpenAI, Mistral, Anthropic and NVIDIA NIM."""
+
+        @classmethod
+        def settings_customise_sources(
+            cls, settings_cls: type[BaseSettings], **named: Any
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            cli = CliSettingsSource(
+                settings_cls, cli_parse_args=arguments, cli_prog_name="opennemo serve",
+                cli_exit_on_error=False,
+            )  # fmt: skip
+            file = cli().get("config") or os.environ.get("OPENNEMO_CONFIG")
+            if file and not Path(file).is_file():
+                raise InvalidRequest(f"--config {file} does not exist")
+            toml = TomlConfigSettingsSource(settings_cls, file) if file else None
+            rest = super().settings_customise_sources(settings_cls, **named)
+            return (cli, *rest, *([toml] if toml else []))
+
+    try:
+        return Settings.model_construct(**Sources().model_dump())  # pyright: ignore[reportCallIssue]
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = "-".join(str(part) for part in first["loc"]).replace("_", "-")
+        raise InvalidRequest(
+            (f"--{where}: " if where else "") + first["msg"].removeprefix("Value error, ")
+        ) from None
+    except (SettingsError, ValueError) as error:
+        raise InvalidRequest(str(error).splitlines()[0]) from None

@@ -1,0 +1,221 @@
+"""One request while it is answered: from the engine's pieces to what a protocol tells a client.
+
+A `Generation` is read in one way only, as deltas; whoever wants the whole lets them add up in
+`choices`, so that streams and whole answers are the same. Whatever ends it (the last token, a
+client that hangs up, a server that shuts down, an error), `close` runs once and frees its pages.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from opennemo.engine import Event
+from opennemo.errors import OpenNemoError
+from opennemo.llm import Reply
+from opennemo.serve.errors import Refusal, dumps, error_body, refusal
+from opennemo.serve.toolcalls import Call, CallParser
+
+
+@dataclass(kw_only=True)
+class Delta:
+    """What is new of one choice."""
+
+    index: int
+    text: str = ""
+    calls: list[Call] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)  # tokens, for their log-probabilities
+    finish_reason: str | None = None  # stop, length or tool_calls
+
+
+@dataclass
+class Choice:
+    """One of a request's answers, as far as it has come."""
+
+    text: str = ""
+    calls: list[Call] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
+    finish_reason: str | None = None
+
+    def add(self, delta: Delta) -> None:
+        self.text += delta.text
+        self.events += delta.events
+        self.finish_reason = delta.finish_reason or self.finish_reason
+        for call in delta.calls:
+            if call.name:
+                self.calls.append(Call(**vars(call)))
+            else:
+                self.calls[-1].arguments += call.arguments
+
+
+class Generation:
+    """A reply on its way to a client.
+
+    Args:
+        on_close: is told once, when it is over, whatever the reason.
+        keep_alive: seconds without news after which `deltas` gives an empty list.
+    """
+
+    def __init__(
+        self,
+        request_id: str,
+        model: str,
+        reply: Reply,
+        on_close: Callable[["Generation"], None],
+        *,
+        keep_alive: float = 15,
+    ):
+        self.id, self.model, self.reply = request_id, model, reply
+        self.created, self.started = int(time.time()), time.perf_counter()
+        self.first_token_at: float | None = None
+        self.last_token_at: float | None = None
+        self.gaps: list[float] = []  # seconds between pieces
+        self.choices = [Choice() for _ in reply.answers]
+        self.failure: OpenNemoError | None = None
+        self.headers: dict[str, str] = {}
+        self.keep_stop = False  # the stop string is part of the text
+        self._parsers = [CallParser(f"{request_id}/{i}") for i in range(len(self.choices))]
+        self._keep_alive, self._on_close, self._closed = keep_alive, on_close, False
+
+    async def deltas(self) -> AsyncGenerator[list[Delta], None]:
+        """What is new, again and again; [] when nothing was for a while.
+
+        Raises:
+            OpenNemoError: it cannot be finished.
+        """
+        async with aclosing(self.reply.pieces(self._keep_alive)) as batches:
+            async for pieces in batches:
+                news = []
+                for piece in pieces:
+                    if piece.finish_reason == "cancelled":
+                        raise self.failure or Refusal(499, "cancelled", "cancelled")
+                    delta = Delta(
+                        index=piece.index, events=[piece.event], finish_reason=piece.finish_reason
+                    )
+                    choice = self.choices[piece.index]
+                    if piece.is_call:
+                        delta.calls = self._parsers[piece.index].feed(piece.text)
+                    else:
+                        delta.text = piece.text
+                    if self.keep_stop and piece.finish_reason:
+                        delta.text += self.reply.answers[piece.index].stopped_by or ""
+                    choice.add(delta)
+                    if choice.calls and delta.finish_reason == "stop":
+                        delta.finish_reason = choice.finish_reason = "tool_calls"
+                    news.append(delta)
+                if news:
+                    self._note_time()
+                yield news
+
+    async def whole(self, receive: Receive) -> None:
+        """Wait until `choices` are complete; a client that hangs up ends it at once.
+
+        Raises:
+            OpenNemoError: it cannot be finished.
+        """
+        watch = asyncio.create_task(self._watch(receive))
+        try:
+            async for _ in self.deltas():
+                pass
+        finally:
+            watch.cancel()
+            self.close()
+
+    def abort(self, failure: OpenNemoError) -> None:
+        """End it from outside: the client hears of `failure`."""
+        self.failure = self.failure or failure
+        self.reply.cancel()
+
+    def close(self) -> None:
+        """Free what it holds; safe to call twice."""
+        if not self._closed:
+            self._closed = True
+            if not self.reply.finished:
+                self.reply.cancel()
+            self._on_close(self)
+
+    async def _watch(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self.abort(Refusal(499, "the client hung up", "cancelled"))
+
+    def _note_time(self) -> None:
+        now = time.perf_counter()
+        if self.first_token_at is None:
+            self.first_token_at = now
+        elif self.last_token_at is not None:
+            self.gaps.append(now - self.last_token_at)
+        self.last_token_at = now
+
+    @property
+    def n_output_tokens(self) -> int:
+        return sum(len(answer.ids) for answer in self.reply.answers)
+
+    def usage(self) -> dict[str, Any]:
+        """OpenAI's count of tokens, EOS included."""
+        n_prompt, n_output = self.reply.n_prompt_tokens, self.n_output_tokens
+        return {
+            "prompt_tokens": n_prompt,
+            "completion_tokens": n_output,
+            "total_tokens": n_prompt + n_output,
+            "prompt_tokens_details": {"cached_tokens": self.reply.n_cached_tokens},
+        }
+
+
+class EventStream(Response):
+    """A generation as server-sent events.
+
+    `render` makes text of each batch of deltas. A response of our own, because Starlette's would
+    leave a generator that was never started unclosed, and because it watches for hang-ups itself.
+    """
+
+    def __init__(
+        self,
+        generation: Generation,
+        render: Callable[[AsyncGenerator[list[Delta], None]], AsyncGenerator[str, None]],
+        *,
+        ping: str = ": keep-alive\n\n",
+    ):
+        headers = {
+            "content-type": "text/event-stream; charset=utf-8",
+            "cache-control": "no-cache",
+            "x-accel-buffering": "no",  # or nginx would collect chunks
+        }
+        self.status_code, self.background, self._ping = 200, None, ping
+        self.init_headers(headers | generation.headers)
+        self._generation, self._render = generation, render
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        generation = self._generation
+        watch = asyncio.create_task(generation._watch(receive))
+
+        async def body(text: str, more: bool = True) -> None:
+            data = text.encode("utf-8", "replace")
+            await send({"type": "http.response.body", "body": data, "more_body": more})
+
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            try:
+                async with aclosing(self._render(generation.deltas())) as texts:
+                    async for text in texts:
+                        await body(text or self._ping)
+            except OpenNemoError as error:
+                path, refused = scope["path"], refusal(error)
+                name = "error" if path.startswith(("/v1/messages", "/v1/responses")) else None
+                await body(event(error_body(refused, path), name))
+                generation.failure = error
+            await body("", more=False)
+        finally:
+            watch.cancel()
+            generation.close()
+
+
+def event(data: dict[str, Any] | str, name: str | None = None) -> str:
+    """One server-sent event."""
+    text = data if isinstance(data, str) else dumps(data)
+    return f"event: {name}\ndata: {text}\n\n" if name else f"data: {text}\n\n"

@@ -1,0 +1,102 @@
+"""Servers that are real: uvicorn on a port of its own, over a tiny random model."""
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import httpx2
+import pytest
+import torch
+
+from opennemo.engine import Engine, EngineConfig, SamplingParams
+from opennemo.llm import LLM
+from opennemo.model.transformer import PRESETS, Transformer
+from opennemo.serve.app import BoundedHeaders, Server, create_app
+from opennemo.serve.service import Service
+from opennemo.serve.settings import Settings
+from opennemo.tokenizer.tekken import SINGLE_BYTES, Tekken
+
+KEY = "a-key-for-tests"
+ADMIN = "the-admin-key-for-tests"
+VOCABULARY = Tekken(r"(?s:.)", SINGLE_BYTES, n_special=64)  # one token a byte
+
+
+def make_tiny_llm(logit_bias: dict[int, float] | None = None, **config) -> LLM:
+    """A random model whose words are bytes; at a temperature it says anything."""
+    torch.manual_seed(0)
+    shape = replace(PRESETS["tiny"], max_position_embeddings=4096)
+    model = Transformer(shape).eval().requires_grad_(False)
+    engine = Engine(model, [VOCABULARY.eos_id], EngineConfig(**config))
+    engine.start()
+    defaults = SamplingParams(temperature=1.0, logit_bias=logit_bias or {})
+    return LLM("tiny", VOCABULARY, engine, defaults)
+
+
+@dataclass
+class Running:
+    """A server that listens."""
+
+    url: str
+    service: Service
+    llm: LLM
+    key: str | None
+
+    def client(self, key: str | None = None, **kwargs) -> httpx2.Client:
+        key = key or self.key
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        return httpx2.Client(base_url=self.url, headers=headers, timeout=60, **kwargs)
+
+
+@contextlib.contextmanager
+def run_server(llm: LLM, **settings) -> Iterator[Running]:
+    """Serve a model on loopback, in a thread that ends with the context."""
+    import uvicorn
+
+    service = Service(Settings(port=0, **settings))  # pyright: ignore[reportCallIssue]
+    service.use(llm)
+    app = create_app(service)
+    config = uvicorn.Config(
+        app, port=0, http=BoundedHeaders, ws="none", log_config=None, access_log=False,
+        timeout_graceful_shutdown=2,
+    )  # fmt: skip
+    server = Server(config)
+    server.service = service
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive(), "the server did not start"
+        time.sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    keys = service.settings.api_key
+    try:
+        yield Running(f"http://127.0.0.1:{port}", service, llm, keys[0] if keys else None)
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        assert not thread.is_alive(), "the server did not stop"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Running]:
+    with run_server(make_tiny_llm(), api_key=[KEY], admin_key=ADMIN, enable_docs=True) as server:
+        yield server
+
+
+@pytest.fixture
+def http(server: Running) -> Iterator[httpx2.Client]:
+    with server.client() as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def tiny_llm() -> Callable[..., LLM]:
+    """Makes tiny models."""
+    return make_tiny_llm
+
+
+@pytest.fixture(scope="session")
+def running() -> Callable[..., contextlib.AbstractContextManager[Running]]:
+    """Runs servers."""
+    return run_server
