@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +24,11 @@ from torch.overrides import TorchFunctionMode
 from opennemo.errors import CheckpointError
 from opennemo.model import layouts
 from opennemo.model.companions import copy_companions, write_json
+from opennemo.model.layouts import FolderLayout, Layout
 from opennemo.model.tensor_files import SafetensorFiles, write_safetensors
 from opennemo.model.transformer import ModelConfig, Transformer
 from opennemo.tokenizer.huggingface import read_json
 
-FolderLayout = Literal["hf", "mistral"]
 # The file of settings, and the name of the weights up to its suffix.
 FILES = {"mistral": ("params.json", "consolidated"), "hf": ("config.json", "model")}
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -39,7 +39,7 @@ MAX_SHARD = 5 * 10**9  # bytes, as on the hub
 class Checkpoint:
     """A model on disk, opened and checked, but not read."""
 
-    layout: layouts.Layout
+    layout: Layout
     config: ModelConfig
     files: Any  # SafetensorFiles or GGUF, which read alike
 
@@ -171,9 +171,9 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """
     folder = folder.absolute()
     partial = folder.with_name(f".{folder.name}.partial")
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise CheckpointError(f"{folder}: exists, and is not an empty folder; choose another name")
     try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise CheckpointError(f"{folder}: exists, and is no empty folder; choose another name")
         shutil.rmtree(partial, ignore_errors=True)  # from a process that was killed
         partial.mkdir(parents=True)
         yield partial
@@ -229,9 +229,7 @@ def _refuse_pickles(paths: Iterable[Path]) -> None:
             )
 
 
-def _compare(
-    found: Mapping[str, tuple], config: ModelConfig, layout: layouts.Layout, path: Path
-) -> None:
+def _compare(found: Mapping[str, tuple], config: ModelConfig, layout: Layout, path: Path) -> None:
     shapes = {layouts.spell(name, layout): s for name, s in weight_shapes(config).items()}
     # What may be stored though it is not needed: a tied head, and in old files RoPE's angles.
     ignored = (layouts.spell("output.weight", layout), "rotary_emb.inv_freq")
@@ -263,27 +261,28 @@ def _write(
     read: Callable[[str], Tensor],
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    own_names = {layouts.spell(name, layout): name for name in weight_shapes(config)}
-    shapes = {layouts.spell(name, layout): s for name, s in weight_shapes(config).items()}
-    sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
-    total, done = sum(sizes.values()), 0
+    shapes = weight_shapes(config)
+    own_names = {layouts.spell(name, layout): name for name in shapes}
+    total = sum(map(math.prod, shapes.values())) * dtype.itemsize
+    done = 0
 
     def weight(name: str) -> Tensor:
         nonlocal done
-        done += sizes[name]
-        progress(done, total)
         weight = read(own_names[name])
+        done += weight.nbytes
+        progress(done, total)
         if layout == "hf" and layouts.is_rotated(own_names[name]):
             return layouts.pairs_to_halves(weight, config.head_dim)
         return weight
 
     settings, stem = FILES[layout]
     shards, room = [], 0
-    for name, size in sizes.items():
+    for name, own_name in own_names.items():
+        size = math.prod(shapes[own_name]) * dtype.itemsize
         if size > room:
             shards.append({})
             room = MAX_SHARD if layout == "hf" else total
-        shards[-1][name] = shapes[name]
+        shards[-1][name] = shapes[own_name]
         room -= size
     weight_map = {}
     for i, shard in enumerate(shards, 1):

