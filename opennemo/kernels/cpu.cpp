@@ -165,6 +165,7 @@ static inline void tile8(const uint8_t* w, Codes in, float* y, size_t y_stride) 
     for (int m = 0; m < M; m++)
       for (int v = 0; v < VN; v++)
         acc[m][v] = BIAS ? splat(-in.excess[m * in.n_groups + g]) : (vi){};
+#pragma GCC unroll 4
     for (int k = 0; k < GROUP; k += SIDE, w += SIDE * COLS) {
       vi b[VN];
       for (int v = 0; v < VN; v++) b[v] = lanes(w + v * W * SIDE);
@@ -202,13 +203,22 @@ template <int M, class F> static inline void with_rows(int m, F f) {
   else if constexpr (M > 1) with_rows<M - 1>(m, f);
 }
 
+// Cut rows into tiles of nearly equal height, as low ones are slow: 8 into 4 and 4, not 6 and 2.
+template <class F> static inline void in_tiles(int M, F f) {
+  int n_tiles = (M + TILE - 1) / TILE;
+  for (int m = 0; n_tiles; n_tiles--) {
+    int height = (M - m + n_tiles - 1) / n_tiles;
+    with_rows<TILE>(height, [&](auto n) { f(m, n); });
+    m += height;
+  }
+}
+
 // y (M, 32) += x (M, K) w (K, 32)
 static void multiply(const float* w, size_t w_stride, const float* x, size_t x_stride, int M, int K,
                      float* y, size_t y_stride) {
-  for (int m = 0; m < M; m += TILE)
-    with_rows<TILE>(std::min(TILE, M - m), [&](auto n) {
-      rows_of<n>(w, w_stride, x + m * x_stride, x_stride, K, y + m * y_stride, y_stride);
-    });
+  in_tiles(M, [&](int m, auto n) {
+    rows_of<n>(w, w_stride, x + m * x_stride, x_stride, K, y + m * y_stride, y_stride);
+  });
 }
 
 // ---- number formats ---------------------------------------------------------------------------
@@ -228,14 +238,33 @@ static inline uint16_t to_bf16(float x) {
   return (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
 }
 
-static void* pages_of(size_t bytes) {
-  void* p = std::aligned_alloc(1 << 21, (bytes + (1 << 21) - 1) >> 21 << 21);
-  if (!p) std::abort();
+// Memory for weights, in chunks that the system can map by huge pages.
+class Arena {
+ public:
+  ~Arena() {
+    for (void* chunk : chunks_) std::free(chunk);
+  }
+  uint8_t* take(size_t bytes) {
+    bytes = (bytes + 63) & ~(size_t)63;
+    if (bytes > left_) {
+      left_ = (std::max(bytes, (size_t)1 << 25) + HUGE - 1) / HUGE * HUGE;
+      next_ = (uint8_t*)std::aligned_alloc(HUGE, left_);
+      if (!next_) std::abort();
+      chunks_.push_back(next_);
 #if defined(__linux__)
-  madvise(p, bytes, MADV_HUGEPAGE);  // a panel then costs no page walk
+      madvise(next_, left_, MADV_HUGEPAGE);
 #endif
-  return p;
-}
+    }
+    left_ -= bytes;
+    return (next_ += bytes) - bytes;
+  }
+
+ private:
+  static constexpr size_t HUGE = 1 << 21;
+  std::vector<void*> chunks_;
+  uint8_t* next_ = nullptr;
+  size_t left_ = 0;
+};
 
 // A weight matrix in panels of 32 output features, along the inputs (K):
 //   fp32, bf16  [K][32]
@@ -251,15 +280,14 @@ struct Matrix {
   uint8_t* data = nullptr;
   std::vector<float> scale;  // fp8, int8: [rows]; int4: [panels][groups][32]
 
-  ~Matrix() { std::free(data); }
   int depth() const { return padded(cols, format == INT8 || format == INT4 ? GROUP : 1); }
   const uint8_t* panel(int p) const { return data + p * panel_bytes; }
 
-  void shape(Format f, int n_rows, int n_cols) {
+  void shape(Format f, int n_rows, int n_cols, Arena& arena) {
     format = f, rows = n_rows, cols = n_cols, panels = padded(n_rows, COLS) / COLS;
     const size_t half_bytes[] = {8, 4, 2, 2, 1};
     panel_bytes = half_bytes[f] * depth() * COLS / 2;
-    data = (uint8_t*)pages_of(panel_bytes * panels);
+    data = arena.take(panel_bytes * panels);
     size_t n_scales = f == INT4 ? (size_t)panels * depth() : panels * COLS;
     scale.assign(n_scales, f == FP32 || f == BF16 ? 1.f : 0.f);
     std::memset(data, f == INT8 ? BIAS : f == INT4 ? 0x88 : 0, panel_bytes * panels);
@@ -503,6 +531,7 @@ struct Scratch {  // of one thread
 
 struct Model {
   Shape shape;
+  Arena arena;
   std::vector<Matrix> matrices;  // PER_LAYER a layer, and the head
   std::vector<float> norms;      // (2 L + 1, D): attention_norm, ffn_norm, ..., norm
   std::vector<double> frequencies;
@@ -523,13 +552,11 @@ struct Model {
     std::memset(y, 0, sizeof(float) * M * COLS);
     if (a.format == INT8) {
       int n_groups = a.depth() / GROUP;
-      for (int m = 0; m < M; m += TILE) {
+      in_tiles(M, [&](int m, auto n) {
         size_t g = (size_t)(first + m) * n_groups;
         Codes in{inputs.codes.data() + g * GROUP, &inputs.scale[g], &inputs.excess[g], n_groups};
-        with_rows<TILE>(std::min(TILE, M - m), [&](auto n) {
-          rows_of8<n>(a.panel(p), in, y + m * COLS, COLS);
-        });
-      }
+        rows_of8<n>(a.panel(p), in, y + m * COLS, COLS);
+      });
     } else {
       x += (size_t)first * a.cols;
       for (int k = 0; k < a.cols; k += DEPTH) {
@@ -625,6 +652,21 @@ static inline float* grow(std::vector<float>& v, size_t n) {
   return v.data();
 }
 
+// Goes from one key of a sequence to the next, through its pages.
+struct Walk {
+  const Step& step;
+  const int32_t* table;
+  int position, page, offset;
+  Walk(const Step& step, const int32_t* table, int position)
+      : step(step), table(table), position(position), page(position / step.page_size),
+        offset(position % step.page_size) {}
+  size_t row() const { return (size_t)table[page] * step.page_size + offset; }
+  void next() {
+    position++;
+    if (++offset == step.page_size) offset = 0, page++;
+  }
+};
+
 // Queries [from, to) of a sequence and the heads that share one head of keys and values, as one
 // stack of rows: scores, softmax and weighted values tile by tile (FlashAttention's recurrence).
 void Model::attend(const Step& step, int layer, const Task& task, Scratch& s) {
@@ -632,7 +674,7 @@ void Model::attend(const Step& step, int layer, const Task& task, Scratch& s) {
   const int width = padded(H, COLS), R = (task.to - task.from) * G, stride = (N + 2 * K) * H;
   const size_t bytes = step.kv_format == FP32 ? 4 : 2;
   const size_t pool_bytes = (size_t)step.n_pages * step.page_size * K * H * bytes;
-  const uint8_t* k_pages = step.kv_cache + 2 * layer * pool_bytes;
+  const uint8_t* k_pages = step.kv_cache + 2 * layer * pool_bytes + task.head * H * bytes;
   const int32_t* table = step.page_table + (size_t)task.sequence * step.table_width;
   float *q = grow(s.q, R * H), *keys = grow(s.keys, H * COLS), *out = grow(s.out, R * width);
   float *values = grow(s.values, COLS * width), *widened = grow(s.widened, (COLS + 1) * H);
@@ -647,16 +689,22 @@ void Model::attend(const Step& step, int layer, const Task& task, Scratch& s) {
   }
   const int first = step.positions[task.from], last = step.positions[task.to - 1];
   const int oldest = step.window ? std::max(0, first - step.window + 1) : 0;
-  for (int j0 = oldest / COLS * COLS; j0 <= last; j0 += COLS) {
+  const size_t row_bytes = (size_t)K * H * bytes;
+  Walk key(step, table, oldest / COLS * COLS), ahead(step, table, oldest / COLS * COLS + COLS);
+  for (int j0 = key.position; j0 <= last; j0 += COLS) {
     const int n = std::min(COLS, last + 1 - j0);
     // Beyond the last key stand zeros: whatever lies in the page must not become a NaN.
     std::memset(values + n * width, 0, (COLS - n) * width * sizeof(float));
     const float* rows[COLS];
     for (int j = 0; j < COLS; j++) rows[j] = zeros;
-    for (int j = 0; j < n; j++) {
-      int page = table[(j0 + j) / step.page_size], offset = (j0 + j) % step.page_size;
-      size_t at = (((size_t)page * step.page_size + offset) * K + task.head) * H * bytes;
-      const uint8_t *k = k_pages + at, *v = k + pool_bytes;
+    for (int j = 0; j < n; j++, key.next()) {
+      const uint8_t *k = k_pages + key.row() * row_bytes, *v = k + pool_bytes;
+      if (ahead.position <= last) {  // the next tile is on its way while this one is computed
+        const uint8_t* soon = k_pages + ahead.row() * row_bytes;
+        for (size_t i = 0; i < H * bytes; i += 64)
+          __builtin_prefetch(soon + i), __builtin_prefetch(soon + pool_bytes + i);
+        ahead.next();
+      }
       if (step.kv_format == FP32) {
         rows[j] = (const float*)k;
         std::memcpy(values + j * width, v, H * sizeof(float));
@@ -822,7 +870,7 @@ void model_norm(Model* m, int index, const float* gains) {
 void matrix_shape(Model* m, int index, int format, int rows, int cols, float input_scale,
                   int power_of_two) {
   Matrix& a = m->matrices[index];
-  a.shape((Format)format, rows, cols);
+  a.shape((Format)format, rows, cols, m->arena);
   a.input_scale = input_scale, a.power_of_two = power_of_two;
 }
 

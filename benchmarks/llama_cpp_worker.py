@@ -1,0 +1,73 @@
+"""llama.cpp as a peer: reads a case a line from stdin, answers with its seconds on stdout.
+
+It runs in a process, and if need be in an environment, of its own, so that its threads and ours
+never meet; it needs `llama-cpp-python` and nothing of this project.
+
+    python llama_cpp_worker.py model.gguf
+    {"threads": 2, "sequences": 8, "context": 128, "tokens": 1, "repeats": 5}
+"""
+
+import ctypes
+import json
+import sys
+import time
+
+import llama_cpp  # pyright: ignore[reportMissingImports]
+
+
+def load(path: str, threads: int, sequences: int, context: int):
+    params = llama_cpp.llama_context_default_params()
+    params.n_ctx = sequences * (context + 8)
+    params.n_batch = params.n_ubatch = max(512, context)
+    params.n_seq_max = sequences
+    params.n_threads = params.n_threads_batch = threads
+    return llama_cpp.llama_init_from_model(model, params)
+
+
+def feed(ctx, batch, sequences: int, start: int, tokens: int) -> None:
+    """Append `tokens` to each of the sequences, in one call, with logits of each one's last."""
+    batch.n_tokens = sequences * tokens
+    for s in range(sequences):
+        for i in range(tokens):
+            j = s * tokens + i
+            batch.token[j] = (31 * (start + i) + 7 * s) % 40_000 + 100
+            batch.pos[j], batch.n_seq_id[j], batch.seq_id[j][0] = start + i, 1, s
+            batch.logits[j] = i == tokens - 1
+    if llama_cpp.llama_decode(ctx, batch):
+        raise SystemExit("llama_decode failed")
+    llama_cpp.llama_synchronize(ctx)
+
+
+quiet = llama_cpp.llama_log_callback(lambda level, text, data: None)
+llama_cpp.llama_log_set(quiet, ctypes.c_void_p())
+llama_cpp.llama_backend_init()
+model = llama_cpp.llama_model_load_from_file(
+    sys.argv[1].encode(), llama_cpp.llama_model_default_params()
+)
+contexts: dict[tuple, tuple] = {}
+for line in sys.stdin:
+    case = json.loads(line)
+    key = case["threads"], case["sequences"], case["context"], case["tokens"]
+    threads, sequences, past, tokens = key
+    if key not in contexts:
+        ctx = load(sys.argv[1], threads, sequences, past + tokens)
+        batch = llama_cpp.llama_batch_init(max(512, sequences, tokens), 0, 1)
+        contexts[key] = ctx, batch, llama_cpp.llama_get_memory(ctx)
+        for s in range(sequences):  # one after the other: a prompt fits a batch, all need not
+            if past:
+                for i in range(past):
+                    batch.token[i] = (31 * i + 7 * s) % 40_000 + 100
+                    batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = i, 1, s
+                    batch.logits[i] = False
+                batch.n_tokens = past
+                llama_cpp.llama_decode(ctx, batch)
+    ctx, batch, memory = contexts[key]
+    seconds, cpu_seconds = [], []
+    for _ in range(case["repeats"] + 1):  # the first warms up
+        wall, cpu = time.perf_counter(), time.process_time()
+        feed(ctx, batch, sequences, past, tokens)
+        seconds.append(time.perf_counter() - wall)
+        cpu_seconds.append(time.process_time() - cpu)
+        for s in range(sequences):
+            llama_cpp.llama_memory_seq_rm(memory, s, past, -1)
+    print(json.dumps({"seconds": seconds[1:], "cpu_seconds": cpu_seconds[1:]}), flush=True)
