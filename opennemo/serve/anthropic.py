@@ -15,7 +15,7 @@ from opennemo.serve.auth import Client
 from opennemo.serve.errors import Json
 from opennemo.serve.schema import Body, Messages, Stop, Tools
 from opennemo.serve.service import Service, client_of, service_of
-from opennemo.serve.stream import Delta, EventStream, Generation, event
+from opennemo.serve.stream import STREAMS, Delta, EventStream, Generation, event
 from opennemo.tokenizer.chat import encode_chat
 
 router = APIRouter()
@@ -106,7 +106,7 @@ def _messages(message: dict[str, Any], where: str) -> list[dict[str, Any]]:
     return [*results, *words]
 
 
-@router.post("/v1/messages")
+@router.post("/v1/messages", responses=STREAMS)
 async def create_message(
     body: MessagesRequest, service: TheService, client: TheClient, request: Request
 ) -> Response:

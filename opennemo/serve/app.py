@@ -119,22 +119,27 @@ class Gate:
         request_id = (
             asked if re.fullmatch(r"[\w-]{1,128}", asked, re.ASCII) else secrets.token_hex(8)
         )
-        path, begun = scope["path"], False
+        path, begun, unsent = scope["path"], False, False
 
         async def reply(message: Message) -> None:
-            nonlocal status, begun
+            nonlocal status, begun, unsent
             if message["type"] == "http.response.start":
                 status, begun = message["status"], True
                 message["headers"] = [*message["headers"], *self._headers(path, request_id)]
+            unsent = True
             await send(message)
+            unsent = False
 
         try:
             self._check_host(headers)
+            self._check_size(headers)
             scope.setdefault("state", {})["client"] = self._identify(path, headers)
             await self._app(scope, receive, reply)
         except Refusal as error:
             await error_response(error, path)(scope, receive, reply)
         except Exception:
+            if unsent:  # it came from outside, such as the bound on bodies, or a closed socket
+                raise
             log.exception("defect", id=request_id, path=path)
             if not begun:
                 error = Refusal(
@@ -164,6 +169,12 @@ class Gate:
         name = re.sub(r":\d*$", "", host).strip("[]")
         if self._service.settings.is_loopback and name not in ("localhost", "127.0.0.1", "::1"):
             raise Refusal(403, "this server answers to localhost only", "permission_error")
+
+    def _check_size(self, headers: dict[bytes, bytes]) -> None:
+        """What announces its size is refused here; FastAPI counts the rest as it comes."""
+        length, most = headers.get(b"content-length", b"0"), self._service.settings.max_body_size
+        if length.isdigit() and int(length[:20]) > most:
+            raise Refusal(413, f"a body may have {most:,} bytes", "request_too_large")
 
     def _headers(self, path: str, request_id: str) -> list[tuple[bytes, bytes]]:
         headers = [

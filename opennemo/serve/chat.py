@@ -14,7 +14,7 @@ from opennemo.serve.auth import Client
 from opennemo.serve.errors import Json, Refusal
 from opennemo.serve.schema import ChatRequest, CompletionRequest, Sampling
 from opennemo.serve.service import Service, client_of, service_of
-from opennemo.serve.stream import Choice, Delta, EventStream, Generation, event
+from opennemo.serve.stream import STREAMS, Choice, Delta, EventStream, Generation, event
 from opennemo.tokenizer import Tokenizer
 
 router = APIRouter()
@@ -24,7 +24,7 @@ DONE = event("[DONE]")
 FINGERPRINT = f"opennemo-{opennemo.__version__}"
 
 
-@router.post("/v1/chat/completions")
+@router.post("/v1/chat/completions", responses=STREAMS)
 async def chat_completions(
     body: ChatRequest, service: TheService, client: TheClient, request: Request
 ) -> Response:
@@ -201,7 +201,7 @@ def _prompt_logprobs(generation: Generation, index: int) -> list[tuple[int, Any]
     return list(zip(generation.reply.prompt_ids, found, strict=False))
 
 
-@router.post("/v1/completions")
+@router.post("/v1/completions", responses=STREAMS)
 async def completions(
     body: CompletionRequest, service: TheService, client: TheClient, request: Request
 ) -> Response:

@@ -3,7 +3,7 @@
 from typing import Annotated
 
 from fastapi import APIRouter, Depends
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 import opennemo
 from opennemo.serve.errors import Json
@@ -43,8 +43,8 @@ def _health(good: bool, yes: str, no: str) -> Response:
     return Json(content, 200 if good else 503, {} if good else {"retry-after": "5"})
 
 
-@router.get("/metrics")
-@router.get("/v1/metrics")
+@router.get("/metrics", response_class=PlainTextResponse)
+@router.get("/v1/metrics", response_class=PlainTextResponse)
 async def metrics(service: TheService) -> Response:
     """Prometheus' text format."""
     return Response(service.metrics.render(), media_type="text/plain; version=0.0.4")

@@ -20,7 +20,7 @@ from opennemo.serve.auth import Client
 from opennemo.serve.errors import Json
 from opennemo.serve.schema import Body, Choice, Tools, response_format
 from opennemo.serve.service import Service, client_of, service_of
-from opennemo.serve.stream import Delta, EventStream, Generation, event
+from opennemo.serve.stream import STREAMS, Delta, EventStream, Generation, event
 
 router = APIRouter()
 TheService = Annotated[Service, Depends(service_of)]
@@ -116,7 +116,7 @@ def _tool(tool: dict[str, Any], i: int) -> dict[str, Any]:
     return {"type": "function", "function": {k: v for k, v in tool.items() if k != "type"}}
 
 
-@router.post("/v1/responses")
+@router.post("/v1/responses", responses=STREAMS)
 async def create_response(
     body: ResponsesRequest, service: TheService, client: TheClient, request: Request
 ) -> Response:

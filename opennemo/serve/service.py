@@ -71,6 +71,7 @@ class Service:
             max_queued=settings.max_num_queued_reqs,
             prefix_caching=settings.enable_prefix_caching,
             n_draft_tokens=settings.num_speculative_tokens,
+            adapters=bool(settings.lora_modules or settings.lora_root),
         )
         dtype = None if settings.dtype == "auto" else getattr(torch, settings.dtype)
         llm = LLM.load(settings.model, device=settings.device, dtype=dtype, config=config)

@@ -21,6 +21,9 @@ from opennemo.llm import Reply
 from opennemo.serve.errors import Refusal, dumps, error_body, refusal
 from opennemo.serve.toolcalls import Call, CallParser
 
+# What a route says of itself that answers with JSON or, asked to stream, with events.
+STREAMS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
+
 
 @dataclass(kw_only=True)
 class Delta:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import httpx2
 import pytest
+import structlog
 import torch
 
 from opennemo.engine import Engine, EngineConfig, SamplingParams
@@ -21,6 +22,11 @@ from opennemo.tokenizer.tekken import SINGLE_BYTES, Tekken
 KEY = "a-key-for-tests"
 ADMIN = "the-admin-key-for-tests"
 VOCABULARY = Tekken(r"(?s:.)", SINGLE_BYTES, n_special=64)  # one token a byte
+
+# Coloured tracebacks with all local variables would take longer than the tests.
+structlog.configure(
+    processors=[structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+)
 
 
 def make_tiny_llm(logit_bias: dict[int, float] | None = None, **config) -> LLM:

