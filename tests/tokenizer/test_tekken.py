@@ -6,6 +6,7 @@ import json
 import os
 import threading
 import unicodedata
+import warnings
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -88,6 +89,21 @@ def test_mistral_common_agrees(texts: SimpleNamespace, nemo: Tekken):
         assert nemo.decode(ids) == theirs.decode(ids) == text
     for name, id in nemo.control.items():
         assert theirs.get_special_token(name) == id
+
+
+def test_large_batches_are_shared_out(texts: SimpleNamespace, ready: Tekken):
+    many = [*texts.random(5000, seed=6), "long " * 400_000, "\ud800", ""] * 2
+    expected = [ready.encode(text) for text in many]
+    assert [ids.tolist() for ids in ready.encode_batch(many)] == expected
+    if hasattr(os, "fork"):
+        # Data loaders fork; the threads of the pool are not in the child.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            child = os.fork()
+        if child == 0:
+            same = [ids.tolist() for ids in ready.encode_batch(many)] == expected
+            os._exit(0 if same else 1)
+        assert os.waitpid(child, 0)[1] == 0
 
 
 def test_random_unicode(texts: SimpleNamespace, nemo: Tekken, oracle: tiktoken.Encoding):
