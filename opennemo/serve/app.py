@@ -277,6 +277,7 @@ def serve(settings: Settings) -> None:
         app, host=settings.host, port=settings.port, http=BoundedHeaders, ws="none",
         log_config=None, access_log=False, server_header=False,
         timeout_graceful_shutdown=5, timeout_keep_alive=75,
+        limit_concurrency=settings.max_num_queued_reqs + settings.max_num_seqs + 256,
         ssl_keyfile=settings.ssl_keyfile, ssl_certfile=settings.ssl_certfile,
     )  # fmt: skip
     server = Server(config)
