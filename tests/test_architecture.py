@@ -23,7 +23,8 @@ BUDGET = {
     # subjects beside the tokenizers themselves.
     "tokenizer": 3000,
     "kernels": 700,
-    "model": 1500,
+    # Three layouts of files with their refusals, and quantised folders, are half of it.
+    "model": 2300,
     "train": 1700,
     "engine": 1500,
     "reply": 280,
@@ -32,7 +33,7 @@ BUDGET = {
     # Four protocols (chat, responses, messages, NIM), some 250 lines each, and operations.
     "serve": 3000,
     "terminal": 150,
-    "cli": 400,
+    "cli": 450,
 }
 FORBIDDEN_NAMES = {"utils", "common", "base", "helpers", "core", "misc"}
 

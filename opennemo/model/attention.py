@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
 
 @dataclass
@@ -72,6 +71,8 @@ def varlen_attention(
     With a window each query sees only the last `window` keys, its own included.
     """
     if q.is_cuda:
+        from torch.nn.attention.varlen import varlen_attn  # imports sympy: 2 s that a CPU saves
+
         max_k = max_seqlen if page_table is None else page_table.shape[1] * k.shape[1]
         return varlen_attn(  # pyright: ignore[reportReturnType]
             q, k, v, cu_q, cu_k, max_seqlen, max_k,

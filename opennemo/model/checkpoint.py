@@ -22,16 +22,23 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from opennemo.errors import CheckpointError
-from opennemo.model import layouts
+from opennemo.model import compressed, layouts
 from opennemo.model.companions import copy_companions, write_json
 from opennemo.model.layouts import FolderLayout, Layout
-from opennemo.model.tensor_files import SafetensorFiles, write_safetensors
+from opennemo.model.quantization import (
+    FORMATS,
+    QuantizedLinear,
+    quantize_linear,
+    replace_module,
+)
+from opennemo.model.tensor_files import PLAIN, SafetensorFiles, write_safetensors
 from opennemo.model.transformer import ModelConfig, Transformer
 from opennemo.tokenizer.huggingface import read_json
 
 # The file of settings, and the name of the weights up to its suffix.
 FILES = {"mistral": ("params.json", "consolidated"), "hf": ("config.json", "model")}
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+Progress = Callable[[int, int], None]  # bytes done, and in all
 MAX_SHARD = 5 * 10**9  # bytes, as on the hub
 
 
@@ -41,6 +48,7 @@ class Checkpoint:
 
     layout: Layout
     config: ModelConfig
+    format: str | None  # of FORMATS, if the matrices of its blocks are stored in codes
     files: Any  # SafetensorFiles or GGUF, which read alike
 
     @property
@@ -48,12 +56,21 @@ class Checkpoint:
         """What the embedding is stored in, which stands for the rest; float32 if in blocks."""
         return self.files.dtypes[layouts.spell("tok_embeddings.weight", self.layout)]
 
-    def read(self, name: str, dtype: torch.dtype) -> Tensor:
-        """One weight by Mistral's name: a view of the file where that is possible, else a copy."""
-        weight = self.files.read(layouts.spell(name, self.layout), dtype)
-        if self.layout == "hf" and layouts.is_rotated(name):
-            return layouts.halves_to_pairs(weight, self.config.head_dim)
-        return weight
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """One tensor by Mistral's name: a view of the file where that is possible, else a copy."""
+        tensor = self.files.read(layouts.spell(name, self.layout), dtype)
+        # Codes, and scales of rows, follow their rows; what belongs to a whole matrix stays.
+        if self.layout == "hf" and layouts.is_rotated(name) and tensor.numel() > 2:
+            return layouts.halves_to_pairs(tensor, self.config.head_dim)
+        return tensor
+
+    def read_linear(self, module: str) -> QuantizedLinear:
+        """One matrix in codes, by the path of its module."""
+        assert self.format is not None
+        shape = weight_shapes(self.config)[f"{module}.weight"]
+        parts = compressed.parts(self.format, self.layout, shape)
+        tensors = {suffix: self.read(f"{module}.{suffix}") for suffix in parts}
+        return compressed.unpack(self.format, self.layout, tensors)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -66,17 +83,18 @@ def open_checkpoint(path: Path) -> Checkpoint:
         from opennemo.model.gguf import GGUF  # takes 1 s to import, and most models are folders
 
         layout, where, files = "gguf", path, GGUF(path)
-        settings = files.settings
+        settings, format = files.settings, None
     else:
         layout = _layout_of(path)
         where = path / FILES[layout][0]
         settings, files = read_json(where), SafetensorFiles(_weight_files(path, layout))
+        format = compressed.recognise(settings, where)
     # Who does not say whether the head is tied says it by leaving it out.
     has_head = layouts.spell("output.weight", layout) in files.shapes
     settings = {layouts.key("tied_embeddings", layout): not has_head, **settings}
     config = layouts.read_settings(settings, layout, where)
-    _compare(files.shapes, config, layout, path)
-    return Checkpoint(layout=layout, config=config, files=files)
+    _compare(files, config, layout, format, path)
+    return Checkpoint(layout=layout, config=config, format=format, files=files)
 
 
 def read_config(path: Path) -> ModelConfig:
@@ -98,6 +116,10 @@ def load(
     checkpoint = open_checkpoint(path)
     model = empty_model(checkpoint.config)
     for name in weight_shapes(checkpoint.config):
+        if checkpoint.format and compressed.is_stored_in_codes(name):
+            path_of = name.removesuffix(".weight")
+            replace_module(model, path_of, checkpoint.read_linear(path_of).to(device))
+            continue
         weight = checkpoint.read(name, dtype or checkpoint.dtype).to(device)
         module, _, kind = name.rpartition(".")
         setattr(model.get_submodule(module), kind, nn.Parameter(weight))
@@ -115,7 +137,9 @@ def save(model: Transformer, folder: Path, *, layout: FolderLayout = "hf") -> No
     weights = dict(model.named_parameters())
     dtype = model.tok_embeddings.weight.dtype
     with new_folder(folder) as partial:
-        _write(partial, layout, model.config, dtype, lambda n: weights[n].detach().to("cpu", dtype))
+        tensors = {n: (dtype, shape) for n, shape in weight_shapes(model.config).items()}
+        read = lambda n: weights[n].detach().to("cpu", dtype)  # noqa: E731
+        _write(partial, layout, model.config, tensors, read)
 
 
 def convert(
@@ -124,7 +148,7 @@ def convert(
     *,
     to: FolderLayout,
     dtype: torch.dtype | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = lambda done, total: None,
 ) -> None:
     """Write any model as a folder in a layout, tokenizer included, weight by weight.
 
@@ -132,12 +156,75 @@ def convert(
         progress: is told the bytes of weights done so far, and in all.
 
     Raises:
-        CheckpointError: as for `load` and `save`.
+        CheckpointError: as for `load` and `save`; or the model is stored in codes.
     """
     source = open_checkpoint(src)
+    if source.format:
+        raise CheckpointError(f"{src}: is stored as {source.format}; convert what it was made from")
     dtype = dtype or source.dtype
     with new_folder(dst) as partial:
-        _write(partial, to, source.config, dtype, lambda n: source.read(n, dtype), progress)
+        tensors = {n: (dtype, shape) for n, shape in weight_shapes(source.config).items()}
+        read = lambda n: source.read(n, dtype)  # noqa: E731
+        _write(partial, to, source.config, tensors, read, progress=progress)
+        copy_companions(src, partial, layout=to)
+
+
+def quantize(
+    src: Path,
+    dst: Path,
+    *,
+    format: str,
+    to: FolderLayout = "hf",
+    largest_inputs: Mapping[str, float] | None = None,
+    progress: Progress = lambda done, total: None,
+) -> None:
+    """Write a model as a folder with the matrices of its blocks in codes, one after the other.
+
+    Needs memory for the matrices that share a scale (at most two of the feed-forward's), however
+    large the model is. Embedding, norms and head stay as they are stored.
+
+    Args:
+        format: of `compressed.SCHEMES`.
+        largest_inputs: what quantization.calibration recorded; a static format needs it.
+
+    Raises:
+        CheckpointError: as for `convert`; or the layout or shape does not admit the format.
+    """
+    source = open_checkpoint(src)
+    if source.format:
+        raise CheckpointError(f"{src}: is stored as {source.format} already")
+    try:
+        said = compressed.describe(format, to)
+    except ValueError as error:
+        raise CheckpointError(f"{dst}: {error}") from None
+    shapes = weight_shapes(source.config)
+    tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    for name, shape in shapes.items():
+        if not compressed.is_stored_in_codes(name):
+            tensors[name] = (source.dtype, shape)
+            continue
+        if format == "int4" and shape[1] % 32:
+            raise CheckpointError(f"{src}: int4 needs widths in multiples of 32, {name} is {shape}")
+        module = name.removesuffix("weight")
+        parts = compressed.parts(format, to, shape)
+        tensors |= {f"{module}{suffix}": part for suffix, part in parts.items()}
+    packed: dict[str, Tensor] = {}  # of the matrix in progress
+
+    def read(name: str) -> Tensor:
+        module = name.rpartition(".")[0]
+        if name in shapes and not compressed.is_stored_in_codes(name):
+            return source.read(name, source.dtype)
+        if name not in packed:
+            packed.clear()
+            weight_of = lambda m: source.read(f"{m}.weight", source.dtype)  # noqa: E731
+            linear = quantize_linear(FORMATS[format], module, weight_of, largest_inputs)
+            parts = compressed.parts(format, to, shapes[f"{module}.weight"])
+            stored = compressed.pack(format, to, linear, parts)
+            packed.update({f"{module}.{suffix}": tensor for suffix, tensor in stored.items()})
+        return packed[name]
+
+    with new_folder(dst) as partial:
+        _write(partial, to, source.config, tensors, read, said, progress)
         copy_companions(src, partial, layout=to)
 
 
@@ -229,10 +316,28 @@ def _refuse_pickles(paths: Iterable[Path]) -> None:
             )
 
 
-def _compare(found: Mapping[str, tuple], config: ModelConfig, layout: Layout, path: Path) -> None:
-    shapes = {layouts.spell(name, layout): s for name, s in weight_shapes(config).items()}
-    # What may be stored though it is not needed: a tied head, and in old files RoPE's angles.
-    ignored = (layouts.spell("output.weight", layout), "rotary_emb.inv_freq")
+def _compare(
+    files: Any, config: ModelConfig, layout: Layout, format: str | None, path: Path
+) -> None:
+    found, shapes, odd = files.shapes, {}, []
+    for name, shape in weight_shapes(config).items():
+        parts = {"weight": (None, shape)}
+        if format and compressed.is_stored_in_codes(name):
+            parts = compressed.parts(format, layout, shape)
+        for suffix, (dtype, size) in parts.items():
+            own = layouts.spell(f"{name.removesuffix('weight')}{suffix}", layout)
+            # The one scale of a matrix may be written as a number or as a list of one.
+            one = math.prod(size) == 1 and found.get(own) in ((), (1,), (1, 1))
+            shapes[own] = found[own] if one else size
+            stored = files.dtypes.get(own)
+            if stored not in (None, dtype, *PLAIN.values()):
+                odd.append(f"{own} in {str(stored).removeprefix('torch.')}")
+    # What may be stored though it is not needed: a tied head, in old files RoPE's angles, and the
+    # scales of a KV cache in FP8.
+    ignored = (
+        layouts.spell("output.weight", layout), "rotary_emb.inv_freq", ".k_scale", ".v_scale",
+        "fake_quantizer.qscale_act",
+    )  # fmt: skip
     problems = {
         "missing": [name for name in shapes if name not in found],
         "unexpected": [
@@ -243,6 +348,7 @@ def _compare(found: Mapping[str, tuple], config: ModelConfig, layout: Layout, pa
             for name, shape in shapes.items()
             if found.get(name, shape) != shape
         ],
+        "in codes that the settings do not explain": odd,
     }
     for problem, weights in problems.items():
         if weights:
@@ -257,40 +363,45 @@ def _write(
     folder: Path,
     layout: FolderLayout,
     config: ModelConfig,
-    dtype: torch.dtype,
+    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
     read: Callable[[str], Tensor],
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    more_settings: Mapping[str, Any] | None = None,
+    progress: Progress = lambda done, total: None,
 ) -> None:
-    shapes = weight_shapes(config)
-    own_names = {layouts.spell(name, layout): name for name in shapes}
-    total = sum(map(math.prod, shapes.values())) * dtype.itemsize
-    done = 0
+    own_names = {layouts.spell(name, layout): name for name in tensors}
+    sizes = {
+        layouts.spell(name, layout): math.prod(shape) * dtype.itemsize
+        for name, (dtype, shape) in tensors.items()
+    }
+    total, done = sum(sizes.values()), 0
 
-    def weight(name: str) -> Tensor:
+    def tensor(name: str) -> Tensor:
         nonlocal done
-        weight = read(own_names[name])
-        done += weight.nbytes
+        done += sizes[name]
         progress(done, total)
-        if layout == "hf" and layouts.is_rotated(own_names[name]):
-            return layouts.pairs_to_halves(weight, config.head_dim)
-        return weight
+        own = own_names[name]
+        tensor = read(own)
+        if layout == "hf" and layouts.is_rotated(own) and tensor.numel() > 2:
+            return layouts.pairs_to_halves(tensor, config.head_dim)
+        return tensor
 
     settings, stem = FILES[layout]
     shards, room = [], 0
-    for name, own_name in own_names.items():
-        size = math.prod(shapes[own_name]) * dtype.itemsize
+    for name, size in sizes.items():
         if size > room:
             shards.append({})
             room = MAX_SHARD if layout == "hf" else total
-        shards[-1][name] = shapes[own_name]
+        shards[-1][name] = tensors[own_names[name]]
         room -= size
     weight_map = {}
     for i, shard in enumerate(shards, 1):
         number = f"-{i:05}-of-{len(shards):05}" if len(shards) > 1 else ""
-        write_safetensors(folder / f"{stem}{number}.safetensors", shard, dtype, weight)
+        write_safetensors(folder / f"{stem}{number}.safetensors", shard, tensor)
         weight_map |= dict.fromkeys(shard, f"{stem}{number}.safetensors")
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_json(folder / f"{stem}.safetensors.index.json", index)
+    dtype = tensors["tok_embeddings.weight"][0]
     stored_as = {"torch_dtype": str(dtype).removeprefix("torch.")} if layout == "hf" else {}
-    write_json(folder / settings, layouts.write_settings(config, layout) | stored_as)
+    said = layouts.write_settings(config, layout) | stored_as | dict(more_settings or {})
+    write_json(folder / settings, said)

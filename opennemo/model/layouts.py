@@ -56,14 +56,13 @@ ONLY: dict[Layout, dict[str, list]] = {
     "mistral": {
         "model_type": ["transformer"], "activation": ["silu"], "moe": [], "lora": [], "yarn": [],
         "rope_scaling": [], "llama_4_scaling": [], "vision_encoder": [], "multimodal": [],
-        "qk_nope_head_dim": [], "use_biases": [], "quantization": [],
+        "qk_nope_head_dim": [], "use_biases": [],
     },
     "hf": {
         "auto_map": [],  # code that comes with a model is never run
         "architectures": [["MistralForCausalLM"], ["LlamaForCausalLM"]],
         "model_type": ["mistral", "llama"], "hidden_act": ["silu"], "rope_type": ["default"],
         "partial_rotary_factor": [1], "attention_bias": [], "mlp_bias": [],
-        "quantization_config": [],
     },
     "gguf": {
         "general.architecture": ["llama"], "llama.expert_count": [], "split.count": [1],

@@ -12,7 +12,7 @@ Sources: OCP 8-bit floating point (E4M3), FP8 formats for deep learning (arXiv:2
 straight-through gradients (arXiv:1308.3432), the per-token scales of LLM.int8 (arXiv:2208.07339).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -185,7 +185,10 @@ class QATLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         return self.format.fake_linear(
-            input, self.weight, _shared_scale(self.format, self.fused), self.input_scale
+            input,
+            self.weight,
+            _shared_scale(self.format, (linear.weight.detach() for linear in self.fused)),
+            self.input_scale,
         )
 
 
@@ -240,11 +243,12 @@ def prepare_qat_(
     for path, linear in _linears(model):
         qat = QATLinear(linear.in_features, linear.out_features, bias=False, device="meta")
         qat.weight, qat.format = linear.weight, format
-        qat.register_buffer("input_scale", _input_scale(format, path, linear, largest_inputs))
+        scale = _input_scale(format, path, largest_inputs)
+        qat.register_buffer("input_scale", None if scale is None else scale.to(qat.weight.device))
         replaced[path] = qat
     for path, qat in replaced.items():
         qat.fused = tuple(replaced[p] for p in _fused_paths(path))
-        _replace(model, path, qat)
+        replace_module(model, path, qat)
 
 
 def quantize_(
@@ -263,15 +267,33 @@ def quantize_(
     """
     linears = dict(_linears(model))
     for group in {_fused_paths(path): None for path in linears}:
-        scale = _shared_scale(format, [linears[path] for path in group])
+        scale = _shared_scale(format, (linears[path].weight.detach() for path in group))
         for path in group:
             linear = linears.pop(path)
-            input_scale = _input_scale(format, path, linear, largest_inputs)
+            input_scale = getattr(linear, "input_scale", None)  # of a model from prepare_qat_
+            if input_scale is None:
+                input_scale = _input_scale(format, path, largest_inputs)
             codes, used = format.weights.quantize(linear.weight.detach(), scale)
-            _replace(model, path, QuantizedLinear(format, codes, used, input_scale))
+            replace_module(model, path, QuantizedLinear(format, codes, used, input_scale))
     if head is not None:
         codes, used = head.weights.quantize(model.get_parameter("output.weight").detach())
         model.output = QuantizedLinear(head, codes, used)
+
+
+def quantize_linear(
+    format: Format,
+    path: str,
+    weight_of: Callable[[str], Tensor],
+    largest_inputs: Mapping[str, float] | None = None,
+) -> QuantizedLinear:
+    """One layer of a model that is not in memory; `weight_of` reads a weight by module path.
+
+    Raises:
+        ValueError: the format is static, and the layer was not calibrated.
+    """
+    scale = _shared_scale(format, map(weight_of, _fused_paths(path)))
+    codes, used = format.weights.quantize(weight_of(path), scale)
+    return QuantizedLinear(format, codes, used, _input_scale(format, path, largest_inputs))
 
 
 def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
@@ -287,27 +309,25 @@ def _fused_paths(path: str) -> tuple[str, ...]:
     )
 
 
-def _shared_scale(format: Format, fused: Sequence[nn.Linear]) -> Tensor | None:
-    """One scale for layers that engines fuse, if the format has one a tensor."""
+def _shared_scale(format: Format, fused: Iterable[Tensor]) -> Tensor | None:
+    """One scale for the weights of layers that engines fuse, if the format has one a tensor."""
     if format.weights.share != "tensor":
         return None
-    return torch.stack([format.weights.scale(x.weight.detach()) for x in fused]).amax(0)
+    return torch.stack([format.weights.scale(weight) for weight in fused]).amax(0)
 
 
 def _input_scale(
-    format: Format, path: str, linear: nn.Linear, largest_inputs: Mapping[str, float] | None
+    format: Format, path: str, largest_inputs: Mapping[str, float] | None
 ) -> Tensor | None:
     if not format.static:
         return None
     assert format.inputs is not None
-    if isinstance(linear, QATLinear) and linear.input_scale is not None:
-        return linear.input_scale
     if largest_inputs is None or path not in largest_inputs:
         raise ValueError(f"{path}: a static format needs the scale of its inputs: calibrate first")
-    largest = torch.tensor([[largest_inputs[path]]], device=linear.weight.device)
-    return format.inputs.scale(largest)
+    return format.inputs.scale(torch.tensor([[largest_inputs[path]]]))
 
 
-def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Put a module in the place of the one at this path."""
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, module)

@@ -19,7 +19,11 @@ from torch import Tensor
 from opennemo.errors import CheckpointError
 from opennemo.model.layouts import short
 
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+QUANTIZED = {
+    "F8_E4M3": torch.float8_e4m3fn, "I8": torch.int8, "I32": torch.int32, "I64": torch.int64,
+}  # fmt: skip
+DTYPES = PLAIN | QUANTIZED
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
@@ -30,7 +34,7 @@ class SafetensorFiles:
         """Open the files and check their headers.
 
         Raises:
-            CheckpointError: a file is damaged or truncated, or holds other than plain floats.
+            CheckpointError: a file is damaged or truncated, or holds a type that is not known.
         """
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
@@ -52,28 +56,27 @@ class SafetensorFiles:
                 self._files[name] = file
                 self.shapes[name], self.dtypes[name] = tuple(part.get_shape()), DTYPES[code]
 
-    def read(self, name: str, dtype: torch.dtype) -> Tensor:
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """One tensor; a view of the file, without a copy, where it is stored as `dtype`."""
-        return self._files[name].get_tensor(name).to(dtype)
+        return self._files[name].get_tensor(name).to(dtype or self.dtypes[name])
 
 
 def write_safetensors(
     path: Path,
-    shapes: Mapping[str, tuple[int, ...]],
-    dtype: torch.dtype,
+    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
     read: Callable[[str], Tensor],
 ) -> None:
-    """Write tensors of one type, asking `read` for each when its turn comes."""
+    """Write tensors of these types and shapes, asking `read` for each when its turn comes."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # which transformers looks for
     end = 0
-    for name, shape in shapes.items():
+    for name, (dtype, shape) in tensors.items():
         start, end = end, end + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": CODES[dtype], "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that tensors are aligned, and can be mapped
     with path.open("xb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for name, shape in shapes.items():
+        for name, (dtype, shape) in tensors.items():
             tensor = read(name)
             assert tensor.shape == shape and tensor.dtype == dtype, name
-            file.write(tensor.contiguous().view(torch.uint8).numpy().data)
+            file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)

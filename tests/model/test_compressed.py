@@ -1,0 +1,97 @@
+"""Quantised folders: what is written is what `quantize_` computes, for us and for transformers."""
+
+import json
+
+import pytest
+import torch
+
+from opennemo.errors import CheckpointError
+from opennemo.model.attention import Packed
+from opennemo.model.checkpoint import load, open_checkpoint, quantize, save
+from opennemo.model.compressed import SCHEMES
+from opennemo.model.quantization import FORMATS, QuantizedLinear, calibration, quantize_
+from opennemo.model.transformer import ModelConfig, Transformer
+
+CONFIG = ModelConfig(
+    dim=64, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=32, hidden_dim=96, vocab_size=320,
+    max_position_embeddings=512,
+)  # fmt: skip
+TOKENS = torch.arange(40) * 7 % 320
+
+
+@pytest.fixture
+def folder(tmp_path):
+    torch.manual_seed(3)
+    model = Transformer(CONFIG).requires_grad_(False)
+    model.layers[0].feed_forward.w2.weight[:, 5] *= 50  # an outlier, as real models have
+    save(model, tmp_path / "model")
+    return tmp_path / "model"
+
+
+@torch.inference_mode()
+def logits(model: Transformer) -> torch.Tensor:
+    return model.output(model(TOKENS, Packed.of(40)))
+
+
+def calibrated(folder) -> dict[str, float]:
+    model = load(folder)
+    with calibration(model) as largest:
+        logits(model)
+    return largest
+
+
+WAYS = [(name, "hf") for name in SCHEMES] + [("fp8-static", "mistral")]
+
+
+@pytest.mark.parametrize(("name", "layout"), WAYS)
+def test_a_folder_holds_what_quantize_computes(folder, tmp_path, name, layout):
+    largest = calibrated(folder) if FORMATS[name].static else None
+    quantize(folder, tmp_path / "small", format=name, to=layout, largest_inputs=largest)
+    in_memory, read_back = load(folder), load(tmp_path / "small")
+    quantize_(in_memory, FORMATS[name], largest)
+    assert isinstance(read_back.layers[0].attention.wq, QuantizedLinear)
+    assert torch.equal(logits(read_back), logits(in_memory))
+    assert not torch.equal(logits(read_back), logits(load(folder)))
+    opened = open_checkpoint(tmp_path / "small")
+    assert (opened.format, opened.layout, opened.config) == (name, layout, CONFIG)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_transformers_reads_the_same_numbers(folder, tmp_path, name):
+    """Where inputs are rounded by what the file says (static) or not at all, logits are equal."""
+    pytest.importorskip("compressed_tensors")
+    transformers = pytest.importorskip("transformers")
+    largest = calibrated(folder) if FORMATS[name].static else None
+    quantize(folder, tmp_path / "small", format=name, largest_inputs=largest)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "small", dtype=torch.float32
+    )
+    with torch.inference_mode():
+        found = theirs(TOKENS[None]).logits[0]
+    ours = logits(load(tmp_path / "small"))
+    exact = logits(load(folder))
+    if name in ("fp8-static", "int4"):
+        torch.testing.assert_close(found, ours, atol=2e-4, rtol=1e-4)
+    else:  # theirs rounds inputs with scales of its own choice: other errors, of the same size
+        assert 0.7 < (found - exact).norm() / (ours - exact).norm() < 1.4
+
+
+def test_what_cannot_be_is_refused(folder, tmp_path):
+    with pytest.raises(CheckpointError, match="fp8-static only"):
+        quantize(folder, tmp_path / "a", format="int8", to="mistral")
+    with pytest.raises(ValueError, match="calibrate first"):
+        quantize(folder, tmp_path / "b", format="fp8-static")
+    assert not (tmp_path / "b").exists()
+    quantize(folder, tmp_path / "c", format="fp8")
+    with pytest.raises(CheckpointError, match="already"):
+        quantize(tmp_path / "c", tmp_path / "d", format="int8")
+    config = json.loads((tmp_path / "c" / "config.json").read_text())
+    config["quantization_config"]["quant_method"] = "gptq"
+    config["quantization_config"]["config_groups"] = {}
+    (tmp_path / "c" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="gptq"):
+        load(tmp_path / "c")
+    del config["quantization_config"]
+    (tmp_path / "c" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="unexpected"):
+        load(tmp_path / "c")
