@@ -42,11 +42,12 @@ def merge(piece: bytes, ranks: Mapping[bytes, int], n_parts: int = 1) -> list[by
     """Join the neighbours whose union ranks lowest, the first such, until `n_parts` are left."""
     parts = [piece[i : i + 1] for i in range(len(piece))]
     while len(parts) > n_parts:
-        pairs = [a + b for a, b in pairwise(parts)]
-        best = min(range(len(pairs)), key=lambda i: ranks.get(pairs[i], len(ranks)))
-        if pairs[best] not in ranks:
+        unions = enumerate(a + b for a, b in pairwise(parts))
+        known = [(ranks[union], i) for i, union in unions if union in ranks]
+        if not known:
             break
-        parts[best : best + 2] = [pairs[best]]
+        _, i = min(known)
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
     return parts
 
 

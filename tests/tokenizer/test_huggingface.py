@@ -32,9 +32,9 @@ needs_smollm2 = pytest.mark.skipif(SMOLLM2 is None, reason="the wheel llm-smollm
 
 
 def samples(texts: SimpleNamespace) -> list[str]:
-    long = [text[:3000] for text in texts.documents()]
+    long = [text[:1500] for text in texts.documents()]
     blanks = [f"x{blank * n}{y}" for blank in texts.blanks for n in (1, 2, 3, 9) for y in "y5!"]
-    return [*long, *texts.sentences, *blanks, *texts.random(1000, seed=4), *texts.look_alikes]
+    return [*long, *texts.sentences, *blanks, *texts.random(500, seed=4), *texts.look_alikes]
 
 
 def encode_as_text(theirs: PreTrainedTokenizerFast, text: str) -> list[int]:
