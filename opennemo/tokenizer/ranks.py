@@ -1,20 +1,27 @@
-"""Files of ranks as tiktoken has them, such as Llama 3's `tokenizer.model`, to compare with.
+"""Files of ranks as tiktoken has them: Llama 3's to compare with, and OpenNemo's own vocabulary.
 
-Each line is a token in base64 and its rank. Such a file names no control tokens and no split
-pattern, so it serves to measure and to look at, not to run a model. Format: tiktoken, `load.py`.
+Each line is a token in base64 and its rank, which is a fifth of a tekken.json. Such a file names
+no control tokens and no split pattern: they are known for OpenNemo's own, and others' serve to
+measure and to look at, not to run a model. Format: tiktoken, `load.py`.
 """
 
+import base64
 import binascii
+import gzip
+from collections.abc import Sequence
+from importlib.resources import files
 from pathlib import Path
 
 from opennemo.errors import CheckpointError
 from opennemo.tokenizer.bpe import BytePairEncoding
+from opennemo.tokenizer.tekken import Tekken
 from opennemo.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from opennemo.tokenizer.words import PATTERNS
 
 # A file of ranks does not say how it splits text; its number of ranks gives it away.
 PATTERN_OF_RANKS = {50_256: "gpt2", 100_256: "llama3", 128_000: "llama3", 199_998: "o200k"}
 PATTERN_OF_RANKS |= {200_000: "o200k"}  # Llama 4
+OWN = "opennemo-tekken-32k"
 
 
 class Ranks(Tokenizer):
@@ -26,8 +33,7 @@ class Ranks(Tokenizer):
 
     def __init__(self, path: Path):
         try:
-            lines = (line.split() for line in path.read_bytes().splitlines())
-            self._tokens = [binascii.a2b_base64(token) for token, rank in lines]
+            self._tokens = _read(path.read_bytes())
         except (ValueError, OSError) as error:
             raise CheckpointError(f"{path}: not a tiktoken file ({error})") from error
         if (pattern := PATTERN_OF_RANKS.get(len(self._tokens))) is None:
@@ -49,12 +55,31 @@ class Ranks(Tokenizer):
         return self._tokens[id]
 
 
+def own_tokenizer() -> Tekken:
+    """The vocabulary that comes with OpenNemo: 32,768 ids, learned from 773 languages and code."""
+    packed = files("opennemo.tokenizer").joinpath("data", f"{OWN}.tiktoken.gz").read_bytes()
+    return Tekken(PATTERNS["tekken"], _read(gzip.decompress(packed)))
+
+
+def pack(tokens: Sequence[bytes]) -> bytes:
+    """The tokens as a file of ranks, compressed, and the same bytes each time."""
+    lines = (base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens))
+    return gzip.compress(b"".join(lines), mtime=0)
+
+
+def _read(data: bytes) -> list[bytes]:
+    lines = (line.split() for line in data.splitlines())
+    return [binascii.a2b_base64(token, strict_mode=True) for token, _rank in lines]
+
+
 def open_tokenizer(path: Path) -> Tokenizer:
-    """Any tokenizer of the package, or a file of ranks, told by what is in it.
+    """Any tokenizer of the package, a file of ranks, or by its name the one that comes with it.
 
     Raises:
         CheckpointError: nothing there that is known.
     """
+    if str(path) == OWN and not path.exists():
+        return own_tokenizer()
     if path.is_file():
         with path.open("rb") as file:
             first = file.read(1024).partition(b"\n")[0].split()

@@ -4,16 +4,20 @@ import base64
 import csv
 import io
 import json
+from importlib.resources import files
 from pathlib import Path
 
+import mistral_common
 import pytest
+from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 from rich.console import Console
 
 from opennemo.errors import CheckpointError, InvalidRequest
 from opennemo.tokenizer.compression import Comparison, compare, open_all
 from opennemo.tokenizer.display import show
-from opennemo.tokenizer.ranks import PATTERN_OF_RANKS, Ranks, open_tokenizer
+from opennemo.tokenizer.ranks import OWN, PATTERN_OF_RANKS, Ranks, open_tokenizer, pack
 from opennemo.tokenizer.tekken import SINGLE_BYTES, Tekken
+from opennemo.tokenizer.texts import Texts
 from opennemo.tokenizer.words import PATTERNS
 
 TEXTS = [("en", "the theme of the thesis"), ("fr", "thé"), ("en", "the"), ("el", "το")]
@@ -133,3 +137,28 @@ def test_showing_a_text_names_ids_and_bytes(english: Tekken):
     assert "1257" in shown  # the id of "the"
     assert "74 68 65" in shown  # its bytes
     assert "characters, 15 bytes" in shown
+
+
+def test_the_vocabulary_that_comes_with_the_package(tmp_path: Path):
+    own = open_tokenizer(Path(OWN))
+    assert isinstance(own, Tekken)
+    assert own.vocab_size == 32_768
+    text = "Всі люди народжуються вільними — 人人生而自由,在尊严和权利上一律平等。 def f(x): return 42 🦙"  # noqa: E501, RUF001
+    assert own.decode(own.encode(text)) == text
+    assert pack(own.tokens) == files("opennemo.tokenizer").joinpath(
+        "data", f"{OWN}.tiktoken.gz"
+    ).read_bytes()  # fmt: skip
+    own.save(tmp_path / "tekken.json")
+    mistral = Tekkenizer.from_file(str(tmp_path / "tekken.json"))
+    assert mistral.encode(text, bos=False, eos=False) == own.encode(text)
+
+
+def test_it_is_no_worse_than_sentencepiece_on_the_held_out_text():
+    news = Path(__file__).parents[2].parent / "shared/data/tokenizer-heldout/news.jsonl.gz"
+    if not news.exists():
+        pytest.skip("the held-out news are not beside this checkout")
+    data = Path(mistral_common.__file__).parent / "data"
+    tokenizers = open_all([f"own={OWN}", f"v3={data}/mistral_instruct_tokenizer_240323.model.v3"])
+    result = compare(tokenizers, Texts([news]), "own")
+    assert result.won("v3") == len(result.languages) == 75
+    assert all(result.ratio("v3", language) > 1.5 for language in ("hi", "ar", "ko"))
