@@ -128,7 +128,6 @@ def main() -> None:
     console.print(result.table(list(FIGURE)))
     files = [options.out / "figure2.png", options.out / "figure2.svg"]
     result.plot(files, FIGURE, {"SentencePiece": CLAIMS})
-    (options.out / "figure2.csv").write_text(result.csv(), encoding="utf-8")
     console.print("wrote", *map(str, files))
 
 

@@ -1,6 +1,7 @@
 """A vocabulary is learned as BPE defines it, reproducibly, and other libraries read it."""
 
 import json
+import math
 import re
 from collections import Counter
 from itertools import pairwise
@@ -15,6 +16,7 @@ from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 from opennemo.errors import InvalidRequest
 from opennemo.tokenizer import training
 from opennemo.tokenizer.bpe import merge
+from opennemo.tokenizer.display import progress
 from opennemo.tokenizer.tekken import Tekken
 from opennemo.tokenizer.texts import Texts
 from opennemo.tokenizer.training import (
@@ -243,3 +245,13 @@ def test_an_empty_corpus_is_an_error(tmp_path: Path):
 def test_extending_needs_a_larger_vocabulary(corpus: Texts, tekken: Tekken):
     with pytest.raises(InvalidRequest, match="has 2,000 ids already"):
         train(corpus, SETTINGS, base=tekken)
+
+
+def test_progress_on_a_pipe_is_a_line_at_each_tenth(capsys: pytest.CaptureFixture[str]):
+    with progress() as report:
+        report("learning merges", math.nan)  # how much is left is not known yet
+        for share in (0.01, 0.11, 0.12, 1.0):
+            report("learning merges", share)
+    assert capsys.readouterr().err.split("\n") == [
+        *("learning merges: 0 %", "learning merges: 10 %", "learning merges: 100 %", "")
+    ]
