@@ -56,11 +56,12 @@ async def start_chat(service: Service, client: Client, body: ChatRequest) -> Gen
 
 def chat_response(generation: Generation, llm: LLM, body: ChatRequest) -> dict[str, Any]:
     """The body that answers a chat request, once all is there."""
-    choices = []
+    choices, mistral = [], body.is_mistral()  # whose first client wants a string, even if empty
     for i, choice in enumerate(generation.choices):
         message = {
             "role": "assistant",
-            "content": body.prefix() + choice.text if choice.text or not choice.calls else None,
+            "content": body.prefix() + choice.text
+            or (None if choice.calls and not mistral else ""),
             "refusal": None,
             "annotations": [],
             "prefix": False,
@@ -139,11 +140,7 @@ def _usage_chunks(body: ChatRequest, service: Service) -> Callable[[Generation, 
     """What a finishing chunk says of usage: for OpenAI's clients null, for Mistral's numbers."""
     if body.stream_options and body.stream_options.include_usage:
         return lambda generation, last: {"usage": None}
-    mistral = service.settings.mistral_usage or body.model_fields_set & {
-        "random_seed",
-        "safe_prompt",
-    }
-    if not mistral:
+    if not (service.settings.mistral_usage or body.is_mistral()):
         return lambda generation, last: {}
     return lambda generation, last: {"usage": generation.usage()} if last else {}
 

@@ -181,6 +181,12 @@ class ChatRequest(Sampling):
             "format": self.structure() or response_format(self.response_format),
         }
 
+    def is_mistral(self) -> bool:
+        """Whether one of Mistral's clients seems to have sent it."""
+        return bool(self.model_fields_set & {"random_seed", "safe_prompt"}) or (
+            self.tool_choice == "any"
+        )
+
     def prefix(self) -> str:
         """The text that an answer repeats: Mistral's `prefix: true` does, vLLM's `echo`, too."""
         last = self.messages[-1]
