@@ -266,6 +266,27 @@ class Arena {
   size_t left_ = 0;
 };
 
+// Byte j of each lane. Sign, exponent and mantissa of E4M3 stand in float32's order; only the bias of
+// the exponent differs.
+static inline f8x from_fp8(i8x w, int j) {
+  return (f8x)(w << (24 - 8 * j) >> 4 & (int32_t)0x87F00000) * 0x1p120f;
+}
+
+// As `multiply`, for so few rows that unpacking the panel to memory first would take longest.
+template <int M>
+static void multiply_fp8(const uint8_t* w, const float* x, size_t x_stride, int K, float* y) {
+  f8x acc[M][4] = {};
+  for (int k = 0; k < K; k++, w += COLS) {
+    i8x bytes = *(const i8x_any*)w;
+    for (int j = 0; j < 4; j++) {
+      f8x b = from_fp8(bytes, j);
+      for (int m = 0; m < M; m++) acc[m][j] += x[m * x_stride + k] * b;
+    }
+  }
+  for (int m = 0; m < M; m++)
+    for (int j = 0; j < 4; j++) *(f8x_any*)(y + m * COLS + 8 * j) = acc[m][j];
+}
+
 // A weight matrix in panels of 32 output features, along the inputs (K):
 //   fp32, bf16  [K][32]
 //   int8        [K / SIDE][32][SIDE], as `dot` takes them
@@ -327,13 +348,9 @@ struct Matrix {
       const uint16_t* w = (const uint16_t*)panel(p) + k0 * COLS;
       for (int i = 0; i < n * COLS; i++) out[i] = from_bf16(w[i]);
     } else if (format == FP8) {
-      // Sign, exponent and mantissa stand in float32's order; only the exponent's bias differs.
       for (int k = 0; k < n; k++) {
         i8x w = *(const i8x_any*)(panel(p) + (k0 + k) * COLS);
-        for (int j = 0; j < 4; j++) {
-          f8x x = (f8x)((w << (24 - 8 * j)) >> 4 & (int32_t)0x87F00000);
-          *(f8x_any*)(out + k * COLS + 8 * j) = x * 0x1p120f;
-        }
+        for (int j = 0; j < 4; j++) *(f8x_any*)(out + k * COLS + 8 * j) = from_fp8(w, j);
       }
     } else {
       for (int k = 0; k < n; k++) {
@@ -556,6 +573,10 @@ struct Model {
         size_t g = (size_t)(first + m) * n_groups;
         Codes in{inputs.codes.data() + g * GROUP, &inputs.scale[g], &inputs.excess[g], n_groups};
         rows_of8<n>(a.panel(p), in, y + m * COLS, COLS);
+      });
+    } else if (a.format == FP8 && M <= 2) {
+      with_rows<2>(M, [&](auto n) {
+        multiply_fp8<n>(a.panel(p), x + (size_t)first * a.cols, a.cols, a.cols, y);
       });
     } else {
       x += (size_t)first * a.cols;
