@@ -23,7 +23,9 @@ TOKENS = torch.arange(40) * 7 % 320
 def folder(tmp_path):
     torch.manual_seed(3)
     model = Transformer(CONFIG).requires_grad_(False)
-    model.layers[0].feed_forward.w2.weight[:, 5] *= 50  # an outlier, as real models have
+    model.get_parameter("layers.0.feed_forward.w2.weight")[:, 5] *= (
+        50  # an outlier, as real models have
+    )
     save(model, tmp_path / "model")
     return tmp_path / "model"
 
@@ -49,7 +51,7 @@ def test_a_folder_holds_what_quantize_computes(folder, tmp_path, name, layout):
     quantize(folder, tmp_path / "small", format=name, to=layout, largest_inputs=largest)
     in_memory, read_back = load(folder), load(tmp_path / "small")
     quantize_(in_memory, FORMATS[name], largest)
-    assert isinstance(read_back.layers[0].attention.wq, QuantizedLinear)
+    assert isinstance(read_back.get_submodule("layers.0.attention.wq"), QuantizedLinear)
     assert torch.equal(logits(read_back), logits(in_memory))
     assert not torch.equal(logits(read_back), logits(load(folder)))
     opened = open_checkpoint(tmp_path / "small")
