@@ -260,7 +260,8 @@ app.add_typer(tokenizer_app, name="tokenizer")
 TokenizerFile = Annotated[
     str,
     typer.Argument(
-        help="tekken.json, tokenizer.json, tokenizer.model, a tiktoken file, a .gguf or a folder."
+        help="tekken.json, tokenizer.json, tokenizer.model, a tiktoken file, a .gguf, a folder, "
+        "or opennemo-tekken-32k, which comes along."
     ),
 ]
 
@@ -275,9 +276,10 @@ def show(
 
     from opennemo.model.hub import locate
     from opennemo.tokenizer.display import show as render
-    from opennemo.tokenizer.ranks import open_tokenizer
+    from opennemo.tokenizer.ranks import OWN, open_tokenizer
 
-    Console().print(render(open_tokenizer(locate(tokenizer)), text or _standard_input()))
+    path = Path(tokenizer) if tokenizer == OWN else locate(tokenizer)
+    Console().print(render(open_tokenizer(path), text or _standard_input()))
 
 
 @tokenizer_app.command()

@@ -154,7 +154,8 @@ class LLM:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text by itself, with BOS where the model wants one."""
-        return [self.tokenizer.bos_id, *self.tokenizer.encode(text)]
+        start = [self.tokenizer.bos_id] if self.tokenizer.add_bos else []
+        return start + self.tokenizer.encode(text)
 
     @cached_property
     def grammars(self) -> GrammarCompiler:

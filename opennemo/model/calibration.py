@@ -24,7 +24,10 @@ def largest_inputs(path: Path, texts: Iterable[str], n_tokens: int) -> dict[str,
     left = n_tokens
     with torch.inference_mode(), calibration(model) as largest:
         for text in texts:
-            ids = [tokenizer.bos_id, *tokenizer.encode(text)][: min(left, WINDOW)]
+            start = [tokenizer.bos_id] if tokenizer.add_bos else []
+            ids = (start + tokenizer.encode(text))[: min(left, WINDOW)]
+            if not ids:
+                continue
             model(torch.tensor(ids), Packed.of(len(ids), window=model.config.sliding_window))
             left -= len(ids)
             if left <= 0:

@@ -247,6 +247,7 @@ def _write_whole(path: Path, data: bytes) -> None:
         try:
             file.write(data)
             file.close()
+            os.chmod(file.name, 0o644)  # temporary files are for their owner's eyes only
             os.replace(file.name, path)
         except OSError:
             os.unlink(file.name)
