@@ -47,7 +47,7 @@ def test_progress_reaches_the_size_of_the_files(tmp_path: Path):
         ("missing.txt", None, "no such file or folder"),
         ("text.docx", b"PK", "not a known type of text \\(.jsonl"),
         ("text.txt.gz", b"not gzip", "damaged"),
-        ("cut.txt.gz", gzip.compress(b"text" * 999)[:-9], "damaged"),
+        ("cut.txt.gz", gzip.compress(b"text" * 999, mtime=0)[:-9], "damaged"),
         ("text.txt.zst", b"not zstandard", "damaged"),
     ],
 )
