@@ -247,8 +247,8 @@ class Arena {
   uint8_t* take(size_t bytes) {
     bytes = (bytes + 63) & ~(size_t)63;
     if (bytes > left_) {
-      left_ = (std::max(bytes, (size_t)1 << 25) + HUGE - 1) / HUGE * HUGE;
-      next_ = (uint8_t*)std::aligned_alloc(HUGE, left_);
+      left_ = (std::max(bytes, (size_t)1 << 25) + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+      next_ = (uint8_t*)std::aligned_alloc(ALIGNMENT, left_);
       if (!next_) std::abort();
       chunks_.push_back(next_);
 #if defined(__linux__)
@@ -260,7 +260,7 @@ class Arena {
   }
 
  private:
-  static constexpr size_t HUGE = 1 << 21;
+  static constexpr size_t ALIGNMENT = 1 << 21;
   std::vector<void*> chunks_;
   uint8_t* next_ = nullptr;
   size_t left_ = 0;
