@@ -153,6 +153,7 @@ def main() -> None:
                     try:
                         row = asyncio.run(measure(url, model, n, options.tokens))
                         rows.append({"server": name, "clients": n, **row})
+                        console.print(f"{name}, {n} clients: {row['tokens_per_s']:.1f} tokens/s")
                     except (RuntimeError, httpx2.HTTPError) as error:
                         console.print(f"{name}, {n} clients: {type(error).__name__} {error}")
             except RuntimeError as error:
