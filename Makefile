@@ -16,7 +16,7 @@ else
 TORCH_INSTALL = $(BIN)/pip install -q 'torch>=2.13,<2.15'
 endif
 
-.PHONY: help chat serve test slow check fix bench figure2 clean
+.PHONY: help chat serve test slow clients check fix bench figure2 clean
 
 help:
 	@sed -n 's/^\([a-z0-9]*\):.*## /\1\t/p' Makefile
@@ -32,6 +32,9 @@ test: .venv/installed-dev ## the test suite, some minutes on two cores
 
 slow: .venv/installed-dev ## the tests that take longer
 	$(BIN)/pytest -m slow
+
+clients: .venv/installed-dev ## the real clients of eight SDKs against our server, each in its own environment
+	$(BIN)/python tests/clients/run.py
 
 check: .venv/installed-dev ## lint, format and types
 	$(BIN)/ruff check .

@@ -164,7 +164,7 @@ class LLM:
         tokens = [tokenizer.token_bytes(id) for id in range(tokenizer.vocab_size)]
         # A model may have more rows than the vocabulary has tokens; nothing stands for those.
         tokens += [b""] * (self.engine.vocab_size - len(tokens))
-        return GrammarCompiler(tokens, tokenizer.control, tokenizer.eos_id)
+        return GrammarCompiler(tokens, tokenizer.control, tokenizer.eos_id, tokenizer.encode)
 
     def load_adapter(self, name: str, folder: Path) -> None:
         """Read a LoRA adapter that PEFT saved; from now on requests may name it.

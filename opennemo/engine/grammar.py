@@ -7,7 +7,7 @@ The engine sees only `Grammar.start()` and what `Matcher` offers.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -70,10 +70,19 @@ class GrammarCompiler:
         control: name -> id of the control tokens. In Lark they are written `<NAME>`, Mistral's
             square brackets included: `<TOOL_CALLS>`.
         eos_id: the id that ends an answer.
+        encode: text to ids; where a grammar leaves no choice, it asks for these.
     """
 
-    def __init__(self, tokens: Sequence[bytes], control: Mapping[str, int], eos_id: int):
-        self._vocabulary = LLTokenizer(TokenizerWrapper(_Vocabulary(tokens, control, eos_id)))
+    def __init__(
+        self,
+        tokens: Sequence[bytes],
+        control: Mapping[str, int],
+        eos_id: int,
+        encode: Callable[[str], list[int]] | None = None,
+    ):
+        self._vocabulary = LLTokenizer(
+            TokenizerWrapper(_Vocabulary(tokens, control, eos_id, encode))
+        )
         self.compile = lru_cache(KEPT)(self._compile)
 
     def _compile(self, kind: Kind, source: str = "") -> Grammar:
@@ -135,21 +144,34 @@ def tool_call_grammar(
 
 
 class _Vocabulary:
-    """What LLTokenizer asks of a tokenizer; it turns no text into ids for us."""
+    """What LLTokenizer asks of a tokenizer."""
 
     bos_token_id = None
 
-    def __init__(self, tokens: Sequence[bytes], control: Mapping[str, int], eos_id: int):
+    def __init__(
+        self,
+        tokens: Sequence[bytes],
+        control: Mapping[str, int],
+        eos_id: int,
+        encode: Callable[[str], list[int]] | None,
+    ):
         self.eos_token_id, self.special_token_ids = eos_id, list(control.values())
         self.tokens = list(tokens)
         self._single = {token[0]: id for id, token in enumerate(tokens) if len(token) == 1}
+        self._encode = encode
         for name, id in control.items():
             bare = name[1:-1] if name[:1] + name[-1:] in ("[]", "<>") else name
             self.tokens[id] = f"<{bare}>".encode()
 
     def __call__(self, text: bytes | str) -> list[int]:
-        """Byte by byte; llguidance asks only for forced text, which we leave to the model."""
+        """Ids of text that a grammar forces, the model's own spelling of it if `encode` is known.
+
+        Byte by byte would be as valid, but takes several times the steps, and models that are made
+        to spell what they never spelt go on badly.
+        """
         data = text if isinstance(text, bytes) else text.encode()
+        if self._encode is not None:
+            return self._encode(data.decode("utf-8", "replace"))
         return [self._single[byte] for byte in data if byte in self._single]
 
 
