@@ -155,12 +155,24 @@ struct Codes {  // int8 inputs
   int n_groups;
 };
 
+// The next panel is fetched while this one is computed, in equal parts by all passes over it: the
+// first pass alone would wait for memory, and the others leave it idle.
+struct Ahead {
+  const uint8_t* line;
+  int n_passes;
+  static constexpr int LINES = GROUP * COLS / 64;  // of a group
+  void fetch() {
+    for (int i = 0; i < (LINES + n_passes - 1) / n_passes; i++, line += 64) __builtin_prefetch(line);
+  }
+};
+
 // y (M, W * VN) = int8 x (M, groups of 32) times a panel, exact within a group.
 template <int M, int VN>
-static inline void tile8(const uint8_t* w, Codes in, float* y, size_t y_stride) {
+static inline void tile8(const uint8_t* w, Codes in, float* y, size_t y_stride, Ahead& ahead) {
   const size_t x_stride = (size_t)in.n_groups * GROUP;
   vf total[M][VN] = {};
   for (int g = 0; g < in.n_groups; g++) {
+    ahead.fetch();
     vi acc[M][VN];
     for (int m = 0; m < M; m++)
       for (int v = 0; v < VN; v++)
@@ -193,9 +205,10 @@ static void rows_of(const float* w, size_t w_stride, const float* x, size_t x_st
   for (int v = 0; v < V; v += ACROSS<M>)
     tile<M, ACROSS<M>>(w + v * W, w_stride, x, x_stride, K, y + v * W, y_stride);
 }
-template <int M> static void rows_of8(const uint8_t* w, Codes in, float* y, size_t y_stride) {
+template <int M>
+static void rows_of8(const uint8_t* w, Codes in, float* y, size_t y_stride, Ahead& ahead) {
   for (int v = 0; v < V; v += ACROSS<M>)
-    tile8<M, ACROSS<M>>(w + v * W * SIDE, in, y + v * W, y_stride);
+    tile8<M, ACROSS<M>>(w + v * W * SIDE, in, y + v * W, y_stride, ahead);
 }
 
 template <int M, class F> static inline void with_rows(int m, F f) {
@@ -349,7 +362,9 @@ struct Matrix {
       for (int i = 0; i < n * COLS; i++) out[i] = from_bf16(w[i]);
     } else if (format == FP8) {
       for (int k = 0; k < n; k++) {
-        i8x w = *(const i8x_any*)(panel(p) + (k0 + k) * COLS);
+        const uint8_t* from = panel(p) + (k0 + k) * COLS;
+        if (k % 2 == 0) __builtin_prefetch(from + DEPTH * COLS);  // comes while this is multiplied
+        i8x w = *(const i8x_any*)from;
         for (int j = 0; j < 4; j++) *(f8x_any*)(out + k * COLS + 8 * j) = from_fp8(w, j);
       }
     } else {
@@ -569,10 +584,12 @@ struct Model {
     std::memset(y, 0, sizeof(float) * M * COLS);
     if (a.format == INT8) {
       int n_groups = a.depth() / GROUP;
+      int n_passes = (M + TILE - 1) / TILE * (M * V <= SUMS ? 1 : V / 2);
+      Ahead ahead{a.panel(p + 1), n_passes};
       in_tiles(M, [&](int m, auto n) {
         size_t g = (size_t)(first + m) * n_groups;
         Codes in{inputs.codes.data() + g * GROUP, &inputs.scale[g], &inputs.excess[g], n_groups};
-        rows_of8<n>(a.panel(p), in, y + m * COLS, COLS);
+        rows_of8<n>(a.panel(p), in, y + m * COLS, COLS, ahead);
       });
     } else if (a.format == FP8 && M <= 2) {
       with_rows<2>(M, [&](auto n) {
