@@ -109,8 +109,9 @@ class Engine:
             raise InvalidRequest(
                 f"a token id is outside the vocabulary (0 to {self.vocab_size - 1})"
             )
-        if any(not 0 <= id < self.vocab_size for id in params.logit_bias):
-            raise InvalidRequest(f"logit_bias names an id outside 0 to {self.vocab_size - 1}")
+        for name, ids in (("logit_bias", params.logit_bias), ("stop_ids", params.stop_ids)):
+            if any(not 0 <= id < self.vocab_size for id in ids):
+                raise InvalidRequest(f"{name} names an id outside 0 to {self.vocab_size - 1}")
         if not 1 <= n <= self.config.max_answers:
             raise InvalidRequest(f"n is {n}, allowed is 1 to {self.config.max_answers}")
         room = self.max_context - len(prompt_ids)
@@ -187,7 +188,14 @@ class Engine:
             with self._wake:
                 if self._stopping:
                     return
-            if not self.step():
+            try:
+                busy = self.step()
+            except Exception:  # a defect of ours: nobody may be left waiting for an answer
+                log.exception("a step failed")
+                for sequence in [s for alive in self._sequences.values() for s in alive]:
+                    self._finish(sequence, "error", "the engine failed; its log tells more")
+                busy = True
+            if not busy:
                 with self._wake:
                     self._wake.wait_for(lambda: self._inbox or self._stopping)
 

@@ -5,6 +5,7 @@ import threading
 from collections import defaultdict
 from copy import deepcopy
 from dataclasses import replace
+from queue import Queue
 
 import pytest
 import torch
@@ -183,6 +184,8 @@ def test_bad_requests_are_refused_with_a_reason(model):
     for prompt, message in (([], "empty"), ([320], "vocabulary"), ([-1], "vocabulary")):
         with pytest.raises(InvalidRequest, match=message):
             engine.submit(prompt, SamplingParams(), print)
+    with pytest.raises(InvalidRequest, match="stop_ids"):
+        engine.submit([1], SamplingParams(stop_ids=frozenset({320})), print)
     with pytest.raises(InvalidRequest, match="logit_bias"):
         engine.submit([1], SamplingParams(logit_bias={320: 1.0}), print)
     for name, value in (("temperature", -1), ("top_p", 0), ("max_tokens", 0), ("min_p", NAN)):
@@ -256,3 +259,23 @@ def test_stopping_cancels_what_is_left(model):
     engine.submit([1], SamplingParams(max_tokens=250), heard.append)
     engine.stop()
     assert heard[-1].finish_reason == "cancelled"
+
+
+def test_a_defect_in_a_step_leaves_nobody_waiting(model, monkeypatch):
+    engine = Engine(deepcopy(model), [])
+    heard: Queue[Event] = Queue()
+    run, failures = engine.runner.run, iter([KeyError("a defect")])
+
+    def sometimes(chunks):
+        for failure in failures:
+            raise failure
+        return run(chunks)
+
+    monkeypatch.setattr(engine.runner, "run", sometimes)
+    engine.start()
+    engine.submit([1], SamplingParams(max_tokens=1), heard.put)
+    assert "engine failed" in (heard.get(timeout=60).error or "")
+    engine.submit([1], SamplingParams(max_tokens=1), heard.put)
+    assert heard.get(timeout=60).finish_reason == "length"
+    engine.stop()
+    assert engine.cache.n_used == 0
