@@ -35,6 +35,7 @@ from opennemo.engine.sequence import (
 )
 from opennemo.errors import ContextTooLong, InvalidRequest, OpenNemoError, Overloaded
 from opennemo.model.lora import Adapter
+from opennemo.model.memory import USABLE, machine_memory
 from opennemo.model.transformer import Transformer
 
 log = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ class EngineConfig:
     """Sizes of the engine."""
 
     max_context: int | None = None  # tokens of one sequence; None: what the model was trained for
-    n_pages: int | None = None  # None: room for one sequence of `max_context`, and then some
+    n_pages: int | None = None  # None: one sequence of `max_context` and some more, if they fit
     page_size: int = 16  # tokens
     max_batched_tokens: int = 512  # computed in one step
     max_sequences: int = 64  # that run at the same time
@@ -54,6 +55,17 @@ class EngineConfig:
     prefix_caching: bool = True
     n_draft_tokens: int = 0  # guessed by prompt lookup and checked in one step; 0: off
     adapters: bool = False  # whether requests may name one; on a CPU this keeps weights twice
+
+
+def _affordable_pages(model: Transformer, max_context: int, page_size: int) -> int:
+    """Pages for one sequence of `max_context` and 64 more, or as many as memory has room for."""
+    weight = model.tok_embeddings.weight
+    kv = model.config.n_layers * model.config.n_kv_heads * model.config.head_dim
+    page = 2 * kv * page_size * weight.itemsize
+    device = f"cuda:{weight.device.index or 0}" if weight.is_cuda else "cpu"
+    weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    room = int(USABLE * machine_memory()[device]) - weights
+    return max(1, min(-(-max_context // page_size) + 64, room // page))
 
 
 class Engine:
@@ -66,7 +78,7 @@ class Engine:
         self.eos_ids = frozenset(eos_ids)
         longest = model.config.max_position_embeddings
         self.max_context = min(config.max_context or longest, longest)
-        n_pages = config.n_pages or -(-self.max_context // config.page_size) + 64
+        n_pages = config.n_pages or _affordable_pages(model, self.max_context, config.page_size)
         self.max_context = min(self.max_context, n_pages * config.page_size)
         self.vocab_size = model.config.vocab_size
         self.cache = KVCache(n_pages, config.page_size, config.prefix_caching)

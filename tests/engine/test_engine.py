@@ -279,3 +279,12 @@ def test_a_defect_in_a_step_leaves_nobody_waiting(model, monkeypatch):
     assert heard.get(timeout=60).finish_reason == "length"
     engine.stop()
     assert engine.cache.n_used == 0
+
+
+def test_a_context_that_does_not_fit_into_memory_is_shortened(model, monkeypatch):
+    page = 2 * 2 * 16 * 2 * 16 * 4  # bytes: k and v, layers, tokens, heads, channels, float32
+    weights = sum(p.nbytes for p in model.parameters())
+    memory = {"cpu": int((weights + 5.5 * page) / 0.9)}
+    monkeypatch.setattr("opennemo.engine.engine.machine_memory", lambda: memory)
+    engine = Engine(deepcopy(model), [])
+    assert (engine.cache.n_pages, engine.max_context) == (5, 80)
