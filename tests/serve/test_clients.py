@@ -181,8 +181,9 @@ def test_openai_responses(oai):
     )  # fmt: skip
     assert again.output[0].type == "message"
     with oai.responses.stream(
-        model="tiny", input="x", tools=[tool], tool_choice="required", max_output_tokens=300
-    ) as stream:
+        model="tiny", input="x", tools=[tool], tool_choice="required",
+        parallel_tool_calls=False, max_output_tokens=2000,
+    ) as stream:  # fmt: skip
         assert stream.get_final_response().output[0].name == "add"
     with pytest.raises(openai.BadRequestError, match="previous_response_id"):
         oai.responses.create(**settings, previous_response_id="resp_1")
@@ -248,10 +249,9 @@ def test_anthropic(claude):
     assert count.input_tokens == whole.usage.input_tokens + whole.usage.cache_read_input_tokens
     with pytest.raises(anthropic.NotFoundError, match="no model"):
         claude.messages.create(model="claude", messages=HELLO, max_tokens=2)
-    cut = claude.messages.create(
-        model="tiny", messages=HELLO, max_tokens=2000, stop_sequences=["e", "a", " "]
-    )
-    assert cut.stop_reason == "stop_sequence" and cut.stop_sequence in ("e", "a", " ")
+    letter = next(c for c in text if c.isascii() and c.isprintable())  # greedy: it comes again
+    cut = claude.messages.create(**settings, system="Be brief.", stop_sequences=[letter])
+    assert cut.stop_reason == "stop_sequence" and cut.stop_sequence == letter
 
 
 def test_llm_comply(running, tiny_llm):
