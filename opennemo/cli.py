@@ -366,7 +366,10 @@ def serve(context: typer.Context) -> None:
         from opennemo.serve.app import serve as run
         from opennemo.serve.settings import read_settings
     except ModuleNotFoundError as error:
-        raise OpenNemoError(f"{error.name} is missing: pip install 'opennemo[serve]'") from None
+        raise OpenNemoError(
+            f"{error.name} is missing: the server needs more packages; run `make serve`, or in the "
+            "checkout: pip install -e '.[serve]'"
+        ) from None
 
     run(read_settings(context.args))
 
