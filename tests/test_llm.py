@@ -147,30 +147,43 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self.fd, text.encode())
 
+    def exit_code(self, seconds: float = 60) -> int:
+        """Of the program, which must be about to end."""
+        deadline = time.monotonic() + seconds
+        while not (ended := os.waitpid(self.pid, os.WNOHANG))[0]:
+            assert time.monotonic() < deadline, f"still running after {self.seen!r}"
+            time.sleep(0.05)
+        return os.waitstatus_to_exitcode(ended[1])
+
+    def __enter__(self) -> "Terminal":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self.fd)  # hangs up, which ends whatever is still there
+
 
 @needs_smollm2
 def test_a_person_at_a_terminal(tmp_path):
-    terminal = Terminal("chat", "--temperature", "0")
-    terminal.expect("/help tells")
-    terminal.expect("> ")
-    terminal.type("What is the capital of France?\n")
-    assert "Paris" in terminal.expect("tokens, [0-9.]+ a second")
-    terminal.expect("> ")
-    terminal.type("Write a very long story about the sea.\n")
-    terminal.expect(r"sea\.\r?\n.{40}")
-    terminal.type("\x03")  # stops the answer
-    terminal.expect("stopped")
-    terminal.expect("> ")
-    terminal.type("/nonsense\n")
-    terminal.expect("no command /nonsense")
-    terminal.type(f"/save {tmp_path}/talk.jsonl\n")
-    terminal.expect("Saved 4 messages")
-    terminal.type("/system You are a pirate.\n")
-    terminal.expect("new conversation")
-    terminal.type("/reset\n")
-    terminal.expect("new conversation")
-    terminal.type("\x04")  # leaves
-    _, status = os.waitpid(terminal.pid, 0)
-    assert os.waitstatus_to_exitcode(status) == 0
+    with Terminal("chat", "--temperature", "0") as terminal:
+        terminal.expect("/help tells")
+        terminal.expect("> ")
+        terminal.type("What is the capital of France?\n")
+        assert "Paris" in terminal.expect("tokens, [0-9.]+ a second")
+        terminal.expect("> ")
+        terminal.type("Write a very long story about the sea.\n")
+        terminal.expect(r"sea\.\r?\n.{40}")
+        terminal.type("\x03")  # stops the answer
+        terminal.expect("a second, stopped")
+        terminal.expect("> ")
+        terminal.type("/nonsense\n")
+        terminal.expect("no command /nonsense")
+        terminal.type(f"/save {tmp_path}/talk.jsonl\n")
+        terminal.expect("Saved 4 messages")
+        terminal.type("/system You are a pirate.\n")
+        terminal.expect("new conversation")
+        terminal.type("/reset\n")
+        terminal.expect("new conversation")
+        terminal.type("\x04")  # leaves
+        assert terminal.exit_code() == 0
     saved = json.loads((tmp_path / "talk.jsonl").read_text())
     assert [m["role"] for m in saved["messages"]] == ["user", "assistant"] * 2
