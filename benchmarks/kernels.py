@@ -34,6 +34,7 @@ from opennemo.model.attention import Paged
 from opennemo.model.checkpoint import load
 from opennemo.model.cpu import NativeStep, compile_step
 from opennemo.model.hub import locate
+from opennemo.model.pages import Pages
 from opennemo.model.quantization import FORMATS, quantize_
 
 PAGE, CONTEXT, PREFILL = 16, 128, 512
@@ -110,7 +111,7 @@ def ours(model: Path, format: str, threads: int) -> tuple[Runner, int]:
         slots = table[:, place // PAGE] * PAGE + place % PAGE
         shape = (config.n_layers, 2, table.numel(), PAGE, config.n_kv_heads, config.head_dim)
         attend = Paged(
-            kv_cache=torch.randn(shape),
+            pages=Pages(torch.randn(shape)),
             positions=place.repeat(case.sequences),
             slots=slots.flatten(),
             cu_seqlens=torch.arange(case.sequences + 1) * case.tokens,
@@ -194,7 +195,7 @@ def transformers(model: Path) -> Callable[[int], Runner]:
             for _ in range(max(1, case.repeats // 4)):
                 once = timed(lambda: net(new, past_key_values=cache, logits_to_keep=1), 1)
                 if cache is not None:
-                    cache.crop(case.context)
+                    cache.crop(-case.tokens)
                 total.clock.extend(once.clock)
                 total.processor.extend(once.processor)
             return total

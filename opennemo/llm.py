@@ -186,19 +186,11 @@ class LLM:
         """Stop the engine and give its cache back, and on a GPU the weights' memory, too."""
         self.engine.stop()
         self.engine.cache.reset()
-        runner = self.engine.runner
-        self._awake = runner.kv_cache.shape, runner.kv_cache.device, runner.kv_cache.dtype
-        runner.kv_cache = torch.empty(0, dtype=self._awake[2])
-        runner.model.to("cpu")
-        if self._awake[1].type == "cuda":
-            torch.cuda.empty_cache()
+        self.engine.runner.sleep()
 
     def wake(self) -> None:
         """The opposite of `sleep`."""
-        shape, device, dtype = self._awake
-        runner = self.engine.runner
-        runner.model.to(device)
-        runner.kv_cache = torch.zeros(shape, device=device, dtype=dtype)
+        self.engine.runner.wake()
         self.engine.start()
 
     def _answer_format(

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -36,6 +37,7 @@ from opennemo.engine.sequence import (
 from opennemo.errors import ContextTooLong, InvalidRequest, OpenNemoError, Overloaded
 from opennemo.model.lora import Adapter
 from opennemo.model.memory import USABLE, machine_memory
+from opennemo.model.pages import KV_FORMATS, Pages
 from opennemo.model.transformer import Transformer
 
 log = logging.getLogger(__name__)
@@ -48,6 +50,7 @@ class EngineConfig:
     max_context: int | None = None  # tokens of one sequence; None: what the model was trained for
     n_pages: int | None = None  # None: one sequence of `max_context` and some more, if they fit
     page_size: int = 16  # tokens
+    kv_format: str | None = None  # of pages.KV_FORMATS; None: what the embedding is in
     max_batched_tokens: int = 512  # computed in one step
     max_sequences: int = 64  # that run at the same time
     max_queued: int = 1024  # that wait; one more is refused
@@ -57,35 +60,49 @@ class EngineConfig:
     adapters: bool = False  # whether requests may name one; on a CPU this keeps weights twice
 
 
-def _affordable_pages(model: Transformer, max_context: int, page_size: int) -> int:
+def _affordable_pages(model: Transformer, max_context: int, page_size: int, one: Pages) -> int:
     """Pages for one sequence of `max_context` and 64 more, or as many as memory has room for."""
     weight = model.tok_embeddings.weight
-    kv = model.config.n_layers * model.config.n_kv_heads * model.config.head_dim
-    page = 2 * kv * page_size * weight.itemsize
     device = f"cuda:{weight.device.index or 0}" if weight.is_cuda else "cpu"
     weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
     room = int(USABLE * machine_memory()[device]) - weights
-    return max(1, min(-(-max_context // page_size) + 64, room // page))
+    return max(1, min(-(-max_context // page_size) + 64, room // one.nbytes))
 
 
 class Engine:
     """A model that answers many requests side by side."""
 
     def __init__(
-        self, model: Transformer, eos_ids: Iterable[int], config: EngineConfig | None = None
+        self,
+        model: Transformer,
+        eos_ids: Iterable[int],
+        config: EngineConfig | None = None,
+        kv_scale: Tensor | None = None,
     ):
+        """`kv_scale` (L, 2) are the scales of keys and of values, for a cache in fp8.
+
+        Raises:
+            InvalidRequest: the KV cache's format is unknown, or fp8 and without scales.
+        """
         self.config = config = config or EngineConfig()
         self.eos_ids = frozenset(eos_ids)
         longest = model.config.max_position_embeddings
         self.max_context = min(config.max_context or longest, longest)
-        n_pages = config.n_pages or _affordable_pages(model, self.max_context, config.page_size)
+        weight = model.tok_embeddings.weight
+        own = next(name for name, f in KV_FORMATS.items() if f.dtype == weight.dtype)
+        make_pages = lambda n: Pages.empty(  # noqa: E731
+            model.config, n, config.page_size, config.kv_format or own, weight.device, kv_scale
+        )
+        n_pages = config.n_pages or _affordable_pages(
+            model, self.max_context, config.page_size, make_pages(1)
+        )
         self.max_context = min(self.max_context, n_pages * config.page_size)
         self.vocab_size = model.config.vocab_size
         self.cache = KVCache(n_pages, config.page_size, config.prefix_caching)
         self.scheduler = Scheduler(
             self.cache, config.max_batched_tokens, config.max_sequences, config.n_draft_tokens
         )
-        self.runner = Runner(model, n_pages, config.page_size, config.adapters)
+        self.runner = Runner(model, partial(make_pages, n_pages), config.adapters)
         self._ids = itertools.count(1)
         self._sequences: dict[int, list[Sequence]] = {}  # alive, by request
         self._inbox: deque[list[Sequence] | int] = deque()  # new requests, and ids to cancel

@@ -5,6 +5,7 @@ cache. It knows nothing of requests' fates, only which tokens stand where and wh
 Rows that follow an adapter take PyTorch's path through the same pages, beside the compiled one.
 """
 
+from collections.abc import Callable
 from itertools import accumulate
 
 import torch
@@ -14,27 +15,36 @@ from opennemo.engine.sequence import Chunk
 from opennemo.model.attention import Paged
 from opennemo.model.cpu import TorchStep, compile_step
 from opennemo.model.lora import Adapter, adapted
+from opennemo.model.pages import Pages
 from opennemo.model.transformer import Transformer
 
 
 class Runner:
-    """A model with `n_pages` pages of KV cache in its own dtype, (L, 2, P, page_size, K, H).
+    """A model and the pages of its KV cache.
 
     Unless `adapters` are to be served, a CPU model's matrices are handed over to the kernel, which
     keeps its own, packed copy; PyTorch cannot run the model afterwards.
     """
 
-    def __init__(self, model: Transformer, n_pages: int, page_size: int, adapters: bool = False):
-        config, weight = model.config, model.tok_embeddings.weight
-        self.model, self.page_size = model.eval(), page_size
+    def __init__(self, model: Transformer, make_pages: Callable[[], Pages], adapters: bool = False):
+        self.model, self._make_pages = model.eval(), make_pages
         self._step = compile_step(model, release=not adapters)
         self._adapted_step = TorchStep(model) if adapters else None
-        # Untouched pages cost no memory on a CPU: the system hands them out on first use.
-        self.kv_cache = torch.zeros(
-            (config.n_layers, 2, n_pages, page_size, config.n_kv_heads, config.head_dim),
-            dtype=weight.dtype,
-            device=weight.device,
-        )
+        self.device = model.tok_embeddings.weight.device
+        self.pages = make_pages()
+        self.page_size = self.pages.codes.shape[3]
+
+    def sleep(self) -> None:
+        """Give back the pages' memory, on a GPU the weights' too; nothing runs until `wake`."""
+        self.pages = Pages(torch.empty(0))
+        self.model.to("cpu")
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def wake(self) -> None:
+        """The opposite of `sleep`; the pages are empty."""
+        self.model.to(self.device)
+        self.pages = self._make_pages()
 
     @torch.inference_mode()
     def run(self, chunks: list[Chunk]) -> Tensor:
@@ -73,7 +83,7 @@ class Runner:
         page_table = [c.sequence.pages[:width] for c in chunks]
         page_table = [pages + [0] * (width - len(pages)) for pages in page_table]
         attend = Paged(
-            kv_cache=self.kv_cache,
+            pages=self.pages,
             positions=self._tensor(positions),
             slots=self._tensor(slots, torch.int64),
             cu_seqlens=self._tensor([0, *accumulate(lengths)]),
@@ -95,4 +105,4 @@ class Runner:
         return [(adapter, self._tensor(index, torch.int64)) for adapter, index in rows.items()]
 
     def _tensor(self, values: list, dtype: torch.dtype = torch.int32) -> Tensor:
-        return torch.tensor(values, dtype=dtype).to(self.kv_cache.device, non_blocking=True)
+        return torch.tensor(values, dtype=dtype).to(self.device, non_blocking=True)

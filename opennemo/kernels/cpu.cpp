@@ -381,6 +381,16 @@ struct Matrix {
   }
 };
 
+// The nearest E4M3 number, for |x| <= 448. Halves go to even: of 3 bits of mantissa, or of steps of
+// 2^-9 below the normal numbers.
+static inline vf nearest_fp8(vf x) {
+  vi bits = (vi)x;
+  vf normal = (vf)((bits + 0x7FFFF + (bits >> 20 & 1)) & (int32_t)0xFFF00000);
+  vf magic = splat(24576.f);  // 1.5 * 2^14: float32 there has steps of 2^-9
+  vf tiny = (x + magic) - magic;
+  return magnitude(x) < splat(0x1p-6f) ? tiny : normal;
+}
+
 // Inputs of a product, a row a token: float32, which fp8 rounds in place, or int8 codes.
 struct Inputs {
   std::vector<float> scale;
@@ -438,12 +448,7 @@ struct Inputs {
       int n = std::min(W, a.cols - k);
       std::memcpy(part, x + k, n * sizeof(float));
       vf y = smaller(larger(load(part) / step, splat(-448.f)), splat(448.f));
-      // Halves go to even: of 3 bits of mantissa, or of steps of 2^-9 below the normal numbers.
-      vi bits = (vi)y;
-      vf normal = (vf)((bits + 0x7FFFF + (bits >> 20 & 1)) & (int32_t)0xFFF00000);
-      vf magic = splat(24576.f);  // 1.5 * 2^14: float32 there has steps of 2^-9
-      vf tiny = (y + magic) - magic;
-      store(part, magnitude(y) < splat(0x1p-6f) ? tiny : normal);
+      store(part, nearest_fp8(y));
       std::memcpy(x + k, part, n * sizeof(float));
     }
   }
@@ -551,6 +556,7 @@ struct Step {
   const int32_t* page_table;                  // (S, table_width)
   const int32_t* rows;                        // (R,), tokens whose logits are wanted
   uint8_t* kv_cache;                          // (L, 2, P, page_size, K, H)
+  float* kv_scale;                            // fp8 (L, 2), int8 (L, 2, P, page_size, K)
   float* logits;                              // (R, V)
 };
 
@@ -656,6 +662,13 @@ struct Model {
     return true;
   }
 
+  // The scale of one head of a key (part 0) or value (1).
+  float* kv_scale(const Step& s, int layer, int part, size_t slot, int head) const {
+    size_t side = 2 * layer + part, n_slots = s.n_pages * s.page_size;
+    if (s.kv_format == FP8) return s.kv_scale + side;
+    return s.kv_format == INT8 ? s.kv_scale + (side * n_slots + slot) * shape.n_kv_heads + head : nullptr;
+  }
+
   void step(const Step& step);
   void attend(const Step& step, int layer, const Task& task, Scratch& s);
 };
@@ -685,6 +698,43 @@ static void transpose8(const float* const* rows, int H, float* columns) {
     for (int j = 0; j < 8; j++) columns[h * COLS + j] = rows[j][h];
 }
 
+typedef int8_t bytes_any __attribute__((vector_size(W), aligned(1), may_alias));
+constexpr int CACHE_BYTES[] = {4, 2, 1, 1};  // a number, by format
+
+// The keys or values of one head, H numbers, from the cache.
+static inline void from_cache(const uint8_t* from, int format, const float* scale, int H, float* to) {
+  int h = 0;
+  if (format == FP32) std::memcpy(to, from, H * sizeof(float));
+  if (format == BF16)
+    for (; h < H; h++) to[h] = from_bf16(((const uint16_t*)from)[h]);
+  if (format != FP8 && format != INT8) return;
+  auto number = [&](vi code) {  // as `from_fp8`
+    return (format == INT8 ? to_float(code) : (vf)(code << 20 & (int32_t)0x87F00000) * 0x1p120f) * *scale;
+  };
+  for (; h + W <= H; h += W)
+    store(to + h, number(__builtin_convertvector(*(const bytes_any*)(from + h), vi)));
+  for (; h < H; h++) to[h] = number(splat((int8_t)from[h]))[0];
+}
+
+// The opposite. int8 finds its scale here, fp8 is given one.
+static inline void to_cache(const float* from, int format, float* scale, int H, uint8_t* to) {
+  if (format == FP32) std::memcpy(to, from, H * sizeof(float));
+  if (format == BF16)
+    for (int h = 0; h < H; h++) ((uint16_t*)to)[h] = to_bf16(from[h]);
+  if (format == FP8)
+    for (int h = 0; h < H; h++) {
+      vf y = nearest_fp8(smaller(larger(splat(from[h] / *scale), splat(-448.f)), splat(448.f)));
+      uint32_t bits = ((vi)(y * 0x1p-120f))[0];
+      to[h] = (bits >> 24 & 0x80) | (bits >> 20 & 0x7F);
+    }
+  if (format == INT8) {
+    float most = 1e-12f;
+    for (int h = 0; h < H; h++) most = std::max(most, std::fabs(from[h]));
+    *scale = most / 127.f;
+    for (int h = 0; h < H; h++) to[h] = (uint8_t)(int8_t)std::nearbyint(from[h] / *scale);
+  }
+}
+
 static inline float* grow(std::vector<float>& v, size_t n) {
   if (v.size() < n) v.resize(n);
   return v.data();
@@ -710,7 +760,7 @@ struct Walk {
 void Model::attend(const Step& step, int layer, const Task& task, Scratch& s) {
   const int H = shape.head_dim, N = shape.n_heads, K = shape.n_kv_heads, G = N / K;
   const int width = padded(H, COLS), R = (task.to - task.from) * G, stride = (N + 2 * K) * H;
-  const size_t bytes = step.kv_format == FP32 ? 4 : 2;
+  const size_t bytes = CACHE_BYTES[step.kv_format];
   const size_t pool_bytes = (size_t)step.n_pages * step.page_size * K * H * bytes;
   const uint8_t* k_pages = step.kv_cache + 2 * layer * pool_bytes + task.head * H * bytes;
   const int32_t* table = step.page_table + (size_t)task.sequence * step.table_width;
@@ -745,12 +795,13 @@ void Model::attend(const Step& step, int layer, const Task& task, Scratch& s) {
       }
       if (step.kv_format == FP32) {
         rows[j] = (const float*)k;
-        std::memcpy(values + j * width, v, H * sizeof(float));
       } else {
-        for (int h = 0; h < H; h++) widened[j * H + h] = from_bf16(((const uint16_t*)k)[h]);
-        for (int h = 0; h < H; h++) values[j * width + h] = from_bf16(((const uint16_t*)v)[h]);
+        from_cache(k, step.kv_format, kv_scale(step, layer, 0, key.row(), task.head), H,
+                   widened + j * H);
         rows[j] = widened + j * H;
       }
+      from_cache(v, step.kv_format, kv_scale(step, layer, 1, key.row(), task.head), H,
+                 values + j * width);
     }
     for (int j = 0; j < COLS; j += 8) transpose8(rows + j, H, keys + j);
     for (int r0 = 0; r0 < R; r0 += BLOCK) {
@@ -836,10 +887,10 @@ void Model::step(const Step& step) {
         const float* kv = &qkv[(size_t)i * stride + N * H];
         for (int part = 0; part < 2; part++, kv += K * H) {
           size_t at = (size_t)(2 * layer + part) * step.n_pages * step.page_size + step.slots[i];
-          if (step.kv_format == FP32)
-            std::memcpy((float*)step.kv_cache + at * K * H, kv, K * H * sizeof(float));
-          else
-            for (int h = 0; h < K * H; h++) ((uint16_t*)step.kv_cache)[at * K * H + h] = to_bf16(kv[h]);
+          for (int head = 0; head < K; head++)
+            to_cache(kv + head * H, step.kv_format,
+                     kv_scale(step, layer, part, step.slots[i], head), H,
+                     step.kv_cache + (at * K + head) * H * CACHE_BYTES[step.kv_format]);
         }
       });
       pool.share((int)tasks.size(), [&](int i) { attend(step, layer, tasks[i], scratch[t]); });

@@ -35,7 +35,10 @@ FLAGS = ["-std=c++20", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-tra
          "-shared", "-fPIC", "-pthread"]  # fmt: skip
 FORMATS = {"fp32": 0, "bf16": 1, "fp8": 2, "int8": 3, "int4": 4}
 COLS = 32  # of a panel
-CACHE_FORMATS = {torch.float32: FORMATS["fp32"], torch.bfloat16: FORMATS["bf16"]}
+EMBEDDING_FORMATS = {torch.float32: FORMATS["fp32"], torch.bfloat16: FORMATS["bf16"]}
+CACHE_FORMATS = EMBEDDING_FORMATS | {
+    torch.float8_e4m3fn: FORMATS["fp8"], torch.int8: FORMATS["int8"],
+}  # fmt: skip
 
 
 class CompilerMissing(Exception):
@@ -62,7 +65,7 @@ class _Step(ctypes.Structure):
         ("n_pages", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in (
             "tokens", "positions", "slots", "cu_seqlens", "page_table", "rows", "kv_cache",
-            "logits",
+            "kv_scale", "logits",
         )),
     ]  # fmt: skip
 
@@ -161,12 +164,12 @@ class CpuModel:
         Raises:
             CompilerMissing: the kernel cannot be built here.
         """
-        assert embedding.dtype in CACHE_FORMATS, embedding.dtype
+        assert embedding.dtype in EMBEDDING_FORMATS, embedding.dtype
         self._library = _library(instructions or available_instructions()[0])
         self._shape, self._embedding = shape, embedding.contiguous()
         self._model = self._library.model_new(
             ctypes.byref(shape), frequencies.double().contiguous().data_ptr(),
-            self._embedding.data_ptr(), CACHE_FORMATS[embedding.dtype],
+            self._embedding.data_ptr(), EMBEDDING_FORMATS[embedding.dtype],
         )  # fmt: skip
         for i, layer in enumerate(layers):
             self._norm(2 * i, layer.attention_norm)
@@ -185,12 +188,12 @@ class CpuModel:
     def step(
         self, tokens: Tensor, positions: Tensor, slots: Tensor, cu_seqlens: Tensor,
         page_table: Tensor, rows: Tensor, kv_cache: Tensor,
-        window: int | None = None,
+        kv_scale: Tensor | None = None, window: int | None = None,
     ) -> Tensor:  # fmt: skip
         """Compute new tokens (T,), write their keys and values -> logits (R, V) of `rows` (R,).
 
         Everything else as in attention.Paged: positions and slots (T,), cu_seqlens (S + 1,),
-        page_table (S, pages), kv_cache (L, 2, P, page_size, K, H).
+        page_table (S, pages); kv_cache and kv_scale are codes and scale of pages.Pages.
 
         Raises:
             ValueError: a token, position, slot, page or row does not exist, or the cache is not
@@ -203,6 +206,12 @@ class CpuModel:
             raise ValueError(f"a KV cache of shape {tuple(kv_cache.shape)} is not this model's")
         if kv_cache.dtype not in CACHE_FORMATS:
             raise ValueError(f"KV cache in {kv_cache.dtype}; allowed: {list(CACHE_FORMATS)}")
+        scales = {
+            torch.float8_e4m3fn: kv_cache.shape[:2], torch.int8: kv_cache.shape[:-1],
+        }.get(kv_cache.dtype)  # fmt: skip
+        if (None if kv_scale is None else kv_scale.shape) != scales:
+            raise ValueError(f"a KV cache in {kv_cache.dtype} needs scales {scales}")
+        assert kv_scale is None or (kv_scale.dtype == torch.float32 and kv_scale.is_contiguous())
         logits = torch.empty(len(rows), shape.vocab_size)
         # Named, so that converted copies live as long as the call.
         ints = [x.int().contiguous() for x in (tokens, positions, cu_seqlens, page_table, rows)]
@@ -214,7 +223,8 @@ class CpuModel:
             kv_format=CACHE_FORMATS[kv_cache.dtype], n_pages=n_pages,
             tokens=tokens.data_ptr(), positions=positions.data_ptr(), slots=places.data_ptr(),
             cu_seqlens=cu_seqlens.data_ptr(), page_table=page_table.data_ptr(),
-            rows=rows.data_ptr(), kv_cache=kv_cache.data_ptr(), logits=logits.data_ptr(),
+            rows=rows.data_ptr(), kv_cache=kv_cache.data_ptr(),
+            kv_scale=None if kv_scale is None else kv_scale.data_ptr(), logits=logits.data_ptr(),
         )  # fmt: skip
         if self._library.model_step(self._model, ctypes.byref(step)):
             raise ValueError("a token, position, slot, page or row is out of range")

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from opennemo.model.pages import Pages
+
 
 @dataclass
 class Packed:
@@ -42,7 +44,7 @@ class Packed:
 class Paged:
     """New tokens of several sequences, each behind a past that lies in pages of the KV cache."""
 
-    kv_cache: Tensor  # (L, 2, P, page_size, K, H)
+    pages: Pages
     positions: Tensor  # (T,)
     slots: Tensor  # (T,) where each new key and value goes: page * page_size + offset
     cu_seqlens: Tensor  # (S + 1,) int32, bounds of the new tokens of each sequence
@@ -52,12 +54,16 @@ class Paged:
     window: int | None = None  # ModelConfig.sliding_window
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        k_pages, v_pages = self.kv_cache[layer]
-        k_pages.flatten(0, 1).index_copy_(0, self.slots, k.to(k_pages.dtype))
-        v_pages.flatten(0, 1).index_copy_(0, self.slots, v.to(v_pages.dtype))
+        self.pages.write(layer, self.slots, k, v)
+        k_pages, v_pages = self.pages.codes[layer]
+        table = self.page_table
+        if k_pages.dtype != q.dtype:  # the definition for codes: bring back the pages in use
+            used, table = table.unique(return_inverse=True)
+            k_pages, v_pages = (self.pages.read(layer, part, used, q.dtype) for part in (0, 1))
+            table = table.to(self.page_table.dtype)
         return varlen_attention(
             q, k_pages, v_pages, self.cu_seqlens, None, self.max_seqlen,
-            self.context_lens, self.page_table, self.window,
+            self.context_lens, table, self.window,
         )  # fmt: skip
 
 

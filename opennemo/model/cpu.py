@@ -87,7 +87,7 @@ class NativeStep:
     def __call__(self, tokens: Tensor, attend: Paged, rows: Tensor) -> Tensor:
         return self.kernel.step(
             tokens, attend.positions, attend.slots, attend.cu_seqlens, attend.page_table, rows,
-            attend.kv_cache, attend.window,
+            attend.pages.codes, attend.pages.scale, attend.window,
         )  # fmt: skip
 
 

@@ -86,7 +86,7 @@ def test_sleep_refuses_and_wake_answers_as_before(server, http):
     assert http.post(CHAT, json=BODY).status_code == 503
     assert http.get("/v1/health/ready").status_code == 503
     assert http.get("/v1/health/live").status_code == 200
-    assert server.llm.engine.runner.kv_cache.numel() == 0
+    assert server.llm.engine.runner.pages.nbytes == 0
     assert http.post("/wake_up", headers=admin).json() == {"is_sleeping": False}
     assert http.post(CHAT, json=settings).json()["choices"][0]["message"] == before
 
