@@ -24,22 +24,27 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
+from starlette.routing import Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from opennemo.errors import OpenNemoError
-from opennemo.serve import admin, anthropic, chat, models, nim, responses
+from opennemo.serve import admin, anthropic, batches, chat, models, nim, responses
 from opennemo.serve.errors import Refusal, error_response, refusal
-from opennemo.serve.service import Service
+from opennemo.serve.service import INSIDE, Service
 from opennemo.serve.settings import Settings
+from opennemo.serve.worker import Worker
 
 ERRORS = {400, 401, 403, 404, 405, 413, 422, 429, 500, 501, 503}
 MAX_HEADERS = 64 * 1024  # bytes
+FORM = 64 * 1024  # bytes that an upload has besides its file
 WEB = Path(__file__).parent / "web"
+# Nothing inline and nobody else's; HTML only through the sanitizer's Trusted Types policy.
 PAGE_POLICY = (
-    "default-src 'self'; img-src 'self' data:; style-src 'self' 'unsafe-inline'; "
-    "object-src 'none'; base-uri 'none'; frame-ancestors 'none'"
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'; trusted-types dompurify"
 )
 log = structlog.get_logger("opennemo.serve")
 
@@ -57,7 +62,11 @@ def create_app(service: Service, *, load: Callable[[], None] | None = None) -> F
         task = asyncio.create_task(asyncio.to_thread(load)) if load else None
         if task:
             task.add_done_callback(app.state.loaded)
+        worker = asyncio.create_task(app.state.batches.serve())
         yield
+        worker.cancel()
+        with suppress(asyncio.CancelledError):
+            await worker
         if task:
             with suppress(OpenNemoError):
                 await task
@@ -79,14 +88,18 @@ def create_app(service: Service, *, load: Callable[[], None] | None = None) -> F
         },
     )
     app.state.service, app.state.loaded = service, lambda task: None
-    for router in (chat.router, responses.router, anthropic.router, models.router, nim.router):
-        app.include_router(router)
+    app.state.batches = Worker(service, app)
+    for module in (chat, responses, anthropic, models, nim, batches):
+        app.include_router(module.router)
+    app.include_router(batches.uploads, max_body_size=settings.max_file_size + FORM)
     if settings.admin_key:
         app.include_router(admin.router)
-    pages = {f"/{path.relative_to(WEB)}" for path in WEB.rglob("*") if path.is_file()}
-    if pages:
-        app.mount("/", StaticFiles(directory=WEB, html=True))
-    is_open = {*nim.OPEN, *pages, *(["/"] if pages else [])}
+    # A route for each file: a mount at "/" would take other routes' wrong methods, which are 405s.
+    pages = {f"/{path.relative_to(WEB).as_posix()}" for path in WEB.rglob("*") if path.is_file()}
+    pages |= {"/"}
+    files = StaticFiles(directory=WEB, html=True)
+    app.router.routes += [Route(path, files, methods=["GET"]) for path in sorted(pages)]
+    is_open = {*nim.OPEN, *pages}
     if not settings.metrics_auth:
         is_open |= set(nim.METRICS)
     app.add_middleware(Gate, service=service, is_open=frozenset(is_open), pages=frozenset(pages))
@@ -131,10 +144,16 @@ class Gate:
             unsent = False
 
         try:
-            self._check_host(headers)
-            self._check_size(headers)
-            scope.setdefault("state", {})["client"] = self._identify(path, headers)
+            client = scope.get(INSIDE)  # a line of a batch was let in when the batch was
+            if client is None:
+                self._check_host(headers)
+                self._check_size(path, headers)
+                client = self._identify(path, headers)
+            scope.setdefault("state", {})["client"] = client
             await self._app(scope, receive, reply)
+        except asyncio.CancelledError:
+            status = 499
+            raise
         except Refusal as error:
             await error_response(error, path)(scope, receive, reply)
         except Exception:
@@ -170,9 +189,10 @@ class Gate:
         if self._service.settings.is_loopback and name not in ("localhost", "127.0.0.1", "::1"):
             raise Refusal(403, "this server answers to localhost only", "permission_error")
 
-    def _check_size(self, headers: dict[bytes, bytes]) -> None:
+    def _check_size(self, path: str, headers: dict[bytes, bytes]) -> None:
         """What announces its size is refused here; FastAPI counts the rest as it comes."""
-        length, most = headers.get(b"content-length", b"0"), self._service.settings.max_body_size
+        settings, length = self._service.settings, headers.get(b"content-length", b"0")
+        most = settings.max_file_size + FORM if path == "/v1/files" else settings.max_body_size
         if length.isdigit() and int(length[:20]) > most:
             raise Refusal(413, f"a body may have {most:,} bytes", "request_too_large")
 
@@ -181,8 +201,12 @@ class Gate:
             (b"x-request-id", request_id.encode()),
             (b"x-content-type-options", b"nosniff"),
         ]
-        if path == "/" or path in self._pages:
-            headers.append((b"content-security-policy", PAGE_POLICY.encode()))
+        if path in self._pages:
+            headers += [
+                (b"content-security-policy", PAGE_POLICY.encode()),
+                (b"referrer-policy", b"no-referrer"),
+                (b"cache-control", b"no-cache"),  # ask each time; unchanged is a 304
+            ]
         return headers
 
 

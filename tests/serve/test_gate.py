@@ -12,7 +12,7 @@ import httpx2
 import pytest
 
 from opennemo.serve import auth
-from opennemo.serve.app import create_app
+from opennemo.serve.app import WEB, create_app
 
 CHAT = "/v1/chat/completions"
 BODY = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}
@@ -38,6 +38,7 @@ def test_every_route_but_the_open_ones_asks_for_a_key(server):
         "/metrics",
         "/v1/metrics",
     }
+    open_paths |= {"/"} | {f"/{path.relative_to(WEB)}" for path in WEB.rglob("*.*")}
     app = create_app(server.service)
     seen = routes(app)
     assert len(seen) > 30 and ("POST", CHAT) in seen and ("POST", "/sleep") in seen
