@@ -181,14 +181,17 @@ def quantize(
     to: Annotated[str, typer.Option(help="hf, or mistral for fp8-static.")] = "hf",
     calibrate: Annotated[
         list[Path] | None,
-        typer.Option(help="Texts that show a static format how large inputs are: .jsonl, .txt."),
+        typer.Option(help="Texts that fixed scales are found on: .jsonl, .txt."),
     ] = None,
     calibration_tokens: Annotated[int, typer.Option(min=1, help="To read of them.")] = 4096,
+    kv: Annotated[
+        str | None, typer.Option(help="fp8 writes scales for a KV cache in FP8 along.")
+    ] = None,
 ) -> None:
     """Write a model in a number format that serves faster and in less memory; vLLM reads it too."""
-    from opennemo.model.calibration import largest_inputs
-    from opennemo.model.checkpoint import quantize as quantize_checkpoint
     from opennemo.model.compressed import SCHEMES
+    from opennemo.model.export import calibrate as run_over
+    from opennemo.model.export import quantize as quantize_checkpoint
     from opennemo.model.hub import locate
     from opennemo.model.quantization import FORMATS
     from opennemo.tokenizer.texts import Texts
@@ -197,16 +200,20 @@ def quantize(
         _one_of("--format", format, tuple(SCHEMES)),
         _one_of("--to", to, ("hf", "mistral")),
     )
-    path, largest = locate(source), None
-    if FORMATS[name].static:
+    if kv is not None:
+        _one_of("--kv", kv, ("fp8",))
+    path, calibration = locate(source), None
+    if FORMATS[name].static or kv:
         if not calibrate:
-            raise InvalidRequest(f"--format {name} needs texts to calibrate on: --calibrate FILE")
+            why = f"--kv {kv}" if kv else f"--format {name}"
+            raise InvalidRequest(f"{why} needs texts to calibrate on: --calibrate FILE")
         texts = (text for _, text in Texts(calibrate))
-        largest = largest_inputs(path, texts, calibration_tokens)
+        calibration = run_over(path, texts, calibration_tokens)
     with _progress("Quantizing") as progress:
         quantize_checkpoint(
-            path, folder, format=name, to=layout, largest_inputs=largest, progress=progress
-        )
+            path, folder, format=name, to=layout, calibration=calibration, kv=bool(kv),
+            progress=progress,
+        )  # fmt: skip
     print(f"Wrote {folder}")
 
 

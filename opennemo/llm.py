@@ -18,7 +18,7 @@ import torch
 from opennemo.engine import Engine, EngineConfig, Event, SamplingParams
 from opennemo.engine.grammar import GrammarCompiler, Kind, tool_call_grammar
 from opennemo.errors import InvalidRequest
-from opennemo.model.checkpoint import load
+from opennemo.model.checkpoint import load, open_checkpoint
 from opennemo.model.companions import read_generation_config
 from opennemo.model.hub import locate
 from opennemo.model.lora import Adapter, load_adapter
@@ -64,7 +64,8 @@ class LLM:
             model: a folder, a `.gguf` file, or a Hugging Face id such as
                 `mistralai/Mistral-Nemo-Instruct-2407`.
             device: "cpu" or "cuda"; by default CUDA where there is one.
-            dtype: of weights and KV cache; by default bfloat16 on CUDA and float32 on a CPU.
+            dtype: of weights, by default bfloat16 on CUDA and float32 on a CPU; and of the KV
+                cache, unless `config` names its format or the model brings scales for one in fp8.
 
         Raises:
             CheckpointError: there is no such model, or it cannot be used.
@@ -81,7 +82,8 @@ class LLM:
             top_k=said.get("top_k", 0),
         )
         eos_ids = {tokenizer.eos_id, *said.get("eos_token_ids", ())}
-        engine = Engine(load(path, device=device, dtype=dtype), eos_ids, config)
+        kv_scale = None if path.suffix == ".gguf" else open_checkpoint(path).read_kv_scale()
+        engine = Engine(load(path, device=device, dtype=dtype), eos_ids, config, kv_scale)
         engine.start()
         return cls(_name(path, model), tokenizer, engine, defaults)
 

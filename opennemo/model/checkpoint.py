@@ -2,7 +2,8 @@
 
 Whatever its layout, an opened `Checkpoint` is a shape and a way to read one weight at a time, under
 Mistral's name and in Mistral's order of channels. Loading reads them into a model, converting
-streams them into another folder; neither holds two copies, and files are memory-mapped.
+streams them into another folder, in codes if export.py does it; neither holds two copies, and
+files are memory-mapped.
 
 Only safetensors and GGUF are read: they hold numbers, and nothing that could run. A folder takes
 its name when everything is in it, never before. What each layout calls things is layouts.py's
@@ -26,9 +27,7 @@ from opennemo.model import compressed, layouts
 from opennemo.model.companions import copy_companions, write_json
 from opennemo.model.layouts import FolderLayout, Layout
 from opennemo.model.quantization import (
-    FORMATS,
     QuantizedLinear,
-    quantize_linear,
     replace_module,
 )
 from opennemo.model.tensor_files import PLAIN, SafetensorFiles, write_safetensors
@@ -71,6 +70,17 @@ class Checkpoint:
         parts = compressed.parts(self.format, self.layout, shape)
         tensors = {suffix: self.read(f"{module}.{suffix}") for suffix in parts}
         return compressed.unpack(self.format, self.layout, tensors)
+
+    def read_kv_scale(self) -> Tensor | None:
+        """Scales (L, 2) of keys and values for a KV cache in FP8, if the model brings them.
+
+        Raises:
+            CheckpointError: one of them is not a positive number.
+        """
+        scale = compressed.read_kv_scale(self.files, self.config.n_layers, self.layout)
+        if scale is not None and not (scale.isfinite().all() and (scale > 0).all()):
+            raise CheckpointError("a scale of the KV cache is not a positive number")
+        return scale
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -139,7 +149,7 @@ def save(model: Transformer, folder: Path, *, layout: FolderLayout = "hf") -> No
     with new_folder(folder) as partial:
         tensors = {n: (dtype, shape) for n, shape in weight_shapes(model.config).items()}
         read = lambda n: weights[n].detach().to("cpu", dtype)  # noqa: E731
-        _write(partial, layout, model.config, tensors, read)
+        write_model(partial, layout, model.config, tensors, read)
 
 
 def convert(
@@ -165,66 +175,7 @@ def convert(
     with new_folder(dst) as partial:
         tensors = {n: (dtype, shape) for n, shape in weight_shapes(source.config).items()}
         read = lambda n: source.read(n, dtype)  # noqa: E731
-        _write(partial, to, source.config, tensors, read, progress=progress)
-        copy_companions(src, partial, layout=to)
-
-
-def quantize(
-    src: Path,
-    dst: Path,
-    *,
-    format: str,
-    to: FolderLayout = "hf",
-    largest_inputs: Mapping[str, float] | None = None,
-    progress: Progress = lambda done, total: None,
-) -> None:
-    """Write a model as a folder with the matrices of its blocks in codes, one after the other.
-
-    Needs memory for the matrices that share a scale (at most two of the feed-forward's), however
-    large the model is. Embedding, norms and head stay as they are stored.
-
-    Args:
-        format: of `compressed.SCHEMES`.
-        largest_inputs: what quantization.calibration recorded; a static format needs it.
-
-    Raises:
-        CheckpointError: as for `convert`; or the layout or shape does not admit the format.
-    """
-    source = open_checkpoint(src)
-    if source.format:
-        raise CheckpointError(f"{src}: is stored as {source.format} already")
-    try:
-        said = compressed.describe(format, to)
-    except ValueError as error:
-        raise CheckpointError(f"{dst}: {error}") from None
-    shapes = weight_shapes(source.config)
-    tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-    for name, shape in shapes.items():
-        if not compressed.is_stored_in_codes(name):
-            tensors[name] = (source.dtype, shape)
-            continue
-        if format == "int4" and shape[1] % 32:
-            raise CheckpointError(f"{src}: int4 needs widths in multiples of 32, {name} is {shape}")
-        module = name.removesuffix("weight")
-        parts = compressed.parts(format, to, shape)
-        tensors |= {f"{module}{suffix}": part for suffix, part in parts.items()}
-    packed: dict[str, Tensor] = {}  # of the matrix in progress
-
-    def read(name: str) -> Tensor:
-        module = name.rpartition(".")[0]
-        if name in shapes and not compressed.is_stored_in_codes(name):
-            return source.read(name, source.dtype)
-        if name not in packed:
-            packed.clear()
-            weight_of = lambda m: source.read(f"{m}.weight", source.dtype)  # noqa: E731
-            linear = quantize_linear(FORMATS[format], module, weight_of, largest_inputs)
-            parts = compressed.parts(format, to, shapes[f"{module}.weight"])
-            stored = compressed.pack(format, to, linear, parts)
-            packed.update({f"{module}.{suffix}": tensor for suffix, tensor in stored.items()})
-        return packed[name]
-
-    with new_folder(dst) as partial:
-        _write(partial, to, source.config, tensors, read, said, progress)
+        write_model(partial, to, source.config, tensors, read, progress=progress)
         copy_companions(src, partial, layout=to)
 
 
@@ -335,8 +286,8 @@ def _compare(
     # What may be stored though it is not needed: a tied head, in old files RoPE's angles, and the
     # scales of a KV cache in FP8.
     ignored = (
-        layouts.spell("output.weight", layout), "rotary_emb.inv_freq", ".k_scale", ".v_scale",
-        "fake_quantizer.qscale_act",
+        layouts.spell("output.weight", layout), "rotary_emb.inv_freq",
+        *(name for pair in compressed.KV_SCALES[layout] for name in pair),
     )  # fmt: skip
     problems = {
         "missing": [name for name in shapes if name not in found],
@@ -359,7 +310,7 @@ def _first_five(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def _write(
+def write_model(
     folder: Path,
     layout: FolderLayout,
     config: ModelConfig,
@@ -367,16 +318,24 @@ def _write(
     read: Callable[[str], Tensor],
     more_settings: Mapping[str, Any] | None = None,
     progress: Progress = lambda done, total: None,
+    extra: Mapping[str, Tensor] | None = None,
 ) -> None:
+    """Write settings and weights into a folder, asking `read` for each tensor when its turn comes.
+
+    `extra` are small tensors under the layout's own names, `more_settings` go into the settings.
+    """
     own_names = {layouts.spell(name, layout): name for name in tensors}
     sizes = {
         layouts.spell(name, layout): math.prod(shape) * dtype.itemsize
         for name, (dtype, shape) in tensors.items()
     }
     total, done = sum(sizes.values()), 0
+    extra = extra or {}
 
     def tensor(name: str) -> Tensor:
         nonlocal done
+        if name in extra:
+            return extra[name]
         done += sizes[name]
         progress(done, total)
         own = own_names[name]
@@ -393,6 +352,7 @@ def _write(
             room = MAX_SHARD if layout == "hf" else total
         shards[-1][name] = tensors[own_names[name]]
         room -= size
+    shards[-1] |= {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in extra.items()}
     weight_map = {}
     for i, shard in enumerate(shards, 1):
         number = f"-{i:05}-of-{len(shards):05}" if len(shards) > 1 else ""

@@ -3,6 +3,7 @@
 Hugging Face's layout holds them as `compressed-tensors` does, which vLLM, SGLang and transformers
 read: `weight` in codes, `weight_scale`, for static inputs `input_scale`, and in config.json what
 they mean. Mistral's own folders of that kind say `qscale_weight` and `qscale_act`, one number each.
+Either may bring scales for keys and values, which a cache in FP8 needs.
 
 Sources: the compressed-tensors package 0.20 and vLLM's loaders for Mistral's layout.
 """
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from opennemo.errors import CheckpointError
-from opennemo.model.layouts import Layout, short
+from opennemo.model.layouts import FolderLayout, Layout, short
 from opennemo.model.quantization import FORMATS, Format, QuantizedLinear
 
 Parts = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # suffix of a tensor's name -> what it is
@@ -32,11 +33,27 @@ SCHEMES: dict[str, tuple[str, dict, dict | None]] = {
     "int8": ("int-quantized", _INT8 | _ROW, _INT8 | _GROUPS | {"dynamic": True}),
     "int4": ("pack-quantized", _INT8 | _GROUPS | {"num_bits": 4, "dynamic": False}, None),
 }
+_KV = {"kv_cache_scheme": _FLOAT8 | _TENSOR}
+# What the scales of keys and of values are called: as written here, and as others do.
+KV_SCALES: dict[Layout, tuple[tuple[str, str], ...]] = {
+    "hf": (
+        ("self_attn.k_scale", "self_attn.v_scale"),
+        ("self_attn.k_proj.k_scale", "self_attn.v_proj.v_scale"),  # ModelOpt
+        ("self_attn.kv_scale", "self_attn.kv_scale"),  # AutoFP8
+    ),
+    "mistral": (
+        ("attention.k_fake_quantizer.qscale_act", "attention.v_fake_quantizer.qscale_act"),
+        ("attention.kv_fake_quantizer.qscale_act", "attention.kv_fake_quantizer.qscale_act"),
+    ),
+    "gguf": (),
+}
 _MISTRAL = {"qformat_weight": "fp8_e4m3", "qscheme_act": "TENSOR"}
 
 
-def describe(name: str, layout: Layout) -> dict[str, Any]:
-    """What settings say of a format: an entry of config.json or of params.json.
+def describe(name: str, layout: Layout, kv: bool = False) -> dict[str, Any]:
+    """What settings say of a format, and with `kv` of scales for a cache in FP8.
+
+    An entry of config.json or of params.json.
 
     Raises:
         ValueError: the layout has no way to say it.
@@ -54,6 +71,7 @@ def describe(name: str, layout: Layout) -> dict[str, Any]:
             "quantization_status": "compressed",
             "ignore": ["lm_head"],
             "config_groups": {"group_0": group},
+            **(_KV if kv else {}),
         }
     }
 
@@ -123,6 +141,24 @@ def parts(name: str, layout: Layout, shape: tuple[int, ...]) -> Parts:
         weight_scale: (torch.float32, one if name == "fp8-static" else (rows, 1)),
     }
     return sizes | ({input_scale: (torch.float32, one)} if FORMATS[name].static else {})
+
+
+def kv_scale_names(layer: int, layout: FolderLayout) -> tuple[str, str]:
+    """What the scales of a layer's keys and values are called in a file that is written."""
+    prefix = "layers" if layout == "mistral" else "model.layers"
+    keys, values = KV_SCALES[layout][0]
+    return f"{prefix}.{layer}.{keys}", f"{prefix}.{layer}.{values}"
+
+
+def read_kv_scale(files: Any, n_layers: int, layout: Layout) -> Tensor | None:
+    """The scales (L, 2) of keys and values, if an open model brings them for every layer."""
+    prefix = "layers" if layout == "mistral" else "model.layers"
+    for pair in KV_SCALES[layout]:
+        names = [f"{prefix}.{i}.{name}" for i in range(n_layers) for name in pair]
+        if all(name in files.shapes for name in names):
+            found = [files.read(name).float().reshape(-1)[:1] for name in names]
+            return torch.cat(found).view(n_layers, 2)
+    return None
 
 
 def suffixes(name: str, layout: Layout) -> tuple[str, str, str]:

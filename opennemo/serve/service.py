@@ -25,12 +25,16 @@ from opennemo.serve.schema import Body
 from opennemo.serve.settings import Settings
 from opennemo.serve.stream import Generation
 
+KV_FORMATS = {  # vLLM's names of what a KV cache is kept in -> ours
+    "auto": None, "bfloat16": "bf16", "float32": "fp32", "fp8": "fp8", "int8": "int8",
+}  # fmt: skip
 NEMO_NAMES = (
     "open-mistral-nemo-2407",
     "open-mistral-nemo",
     "mistral-tiny-2407",
     "mistral-tiny-latest",
 )
+INSIDE = "opennemo.client"  # in the scope of a request that comes from a batch: for whom
 log = structlog.get_logger("opennemo.serve")
 
 
@@ -66,6 +70,8 @@ class Service:
         config = EngineConfig(
             max_context=settings.max_model_len,
             page_size=settings.block_size,
+            kv_format=KV_FORMATS[settings.kv_cache_dtype],
+            kv_scale=settings.kv_scale,
             max_batched_tokens=settings.max_num_batched_tokens,
             max_sequences=settings.max_num_seqs,
             max_queued=settings.max_num_queued_reqs,
@@ -124,6 +130,10 @@ class Service:
     @property
     def loaded(self) -> LLM | None:
         return self._llm
+
+    def serves(self, model: str) -> bool:
+        """Whether a model's name is one of ours, or an adapter's."""
+        return model in self.names or (self._llm is not None and model in self._llm.adapters)
 
     def adapter(self, model: str | None) -> str | None:
         """The adapter that a model's name stands for; None for the model itself.

@@ -74,6 +74,12 @@ class Settings(BaseSettings):
     max_num_batched_tokens: int = Field(512, ge=1, le=2**20, description="Tokens in one step.")
     max_num_queued_reqs: int = Field(1024, ge=1, le=2**20, description="One more gets a 503.")
     block_size: int = Field(16, ge=1, le=1024, description="Tokens in a page of the KV cache.")
+    kv_cache_dtype: Literal["auto", "bfloat16", "float32", "fp8", "int8"] = Field(
+        "auto", description="Of the KV cache; auto: fp8 where the model brings scales, else dtype."
+    )
+    kv_scale: float | None = Field(
+        None, gt=0, le=2**20, description="For fp8 where the model brings no scales, such as 1."
+    )
     enable_prefix_caching: bool = True
     num_speculative_tokens: int = Field(0, ge=0, le=64, description="Guessed by prompt lookup.")
     override_generation_config: dict[str, float] = Field(
@@ -89,6 +95,17 @@ class Settings(BaseSettings):
     mistral_usage: bool = Field(False, description="Always put usage on the last chunk.")
     max_body_size: int = Field(2**24, ge=1024, le=2**32, description="Bytes of a request.")
     sse_keep_alive_interval: float = Field(15, gt=0, le=3600, description="Seconds.")
+    state_dir: Path = Field(
+        default_factory=lambda: _state_home() / "opennemo",
+        description="Files and batches are kept here; by default ~/.local/state/opennemo.",
+    )
+    max_file_size: int = Field(200 * 2**20, ge=1024, le=2**40, description="Bytes of an upload.")
+    max_batch_lines: int = Field(50_000, ge=1, le=2**31, description="Lines of an upload.")
+    max_state_size: int = Field(10 * 2**30, ge=0, le=2**50, description="Bytes of all files.")
+    max_num_batch_seqs: int = Field(
+        32, ge=1, le=4096,
+        description="Lines of batches answered side by side; a live request takes one's place.",
+    )  # fmt: skip
     shutdown_timeout: float = Field(30, ge=0, le=86400, description="Seconds to finish answers.")
     watchdog_timeout: float = Field(300, gt=0, le=86400, description="Seconds a step may take.")
     metrics_compat: Literal["none", "vllm"] = "none"
@@ -128,6 +145,10 @@ class Settings(BaseSettings):
         init, env = named["init_settings"], named["env_settings"]
         nim = {NIM[k]: v for k, v in os.environ.items() if k in NIM and v}
         return init, env, InitSettingsSource(settings_cls, nim)
+
+
+def _state_home() -> Path:
+    return Path(os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state"))
 
 
 def read_settings(arguments: list[str]) -> Settings:

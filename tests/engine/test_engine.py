@@ -13,6 +13,7 @@ import torch
 from opennemo.engine import Engine, EngineConfig, Event, SamplingParams
 from opennemo.errors import ContextTooLong, InvalidRequest, Overloaded
 from opennemo.model.attention import Packed
+from opennemo.model.quantization import FORMATS, quantize_
 from opennemo.model.transformer import Transformer
 
 EOS, NAN = 7, float("nan")
@@ -82,6 +83,42 @@ def test_answers_do_not_depend_on_how_work_is_shared(model, config, params):
     assert answers(engine, texts, params) == alone  # now with whatever the cache has learnt
     if config.n_pages:
         assert engine.scheduler.n_preemptions > 0
+
+
+@pytest.mark.parametrize("kv", ["fp32", "bf16", "fp8", "int8"])
+@pytest.mark.parametrize("weights", ["fp32", "int8"])
+def test_fifty_greedy_answers_are_the_same_in_any_company(model, weights, kv):
+    if weights != "fp32":
+        quantize_(model, FORMATS[weights], head=FORMATS[weights])
+    texts, params = prompts(50, shared=20), SamplingParams(max_tokens=12)
+
+    def engine(**config) -> Engine:
+        formats = EngineConfig(kv_format=kv, kv_scale=2**-7, **config)
+        return Engine(deepcopy(model), [EOS], formats)
+
+    one = engine(prefix_caching=False)
+    alone = [answers(one, [text], params)[0] for text in texts]
+    for config in (
+        {"max_sequences": 32, "max_batched_tokens": 4096},
+        {"max_batched_tokens": 40, "prefix_caching": False},  # prompts in chunks
+        {"page_size": 4, "n_pages": 60},  # many are preempted
+    ):
+        crowd = engine(**config)
+        assert answers(crowd, texts, params) == alone, config
+        if "n_pages" in config:
+            assert crowd.scheduler.n_preemptions > 0
+
+
+def test_a_cache_in_fp8_asks_for_scales(model):
+    with pytest.raises(InvalidRequest, match="needs the scales of keys and values"):
+        Engine(model, [], EngineConfig(kv_format="fp8"))
+    with pytest.raises(InvalidRequest, match="'int5'; allowed: fp32"):
+        Engine(model, [], EngineConfig(kv_format="int5"))
+    own = Engine(deepcopy(model), [], kv_scale=torch.full((2, 2), 2.0**-7))
+    given = Engine(deepcopy(model), [], EngineConfig(kv_format="fp8", kv_scale=2**-7))
+    params, texts = SamplingParams(max_tokens=12), prompts(6)
+    assert own.runner.pages.format == "fp8"
+    assert answers(own, texts, params) == answers(given, texts, params)
 
 
 def test_prefix_cache_saves_work_and_says_so(model):

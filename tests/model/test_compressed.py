@@ -7,8 +7,9 @@ import torch
 
 from opennemo.errors import CheckpointError
 from opennemo.model.attention import Packed
-from opennemo.model.checkpoint import load, open_checkpoint, quantize, save
+from opennemo.model.checkpoint import load, open_checkpoint, save
 from opennemo.model.compressed import SCHEMES
+from opennemo.model.export import Calibration, quantize
 from opennemo.model.quantization import FORMATS, QuantizedLinear, calibration, quantize_
 from opennemo.model.transformer import ModelConfig, Transformer
 
@@ -35,11 +36,14 @@ def logits(model: Transformer) -> torch.Tensor:
     return model.output(model(TOKENS, Packed.of(40)))
 
 
-def calibrated(folder) -> dict[str, float]:
+KV_SCALE = torch.tensor([[0.5, 0.25], [1.0, 2.0]])  # of each layer's keys and values
+
+
+def calibrated(folder) -> Calibration:
     model = load(folder)
     with calibration(model) as largest:
         logits(model)
-    return largest
+    return Calibration(largest_inputs=largest, kv_scale=KV_SCALE)
 
 
 WAYS = [(name, "hf") for name in SCHEMES] + [("fp8-static", "mistral")]
@@ -47,15 +51,17 @@ WAYS = [(name, "hf") for name in SCHEMES] + [("fp8-static", "mistral")]
 
 @pytest.mark.parametrize(("name", "layout"), WAYS)
 def test_a_folder_holds_what_quantize_computes(folder, tmp_path, name, layout):
-    largest = calibrated(folder) if FORMATS[name].static else None
-    quantize(folder, tmp_path / "small", format=name, to=layout, largest_inputs=largest)
+    found = calibrated(folder)
+    quantize(folder, tmp_path / "small", format=name, to=layout, calibration=found, kv=True)
     in_memory, read_back = load(folder), load(tmp_path / "small")
-    quantize_(in_memory, FORMATS[name], largest)
+    quantize_(in_memory, FORMATS[name], found.largest_inputs)
     assert isinstance(read_back.get_submodule("layers.0.attention.wq"), QuantizedLinear)
     assert torch.equal(logits(read_back), logits(in_memory))
     assert not torch.equal(logits(read_back), logits(load(folder)))
     opened = open_checkpoint(tmp_path / "small")
     assert (opened.format, opened.layout, opened.config) == (name, layout, CONFIG)
+    assert torch.equal(opened.read_kv_scale(), KV_SCALE)
+    assert open_checkpoint(folder).read_kv_scale() is None
 
 
 @pytest.mark.parametrize("name", SCHEMES)
@@ -63,8 +69,8 @@ def test_transformers_reads_the_same_numbers(folder, tmp_path, name):
     """Where inputs are rounded by what the file says (static) or not at all, logits are equal."""
     pytest.importorskip("compressed_tensors")
     transformers = pytest.importorskip("transformers")
-    largest = calibrated(folder) if FORMATS[name].static else None
-    quantize(folder, tmp_path / "small", format=name, largest_inputs=largest)
+    found = calibrated(folder) if FORMATS[name].static else None
+    quantize(folder, tmp_path / "small", format=name, calibration=found)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "small", dtype=torch.float32
     )
@@ -84,6 +90,8 @@ def test_what_cannot_be_is_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="calibrate first"):
         quantize(folder, tmp_path / "b", format="fp8-static")
     assert not (tmp_path / "b").exists()
+    with pytest.raises(ValueError, match="calibrate first"):
+        quantize(folder, tmp_path / "b", format="fp8", kv=True)
     quantize(folder, tmp_path / "c", format="fp8")
     with pytest.raises(CheckpointError, match="already"):
         quantize(tmp_path / "c", tmp_path / "d", format="int8")
