@@ -12,8 +12,10 @@ import torch
 from gguf.quants import dequantize, quantize
 from torch import Tensor, nn
 
-from opennemo.model.attention import Packed
+from opennemo.model.attention import Packed, Paged
 from opennemo.model.checkpoint import load
+from opennemo.model.export import calibrate
+from opennemo.model.pages import Pages
 from opennemo.model.quantization import FORMATS, quantize_
 from opennemo.model.transformer import Transformer
 from opennemo.tokenizer import load_tokenizer
@@ -63,7 +65,10 @@ def reference(tokens: Tensor) -> Tensor:
 
 
 def cost(net: Transformer, tokens: Tensor, reference: Tensor) -> Cost:
-    found = log_probabilities(net, tokens)
+    return cost_of(log_probabilities(net, tokens), tokens, reference)
+
+
+def cost_of(found: Tensor, tokens: Tensor, reference: Tensor) -> Cost:
     targets, before = tokens[:, 1:].reshape(-1, 1), torch.arange(tokens.numel()) % WINDOW
     kept = before != WINDOW - 1
     loss = (reference - found)[kept].gather(1, targets).mean()
@@ -111,3 +116,27 @@ def test_fp8_costs_no_more_than_was_measured_for_it(tokens: Tensor, reference: T
     assert found.perplexity < 0.06
     assert found.agreement > 0.87
     assert found.divergence < 0.05
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kv", ["bf16", "fp8", "int8"])
+def test_a_cache_in_few_bits_costs_less_than_weights_do(tokens: Tensor, reference: Tensor, kv: str):
+    net, n_pages, page_size = fresh(), len(tokens) * WINDOW // 16, 16
+    texts = [text for text in Path(__file__).read_text("utf-8").split("\n\n") if text]
+    scale = calibrate(model_path(), texts, 2048).kv_scale if kv == "fp8" else None
+    attend = Paged(
+        pages=Pages.empty(net.config, n_pages, page_size, kv, scale=scale),
+        positions=torch.arange(WINDOW).repeat(len(tokens)),
+        slots=torch.arange(tokens.numel()),
+        cu_seqlens=torch.arange(len(tokens) + 1, dtype=torch.int32) * WINDOW,
+        max_seqlen=WINDOW,
+        context_lens=torch.full((len(tokens),), WINDOW, dtype=torch.int32),
+        page_table=torch.arange(n_pages, dtype=torch.int32).view(len(tokens), -1),
+    )
+    with torch.inference_mode():
+        rounded = net.output(net(tokens.flatten(), attend)).log_softmax(-1)
+    found = cost_of(rounded, tokens, reference)
+    print(f"KV {kv} {found}")
+    assert found.perplexity < 0.01
+    assert found.agreement > 0.93
+    assert found.divergence < 0.01
