@@ -369,16 +369,59 @@ def train(
 )
 def serve(context: typer.Context) -> None:
     """Serve a model to OpenAI's, Mistral's, Anthropic's and NIM's clients; --help lists options."""
-    try:
+    with _serving():
         from opennemo.serve.app import serve as run
         from opennemo.serve.settings import read_settings
+
+    run(read_settings(context.args))
+
+
+@app.command()
+def batch(
+    requests: Annotated[
+        Path,
+        typer.Argument(
+            help='Lines of OpenAI\'s batch format: {"custom_id": "1", "method": "POST", "url": '
+            '"/v1/chat/completions", "body": {"messages": [...]}}; or Mistral\'s, without url.'
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file of answers to write.")],
+    model: Model = DEFAULT_MODEL,
+    max_num_seqs: Annotated[int, typer.Option(help="Lines answered side by side.")] = 64,
+    max_model_len: Annotated[int | None, typer.Option(help="Tokens of context.")] = None,
+    served_model_name: Annotated[
+        list[str] | None, typer.Option(help="What bodies may call the model; repeatable.")
+    ] = None,
+    device: Device = None,
+) -> None:
+    """Answer a file of requests, many at once. After a kill, the same command goes on.
+
+    Each line of the output holds custom_id, response and error, in the order in which they end;
+    lines that cannot be answered say why. Exit code 0: all are answered; 1: some with an error;
+    2: stopped by what the last line says.
+    """
+    with _serving():
+        from opennemo.serve.offline import run_batch
+        from opennemo.serve.settings import read_settings
+
+    named = [f"--served-model-name={name}" for name in served_model_name or ()]
+    given = _given(max_num_seqs=max_num_seqs, max_model_len=max_model_len, device=device)
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+    # Nothing is listened on, whatever the environment says of hosts and keys.
+    if not run_batch(requests, output, read_settings([model, "--insecure", *options, *named])):
+        raise typer.Exit(1)
+
+
+@contextmanager
+def _serving() -> Iterator[None]:
+    """Around imports of the server, whose packages may be missing."""
+    try:
+        yield
     except ModuleNotFoundError as error:
         raise OpenNemoError(
             f"{error.name} is missing: the server needs more packages; run `make serve`, or in the "
             "checkout: pip install -e '.[serve]'"
         ) from None
-
-    run(read_settings(context.args))
 
 
 def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> Any:

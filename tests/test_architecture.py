@@ -30,10 +30,12 @@ BUDGET = {
     "reply": 280,
     "llm": 350,
     "evals": 1600,
-    # Four protocols (chat, responses, messages, NIM), some 250 lines each, and operations.
-    "serve": 3000,
+    # Four protocols (chat, responses, messages, NIM), some 250 lines each, and operations; batches
+    # in OpenAI's and Mistral's words, over a database and over plain files, are a fifth of it.
+    "serve": 4300,
     "terminal": 150,
-    "cli": 450,
+    # A dozen commands with the help that teaches them.
+    "cli": 490,
 }
 FORBIDDEN_NAMES = {"utils", "common", "base", "helpers", "core", "misc"}
 

@@ -1,6 +1,7 @@
 """Servers that are real: uvicorn on a port of its own, over a tiny random model."""
 
 import contextlib
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -61,6 +62,9 @@ def run_server(llm: LLM, **settings) -> Iterator[Running]:
     """Serve a model on loopback, in a thread that ends with the context."""
     import uvicorn
 
+    own = contextlib.ExitStack()
+    if "state_dir" not in settings:  # never the one of whoever runs the tests
+        settings["state_dir"] = own.enter_context(tempfile.TemporaryDirectory())
     service = Service(Settings(port=0, **settings))  # pyright: ignore[reportCallIssue]
     service.use(llm)
     app = create_app(service)
@@ -83,6 +87,7 @@ def run_server(llm: LLM, **settings) -> Iterator[Running]:
         server.should_exit = True
         thread.join(20)
         assert not thread.is_alive(), "the server did not stop"
+        own.close()
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,213 @@
+"""`opennemo batch`: a file of requests in, a file of answers out, with no server between.
+
+The output is the only state there is. An answer's id follows from its request's text alone, so
+whatever ended a run (a kill, a full disk, Ctrl-C), the next one sees which lines are answered,
+cuts off a line that was half written, and goes on; lines may have been added meanwhile.
+"""
+
+import asyncio
+import hashlib
+import json
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from opennemo.errors import InvalidRequest, OpenNemoError
+from opennemo.serve.app import configure_logs, create_app
+from opennemo.serve.batch import Answer, Line, LineError, Slots, answer_of, parse, run
+from opennemo.serve.service import Service
+from opennemo.serve.settings import Settings
+
+SPARE = 8  # lines that wait at the engine, so that it never waits for one
+Place = tuple[str, int, int, bool]  # a line's id, number, offset, and whether its custom_id is new
+
+
+def run_batch(source: Path, target: Path, settings: Settings) -> bool:
+    """Answer the lines of a file that have no answer as yet; whether all went without an error.
+
+    Raises:
+        OpenNemoError: a file cannot be used, or the model; answers that were written stay.
+    """
+    for path in (source, target):
+        if path.exists() and not path.is_file():
+            raise InvalidRequest(f"{path}: is no file")
+    if target.exists() and source.exists() and target.samefile(source):
+        raise InvalidRequest(f"{target}: is the input, too; give another -o")
+    try:
+        with source.open("rb") as input, _Output(target) as output:
+            places = list(_places(input))
+            todo = [place for place in places if place[0] not in output.ids]
+            if foreign := output.ids - {id for id, *_ in places}:
+                raise InvalidRequest(
+                    f"{target}: {len(foreign):,} answers in it are to no line of {source}; give "
+                    "another -o, or remove them"
+                )
+            if not places:
+                raise InvalidRequest(f"{source}: holds no requests")
+            if output.ids:
+                print(f"{len(output.ids):,} of {len(places):,} lines are answered already")
+            if todo:
+                _answer(input, todo, len(places), output, settings)
+            print(
+                f"Wrote {target}: {len(places):,} lines, {output.n_failed:,} of them with an error"
+            )
+            return output.n_failed == 0
+    except OSError as error:
+        raise InvalidRequest(f"{error.filename or target}: {error.strerror}") from None
+
+
+def _answer(
+    input: BinaryIO, todo: list[Place], n_total: int, output: "_Output", settings: Settings
+) -> None:
+    configure_logs("error")
+    service = Service(settings)
+    with Console(stderr=True).status("Loading the model ..."):
+        service.load()
+    n_done = n_total - len(todo)
+    try:
+        with _progress(n_done, n_total) as report:
+
+            def save(answers: list[Answer]) -> None:
+                nonlocal n_done
+                output.write(answers)
+                n_done += len(answers)
+                report(len(answers), sum(answer.n_tokens for answer in answers))
+
+            slots = Slots(settings.max_num_seqs + SPARE)
+            lines, client = _lines(input, todo, service.names[0]), service.gatekeeper.anonymous
+            asyncio.run(run(lines, create_app(service), client, slots, save))
+    except KeyboardInterrupt:
+        print(
+            f"\nStopped with {n_done:,} of {n_total:,} lines answered; the same command goes on",
+            file=sys.stderr,
+        )
+        raise
+    finally:
+        service.close()
+
+
+def _places(input: BinaryIO) -> Iterator[Place]:
+    """Where the lines are; empty ones are left out."""
+    seen, times, offset = set(), Counter[bytes](), 0
+    for number, raw in enumerate(input, 1):
+        if text := raw.strip():
+            digest = hashlib.sha256(text).digest()
+            times[digest] += 1
+            id = hashlib.sha256(digest + times[digest].to_bytes(8, "big")).hexdigest()[:24]
+            custom_id = None
+            with suppress(LineError):  # told of when its turn comes
+                custom_id = parse(text, "", number).custom_id
+            yield f"batch_req_{id}", number, offset, custom_id not in seen
+            if custom_id is not None:
+                seen.add(custom_id)
+        offset += len(raw)
+
+
+def _lines(input: BinaryIO, todo: list[Place], model: str) -> Iterator[Line | Answer]:
+    """Requests; where a line is none, the answer that says so. `model` is meant by default."""
+    for id, number, offset, is_new in todo:
+        input.seek(offset)
+        try:
+            line = parse(input.readline(), id, number)
+            if not is_new:
+                raise LineError(
+                    "duplicate_custom_id", "an earlier line has it", param="custom_id",
+                    custom_id=line.custom_id,
+                )  # fmt: skip
+            line.body.setdefault("model", model)
+            yield line
+        except LineError as error:
+            where = f"line {number}: {error.param}: " if error.param else f"line {number}: "
+            problem = {"code": error.code, "message": f"{where}{error}", "param": error.param}
+            yield answer_of(id, number, error.custom_id, error=problem | {"line": number})
+
+
+class _Output:
+    """The file of answers: locked, mended, and only ever added to."""
+
+    def __init__(self, path: Path):
+        self.ids: set[str] = set()
+        self.n_failed = 0
+        self._path, self._size = path, 0
+
+    def __enter__(self) -> "_Output":
+        self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        self._lock()
+        with self._path.open("rb") as file:
+            for number, raw in enumerate(file, 1):
+                if not raw.endswith(b"\n"):  # cut short by a kill; its request is put again
+                    break
+                self._size += len(raw)
+                try:
+                    answer = json.loads(raw)
+                    self.ids.add(answer["id"])
+                    self.n_failed += answer["error"] is not None
+                except (ValueError, KeyError, TypeError):
+                    raise InvalidRequest(
+                        f"{self._path}: line {number} is not an answer of a batch; give another -o"
+                    ) from None
+        os.ftruncate(self._file, self._size)
+        os.lseek(self._file, self._size, os.SEEK_SET)
+        return self
+
+    def _lock(self) -> None:
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            return
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InvalidRequest(f"{self._path}: another opennemo batch writes it") from None
+
+    def write(self, answers: list[Answer]) -> None:
+        """Add answers; they are on the disk when this returns, or none of them is."""
+        data = b"".join(answer.data for answer in answers)
+        try:
+            n_written = 0
+            while n_written < len(data):
+                n_written += os.write(self._file, data[n_written:])
+            os.fsync(self._file)
+        except OSError as error:
+            os.ftruncate(self._file, self._size)
+            raise OpenNemoError(
+                f"{self._path}: {error.strerror}; the answers so far are safe: make room, and the "
+                "same command goes on"
+            ) from None
+        self._size += len(data)
+        self.n_failed += sum(not answer.ok for answer in answers)
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._file)
+
+
+@contextmanager
+def _progress(n_done: int, n_total: int) -> Iterator[Callable[[int, int], None]]:
+    """Shows what comes (lines, tokens): a bar in a terminal, elsewhere a line for every tenth."""
+    console, started, first, n_tokens = Console(stderr=True), time.monotonic(), n_done, 0
+    columns = (TextColumn("Answering"), BarColumn(), MofNCompleteColumn(),
+               TextColumn("{task.fields[rate]}"), TimeRemainingColumn())  # fmt: skip
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=n_total, completed=n_done, rate="")
+
+        def report(n_lines: int, more_tokens: int) -> None:
+            nonlocal n_done, n_tokens
+            tenth = 10 * n_done // n_total
+            n_done, n_tokens = n_done + n_lines, n_tokens + more_tokens
+            seconds = time.monotonic() - started
+            lines_per_s, tokens_per_s = (n_done - first) / seconds, n_tokens / seconds
+            rate = f"{lines_per_s:.1f} lines/s, {tokens_per_s:.0f} tokens/s"
+            bar.update(task, completed=n_done, rate=rate)
+            if bar.disable and 10 * n_done // n_total > tenth:
+                left = f"{(n_total - n_done) / lines_per_s:.0f} s left"
+                print(f"{n_done:,} of {n_total:,} lines, {rate}, {left}", file=sys.stderr)
+
+        yield report

@@ -1,0 +1,188 @@
+"""The server's batches: takes them from the store, has them answered, ends them.
+
+One task looks after all, and what it does follows from the database alone: routes only write there
+and wake it, and after a restart it goes on with whatever is not at its end. A batch whose model
+is not served, or whose key is unknown now, waits, until its time is over.
+"""
+
+import asyncio
+import hashlib
+import secrets
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+import structlog
+from starlette.types import ASGIApp
+
+from opennemo.serve.auth import Client
+from opennemo.serve.batch import Answer, Line, LineError, Slots, answer_of, parse, run
+from opennemo.serve.errors import Refusal
+from opennemo.serve.service import Service
+from opennemo.serve.store import Row, Store
+
+MAX_ERRORS = 100  # told of a batch that is not valid
+log = structlog.get_logger("opennemo.serve")
+
+
+class Worker:
+    """Answers batches beside live requests, through `app`."""
+
+    def __init__(self, service: Service, app: ASGIApp):
+        settings = service.settings
+        self.store = Store(
+            settings.state_dir,
+            max_lines=settings.max_batch_lines,
+            max_bytes=settings.max_state_size,
+        )
+        self._service, self._app = service, app
+        self._tasks: dict[str, asyncio.Task] = {}
+        # Limits of their own, as large: batches keep to them, and take nothing from live requests.
+        gatekeeper = service.gatekeeper
+        self._clients = {
+            owner_of(c): Client(f"{c.name} (batches)", c.limits)
+            for c in gatekeeper.clients or [gatekeeper.anonymous]
+        }
+
+    async def serve(self) -> None:
+        """Look after all batches, until cancelled."""
+        try:
+            await asyncio.to_thread(self.store.open)
+        except (OSError, sqlite3.Error) as error:
+            log.warning(
+                "no batches", state_dir=str(self._service.settings.state_dir), why=str(error)
+            )
+            return
+        self._loop, self._wake = asyncio.get_running_loop(), asyncio.Event()
+        limit, active = self._service.settings.max_num_batch_seqs, self._service.active
+        self._slots = Slots(limit, lambda: len(active) - self._slots.n_taken)
+        try:
+            while True:
+                self._wake.clear()
+                with suppress(Refusal):  # the disk is full
+                    await self._look()
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._wake.wait(), 1 if self._at_work else None)
+        finally:
+            for task in self._tasks.values():
+                task.cancel()
+            await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+            await asyncio.to_thread(self.store.close)
+
+    def add(self, owner: str, files: list[str], hours: int, **details: Any) -> Row:
+        """Take a batch of some of the owner's files in; from any thread, as `cancel`."""
+        store, input = self.store, files[0]
+        if len(files) > 1:  # lines keep their order, and get numbers of their own
+            parts = (store.content(store.find("files", owner, file)["id"]) for file in files)
+            lines = (line for part in parts for data in part for line in data.splitlines(True))
+            input = store.add_file(owner, "requests.jsonl", lines)["id"]
+        batch = store.add_batch(
+            owner, input, expires_at=int(time.time()) + 3600 * hours, window=f"{hours}h",
+            input_files=files, job_model=details["model"], **details,
+        )  # fmt: skip
+        self._loop.call_soon_threadsafe(self._wake.set)
+        return batch
+
+    def cancel(self, owner: str, id: str) -> Row:
+        """Ask for the end of one of the owner's batches."""
+        batch = self.store.cancel(owner, id)
+        self._loop.call_soon_threadsafe(self._wake.set)
+        return batch
+
+    async def _look(self) -> None:
+        """Begin what can begin, end what must end."""
+        self._at_work = await asyncio.to_thread(self.store.at_work)
+        for batch in self._at_work:
+            id, task = batch["id"], self._tasks.get(batch["id"])
+            late = batch["expires_at"] < time.time()
+            if late or batch["status"] == "cancelling":
+                if task is not None:
+                    task.cancel()
+                    await asyncio.wait([task])
+                await asyncio.to_thread(self._give_up, batch)
+            elif task is not None and task.done():
+                del self._tasks[id]
+                if error := task.exception():
+                    log.error("defect", batch=id, exc_info=error)
+                    problem = {"code": "internal_server_error", "message": "the log tells more"}
+                    await asyncio.to_thread(self.store.finish, batch, "failed", [problem])
+            elif task is None and self._can_begin(batch):
+                self._tasks[id] = asyncio.create_task(self._process(batch))
+        gone = self._tasks.keys() - {batch["id"] for batch in self._at_work}
+        for id in gone:
+            del self._tasks[id]
+
+    def _can_begin(self, batch: Row) -> bool:
+        """Whether its key is known and its model is served."""
+        if batch["owner"] not in self._clients or not self._service.is_ready:
+            return False
+        return batch["model"] is None or self._service.serves(batch["model"])
+
+    async def _process(self, batch: Row) -> None:
+        store = self.store
+        try:
+            if batch["status"] == "validating":
+                batch = await asyncio.to_thread(self._validate, batch)
+            if batch["status"] == "in_progress":
+                client, save = self._clients[batch["owner"]], partial(store.answer, batch)
+                await run(self._lines(batch), self._app, client, self._slots, save)
+                await asyncio.to_thread(store.finish, batch, "completed")
+        except Refusal as error:  # the disk is full, perhaps, which passes
+            log.error("batch interrupted", id=batch["id"], error=str(error))
+            await asyncio.sleep(5)
+
+    def _lines(self, batch: Row) -> Iterator[Line]:
+        for number, raw in self.store.pending(batch):
+            id = f"batch_req_{secrets.token_hex(12)}"
+            yield parse(raw, id, number, endpoint=batch["endpoint"], model=batch["job_model"])
+
+    def _validate(self, batch: Row) -> Row:
+        """Read all lines; the first errors end the batch before anything is computed."""
+        errors: list[dict[str, Any]] = []
+        seen, models, n_total = set(), set(), 0
+        for number, raw in self.store.pending(batch):
+            n_total += 1
+            try:
+                line = parse(raw, "", number, endpoint=batch["endpoint"], model=batch["job_model"])
+                if line.custom_id in seen:
+                    raise LineError("duplicate_custom_id", "another line has it", param="custom_id")
+                seen.add(line.custom_id)
+                model = line.body.get("model")
+                if not isinstance(model, str) or not self._service.serves(model):
+                    raise LineError("model_not_found", "is not served here", param="body.model")
+                models.add(model)
+                if len(models) > 1:
+                    raise LineError("mismatched_model", "a batch has one", param="body.model")
+            except LineError as error:
+                message = f"{error.param}: {error}" if error.param else str(error)
+                problem = {"code": error.code, "message": message, "param": error.param}
+                errors.append(problem | {"line": number})
+            if len(errors) >= MAX_ERRORS:
+                break
+        if not n_total:
+            errors.append({"code": "empty_file", "message": "the file holds no requests"})
+        if errors:
+            self.store.finish(batch, "failed", errors)
+            return batch
+        return self.store.begin(batch, n_total=n_total, model=models.pop())
+
+    def _give_up(self, batch: Row) -> None:
+        """End a batch that was cancelled, or whose time is over, which its other lines are told."""
+        message = "the batch's time was over before this line's turn"
+
+        def answers() -> Iterator[Answer]:
+            for line in self._lines(batch):
+                error = {"code": "batch_expired", "message": message}
+                yield answer_of(line.id, line.number, line.custom_id, error=error)
+
+        if batch["status"] == "in_progress":
+            self.store.answer(batch, answers())
+        self.store.finish(batch, "expired")
+
+
+def owner_of(client: Client) -> str:
+    """Whose files and batches a client's are: told by the key itself, as names may change hands."""
+    return hashlib.sha256(b"opennemo batches of " + client.digest).hexdigest()
