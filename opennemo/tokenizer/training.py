@@ -1,38 +1,27 @@
 """Learn a byte-level BPE vocabulary from text in many languages, as Tekken was, or extend one.
 
-One idea makes it simple: words.py says how often each word counts, and a Rust library turns that
-into merges. The same texts and settings give the same file, byte for byte.
+One idea makes it simple: words.py says how often each word counts, and merging.py turns that into
+merges. The same texts and settings give the same file, byte for byte.
 
 It does not know where texts lie (texts.py), nor how ids are made of a vocabulary (tekken.py).
 BPE: arXiv:1508.07909.
 """
 
 import json
-import logging
 import math
-import re
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import tokenizers
-
 from opennemo.errors import InvalidRequest
 from opennemo.tokenizer.huggingface import save_huggingface
+from opennemo.tokenizer.merging import learn_merges
 from opennemo.tokenizer.tekken import SINGLE_BYTES, Tekken
 from opennemo.tokenizer.texts import Texts
 from opennemo.tokenizer.words import PATTERNS, Report, WordCounts, compiled, count_words, weigh
-
-try:
-    import rustbpe
-except ImportError:  # no wheel for this platform: `tokenizers` does it, three times as slowly
-    rustbpe = None
-
-SEPARATOR = "\0"  # between words on their way into a library; a word that has it is left out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,101 +82,6 @@ def read_settings(file: Path, **changes: int | float | str) -> VocabularySetting
     return VocabularySettings(**settings)
 
 
-def learn(
-    words: Iterable[tuple[str, int]], n_tokens: int, report: Report | None = None
-) -> list[bytes]:
-    """The first `n_tokens` tokens of more than one byte that BPE makes of these words."""
-    if rustbpe is None:
-        return learn_on_top(words, n_tokens, SINGLE_BYTES, lambda w: list(w.encode()), report)
-    trainer = rustbpe.Tokenizer()  # pyright: ignore[reportAttributeAccessIssue]
-    with _progress_of(logging.getLogger("rustbpe"), report):
-        # Some pairs make the same bytes, such as "a"+"bc" and "ab"+"c": ask for a few more.
-        trainer.train_from_iterator(
-            _blocks(words, lambda word: word),
-            vocab_size=256 + n_tokens + n_tokens // 50 + 64,
-            pattern=f"[^{SEPARATOR}]+",
-        )
-    ranks = trainer.get_mergeable_ranks()
-    return _enough(list(dict.fromkeys(bytes(token) for token, _ in ranks))[256:], n_tokens)
-
-
-def learn_on_top(
-    words: Iterable[tuple[str, int]],
-    n_tokens: int,
-    tokens: Sequence[bytes],
-    encode: Callable[[str], Sequence[int]],
-    report: Report | None = None,
-) -> list[bytes]:
-    """`n_tokens` more tokens for a vocabulary that makes words into ranks by `encode`.
-
-    Each rank is written as one character, so that the `tokenizers` library, which knows nothing
-    of bytes, goes on merging where the vocabulary stops.
-    """
-    symbol_of = [chr(c if c < 0xD800 else c + 0x800) for c in range(256, 256 + len(tokens))]
-    bytes_of = dict(zip(symbol_of, tokens, strict=True))
-    if report:
-        report("learning merges", math.nan)
-    trained = tokenizers.Tokenizer(tokenizers.models.BPE())
-    trained.pre_tokenizer = tokenizers.pre_tokenizers.Split(SEPARATOR, "removed")  # pyright: ignore[reportAttributeAccessIssue]
-    trained.train_from_iterator(
-        _blocks(words, lambda word: "".join(symbol_of[rank] for rank in encode(word))),
-        tokenizers.trainers.BpeTrainer(  # pyright: ignore[reportCallIssue]
-            vocab_size=len(tokens) + n_tokens + n_tokens // 50 + 64,
-            initial_alphabet=symbol_of,
-            show_progress=False,
-        ),
-    )
-    merges = json.loads(trained.to_str())["model"]["merges"]
-    made = (b"".join(bytes_of[symbol] for symbol in "".join(pair)) for pair in merges)
-    old = set(tokens)
-    return _enough([token for token in dict.fromkeys(made) if token not in old], n_tokens)
-
-
-def _enough(tokens: list[bytes], n_tokens: int) -> list[bytes]:
-    if len(tokens) < n_tokens:
-        raise InvalidRequest(
-            f"the texts are too small: they make {len(tokens):,} tokens of several bytes, "
-            f"{n_tokens - len(tokens):,} fewer than the vocabulary has room for"
-        )
-    return tokens[:n_tokens]
-
-
-def _blocks(words: Iterable[tuple[str, int]], spell: Callable[[str], str]) -> Iterator[str]:
-    """The words as text, each as often as it counts: libraries take texts, not counts."""
-    block, size = [], 0
-    for word, n in words:
-        if SEPARATOR in word:
-            continue
-        spelled = spell(word) + SEPARATOR
-        block.append(spelled * n)
-        size += len(spelled) * n
-        if size >= 1 << 16:
-            yield "".join(block)
-            block, size = [], 0
-    yield "".join(block)
-
-
-@contextmanager
-def _progress_of(logger: logging.Logger, report: Report | None) -> Iterator[None]:
-    """Pass on what the library logs of its progress: it has no other way to tell."""
-
-    class Listener(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            if report and (percent := re.match(r"Progress: (\d+)%", record.getMessage())):
-                report("learning merges", int(percent[1]) / 100)
-
-    listener, level, propagate = Listener(), logger.level, logger.propagate
-    logger.addHandler(listener)
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
-    try:
-        yield
-    finally:
-        logger.removeHandler(listener)
-        logger.setLevel(level)
-        logger.propagate = propagate
-
-
 @dataclass(frozen=True)
 class Trained:
     """A vocabulary, and a record of what it was learned from, to be kept beside it."""
@@ -229,24 +123,22 @@ def train(
         )
     counts = count_words(texts, pattern, settings.max_words, processes=processes, report=report)
     words = weigh(counts, settings.temperature, settings.weights)
-    if base:
-        ranks = lambda word: [id - n_special for id in base.encode(word)]  # noqa: E731
-        tokens = [*known, *learn_on_top(words, n_tokens, known, ranks, report)]
-        tokenizer = Tekken(
-            pattern, tokens, version=base.version, special_tokens=base.special_tokens,
-            n_special=n_special,
-        )  # fmt: skip
-    else:
-        tokens = [*known, *learn(words, n_tokens, report)]
-        tokenizer = Tekken(pattern, tokens, n_special=n_special)
+    spell = base and (lambda word: [id - n_special for id in base.encode(word)])
+    made = learn_merges(words, n_tokens, known, spell, report)
+    if len(made) < n_tokens:
+        raise InvalidRequest(
+            f"the texts are too small: they make {len(made):,} tokens of several bytes, "
+            f"{n_tokens - len(made):,} fewer than the vocabulary has room for"
+        )
+    layout = {"version": base.version, "special_tokens": base.special_tokens} if base else {}
+    tokenizer = Tekken(pattern, [*known, *made], n_special=n_special, **layout)
     return Trained(tokenizer, _record(settings, counts, len(known)))
 
 
 def _record(settings: VocabularySettings, counts: WordCounts, n_known: int) -> dict:
-    library = "rustbpe" if rustbpe and n_known == 256 else "tokenizers"
     return {
         "settings": asdict(settings),
-        "learned_by": f"{library} {version(library)}",
+        "learned_by": f"opennemo {version('opennemo')}",
         "first_new_rank": n_known,
         "unreadable_lines": counts.n_broken,
         "bytes": dict(sorted(counts.n_bytes.items())),

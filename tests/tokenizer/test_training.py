@@ -4,9 +4,12 @@ import json
 import math
 import re
 from collections import Counter
-from itertools import pairwise
+from collections.abc import Mapping
+from itertools import pairwise, product
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import tokenizers
 from hypothesis import given
@@ -14,19 +17,25 @@ from hypothesis import strategies as st
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
 from opennemo.errors import InvalidRequest
-from opennemo.tokenizer import training
+from opennemo.tokenizer import merging
 from opennemo.tokenizer.bpe import merge
 from opennemo.tokenizer.display import progress
-from opennemo.tokenizer.tekken import Tekken
+from opennemo.tokenizer.merging import learn_merges
+from opennemo.tokenizer.tekken import SINGLE_BYTES, Tekken
 from opennemo.tokenizer.texts import Texts
 from opennemo.tokenizer.training import (
     VocabularySettings,
-    learn,
-    learn_on_top,
     read_settings,
     train,
 )
-from opennemo.tokenizer.words import PATTERNS, WordCounts, compiled, count_words, weigh
+from opennemo.tokenizer.words import (
+    MAX_WORD_CHARS,
+    PATTERNS,
+    WordCounts,
+    compiled,
+    count_words,
+    weigh,
+)
 
 GREEK = "Όλοι οι άνθρωποι γεννιούνται ελεύθεροι και ίσοι στα δικαιώματα. "  # noqa: RUF001
 SETTINGS = VocabularySettings(vocab_size=2000)
@@ -51,16 +60,18 @@ def tekken(corpus: Texts) -> Tekken:
     return train(corpus, SETTINGS).tokenizer
 
 
-def plain_bpe(words: dict[str, int], n_tokens: int) -> list[bytes]:
+def plain_bpe(words: Mapping[str, int], n_tokens: int) -> list[bytes]:
     """BPE by the book: join the most frequent pair, of equals the one with the lowest ids."""
-    vocab = [bytes([i]) for i in range(256)]
+    vocab = list(SINGLE_BYTES)
     spelled = {word: list(word.encode()) for word in words}
-    made = []
-    while len(set(made)) < n_tokens:
+    made: dict[bytes, None] = {}
+    while len(made) < n_tokens:
         pairs = Counter[tuple[int, int]]()
         for word, ids in spelled.items():
             for pair in pairwise(ids):
                 pairs[pair] += words[word]
+        if not pairs:
+            break
         best = min(pairs, key=lambda pair: (-pairs[pair], pair))
         for ids in spelled.values():
             i = 0
@@ -69,21 +80,75 @@ def plain_bpe(words: dict[str, int], n_tokens: int) -> list[bytes]:
                     ids[i : i + 2] = [len(vocab)]
                 i += 1
         vocab.append(vocab[best[0]] + vocab[best[1]])
-        made.append(vocab[-1])
-    return list(dict.fromkeys(made))
+        made[vocab[-1]] = None
+    return list(made)
 
 
-def test_both_libraries_learn_what_bpe_defines():
-    text = Path(__file__).read_text("utf-8") + GREEK
-    words = Counter(compiled(PATTERNS["tekken"]).findall(text))
-    expected = plain_bpe(words, 200)
-    by_tokenizers = learn_on_top(
-        sorted(words.items()), 200, [bytes([i]) for i in range(256)], lambda w: list(w.encode())
+def sample_words() -> Counter[str]:
+    text = Path(__file__).read_text("utf-8") + GREEK * 2 + "aaaaaaaa aaa \0 \0\0x"
+    return Counter(compiled(PATTERNS["tekken"]).findall(text))
+
+
+def test_merges_are_what_bpe_defines():
+    words = sample_words()
+    made = learn_merges(words, 300, SINGLE_BYTES)
+    assert made == plain_bpe(words, 300)
+    # The same by a library, to which each byte is written as a character of its own.
+    spelled = {word: "".join(chr(256 + byte) for byte in word.encode()) for word in words}
+    trained = tokenizers.Tokenizer(tokenizers.models.BPE())
+    trained.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()  # pyright: ignore
+    trainer = tokenizers.trainers.BpeTrainer(  # pyright: ignore
+        vocab_size=256 + 310,
+        initial_alphabet=[chr(256 + byte) for byte in range(256)],
+        show_progress=False,
     )
-    assert by_tokenizers == expected
-    if training.rustbpe is None:
-        pytest.skip("rustbpe is not installed")
-    assert learn(sorted(words.items()), 200) == expected
+    trained.train_from_iterator((f"{spelled[word]} " * n for word, n in words.items()), trainer)
+    merges = json.loads(trained.to_str())["model"]["merges"]
+    theirs = (bytes(ord(character) - 256 for character in "".join(pair)) for pair in merges)
+    assert list(dict.fromkeys(theirs))[:300] == made
+
+
+@given(
+    st.dictionaries(st.text("aaabé\0", min_size=1, max_size=12), st.integers(1, 99), max_size=20),
+    st.integers(1, 40),
+    st.integers(2, 30),
+)
+def test_merges_of_any_words(words: dict[str, int], n_tokens: int, floors: int):
+    before, merging.FLOORS = merging.FLOORS, floors
+    try:
+        assert learn_merges(words, n_tokens, SINGLE_BYTES) == plain_bpe(words, n_tokens)
+    finally:
+        merging.FLOORS = before
+
+
+def test_going_on_is_like_never_having_stopped():
+    words = sample_words()
+    made = learn_merges(words, 200, SINGLE_BYTES)
+    known = [*SINGLE_BYTES, *made[:90]]
+    ranks = {token: rank for rank, token in enumerate(known)}
+    spell = lambda word: [ranks[part] for part in merge(word.encode(), ranks)]  # noqa: E731
+    assert learn_merges(words, 110, known, spell) == made[90:]
+
+
+def test_pairs_are_sorted_alike_when_they_are_too_large_for_one_number():
+    rng = np.random.default_rng(0)
+    pairs, starts = rng.integers(0, 50, 1000) << 32 | rng.integers(0, 50, 1000), np.arange(1000)
+    small, large = (
+        merging._sorted_together(pairs.copy(), starts.copy(), 50, n) for n in (1000, 1 << 60)
+    )
+    assert all(np.array_equal(a, b) for a, b in zip(small, large, strict=True))
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_cutting_at_spaces_changes_no_word(name: str, texts: SimpleNamespace, tmp_path: Path):
+    documents = [*texts.documents(), *texts.random(300, seed=9)]
+    blanks = ["".join(run) for run in product(" \n\t\u00a0a1)/", repeat=5)]
+    lines = [json.dumps({"text": text}) for text in [*documents, " ".join(blanks), *blanks[::50]]]
+    (tmp_path / "xx.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    find, expected = compiled(PATTERNS[name]).findall, Counter[str]()
+    for _, text in Texts([tmp_path]):
+        expected.update(word for word in find(text) if len(word) <= MAX_WORD_CHARS)
+    assert count_words(Texts([tmp_path]), PATTERNS[name], 10**7).words["xx"] == expected
 
 
 def test_the_same_texts_give_the_same_files(corpus: Texts, tmp_path: Path):

@@ -1,0 +1,202 @@
+"""Learn merges: byte-pair encoding of weighted words, exactly, by operations on whole arrays.
+
+All words lie in one array, a cell for each byte: the cell where a symbol begins holds its number,
+and a second array says which symbol ends in a cell. A merge is then a few gathers and scatters at
+the places of its pair. Two ideas keep the bookkeeping small. A pair only ever loses occurrences
+once its younger symbol is made, so the places and the count noted at that moment are bounds that
+need looking at only when the pair comes to the top. And pairs rarer than a floor are not noted at
+all: when the others are used up, all words are looked through again with a lower floor.
+
+Of equally frequent pairs the one with the lowest numbers is merged first, so the result depends on
+the counts alone. BPE: arXiv:1508.07909.
+"""
+
+import heapq
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
+
+import numpy as np
+
+from opennemo.tokenizer.words import Report
+
+EDGE, DEAD = -1, -2  # cells between words, and cells in which no symbol begins or ends
+FLOORS = 16  # how much rarer than the most frequent pair the noted ones may be
+RIGHT = 1 << 30  # marks the numbers of right neighbours among those of left ones
+NOT_UTF8 = b"\xff"
+
+
+def learn_merges(
+    words: Mapping[str, int],
+    n_tokens: int,
+    known: Sequence[bytes],
+    encode: Callable[[str], Sequence[int]] | None = None,
+    report: Report | None = None,
+) -> list[bytes]:
+    """Up to `n_tokens` tokens that BPE makes of the words, in order; fewer if no pair is left.
+
+    Args:
+        words: each with how often it counts; the counts together stay below 2**62.
+        known: the tokens to begin with, the single bytes in order or more.
+        encode: how `known` spells a word, as ranks; by default in single bytes.
+    """
+    tokens, made, seen = list(known), [], set(known)
+    begin, end, weight = _lay_out(words, known, encode)
+    while len(made) < n_tokens:
+        lengths = np.array([len(token) for token in tokens], np.int32)
+        floor, places, heap = _note_pairs(begin, weight, lengths)
+        if not heap:
+            break
+        while heap and len(made) < n_tokens:
+            bound, pair = heap[0]
+            a, b = pair
+            n_a, n_both = len(tokens[a]), len(tokens[a]) + len(tokens[b])
+            at = places[pair]
+            there = begin[at] == a
+            there &= begin[at + n_a] == b
+            at = at[there]
+            counts = weight[at]
+            if (count := int(counts.sum())) < -bound:
+                if count < floor:
+                    heapq.heappop(heap)
+                    del places[pair]
+                else:
+                    heapq.heapreplace(heap, (-count, pair))
+                    places[pair] = at
+                continue
+            heapq.heappop(heap)
+            del places[pair]
+            if a == b:
+                at = _apart(at, n_a)
+                counts = weight[at]
+            new, token = len(tokens), tokens[a] + tokens[b]
+            tokens.append(token)
+            if token not in seen:  # "a"+"bc" and "ab"+"c" make the same
+                seen.add(token)
+                made.append(token)
+            after = at + n_both
+            begin[at], begin[at + n_a] = new, DEAD
+            end[at + (n_a - 1)], end[after - 1] = DEAD, new
+            left, right = end[at - 1], begin[after]
+            left[left == new] = EDGE  # that pair is found from its left half
+            for symbol, count, some in _frequent(left, right, counts, floor):
+                if symbol & RIGHT:
+                    pair, where = (new, symbol ^ RIGHT), at[some - len(at)]
+                else:
+                    pair, where = (symbol, new), at[some] - len(tokens[symbol])
+                places[pair] = where
+                heapq.heappush(heap, (-count, pair))
+            if report and len(made) % 512 == 0:
+                report("learning merges", len(made) / n_tokens)
+    return made
+
+
+def _lay_out(
+    words: Mapping[str, int],
+    known: Sequence[bytes],
+    encode: Callable[[str], Sequence[int]] | None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The symbol that begins in each cell, the one that ends there, and how often it counts."""
+    if encode is None:
+        data = NOT_UTF8.join([b"", *map(str.encode, words), b""])
+        begin = np.frombuffer(data, np.uint8).astype(np.int32)
+        begin[begin == NOT_UTF8[0]] = EDGE
+        end = begin.copy()
+    else:
+        spelled = chain.from_iterable((*encode(word), EDGE) for word in words)
+        symbols = np.array([EDGE, *spelled], np.int32)
+        lengths = np.array([*map(len, known), 1], np.int32)[symbols]  # an edge takes one cell
+        ends = lengths.cumsum()
+        begin = np.full(ends[-1], DEAD, np.int32)
+        end = begin.copy()
+        begin[ends - lengths], end[ends - 1] = symbols, symbols
+    edges = (begin == EDGE).nonzero()[0]
+    counts = np.fromiter(words.values(), np.int64, len(words))
+    return begin, end, np.repeat(counts, np.diff(edges))
+
+
+def _note_pairs(
+    begin: np.ndarray, weight: np.ndarray, lengths: np.ndarray
+) -> tuple[int, dict[tuple[int, int], np.ndarray], list[tuple[int, tuple[int, int]]]]:
+    """The floor, where every pair is that is not below it, and a heap of (-count, pair)."""
+    starts = (begin >= 0).nonzero()[0]
+    pairs = begin[starts].astype(np.int64)
+    second = begin[starts + lengths[pairs]]
+    pairs <<= 32
+    pairs |= second
+    whole = second >= 0
+    pairs, starts = pairs[whole], starts[whole]
+    if not len(pairs):
+        return 0, {}, []
+    pairs, starts = _sorted_together(pairs, starts, len(lengths), len(begin))
+    first = _where_new(pairs)
+    counts = np.add.reduceat(weight[starts], first)
+    last = np.append(first[1:], len(pairs))
+    floor = max(1, int(counts.max()) // FLOORS)
+    noted = counts >= floor
+    keys = [(key >> 32, key & 0xFFFFFFFF) for key in pairs[first[noted]].tolist()]
+    spans = zip(first[noted].tolist(), last[noted].tolist(), strict=True)
+    places = {key: starts[i:j].copy() for key, (i, j) in zip(keys, spans, strict=True)}
+    heap = list(zip((-counts[noted]).tolist(), keys, strict=True))
+    heapq.heapify(heap)
+    return floor, places, heap
+
+
+def _sorted_together(
+    pairs: np.ndarray, starts: np.ndarray, n_symbols: int, n_cells: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Both in the order of the pairs, which are changed in place."""
+    for_symbol, for_cell = n_symbols.bit_length(), n_cells.bit_length()
+    if 2 * for_symbol + for_cell > 63:
+        order = pairs.argsort(kind="stable")
+        return pairs[order], starts[order]
+    # Sorting numbers that hold both is ten times as fast as sorting by one of them.
+    low = pairs & 0xFFFFFFFF
+    pairs >>= 32
+    pairs <<= for_symbol
+    pairs |= low
+    pairs <<= for_cell
+    pairs |= starts
+    pairs.sort()
+    np.bitwise_and(pairs, (1 << for_cell) - 1, out=starts)
+    pairs >>= for_cell
+    np.bitwise_and(pairs, (1 << for_symbol) - 1, out=low)
+    pairs >>= for_symbol
+    pairs <<= 32
+    pairs |= low
+    return pairs, starts
+
+
+def _where_new(values: np.ndarray) -> np.ndarray:
+    """The first index of each run of equals; there is at least one value."""
+    later = (values[1:] != values[:-1]).nonzero()[0]
+    first = np.zeros(len(later) + 1, np.int64)
+    np.add(later, 1, out=first[1:])
+    return first
+
+
+def _frequent(
+    left: np.ndarray, right: np.ndarray, weight: np.ndarray, floor: int
+) -> Iterator[tuple[int, int, np.ndarray]]:
+    """(symbol, count, indices) of the neighbours that are not rarer than the floor.
+
+    Indices are into the left neighbours followed by the right ones, whose symbols have `RIGHT`.
+    """
+    right |= RIGHT  # an edge stays negative
+    symbols = np.concatenate([left, right])
+    order = symbols.argsort()
+    symbols = symbols[order]
+    first = _where_new(symbols)
+    counts = np.add.reduceat(np.concatenate([weight, weight])[order], first)
+    for i in (counts >= floor).nonzero()[0].tolist():
+        if (symbol := int(symbols[first[i]])) >= 0:
+            end = first[i + 1] if i + 1 < len(first) else len(symbols)
+            yield symbol, int(counts[i]), order[first[i] : end]
+
+
+def _apart(places: np.ndarray, length: int) -> np.ndarray:
+    """Of runs such as "aaaa" every other place, from the left: pairs of equals must not overlap."""
+    places = np.sort(places)
+    is_first = np.append(True, places[1:] - places[:-1] != length)
+    index = np.arange(len(places))
+    run = np.maximum.accumulate(np.where(is_first, index, 0))
+    return places[(index - run) % 2 == 0]
