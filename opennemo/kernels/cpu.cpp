@@ -670,7 +670,7 @@ struct Model {
   }
 
   void step(const Step& step);
-  void attend(const Step& step, int layer, const Task& task, Scratch& s);
+  void attend(const Step& step, int layer, const Task& task, const Task* next, Scratch& s);
 };
 
 // columns[h][j] = rows[j][h] of 8 keys, for all of their H channels
@@ -698,7 +698,18 @@ static void transpose8(const float* const* rows, int H, float* columns) {
     for (int j = 0; j < 8; j++) columns[h * COLS + j] = rows[j][h];
 }
 
-typedef int8_t bytes_any __attribute__((vector_size(W), aligned(1), may_alias));
+// W bytes as integers. The compilers' own conversion goes byte by byte.
+static inline vi from_bytes(const uint8_t* p) {
+#if defined(__AVX512F__)
+  return (vi)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p));
+#elif defined(__AVX2__) && !defined(VNNI)
+  return (vi)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p));
+#else
+  typedef int8_t bytes __attribute__((vector_size(W), aligned(1), may_alias));
+  return __builtin_convertvector(*(const bytes*)p, vi);
+#endif
+}
+
 constexpr int CACHE_BYTES[] = {4, 2, 1, 1};  // a number, by format
 
 // The keys or values of one head, H numbers, from the cache.
@@ -712,7 +723,7 @@ static inline void from_cache(const uint8_t* from, int format, const float* scal
     return (format == INT8 ? to_float(code) : (vf)(code << 20 & (int32_t)0x87F00000) * 0x1p120f) * *scale;
   };
   for (; h + W <= H; h += W)
-    store(to + h, number(__builtin_convertvector(*(const bytes_any*)(from + h), vi)));
+    store(to + h, number(from_bytes(from + h)));
   for (; h < H; h++) to[h] = number(splat((int8_t)from[h]))[0];
 }
 
@@ -745,9 +756,14 @@ struct Walk {
   const Step& step;
   const int32_t* table;
   int position, page, offset;
-  Walk(const Step& step, const int32_t* table, int position)
-      : step(step), table(table), position(position), page(position / step.page_size),
-        offset(position % step.page_size) {}
+  Walk(const Step& step, int sequence, int position)
+      : step(step), table(step.page_table + (size_t)sequence * step.table_width),
+        position(position), page(position / step.page_size), offset(position % step.page_size) {}
+  // The tile of keys where a task begins, [from, to) being its queries.
+  static Walk first_of(const Step& step, int sequence, int from) {
+    int oldest = step.window ? std::max(0, step.positions[from] - step.window + 1) : 0;
+    return Walk(step, sequence, oldest / COLS * COLS);
+  }
   size_t row() const { return (size_t)table[page] * step.page_size + offset; }
   void next() {
     position++;
@@ -757,13 +773,12 @@ struct Walk {
 
 // Queries [from, to) of a sequence and the heads that share one head of keys and values, as one
 // stack of rows: scores, softmax and weighted values tile by tile (FlashAttention's recurrence).
-void Model::attend(const Step& step, int layer, const Task& task, Scratch& s) {
+void Model::attend(const Step& step, int layer, const Task& task, const Task* next, Scratch& s) {
   const int H = shape.head_dim, N = shape.n_heads, K = shape.n_kv_heads, G = N / K;
   const int width = padded(H, COLS), R = (task.to - task.from) * G, stride = (N + 2 * K) * H;
   const size_t bytes = CACHE_BYTES[step.kv_format];
   const size_t pool_bytes = (size_t)step.n_pages * step.page_size * K * H * bytes;
-  const uint8_t* k_pages = step.kv_cache + 2 * layer * pool_bytes + task.head * H * bytes;
-  const int32_t* table = step.page_table + (size_t)task.sequence * step.table_width;
+  const uint8_t* k_pages = step.kv_cache + 2 * layer * pool_bytes;
   float *q = grow(s.q, R * H), *keys = grow(s.keys, H * COLS), *out = grow(s.out, R * width);
   float *values = grow(s.values, COLS * width), *widened = grow(s.widened, (COLS + 1) * H);
   float* zeros = widened + COLS * H;
@@ -775,10 +790,22 @@ void Model::attend(const Step& step, int layer, const Task& task, Scratch& s) {
     const float* from = &qkv[(size_t)(task.from + r / G) * stride + (task.head * G + r % G) * H];
     for (int h = 0; h < H; h++) q[r * H + h] = from[h] * scale;
   }
-  const int first = step.positions[task.from], last = step.positions[task.to - 1];
-  const int oldest = step.window ? std::max(0, first - step.window + 1) : 0;
+  const int last = step.positions[task.to - 1];
   const size_t row_bytes = (size_t)K * H * bytes;
-  Walk key(step, table, oldest / COLS * COLS), ahead(step, table, oldest / COLS * COLS + COLS);
+  // What comes next is fetched while this is computed: this task's tiles, then the next one's first.
+  auto fetch = [&](Walk& walk, int head, int end) {
+    if (walk.position >= end) return false;
+    const uint8_t* soon = k_pages + walk.row() * row_bytes + head * H * bytes;
+    for (size_t i = 0; i < H * bytes; i += 64)
+      __builtin_prefetch(soon + i), __builtin_prefetch(soon + pool_bytes + i);
+    walk.next();
+    return true;
+  };
+  Walk key = Walk::first_of(step, task.sequence, task.from);
+  Walk ahead(step, task.sequence, key.position + COLS);
+  const Task& after = next ? *next : task;
+  Walk beyond = Walk::first_of(step, after.sequence, after.from);
+  const int border = next ? std::min(beyond.position + COLS, step.positions[after.to - 1] + 1) : 0;
   for (int j0 = key.position; j0 <= last; j0 += COLS) {
     const int n = std::min(COLS, last + 1 - j0);
     // Beyond the last key stand zeros: whatever lies in the page must not become a NaN.
@@ -786,13 +813,9 @@ void Model::attend(const Step& step, int layer, const Task& task, Scratch& s) {
     const float* rows[COLS];
     for (int j = 0; j < COLS; j++) rows[j] = zeros;
     for (int j = 0; j < n; j++, key.next()) {
-      const uint8_t *k = k_pages + key.row() * row_bytes, *v = k + pool_bytes;
-      if (ahead.position <= last) {  // the next tile is on its way while this one is computed
-        const uint8_t* soon = k_pages + ahead.row() * row_bytes;
-        for (size_t i = 0; i < H * bytes; i += 64)
-          __builtin_prefetch(soon + i), __builtin_prefetch(soon + pool_bytes + i);
-        ahead.next();
-      }
+      const uint8_t* k = k_pages + key.row() * row_bytes + task.head * H * bytes;
+      const uint8_t* v = k + pool_bytes;
+      if (!fetch(ahead, task.head, last + 1)) fetch(beyond, after.head, border);
       if (step.kv_format == FP32) {
         rows[j] = (const float*)k;
       } else {
@@ -893,7 +916,10 @@ void Model::step(const Step& step) {
                      step.kv_cache + (at * K + head) * H * CACHE_BYTES[step.kv_format]);
         }
       });
-      pool.share((int)tasks.size(), [&](int i) { attend(step, layer, tasks[i], scratch[t]); });
+      pool.share((int)tasks.size(), [&](int i) { 
+        const Task* next = i + 1 < (int)tasks.size() ? &tasks[i + 1] : nullptr;
+        attend(step, layer, tasks[i], next, scratch[t]);
+      });
       if (layer == L - 1) {  // keys and values are written: only the wanted rows go on
         n = step.n_rows;
         if (t == 0) {
