@@ -16,7 +16,10 @@ else
 TORCH_INSTALL = $(BIN)/pip install -q 'torch>=2.13,<2.15'
 endif
 
-.PHONY: help chat serve test slow clients check fix bench figure2 clean
+# What the chat page shows markdown with, out of npm packages that web/package-lock.json pins.
+VENDOR := opennemo/serve/web/vendor
+
+.PHONY: help chat serve test browser wheel slow clients check fix bench figure2 clean
 
 help:
 	@sed -n 's/^\([a-z0-9]*\):.*## /\1\t/p' Makefile
@@ -24,11 +27,21 @@ help:
 chat: .venv/installed ## talk to a small model in the terminal (MODEL=folder for another)
 	@$(BIN)/opennemo chat $(MODEL)
 
-serve: .venv/installed-serve ## start the server on 127.0.0.1:8000 (MODEL=folder for another)
+serve: .venv/installed-serve $(VENDOR)/LICENSES.txt ## start the server on 127.0.0.1:8000 (MODEL=folder for another)
 	@$(BIN)/opennemo serve $(MODEL)
 
-test: .venv/installed-dev ## the test suite, some minutes on two cores
+test: .venv/installed-dev $(VENDOR)/LICENSES.txt ## the test suite, some minutes on two cores
 	$(BIN)/pytest -n auto --dist loadfile
+
+browser: ## Chromium for the tests of the chat page, which skip without (Debian and Ubuntu, as root)
+	@command -v chromium > /dev/null || command -v google-chrome > /dev/null || { \
+		[ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null && { apt-get update -qq; \
+		DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends \
+			chromium fonts-dejavu-core > /dev/null; }; } \
+	|| echo "No Chromium: the tests of the chat page will be skipped." >&2
+
+wheel: .venv/python $(VENDOR)/LICENSES.txt ## a wheel with the chat page, into dist/
+	$(BIN)/pip wheel -q --no-deps -w dist .
 
 slow: .venv/installed-dev ## the tests that take longer
 	$(BIN)/pytest -m slow
@@ -52,7 +65,7 @@ figure2: .venv/installed-figure2 ## measure and draw the announcement's Figure 2
 	$(BIN)/python benchmarks/compression.py --out docs
 
 clean: ## remove the environment and caches
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis web/node_modules $(VENDOR)
 
 .venv/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -82,3 +95,13 @@ clean: ## remove the environment and caches
 	@echo "Installing what tests and checks need ..."
 	@$(BIN)/pip install -q -e '.[dev]'
 	@touch $@
+
+# The last file copied stands for all of them. Without npm, or its registry, the page shows plain
+# text, and the next call tries again.
+$(VENDOR)/LICENSES.txt: web/package-lock.json
+	@command -v npm > /dev/null || { echo "No npm: the chat page will show plain text." >&2; exit 0; }; \
+	cd web && npm ci --silent --omit=optional && mkdir -p ../$(VENDOR) && cd node_modules \
+	&& cp marked/lib/marked.esm.js dompurify/dist/purify.min.js \
+		@highlightjs/cdn-assets/es/highlight.min.js ../../$(VENDOR) \
+	&& cat marked/LICENSE dompurify/LICENSE @highlightjs/cdn-assets/LICENSE > ../../$@ \
+	|| { rm -f "$(CURDIR)/$@"; echo "npm failed: the chat page will show plain text." >&2; }

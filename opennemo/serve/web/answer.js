@@ -1,0 +1,67 @@
+/** One answer, from the request to its end: what comes is put into a node, and timed. */
+
+import { ApiError, chat } from "./api.js";
+import { keep } from "./tokens.js";
+
+/**
+ * Let an answer grow in `node` until it is complete, stopped or failed, which `node` then tells.
+ *
+ * @param grew called after each piece
+ */
+export async function answer(node, body, signal, grew) {
+  // What it is if it never ends, because the page is left: stopped.
+  Object.assign(node, {
+    message: { role: "assistant", content: "" }, model: body.model,
+    error: null, finish: "stopped", stats: null, tokens: [],
+  });
+  const clock = new Clock();
+  try {
+    for await (const chunk of chat(body, signal)) {
+      if (take(node, chunk)) clock.tick();
+      if (chunk.usage) clock.n = chunk.usage.completion_tokens;
+      node.stats = clock.stats(Boolean(chunk.usage));
+      grew();
+    }
+  } catch (error) {
+    if (signal.aborted) return;
+    if (!(error instanceof ApiError)) throw error;
+    node.error = { message: error.explanation };
+    node.finish = "error";
+  }
+}
+
+/** Add what a chunk brings; whether it brought any words. */
+function take(node, { choices }) {
+  const [choice] = choices;
+  if (!choice) return false;
+  const { content, tool_calls: calls } = choice.delta;
+  node.message.content += content ?? "";
+  for (const { index, id, function: part } of calls ?? []) {
+    const all = (node.message.tool_calls ??= []);
+    all[index] ??= { id, type: "function", function: { name: part.name, arguments: "" } };
+    all[index].function.arguments += part.arguments ?? "";
+  }
+  node.tokens.push(...(choice.logprobs?.content ?? []).map(keep));
+  node.finish = choice.finish_reason ?? node.finish;
+  return Boolean(content || calls);
+}
+
+/** Chunks stand for tokens until the server has counted them. */
+class Clock {
+  n = 0;
+  #begun = performance.now();
+  #first = null;
+  #last = null;
+
+  tick() {
+    this.#last = performance.now();
+    this.#first ??= this.#last;
+    this.n += 1;
+  }
+
+  stats(exact) {
+    if (this.#first === null) return null;
+    const seconds = (this.#last - this.#first) / 1000;
+    return { n: this.n, exact, seconds, first: (this.#first - this.#begun) / 1000 };
+  }
+}
