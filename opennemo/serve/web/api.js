@@ -36,15 +36,15 @@ export async function models() {
   return (await (await request("v1/models")).json()).data;
 }
 
-/** Tokens of a conversation, as { count, max_model_len }. */
-export async function count(body, signal) {
-  return (await request("tokenize", body, signal)).json();
+/** Tokens of a conversation. Nobody is asked for a key for this alone. */
+export async function count(body) {
+  return (await (await request("tokenize", body, { asks: false })).json()).count;
 }
 
 /** The chunks of a streamed answer. Raises ApiError, or an AbortError after `signal`. */
 export async function* chat(body, signal) {
   const streamed = { ...body, stream: true, stream_options: { include_usage: true } };
-  const response = await request("v1/chat/completions", streamed, signal);
+  const response = await request("v1/chat/completions", streamed, { signal });
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   try {
@@ -76,7 +76,7 @@ async function read(reader, signal) {
   }
 }
 
-async function request(path, body, signal) {
+async function request(path, body, { signal, asks = true } = {}) {
   const headers = {};
   if (body) headers["content-type"] = "application/json";
   const used = key.get();
@@ -92,10 +92,10 @@ async function request(path, body, signal) {
   }
   if (response.ok) return response;
   const error = await refusal(response);
-  if (error.status === 401) {
+  if (error.status === 401 && asks) {
     // Somebody may have typed a key while this request was on its way.
     const why = used ? "The server does not know this key." : "This server asks for one.";
-    if (key.get() !== used || (await keyNeeded(why))) return request(path, body, signal);
+    if (key.get() !== used || (await keyNeeded(why))) return request(path, body, { signal });
   }
   throw error;
 }

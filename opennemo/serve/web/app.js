@@ -43,16 +43,19 @@ function send() {
 }
 
 function edit(node, text) {
+  if (runs.has(current)) return;
   run(append(current, parentOf(current, node), { ...node.message, content: text }));
 }
 
 /** A new version of an answer; one that never began is overwritten. */
 function again(node) {
+  if (runs.has(current)) return;
   const isEmpty = !node.message.content && !node.message.tool_calls;
   run(parentOf(current, node), isEmpty ? node : null);
 }
 
 function answerCalls(node, results) {
+  if (runs.has(current)) return;
   let parent = node;
   openCalls(current, node).forEach((call, i) => {
     const message = { role: "tool", tool_call_id: call.id, name: call.function.name, content: results[i] };
@@ -64,13 +67,12 @@ function answerCalls(node, results) {
 /** Have what ends with `parent` answered, in a new node or the one given. */
 async function run(parent, node = null) {
   const conversation = current;
-  if (runs.has(conversation)) return;
   const body = { model: modelName(), ...requestBody(conversation, parent) };
   if (thread.showTokens) Object.assign(body, { logprobs: true, top_logprobs: TOP_LOGPROBS });
   node ??= append(conversation, parent, { role: "assistant", content: "" });
   const controller = new AbortController();
   runs.set(conversation, { node, controller });
-  library.add(conversation);
+  library.toFront(conversation);
   const answered = answer(node, body, controller.signal, () => growSoon(conversation, node));
   scroll.sticks = true;
   show();
@@ -151,7 +153,7 @@ const context = {
       messages[messages.length - 1] = { role: "assistant", content: end.content + calls, prefix: true };
     }
     try {
-      const { count } = await api.count({ model: modelName(), messages, tools });
+      const count = await api.count({ model: modelName(), messages, tools });
       if (conversation === current && !runs.has(current)) this.show((this.n = count));
     } catch (error) {
       if (!(error instanceof api.ApiError)) throw error; // sending will tell what is wrong
@@ -264,7 +266,7 @@ keyDialog.addEventListener("submit", (event) => {
 // ---- What people do: buttons by their data-do, and keys
 
 const DO = {
-  new: () => select(null),
+  new: () => select(library.all.includes(current) ? null : current), // a draft stays
   stop: () => runs.get(current)?.controller.abort(),
   latest() {
     scroll.toEnd();

@@ -32,9 +32,13 @@ export class Library {
     if (!kept) toast("This browser keeps no conversations of this page; export what you need.");
   }
 
-  /** Add a conversation, if it is not in yet. */
   add(conversation, index = 0) {
-    if (!this.all.includes(conversation)) this.all.splice(index, 0, conversation);
+    this.all.splice(index, 0, conversation);
+    this.keepSoon(conversation);
+  }
+
+  toFront(conversation) {
+    this.all = [conversation, ...this.all.filter((other) => other !== conversation)];
     this.keepSoon(conversation);
   }
 

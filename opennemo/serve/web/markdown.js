@@ -66,6 +66,7 @@ const loadHighlighter = () =>
 /** An element that shows a growing markdown text. */
 export class Markdown {
   #blocks = []; // { raw, complete, element } of each top-level block
+  #shown = null; // [text, complete]
 
   constructor() {
     this.element = h("div.markdown", { dir: "auto" });
@@ -73,14 +74,12 @@ export class Markdown {
 
   /** Show a text; `complete` says that it will not grow. */
   show(text, complete) {
+    if (this.#shown?.[0] === text && this.#shown[1] === complete) return;
+    this.#shown = [text, complete];
     if (!loaded) {
       this.element.classList.add("plain");
       this.element.textContent = text;
       return;
-    }
-    if (this.element.classList.contains("plain")) {
-      this.element.classList.remove("plain");
-      this.element.replaceChildren();
     }
     const tokens = loaded.lex(text);
     // A definition at the end gives links further up their address.

