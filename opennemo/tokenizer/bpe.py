@@ -21,9 +21,9 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import regex  # comes with tiktoken; reads \p{...} as Rust's libraries do
 import tiktoken
 
-from opennemo.errors import InvalidRequest
 from opennemo.tokenizer.tokenizer import repair_surrogates
 
 try:
@@ -53,8 +53,6 @@ def merge(piece: bytes, ranks: Mapping[bytes, int], n_parts: int = 1) -> list[by
 
 def encode_plainly(text: str, pattern: str, ranks: Mapping[bytes, int]) -> list[int]:
     """Ranks of the text's tokens: what the fast libraries must equal; far too slow to use."""
-    import regex  # comes with tiktoken; reads \\p{...} as Rust's libraries do
-
     pieces = (match.group().encode() for match in regex.finditer(pattern, text))
     parts = ([piece] if piece in ranks else merge(piece, ranks) for piece in pieces)
     return [ranks[part] for piece in parts for part in piece]
@@ -89,11 +87,7 @@ class BytePairEncoding:
         self._may_build = True
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text; lone surrogates count as U+FFFD.
-
-        Raises:
-            InvalidRequest: a run of blanks too long for the only library there is.
-        """
+        """Ids of the text; lone surrogates count as U+FFFD."""
         try:
             if self._fast is not None:
                 return self._fast.encode_ordinary(text).ids
@@ -129,10 +123,9 @@ class BytePairEncoding:
             # Not a daemon: killing a thread inside native code at exit can abort the process.
             threading.Thread(target=self._build, name="build fastokens").start()
         if len(text) > MAX_BLANKS and re.search(rf"\s{{{MAX_BLANKS}}}", text):
-            self._build()
-            if self._fast is None:
-                raise InvalidRequest(f"the text has {MAX_BLANKS:,} whitespace characters in a row")
-            return self._fast.encode_ordinary(text).ids
+            # Waiting for fastokens would take longer than splitting the text here.
+            pieces = (match.group() for match in regex.finditer(self._pattern, text))
+            return [id for piece in pieces for id in self._tiktoken._encode_single_piece(piece)]
         return self._tiktoken.encode_ordinary(text)
 
     def _build(self) -> None:
