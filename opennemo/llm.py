@@ -22,6 +22,7 @@ from opennemo.model.checkpoint import load, open_checkpoint
 from opennemo.model.companions import read_generation_config
 from opennemo.model.hub import locate
 from opennemo.model.lora import Adapter, load_adapter
+from opennemo.model.quantization import FORMATS, quantize_head_
 from opennemo.reply import TAG, Reply, TextStream
 from opennemo.tokenizer import Tokenizer, load_tokenizer
 from opennemo.tokenizer.chat import Message, encode_chat
@@ -64,15 +65,15 @@ class LLM:
             model: a folder, a `.gguf` file, or a Hugging Face id such as
                 `mistralai/Mistral-Nemo-Instruct-2407`.
             device: "cpu" or "cuda"; by default CUDA where there is one.
-            dtype: of weights, by default bfloat16 on CUDA and float32 on a CPU; and of the KV
-                cache, unless `config` names its format or the model brings scales for one in fp8.
+            dtype: of weights, by default bfloat16 on CUDA and float32 on a CPU, where a model in
+                codes keeps what it is stored in; and of the KV cache, unless `config` names its
+                format or the model brings scales for one in fp8.
 
         Raises:
             CheckpointError: there is no such model, or it cannot be used.
         """
         path = locate(model)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
         tokenizer = load_tokenizer(path)
         said = read_generation_config(path)
         nemo = tokenizer.instruct_version == "v3-tekken"
@@ -82,8 +83,16 @@ class LLM:
             top_k=said.get("top_k", 0),
         )
         eos_ids = {tokenizer.eos_id, *said.get("eos_token_ids", ())}
-        kv_scale = None if path.suffix == ".gguf" else open_checkpoint(path).read_kv_scale()
-        engine = Engine(load(path, device=device, dtype=dtype), eos_ids, config, kv_scale)
+        checkpoint = open_checkpoint(path)
+        in_codes, on_cpu = checkpoint.format is not None, device == "cpu"
+        if dtype is None and not (in_codes and on_cpu and checkpoint.dtype == torch.bfloat16):
+            dtype = torch.float32 if on_cpu else torch.bfloat16
+        net = load(checkpoint, device=device, dtype=dtype)
+        if in_codes and on_cpu:
+            # A quarter of a small model's time is its head. Codes of 8 bits cost it next to nothing
+            # (docs/log.md), and it is what llama.cpp does, too; folders keep it whole for others.
+            quantize_head_(net, FORMATS["int8"])
+        engine = Engine(net, eos_ids, config, checkpoint.read_kv_scale())
         engine.start()
         return cls(_name(path, model), tokenizer, engine, defaults)
 

@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,11 @@ class Checkpoint:
     format: str | None  # of FORMATS, if the matrices of its blocks are stored in codes
     files: Any  # SafetensorFiles or GGUF, which read alike
 
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every weight's, as if nothing were stored in codes."""
+        return weight_shapes(self.config)
+
     @property
     def dtype(self) -> torch.dtype:
         """What the embedding is stored in, which stands for the rest; float32 if in blocks."""
@@ -66,8 +72,7 @@ class Checkpoint:
     def read_linear(self, module: str) -> QuantizedLinear:
         """One matrix in codes, by the path of its module."""
         assert self.format is not None
-        shape = weight_shapes(self.config)[f"{module}.weight"]
-        parts = compressed.parts(self.format, self.layout, shape)
+        parts = compressed.parts(self.format, self.layout, self.shapes[f"{module}.weight"])
         tensors = {suffix: self.read(f"{module}.{suffix}") for suffix in parts}
         return compressed.unpack(self.format, self.layout, tensors)
 
@@ -113,7 +118,10 @@ def read_config(path: Path) -> ModelConfig:
 
 
 def load(
-    path: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    source: Path | Checkpoint,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
 ) -> Transformer:
     """A model folder or `.gguf` file as a model, by default in the type it is stored in.
 
@@ -123,9 +131,9 @@ def load(
     Raises:
         CheckpointError: not a model, incomplete, damaged, or of a kind that is not supported.
     """
-    checkpoint = open_checkpoint(path)
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     model = empty_model(checkpoint.config)
-    for name in weight_shapes(checkpoint.config):
+    for name in checkpoint.shapes:
         if checkpoint.format and compressed.is_stored_in_codes(name):
             path_of = name.removesuffix(".weight")
             replace_module(model, path_of, checkpoint.read_linear(path_of).to(device))
@@ -173,7 +181,7 @@ def convert(
         raise CheckpointError(f"{src}: is stored as {source.format}; convert what it was made from")
     dtype = dtype or source.dtype
     with new_folder(dst) as partial:
-        tensors = {n: (dtype, shape) for n, shape in weight_shapes(source.config).items()}
+        tensors = {n: (dtype, shape) for n, shape in source.shapes.items()}
         read = lambda n: source.read(n, dtype)  # noqa: E731
         write_model(partial, to, source.config, tensors, read, progress=progress)
         copy_companions(src, partial, layout=to)

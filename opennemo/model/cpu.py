@@ -5,6 +5,8 @@ in speed alone. The native one packs the weights for the kernel, whatever number
 in, and can let go of the model's own as it packs them.
 """
 
+import ctypes
+import mmap
 import warnings
 from collections.abc import Iterator
 from typing import Protocol
@@ -133,4 +135,20 @@ def _name(format: Format) -> str:
 
 def _empty(linear: nn.Module) -> None:
     for tensor in (*linear.parameters(), *linear.buffers()):
+        _forget_pages(tensor)
         tensor.data = tensor.new_empty(0)
+
+
+def _forget_pages(tensor: Tensor) -> None:
+    """Take the memory pages that lie wholly inside a tensor from it; its numbers are lost.
+
+    A file stays mapped as long as one of its tensors lives, and what was read of it counts as ours:
+    loading would seem to take, and in a container would take, twice the model.
+    """
+    page = mmap.PAGESIZE
+    start = -(-tensor.data_ptr() // page) * page
+    length = (tensor.data_ptr() + tensor.nbytes) // page * page - start
+    if length > 0 and hasattr(mmap, "MADV_DONTNEED") and tensor.is_contiguous():
+        ctypes.CDLL(None).madvise(
+            ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_DONTNEED
+        )

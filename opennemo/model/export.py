@@ -20,7 +20,6 @@ from opennemo.model.checkpoint import (
     load,
     new_folder,
     open_checkpoint,
-    weight_shapes,
     write_model,
 )
 from opennemo.model.companions import copy_companions
@@ -117,7 +116,7 @@ def quantize(
         said = compressed.describe(format, to, kv)
     except ValueError as error:
         raise CheckpointError(f"{dst}: {error}") from None
-    shapes = weight_shapes(source.config)
+    shapes = source.shapes
     tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for name, shape in shapes.items():
         if not compressed.is_stored_in_codes(name):

@@ -6,8 +6,10 @@ model, or from calibration. In `int8` each head of each token has its own, so no
 known. Which page belongs to whom is the engine's business (engine/kv_cache.py).
 """
 
+import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,9 +58,8 @@ class Pages:
                 raise InvalidRequest(f"KV scales of shape {tuple(scale.shape)}, not {size[:2]}")
             scale = scale.float().to(device).contiguous()
         else:
-            scale = torch.zeros(*size, heads[0], device=device) if rounding.limit else None
-        # Untouched pages cost no memory on a CPU: the system hands them out on first use.
-        return cls(torch.zeros(*size, *heads, dtype=rounding.dtype, device=device), scale)
+            scale = _zeros((*size, heads[0]), torch.float32, device) if rounding.limit else None
+        return cls(_zeros((*size, *heads), rounding.dtype, device), scale)
 
     @property
     def format(self) -> str:
@@ -94,3 +95,11 @@ class Pages:
         scale = self.scale[layer, part]
         scale = scale if self.scale.dim() == 2 else scale[pages].unsqueeze(-1)
         return (codes.float() * scale).to(dtype)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """Zeros that on a CPU take no memory before they are written to; torch.zeros writes them."""
+    if torch.device(device).type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    untouched = np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)
+    return torch.from_numpy(untouched).view(dtype).view(shape)

@@ -276,8 +276,18 @@ def quantize_(
             codes, used = format.weights.quantize(linear.weight.detach(), scale)
             replace_module(model, path, QuantizedLinear(format, codes, used, input_scale))
     if head is not None:
-        codes, used = head.weights.quantize(model.get_parameter("output.weight").detach())
-        model.output = QuantizedLinear(head, codes, used)
+        quantize_head_(model, head)
+
+
+def quantize_head_(model: nn.Module, format: Format) -> None:
+    """Replace the output head by its stored form; a tied embedding keeps its precision."""
+    weight = model.get_parameter("output.weight").detach()
+    # In parts, which stay in the processor's cache and keep temporaries small; rows are rounded
+    # one by one in every format that a head can have.
+    assert format.weights.share != "tensor"
+    parts = [format.weights.quantize(rows) for rows in weight.split(1024)]
+    codes, scale = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    model.output = QuantizedLinear(format, codes, scale)
 
 
 def quantize_linear(
