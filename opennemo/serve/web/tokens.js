@@ -87,7 +87,7 @@ function showTip(target, token) {
   );
   const box = target.getBoundingClientRect();
   const { offsetWidth: width, offsetHeight: height } = tip;
-  const above = box.top > height + 12;
+  const fits = box.bottom + height + 12 < innerHeight;
   tip.style.left = `${Math.max(8, Math.min(box.left, innerWidth - width - 8))}px`;
-  tip.style.top = `${above ? box.top - height - 6 : Math.min(box.bottom + 6, innerHeight - height - 8)}px`;
+  tip.style.top = `${fits ? box.bottom + 6 : Math.max(8, box.top - height - 6)}px`;
 }
