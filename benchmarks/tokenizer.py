@@ -31,7 +31,7 @@ from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 from rich.console import Console
 from rich.table import Table
 
-from opennemo.tokenizer.huggingface import save_huggingface
+from opennemo.tokenizer.export import save_huggingface
 from opennemo.tokenizer.tekken import Tekken
 from opennemo.tokenizer.texts import Texts
 

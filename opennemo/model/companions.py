@@ -11,11 +11,10 @@ from typing import Any
 
 from opennemo.errors import CheckpointError
 from opennemo.model.layouts import FolderLayout, short
+from opennemo.tokenizer.export import save_huggingface
 from opennemo.tokenizer.gguf import read_metadata
-from opennemo.tokenizer.huggingface import HuggingFace, read_json, save_huggingface
-from opennemo.tokenizer.sentencepiece import SentencePiece
-from opennemo.tokenizer.tekken import Tekken
-from opennemo.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from opennemo.tokenizer.huggingface import read_json
+from opennemo.tokenizer.tokenizer import load_tokenizer
 
 TOKENIZERS = ("tekken.json", "tokenizer.json", "tokenizer.model*")
 OTHERS = (
@@ -70,42 +69,11 @@ def copy_companions(src: Path, dst: Path, *, layout: FolderLayout = "mistral") -
         return
     tokenizer = load_tokenizer(src)
     if not is_folder or (layout == "hf" and not (dst / "tokenizer.json").exists()):
-        write_tokenizer(tokenizer, dst)
+        save_huggingface(tokenizer, dst)
     if not (dst / "generation_config.json").exists():
         eos = read_generation_config(src).get("eos_token_ids", [tokenizer.eos_id])
         config = {"bos_token_id": tokenizer.bos_id, "eos_token_id": eos}
         write_json(dst / "generation_config.json", config)
-
-
-def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write any tokenizer as files that transformers can read."""
-    if isinstance(tokenizer, Tekken):
-        save_huggingface(tokenizer, folder)
-        return
-    if isinstance(tokenizer, SentencePiece):
-        (folder / "tokenizer.model").write_bytes(tokenizer._model.serialized_model_proto())
-    else:
-        assert isinstance(tokenizer, HuggingFace)
-        spec = json.loads(tokenizer._tokenizer.to_str())
-        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-        control = tokenizer.control.items()
-        spec["added_tokens"] += [
-            {"id": id, "content": name, "special": True, **flags} for name, id in control
-        ]
-        spec["added_tokens"].sort(key=lambda token: token["id"])
-        spec["model"]["vocab"] |= tokenizer.control
-        write_json(folder / "tokenizer.json", spec)
-    names, is_model = tokenizer.control_names, isinstance(tokenizer, SentencePiece)
-    config = {
-        "tokenizer_class": "LlamaTokenizer" if is_model else "PreTrainedTokenizerFast",
-        "bos_token": names[tokenizer.bos_id],
-        "eos_token": names[tokenizer.eos_id],
-        "add_bos_token": tokenizer.add_bos,
-        "clean_up_tokenization_spaces": False,
-    }
-    if tokenizer.chat_template:
-        config["chat_template"] = tokenizer.chat_template
-    write_json(folder / "tokenizer_config.json", config)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""`tokenizer.json` of Hugging Face behind the same interface, and Tekken written as one.
+"""`tokenizer.json` of Hugging Face behind the same interface (export.py writes such files).
 
 One idea makes it safe: the control tokens are taken out of the vocabulary before the `tokenizers`
 library sees it, so no text, however spelled, can come out as one. Two families of vocabularies
@@ -18,8 +18,6 @@ import numpy as np
 import tokenizers
 
 from opennemo.errors import CheckpointError
-from opennemo.tokenizer.bpe import merge
-from opennemo.tokenizer.tekken import Tekken
 from opennemo.tokenizer.tokenizer import Tokenizer, mistral_version, repair_surrogates
 
 # GPT-2's alphabet: printable bytes of Latin-1 stand for themselves, the others for U+0100 on.
@@ -119,6 +117,20 @@ class HuggingFace(Tokenizer):
         encodings = self._tokenizer.encode_batch_fast([repair_surrogates(text) for text in texts])
         return [np.array(encoding.ids, np.uint32) for encoding in encodings]
 
+    def spec(self) -> dict[str, Any]:
+        """The content of a tokenizer.json with all tokens, the control tokens among them."""
+        spec = json.loads(self._tokenizer.to_str())
+        spec["added_tokens"] += added_tokens(self.control, special=True)
+        spec["added_tokens"].sort(key=lambda token: token["id"])
+        spec["model"]["vocab"] |= self.control
+        return spec
+
+
+def added_tokens(ids: Mapping[str, int], *, special: bool) -> list[dict[str, Any]]:
+    """Entries of tokenizer.json for tokens that are not merged from others."""
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return [{"id": id, "content": name, "special": special, **flags} for name, id in ids.items()]
+
 
 def byte_level_spec(
     vocab: Mapping[str, int],
@@ -133,7 +145,6 @@ def byte_level_spec(
     Text is split at the `patterns` one after the other; `added` are the tokens that are not merged
     from others, and whether each is a control token.
     """
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
     byte_level["trim_offsets"] = True
     split = {"type": "Split", "behavior": "Isolated", "invert": False}
@@ -143,8 +154,9 @@ def byte_level_spec(
         "truncation": None,
         "padding": None,
         "added_tokens": [
-            {"id": vocab[name], "content": name, "special": special, **flags}
+            token
             for name, special in added.items()
+            for token in added_tokens({name: vocab[name]}, special=special)
         ],
         "normalizer": None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*splits, byte_level]},
@@ -159,45 +171,8 @@ def byte_level_spec(
     }
 
 
-def save_huggingface(tokenizer: Tekken, folder: Path) -> None:
-    """Write `tokenizer.json` and `tokenizer_config.json` that give the same ids as `tokenizer`.
-
-    Raises:
-        ValueError: a token is spelled like a control token, which this format cannot tell apart.
-    """
-    control = list(tokenizer.control)
-    if tokenizer.version == "v3":
-        # NeMo was not trained on these, which came later; that they are absent marks it as v3.
-        control[17:20] = [f"<SPECIAL_{id}>" for id in (17, 18, 19)]
-    names = [*control, *map(_spelled, tokenizer.tokens)]
-    vocab = {name: id for id, name in enumerate(names)}
-    if len(vocab) != len(names):
-        raise ValueError("a token is spelled like a control token")
-    ranks = {token: rank for rank, token in enumerate(tokenizer.tokens)}
-    halves = (merge(token, ranks, n_parts=2) for token in tokenizer.tokens[256:])
-    # A token that no merges lead to has more parts; it still stands for a whole piece of text.
-    merges = [list(map(_spelled, pair)) for pair in halves if len(pair) == 2]
-    spec = byte_level_spec(
-        vocab, merges, [tokenizer.pattern], dict.fromkeys(control, True), ignore_merges=True
-    )
-    begin = {"SpecialToken": {"id": "<s>", "type_id": 0}}
-    text, second = ({"Sequence": {"id": id, "type_id": n}} for n, id in enumerate("AB"))
-    spec["post_processor"] = {
-        "type": "TemplateProcessing",
-        "single": [begin, text],
-        "pair": [begin, text, begin, second],
-        "special_tokens": {"<s>": {"id": "<s>", "ids": [tokenizer.bos_id], "tokens": ["<s>"]}},
-    }
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": True}
-    config |= {"bos_token": "<s>", "eos_token": "</s>", "clean_up_tokenization_spaces": False}
-    config |= {f"{name[1:-1]}_token": name for name in ("<unk>", "<pad>") if name in control}
-    if tokenizer.chat_template:
-        config["chat_template"] = tokenizer.chat_template
-    for name, content in (("tokenizer.json", spec), ("tokenizer_config.json", config)):
-        (folder / name).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-
-
-def _spelled(token: bytes) -> str:
+def spelled(token: bytes) -> str:
+    """The bytes in GPT-2's alphabet."""
     return token.decode("latin-1").translate(SPELLED)
 
 

@@ -7,11 +7,13 @@ which chat layout goes with which file name, as mistral-common does (`tokenizer.
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from sentencepiece import SentencePieceProcessor
 
 from opennemo.errors import CheckpointError
+from opennemo.tokenizer.huggingface import added_tokens
 from opennemo.tokenizer.tokenizer import Tokenizer, mistral_version, repair_surrogates
 
 
@@ -88,6 +90,47 @@ class SentencePiece(Tokenizer):
         """`encode` of many texts, each (n,) uint32, on all processors."""
         ids = self._model.encode([repair_surrogates(text) for text in texts], num_threads=-1)
         return [np.array(i, np.uint32) for i in ids]
+
+    def spec(self) -> dict[str, Any]:
+        """The content of a tokenizer.json of the same tokens, merged in the same order."""
+        model = self._model
+        names = [model.id_to_piece(id) for id in range(self.vocab_size)]
+        vocab = {name: id for id, name in enumerate(names)}
+        texts = [id for id in vocab.values() if self._bytes[id] and not model.is_byte(id)]
+        merges: list[tuple[float, str, str]] = []
+        whole: dict[str, int] = {}
+        for id in texts:
+            name, score = names[id], model.get_score(id)
+            halves = [(name[:i], name[i:]) for i in range(1, len(name))]
+            halves = [(score, a, b) for a, b in halves if a in vocab and b in vocab]
+            merges += halves
+            if len(name) > 1 and not halves and id in model.encode(name.replace("▁", " ")):
+                whole[name] = id  # what the library calls user-defined
+        merges.sort(key=lambda merge: (-merge[0], -len(merge[1])))
+        to_space = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
+        from_space = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+        prepend = [{"type": "Prepend", "prepend": "▁"}] * self.dummy_prefix
+        strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] * self.dummy_prefix
+        steps = [to_space, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]
+        added = added_tokens(self.control, special=True) + added_tokens(whole, special=False)
+        return {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": sorted(added, key=lambda token: token["id"]),
+            "normalizer": {"type": "Sequence", "normalizers": [*prepend, from_space]},
+            "pre_tokenizer": None,
+            "post_processor": None,
+            "decoder": {"type": "Sequence", "decoders": steps},
+            "model": {
+                "type": "BPE",
+                "unk_token": names[model.unk_id()],
+                "fuse_unk": True,
+                "byte_fallback": True,
+                "vocab": vocab,
+                "merges": [(a, b) for _, a, b in merges],
+            },
+        }
 
     def _bytes_of(self, id: int, piece: str) -> bytes:
         model = self._model

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from opennemo.errors import CheckpointError
+from opennemo.tokenizer.mistral_template import mistral_template
 
 
 class Tokenizer(ABC):
@@ -116,8 +117,12 @@ def mistral_version(
 ) -> str | None:
     """`version` if the control tokens are those of Mistral's v3, and no template says otherwise.
 
-    v7 brought [SYSTEM_PROMPT]. A fine-tune may keep the vocabulary and change the layout.
+    v7 brought [SYSTEM_PROMPT]. A fine-tune may keep the vocabulary and change the layout. Older
+    layouts are known by the templates that we write for them.
     """
+    for older in ("v1", "v2"):
+        if chat_template == mistral_template(older):
+            return older
     is_v3 = {"[INST]", "[TOOL_CALLS]"} <= control.keys() and "[SYSTEM_PROMPT]" not in control
     return version if is_v3 and (chat_template is None or "[INST]" in chat_template) else None
 

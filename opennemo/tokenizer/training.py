@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from opennemo.errors import InvalidRequest
-from opennemo.tokenizer.huggingface import save_huggingface
+from opennemo.tokenizer.export import save_huggingface
 from opennemo.tokenizer.merging import learn_merges
 from opennemo.tokenizer.tekken import SINGLE_BYTES, Tekken
 from opennemo.tokenizer.texts import Texts

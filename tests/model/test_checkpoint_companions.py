@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from transformers import AutoTokenizer, GenerationConfig
 from opennemo.errors import CheckpointError
 from opennemo.model.companions import copy_companions, read_generation_config
 from opennemo.model.hub import locate
+from opennemo.tokenizer.mistral_template import mistral_template
 from opennemo.tokenizer.tekken import PATTERN, SINGLE_BYTES, Tekken
 from opennemo.tokenizer.tokenizer import load_tokenizer
 
@@ -39,7 +41,9 @@ def assert_alike(folder: Path, source: Path) -> None:
         begin = [ours.bos_id] if ours.add_bos else []
         assert theirs.encode(text) == begin + ids
     assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos_id, ours.eos_id)
-    assert theirs.chat_template == ours.chat_template == again.chat_template
+    template = ours.chat_template or mistral_template(ours.instruct_version or "")
+    assert theirs.chat_template == again.chat_template == template
+    assert again.instruct_version == ours.instruct_version
     assert sorted(again.control.values()) == sorted(ours.control.values())
 
 
@@ -62,6 +66,18 @@ def test_tekken_becomes_a_tokenizer_json(tekken, tmp_path):
     (folder / "tekken.json").unlink()  # or transformers reads that, through mistral-common
     assert_alike(folder, tekken)
     assert GenerationConfig.from_pretrained(folder).eos_token_id == [2]
+
+
+def test_sentencepiece_becomes_a_tokenizer_json(tmp_path):
+    source, folder = tmp_path / "mistral", tmp_path / "hf"
+    source.mkdir()
+    folder.mkdir()
+    data = Path(str(importlib.util.find_spec("mistral_common").origin)).parent / "data"  # type: ignore
+    model = data / "mistral_instruct_tokenizer_240323.model.v3"
+    shutil.copyfile(model, source / "tokenizer.model.v3")
+    copy_companions(source, folder, layout="hf")
+    (folder / "tokenizer.model.v3").unlink()
+    assert_alike(folder, source)
 
 
 def test_mistral_s_layout_needs_no_tokenizer_json(tekken, tmp_path):

@@ -1,5 +1,6 @@
 """Mistral's layouts: id for id what mistral-common makes of the same conversations."""
 
+import copy
 import importlib.util
 import json
 import random
@@ -19,6 +20,8 @@ from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
 from opennemo.errors import InvalidRequest
 from opennemo.tokenizer.chat import encode_chat, encode_for_training
+from opennemo.tokenizer.export import save_huggingface
+from opennemo.tokenizer.mistral_template import mistral_template
 from opennemo.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 DATA = Path(str(importlib.util.find_spec("mistral_common").origin)).parent / "data"  # type: ignore
@@ -168,6 +171,62 @@ def test_equals_mistral_common_on_random_conversations(version: str):
         n_tools += bool(tools)
         n_prefixes += bool(messages[-1].get("prefix"))
     assert n_turns > 800 and n_prefixes > 20 and (n_tools > 100 or version == "v1")
+
+
+class Portable(Conversations):
+    """Those that Jinja can lay out as well: JSON is written as `json.dumps` does, if it is any."""
+
+    def arguments(self) -> str:
+        value = {self.text(): self.text(), "n": self.random.choice([1, 1.5, None, [True], {}])}
+        return self.random.choice(["", json.dumps(value, ensure_ascii=False)])
+
+    def calls(self) -> list[dict]:
+        turns = super().calls()
+        for turn in turns[1:]:
+            plain = ["", "fine day", "Où ?", "42", "-2.5", "007", "null", "a", " {", "nan"]
+            turn["content"] = self.random.choice([*plain, self.arguments()])
+        return turns
+
+
+@pytest.mark.parametrize("version", FILES)
+def test_transformers_makes_the_same_ids_of_a_converted_folder(version: str, tmp_path: Path):
+    transformers = pytest.importorskip("transformers")
+    tokenizer = ours(version)
+    save_huggingface(tokenizer, tmp_path)
+    theirs, again = transformers.AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)
+    cases, n_tools = Portable(version, seed=8, look_alikes=["INST]", "<|s|>", "/s>"]), 0
+    for _ in range(250):
+        messages, tools = cases.messages(), cases.tools()
+        expected = reference_ids(version, messages, tools)
+        prefix = bool(messages[-1].pop("prefix", False))
+        # Libraries that render templates hand over arguments as objects, clients as JSON.
+        as_objects = json.loads(json.dumps(messages))
+        for call in (call for m in as_objects for call in m.get("tool_calls", [])):
+            call["function"]["arguments"] = json.loads(call["function"]["arguments"] or "{}")
+        for each in (messages, as_objects) if not prefix else ():
+            ids = theirs.apply_chat_template(each, tools=tools, return_dict=False)
+            assert ids == expected, (each, tools)
+        if prefix:
+            messages[-1]["prefix"] = True
+        assert encode_chat(again, messages, tools) == expected, (messages, tools)
+        n_tools += bool(tools) and any("tool_calls" in message for message in messages)
+    assert n_tools > 30 or version == "v1"
+    for text in TEXTS:
+        assert again.encode(text) == tokenizer.encode(text)
+        assert theirs.decode(tokenizer.encode(text)) == tokenizer.decode(tokenizer.encode(text))
+
+
+def test_what_a_template_refuses():
+    assert mistral_template("v7-tekken") is None
+    tokenizer = ours("v3-tekken")
+    by_template = copy.copy(tokenizer)
+    by_template.instruct_version, by_template.chat_template = None, mistral_template("v3-tekken")
+    assert encode_chat(by_template, ROUND_TRIP, [WEATHER]) == encode_chat(
+        tokenizer, ROUND_TRIP, [WEATHER]
+    )
+    by_template.chat_template = mistral_template("v1")
+    with pytest.raises(InvalidRequest, match="not trained to use tools"):
+        encode_chat(by_template, ROUND_TRIP, [WEATHER])
 
 
 @pytest.mark.parametrize("version", FILES)

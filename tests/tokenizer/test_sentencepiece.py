@@ -1,14 +1,17 @@
 """SentencePiece: the ids of mistral-common, and the chat layout by the name of the file."""
 
 import importlib.util
+import io
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import sentencepiece
 from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer, get_spm_version
 
 from opennemo.errors import CheckpointError
+from opennemo.tokenizer.export import save_huggingface
 from opennemo.tokenizer.sentencepiece import SentencePiece
 from opennemo.tokenizer.tokenizer import load_tokenizer
 
@@ -97,3 +100,43 @@ def test_which_file_of_a_folder(tmp_path: Path):
     assert loaded() == ("SentencePiece", "v3")
     shutil.copy(DATA / "tekken_240718.json", tmp_path / "tekken.json")
     assert loaded() == ("Tekken", "v3-tekken")
+
+
+@pytest.mark.parametrize("file", [V1, V3], ids=["v1", "v3"])
+def test_as_tokenizer_json(texts: SimpleNamespace, tmp_path: Path, file: Path):
+    ours = load_tokenizer(file)
+    save_huggingface(ours, tmp_path)
+    again = load_tokenizer(tmp_path)
+    for text in [*texts.sentences, *texts.look_alikes, *texts.random(1000, seed=7), " ▁ x", "\0"]:
+        assert again.encode(text) == ours.encode(text)
+    ids = range(ours.vocab_size)
+    assert [*map(again.token_bytes, ids)] == [*map(ours.token_bytes, ids)]
+    assert (again.control, again.add_bos) == (ours.control, True)
+
+
+@pytest.mark.parametrize("dummy_prefix", [True, False])
+def test_tokens_that_are_not_merged_stay_whole(tmp_path: Path, dummy_prefix: bool):
+    """A fine-tune may have added them: the library takes them out of a text before all else."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(  # pyright: ignore
+        sentence_iterator=iter(Path(__file__).read_text("utf-8").splitlines()),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=500,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=dummy_prefix,
+        user_defined_symbols=["<|im_end|>", "ZZ9Z"],
+        minloglevel=2,
+    )
+    ours = SentencePiece(model.getvalue())
+    assert ours.dummy_prefix == dummy_prefix
+    save_huggingface(ours, tmp_path)
+    again = load_tokenizer(tmp_path)
+    for text in ("import json", "  a  b", "def test(x):\n\n    assert x == 'é🦙'", "x ZZ9Z", ""):
+        assert again.encode(text) == ours.encode(text)
+        assert again.decode(ours.encode(text)) == text
+    for name in ("<|im_end|>", "ZZ9Z"):
+        assert again.encode(f"a{name}")[-1] == ours.encode(f"a{name}")[-1]
+        assert again.token_bytes(ours.encode(f"a{name}")[-1]) == name.encode()
