@@ -31,7 +31,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from opennemo.errors import OpenNemoError
 from opennemo.serve import admin, anthropic, batches, chat, models, nim, responses
-from opennemo.serve.errors import Refusal, error_response, refusal
+from opennemo.serve.errors import Refusal, dumps, error_body, error_response, refusal
 from opennemo.serve.service import INSIDE, Service
 from opennemo.serve.settings import Settings
 from opennemo.serve.worker import Worker
@@ -245,9 +245,18 @@ async def _on_http(request: Request, error: Exception) -> Response:
 
 
 class BoundedHeaders(HttpToolsProtocol):
-    """uvicorn's protocol with a bound on headers, which would fill the memory without one."""
+    """uvicorn's protocol with a bound on headers, which would fill the memory without one.
+
+    What is no HTTP gets the body that every error has.
+    """
 
     _n_head: int | None = None  # bytes of the headers being read
+
+    def send_400_response(self, msg: str) -> None:
+        body = dumps(error_body(Refusal(400, msg, "invalid_request_error"), "")).encode()
+        head = "HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\nconnection: close\r\n"
+        self.transport.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+        self.transport.close()
 
     def on_message_begin(self) -> None:
         self._n_head = 0

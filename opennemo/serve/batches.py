@@ -21,6 +21,8 @@ from opennemo.serve.store import AT_WORK, KEPT, Row
 from opennemo.serve.worker import Worker, owner_of
 
 uploads, router = APIRouter(), APIRouter()  # apart, since uploads have a bound of their own
+BYTES: dict[int | str, dict[str, Any]] = {200: {"content": {"application/octet-stream": {}}}}
+MAX_INLINE = 2**24  # bytes of answers in a job's description
 
 
 def batches_of(request: Request) -> Worker:
@@ -35,22 +37,22 @@ TheBatches = Annotated[Worker, Depends(batches_of)]
 Owner = Annotated[str, Depends(owner)]
 Page = Annotated[int, Query(ge=0, le=2**20)]
 PageSize = Annotated[int, Query(ge=1, le=10_000)]
-Metadata = (
-    Annotated[
-        dict[
-            Annotated[str, Field(max_length=64)],
-            Annotated[str, Field(max_length=512)],
-        ],
-        Field(max_length=16),
-    ]
-    | None
-)
 Id = Annotated[str, Field(max_length=64)]
+Value = Annotated[str, Field(max_length=512)]
+Metadata = Annotated[dict[Id, Value], Field(max_length=16)] | None
 Lasting = Annotated[int, Field(ge=3600, le=KEPT)]  # seconds
+MISTRAL = {
+    "validating": "QUEUED",
+    "in_progress": "RUNNING",
+    "completed": "SUCCESS",
+    "failed": "FAILED",
+    "expired": "TIMEOUT_EXCEEDED",
+    "cancelling": "CANCELLATION_REQUESTED",
+    "cancelled": "CANCELLED",
+}
 
 
 class OutputExpiresAfter(BaseModel):
-    anchor: Literal["created_at"]
     seconds: Lasting
 
 
@@ -61,7 +63,7 @@ class BatchCreate(BaseModel):
     endpoint: Endpoint
     completion_window: str = Field("24h", pattern=r"^([1-9]|[1-9]\d|1[0-5]\d|16[0-8])h$")
     metadata: Metadata = None
-    output_expires_after: OutputExpiresAfter | None = None
+    output_expires_after: OutputExpiresAfter = OutputExpiresAfter(seconds=KEPT)
 
 
 class JobRequest(BaseModel):
@@ -78,7 +80,7 @@ class JobCreate(BaseModel):
     model: Annotated[str, Field(max_length=256)] | None = None
     metadata: Metadata = None
     timeout_hours: int = Field(24, ge=1, le=168)
-    agent_id: str | None = None
+    agent_id: None = None  # there are no agents here
 
 
 @uploads.post("/v1/files")
@@ -123,7 +125,7 @@ def get_file(batches: TheBatches, owner: Owner, id: str) -> Response:
     return Json(file_card(batches.store.find("files", owner, id)))
 
 
-@router.get("/v1/files/{id}/content")
+@router.get("/v1/files/{id}/content", response_class=Response, responses=BYTES)
 def get_content(batches: TheBatches, owner: Owner, id: str) -> Response:
     """A file as it was uploaded, or as its batch wrote it."""
     row = batches.store.find("files", owner, id)
@@ -142,11 +144,9 @@ def delete_file(batches: TheBatches, owner: Owner, id: str) -> Response:
 @router.post("/v1/batches")
 def create_batch(body: BatchCreate, batches: TheBatches, owner: Owner) -> Response:
     """Answer all requests of a file within a time."""
-    kept = body.output_expires_after.seconds if body.output_expires_after else KEPT
-    hours = int(body.completion_window[:-1])
     batch = batches.add(
-        owner, [body.input_file_id], hours, endpoint=body.endpoint, model=None,
-        metadata=body.metadata, output_expires_in=kept,
+        owner, [body.input_file_id], int(body.completion_window[:-1]), endpoint=body.endpoint,
+        model=None, metadata=body.metadata, output_expires_in=body.output_expires_after.seconds,
     )  # fmt: skip
     return Json(batch_card(batch))
 
@@ -175,8 +175,6 @@ def cancel_batch(batches: TheBatches, owner: Owner, id: str) -> Response:
 @router.post("/v1/batch/jobs")
 def create_job(body: JobCreate, batches: TheBatches, owner: Owner) -> Response:
     """Answer requests, of files or given here, within a time."""
-    if body.agent_id:
-        raise InvalidRequest("agent_id: there are no agents here")
     if bool(body.input_files) == bool(body.requests):
         raise InvalidRequest("input_files: give either those or requests")
     files = body.input_files
@@ -220,12 +218,13 @@ def get_job(batches: TheBatches, owner: Owner, id: str, inline: bool | None = No
     row = batches.store.find("batches", owner, id)
     card = job_card(row)
     if inline and row["status"] not in AT_WORK:
-        card["outputs"] = [
-            json.loads(line)
-            for file in (row["output"], row["error_file"])
-            if file
-            for line in b"".join(batches.store.content(file)).splitlines()
+        found = [
+            batches.store.find("files", owner, f) for f in (row["output"], row["error_file"]) if f
         ]
+        if sum(file["bytes"] for file in found) > MAX_INLINE:
+            raise InvalidRequest(f"inline: more than {MAX_INLINE:,} bytes; download output_file")
+        data = b"".join(part for file in found for part in batches.store.content(file["id"]))
+        card["outputs"] = [json.loads(line) for line in data.splitlines()]
     return Json(card)
 
 
@@ -243,97 +242,59 @@ def delete_job(batches: TheBatches, owner: Owner, id: str) -> Response:
 
 
 def _list(cards: list[dict[str, Any]], offset: int, total: int) -> dict[str, Any]:
-    return {
-        "object": "list",
-        "data": cards,
-        "total": total,
-        "first_id": cards[0]["id"] if cards else None,
-        "last_id": cards[-1]["id"] if cards else None,
-        "has_more": offset + len(cards) < total,
-    }
+    ends = {"first_id": cards[0]["id"], "last_id": cards[-1]["id"]} if cards else {}
+    more = offset + len(cards) < total
+    return {"object": "list", "data": cards, "total": total, "has_more": more, **ends}
 
 
 def file_card(row: Row) -> dict[str, Any]:
     """A file's description that OpenAI's and Mistral's clients both accept."""
     is_input, is_error = row["purpose"] == "batch", row["filename"].endswith("_error.jsonl")
-    kind = "batch_request" if is_input else "batch_error" if is_error else "batch_result"
     return {
-        "id": row["id"],
+        **{key: row[key] for key in ("id", "bytes", "created_at", "expires_at", "filename")},
         "object": "file",
-        "bytes": row["bytes"],
-        "size_bytes": row["bytes"],
-        "created_at": row["created_at"],
-        "expires_at": row["expires_at"],
-        "filename": row["filename"],
         "purpose": row["purpose"],
-        "sample_type": kind,
-        "source": "upload" if is_input else "mistral",
-        "num_lines": row["num_lines"],
-        "mimetype": "application/jsonl",
-        "signature": None,
         "status": "processed",
-        "status_details": None,
         "deleted": False,
+        "size_bytes": row["bytes"],
+        "num_lines": row["num_lines"],
+        "sample_type": f"batch_{'request' if is_input else 'error' if is_error else 'result'}",
+        "source": "upload" if is_input else "mistral",
     }
 
 
 def batch_card(row: Row) -> dict[str, Any]:
     """A batch in OpenAI's words."""
     done, times = row["status"] not in AT_WORK, row["times"]
-    states = ("in_progress", "finalizing", "completed", "failed", "expired")
+    states = ("in_progress", "finalizing", "completed", "failed", "expired", "cancelling")
+    counts = {"total": row["n_total"], "completed": row["n_ok"], "failed": row["n_failed"]}
+    shared = ("id", "endpoint", "model", "status", "created_at", "expires_at", "metadata")
     return {
-        "id": row["id"],
         "object": "batch",
-        "endpoint": row["endpoint"],
-        "model": row["model"],
+        **{key: row[key] for key in shared},
+        **{f"{state}_at": times.get(state) for state in (*states, "cancelled")},
         "errors": {"object": "list", "data": row["errors"]} if row["errors"] else None,
         "input_file_id": row["input"],
         "completion_window": row["window"],
-        "status": row["status"],
         "output_file_id": row["output"] if done else None,
         "error_file_id": row["error_file"] if done else None,
-        "created_at": row["created_at"],
-        "expires_at": row["expires_at"],
-        **{f"{state}_at": times.get(state) for state in (*states, "cancelling", "cancelled")},
-        "request_counts": {
-            "total": row["n_total"],
-            "completed": row["n_ok"],
-            "failed": row["n_failed"],
-        },
-        "metadata": row["metadata"],
+        "request_counts": counts,
     }
-
-
-MISTRAL = {
-    "validating": "QUEUED",
-    "in_progress": "RUNNING",
-    "completed": "SUCCESS",
-    "failed": "FAILED",
-    "expired": "TIMEOUT_EXCEEDED",
-    "cancelling": "CANCELLATION_REQUESTED",
-    "cancelled": "CANCELLED",
-}
 
 
 def job_card(row: Row) -> dict[str, Any]:
     """A batch in Mistral's words."""
     done, times = row["status"] not in AT_WORK, row["times"]
+    shared = ("id", "input_files", "endpoint", "model", "metadata", "created_at")
     return {
-        "id": row["id"],
         "object": "batch",
-        "input_files": row["input_files"],
-        "endpoint": row["endpoint"],
-        "model": row["model"],
-        "agent_id": None,
-        "metadata": row["metadata"],
-        "errors": [{"message": error["message"], "count": 1} for error in row["errors"]],
+        **{key: row[key] for key in shared},
         "status": MISTRAL[row["status"]],
-        "created_at": row["created_at"],
+        "errors": [{"message": error["message"], "count": 1} for error in row["errors"]],
         "started_at": times.get("in_progress"),
         "completed_at": times.get(row["status"]) if done else None,
         "output_file": row["output"] if done else None,
         "error_file": row["error_file"] if done else None,
-        "outputs": None,
         "total_requests": row["n_total"],
         "completed_requests": row["n_ok"] + row["n_failed"],
         "succeeded_requests": row["n_ok"],

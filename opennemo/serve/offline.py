@@ -27,6 +27,7 @@ from opennemo.serve.service import Service
 from opennemo.serve.settings import Settings
 
 SPARE = 8  # lines that wait at the engine, so that it never waits for one
+BEGIN = b'{"id":"batch_req_'  # of every line that we write
 Place = tuple[str, int, int, bool]  # a line's id, number, offset, and whether its custom_id is new
 
 
@@ -140,12 +141,21 @@ class _Output:
 
     def __enter__(self) -> "_Output":
         self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
-        self._lock()
+        try:
+            self._lock()
+            self._read()
+        except BaseException:
+            os.close(self._file)
+            raise
+        os.ftruncate(self._file, self._size)
+        os.lseek(self._file, self._size, os.SEEK_SET)
+        return self
+
+    def _read(self) -> None:
         with self._path.open("rb") as file:
             for number, raw in enumerate(file, 1):
-                if not raw.endswith(b"\n"):  # cut short by a kill; its request is put again
-                    break
-                self._size += len(raw)
+                if not raw.endswith(b"\n") and raw.startswith(BEGIN[: len(raw)]):
+                    return  # cut short by a kill; its request is put again
                 try:
                     answer = json.loads(raw)
                     self.ids.add(answer["id"])
@@ -154,9 +164,7 @@ class _Output:
                     raise InvalidRequest(
                         f"{self._path}: line {number} is not an answer of a batch; give another -o"
                     ) from None
-        os.ftruncate(self._file, self._size)
-        os.lseek(self._file, self._size, os.SEEK_SET)
-        return self
+                self._size += len(raw)
 
     def _lock(self) -> None:
         try:

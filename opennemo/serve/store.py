@@ -117,16 +117,21 @@ class Store:
             db.execute("UPDATE files SET bytes = ?, num_lines = ?, ready = 1 WHERE id = ?", values)
             return _find(db, "files", owner, file)
 
-    def content(self, file: str) -> Iterator[bytes]:
-        """The bytes of a file, which is known to be the owner's, in parts of some 64 KiB."""
-        part = bytearray()
+    def lines(self, file: str) -> Iterator[bytes]:
+        """The lines of a file, which is known to be the owner's, as they were given."""
         with self._read() as db:
             query = "SELECT data FROM lines WHERE file = ? ORDER BY number"
             for row in db.execute(query, (file,)):
-                part += row["data"]
-                if len(part) >= 2**16:
-                    yield bytes(part)
-                    part.clear()
+                yield row["data"]
+
+    def content(self, file: str) -> Iterator[bytes]:
+        """The same in parts of some 64 KiB."""
+        part = bytearray()
+        for line in self.lines(file):
+            part += line
+            if len(part) >= 2**16:
+                yield bytes(part)
+                part.clear()
         yield bytes(part)
 
     def delete_file(self, owner: str, id: str) -> None:
@@ -226,11 +231,13 @@ class Store:
             "(SELECT 1 FROM lines WHERE file IN (?, ?) AND number = asked.number) "
             "ORDER BY number LIMIT 32"
         )
-        number, rows = 0, [(0, b"")]
-        while rows:
+        number = 0
+        while True:
+            values = (batch["input"], number, batch["output"], batch["error_file"])
             with self._read() as db:
-                values = (batch["input"], number, batch["output"], batch["error_file"])
                 rows = db.execute(query, values).fetchall()
+            if not rows:
+                return
             for number, data in rows:
                 if data.strip():
                     yield number, data

@@ -12,6 +12,7 @@ import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -40,30 +41,33 @@ class Worker:
         )
         self._service, self._app = service, app
         self._tasks: dict[str, asyncio.Task] = {}
-        # Limits of their own, as large: batches keep to them, and take nothing from live requests.
+        self._at_work: list[Row] = []
+        # A minute's limits are counted apart: batches keep to them, too, but take nothing from live
+        # requests. How many lines run at once is for `Slots` alone to say.
         gatekeeper = service.gatekeeper
         self._clients = {
-            owner_of(c): Client(f"{c.name} (batches)", c.limits)
+            owner_of(c): Client(f"{c.name} (batches)", replace(c.limits, max_concurrent=0))
             for c in gatekeeper.clients or [gatekeeper.anonymous]
         }
 
     async def serve(self) -> None:
         """Look after all batches, until cancelled."""
+        self._loop, self._wake = asyncio.get_running_loop(), asyncio.Event()
         try:
             await asyncio.to_thread(self.store.open)
-        except (OSError, sqlite3.Error) as error:
-            log.warning(
-                "no batches", state_dir=str(self._service.settings.state_dir), why=str(error)
-            )
+        except (OSError, sqlite3.Error) as error:  # another server's folder, or a read-only disk
+            folder = str(self._service.settings.state_dir)
+            log.warning("files and batches are off", state_dir=folder, why=str(error))
             return
-        self._loop, self._wake = asyncio.get_running_loop(), asyncio.Event()
         limit, active = self._service.settings.max_num_batch_seqs, self._service.active
-        self._slots = Slots(limit, lambda: len(active) - self._slots.n_taken)
+        self._slots = Slots(limit, lambda: max(0, len(active) - self._slots.n_taken))
         try:
             while True:
                 self._wake.clear()
-                with suppress(Refusal):  # the disk is full
+                try:
                     await self._look()
+                except Exception:  # nothing that a batch does may end the others
+                    log.exception("defect")
                 with suppress(TimeoutError):
                     await asyncio.wait_for(self._wake.wait(), 1 if self._at_work else None)
         finally:
@@ -75,9 +79,9 @@ class Worker:
     def add(self, owner: str, files: list[str], hours: int, **details: Any) -> Row:
         """Take a batch of some of the owner's files in; from any thread, as `cancel`."""
         store, input = self.store, files[0]
-        if len(files) > 1:  # lines keep their order, and get numbers of their own
-            parts = (store.content(store.find("files", owner, file)["id"]) for file in files)
-            lines = (line for part in parts for data in part for line in data.splitlines(True))
+        if len(files) > 1:  # one after the other, in a file of their own
+            parts = (store.lines(store.find("files", owner, file)["id"]) for file in files)
+            lines = (line.rstrip(b"\n") + b"\n" for part in parts for line in part)
             input = store.add_file(owner, "requests.jsonl", lines)["id"]
         batch = store.add_batch(
             owner, input, expires_at=int(time.time()) + 3600 * hours, window=f"{hours}h",
@@ -105,7 +109,7 @@ class Worker:
                 await asyncio.to_thread(self._give_up, batch)
             elif task is not None and task.done():
                 del self._tasks[id]
-                if error := task.exception():
+                if not task.cancelled() and (error := task.exception()):
                     log.error("defect", batch=id, exc_info=error)
                     problem = {"code": "internal_server_error", "message": "the log tells more"}
                     await asyncio.to_thread(self.store.finish, batch, "failed", [problem])

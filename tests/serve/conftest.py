@@ -63,7 +63,7 @@ def run_server(llm: LLM, **settings) -> Iterator[Running]:
     import uvicorn
 
     own = contextlib.ExitStack()
-    if "state_dir" not in settings:  # never the one of whoever runs the tests
+    if "state_dir" not in settings:
         settings["state_dir"] = own.enter_context(tempfile.TemporaryDirectory())
     service = Service(Settings(port=0, **settings))  # pyright: ignore[reportCallIssue]
     service.use(llm)
@@ -88,6 +88,14 @@ def run_server(llm: LLM, **settings) -> Iterator[Running]:
         thread.join(20)
         assert not thread.is_alive(), "the server did not stop"
         own.close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def state_dir(tmp_path_factory) -> Iterator[None]:
+    """Servers in processes of their own must not take up batches of whoever runs the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OPENNEMO_STATE_DIR", str(tmp_path_factory.mktemp("state")))
+        yield
 
 
 @pytest.fixture(scope="module")

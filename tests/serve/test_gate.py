@@ -112,6 +112,14 @@ def test_bodies_and_headers_are_bounded(running, tiny_llm):
             assert answer[:12] in (b"HTTP/1.1 431", b"")
 
 
+def test_what_is_no_http_gets_an_error_body_too(server):
+    with socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1]))) as raw:
+        raw.sendall(b"GET /health NONSENSE\r\n\r\n")
+        head, _, body = raw.makefile("rb").read().partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400") and b"application/json" in head
+    assert json.loads(body)["error"]["type"] == "invalid_request_error"
+
+
 @pytest.mark.parametrize(
     "change",
     [
