@@ -4,21 +4,25 @@ It runs in a process, and if need be in an environment, of its own, so that its 
 never meet; it needs `llama-cpp-python` and nothing of this project.
 
     python llama_cpp_worker.py model.gguf
+    {"start": 2}                            load on two threads and compute a token: {"seconds"}
     {"threads": 2, "sequences": 8, "context": 128, "tokens": 1, "repeats": 5}
+    {"score": [1, 2, 3], "file": "x.npy"}   logits (tokens, vocabulary) into a file
+    {"peak": true}                          most bytes this process ever had in memory
 """
 
 import ctypes
 import json
 import sys
 import time
+from pathlib import Path
 
 import llama_cpp  # pyright: ignore[reportMissingImports]
 
 
-def load(path: str, threads: int, sequences: int, context: int):
+def make_context(threads: int, sequences: int, context: int):
     params = llama_cpp.llama_context_default_params()
     params.n_ctx = sequences * (context + 8)
-    params.n_batch = params.n_ubatch = max(512, context)
+    params.n_batch, params.n_ubatch = max(512, context), 512  # llama.cpp's own default
     params.n_seq_max = sequences
     params.n_threads = params.n_threads_batch = threads
     return llama_cpp.llama_init_from_model(model, params)
@@ -41,16 +45,58 @@ def feed(ctx, batch, sequences: int, start: int, tokens: int) -> None:
 quiet = llama_cpp.llama_log_callback(lambda level, text, data: None)
 llama_cpp.llama_log_set(quiet, ctypes.c_void_p())
 llama_cpp.llama_backend_init()
-model = llama_cpp.llama_model_load_from_file(
-    sys.argv[1].encode(), llama_cpp.llama_model_default_params()
-)
+
+
+def start(threads: int) -> float:
+    """Load the model and compute one token -> seconds."""
+    global model
+    begin = time.perf_counter()
+    model = llama_cpp.llama_model_load_from_file(
+        sys.argv[1].encode(), llama_cpp.llama_model_default_params()
+    )
+    ctx, batch = make_context(threads, 1, 8), llama_cpp.llama_batch_init(8, 0, 1)
+    feed(ctx, batch, 1, 0, 1)
+    seconds = time.perf_counter() - begin
+    llama_cpp.llama_free(ctx)
+    return seconds
+
+
+def score(tokens: list[int], file: str) -> None:
+    import numpy as np
+
+    n = len(tokens)
+    ctx, batch = make_context(2, 1, n), llama_cpp.llama_batch_init(n, 0, 1)
+    for i, token in enumerate(tokens):
+        batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = token, i, 1, 0
+        batch.logits[i] = True
+    batch.n_tokens = n
+    if llama_cpp.llama_decode(ctx, batch):
+        raise SystemExit("llama_decode failed")
+    width = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
+    logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits(ctx), (n, width))
+    np.save(file, logits)
+    llama_cpp.llama_free(ctx)
+
+
 contexts: dict[tuple, tuple] = {}
 for line in sys.stdin:
     case = json.loads(line)
+    if "start" in case:
+        print(json.dumps({"seconds": start(case["start"])}), flush=True)
+        continue
+    if "score" in case:
+        score(case["score"], case["file"])
+        print("{}", flush=True)
+        continue
+    if "peak" in case:
+        peak = Path("/proc/self/status").read_text("utf-8").split("VmHWM:")[1].split()[0]
+        print(json.dumps({"peak": 1024 * int(peak)}), flush=True)
+        continue
     key = case["threads"], case["sequences"], case["context"], case["tokens"]
     threads, sequences, past, tokens = key
-    if key not in contexts:
-        ctx = load(sys.argv[1], threads, sequences, past + tokens)
+    is_new = key not in contexts
+    if is_new:
+        ctx = make_context(threads, sequences, past + tokens)
         batch = llama_cpp.llama_batch_init(max(512, sequences, tokens), 0, 1)
         contexts[key] = ctx, batch, llama_cpp.llama_get_memory(ctx)
         for s in range(sequences):  # one after the other: a prompt fits a batch, all need not
@@ -63,11 +109,13 @@ for line in sys.stdin:
                 llama_cpp.llama_decode(ctx, batch)
     ctx, batch, memory = contexts[key]
     seconds, cpu_seconds = [], []
-    for _ in range(case["repeats"] + 1):  # the first warms up
+    for _ in range(case["repeats"] + is_new):  # the first of all warms up
         wall, cpu = time.perf_counter(), time.process_time()
         feed(ctx, batch, sequences, past, tokens)
         seconds.append(time.perf_counter() - wall)
         cpu_seconds.append(time.process_time() - cpu)
         for s in range(sequences):
             llama_cpp.llama_memory_seq_rm(memory, s, past, -1)
-    print(json.dumps({"seconds": seconds[1:], "cpu_seconds": cpu_seconds[1:]}), flush=True)
+    print(
+        json.dumps({"seconds": seconds[is_new:], "cpu_seconds": cpu_seconds[is_new:]}), flush=True
+    )
