@@ -7,7 +7,7 @@ neither HTTP nor the terminal.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -15,8 +15,15 @@ from typing import Any
 
 import torch
 
-from opennemo.engine import Engine, EngineConfig, Event, SamplingParams
-from opennemo.engine.grammar import GrammarCompiler, Kind, tool_call_grammar
+from opennemo.engine import Engine, EngineConfig, SamplingParams
+from opennemo.engine.grammar import (
+    ANY_TEXT,
+    GrammarCompiler,
+    Kind,
+    tagged_call_grammar,
+    text_without,
+    tool_call_grammar,
+)
 from opennemo.errors import InvalidRequest
 from opennemo.model.checkpoint import load, open_checkpoint
 from opennemo.model.companions import read_generation_config
@@ -33,7 +40,6 @@ __all__ = ["LLM", "Reply", "TextStream"]
 # NeMo's model card asks for it: "requires smaller temperatures". A model that says nothing of
 # sampling is answered greedily, which suits the small one that `make chat` brings.
 NEMO_TEMPERATURE = 0.3
-MAX_CALLS = 16  # in one answer, where the vocabulary has no token for calls
 
 
 class LLM:
@@ -186,12 +192,8 @@ class LLM:
         self.adapters[name] = load_adapter(folder, self.engine.runner.model)
 
     def reset_prefix_cache(self) -> None:
-        """Forget all cached prompts, on the thread that owns them: an empty answer's listener."""
-
-        def forget(event: Event) -> None:
-            self.engine.cache.reset()
-
-        self._submit([self.tokenizer.bos_id], {"max_tokens": 1}, listen=forget).finish()
+        """Forget all cached prompts, before the next step."""
+        self.engine.call(self.engine.cache.reset)
 
     def sleep(self) -> None:
         """Stop the engine and give its cache back, and on a GPU the weights' memory, too."""
@@ -208,29 +210,20 @@ class LLM:
         self, tools: list[Tool], required: bool, parallel: bool, format: tuple[Kind, str] | None
     ) -> tuple[Kind, str]:
         """A grammar of calls, or else of text, which follows `format` if there is one."""
-        tools, text = [_closed(tool) for tool in tools], None
+        tools, control = [_closed(tool) for tool in tools], self.tokenizer.control
+        is_tagged, text = "[TOOL_CALLS]" not in control, None
+        if not required:
+            text = text_without(TAG) if is_tagged else f"/{ANY_TEXT}/"
         if format is not None and not required:
             if format[0] not in ("json_object", "json_schema"):
                 raise InvalidRequest(
                     f"a {format[0]} cannot be combined with tools that may be used"
                 )
-            schema = format[1] or json.dumps({"type": "object"})
-            text = f"%json {schema}"
-        if "[TOOL_CALLS]" in self.tokenizer.control:
-            source = tool_call_grammar(
-                tools, required=required or text is not None, parallel=parallel
-            )
-            if text:
-                source = source.replace(
-                    "start: <TOOL_CALLS> calls", "start: <TOOL_CALLS> calls | text"
-                )
-        else:
-            source = tagged_call_grammar(self.tokenizer, tools, parallel)
-            if not required:
-                source = source.replace("start: calls", "start: calls | text")
-                tagged = f"(.|\\n)*{TAG}(.|\\n)*"
-                text = text or f"PLAIN\nPLAIN: /(.|\\n)*/ & ~/{tagged}/"
-        return "lark", f"{source}\ntext: {text}" if text else source
+            text = f"%json {format[1] or json.dumps({'type': 'object'})}"
+        if not is_tagged:
+            return "lark", tool_call_grammar(tools, text=text, parallel=parallel)
+        tags = (tag if tag in control else json.dumps(tag) for tag in (TAG, "</tool_call>"))
+        return "lark", tagged_call_grammar(tools, *tags, text=text, parallel=parallel)
 
     def _submit(
         self,
@@ -241,31 +234,14 @@ class LLM:
         adapter: str | None = None,
         n: int = 1,
         salt: bytes = b"",
-        listen: Callable[[Event], None] | None = None,
     ) -> "Reply":
         params = replace(self.defaults, **sampling)
         if adapter is not None and adapter not in self.adapters:
             raise InvalidRequest(f"there is no adapter {adapter!r}, only {sorted(self.adapters)}")
-        reply = Reply(self.tokenizer, self.engine, ids, n, stop, calls, listen)
+        reply = Reply(self.tokenizer, self.engine, ids, n, stop, calls)
         lora = self.adapters[adapter] if adapter else None
         reply.id = self.engine.submit(ids, params, reply.listen, n=n, adapter=lora, salt=salt)
         return reply
-
-
-def tagged_call_grammar(tokenizer: Tokenizer, tools: list[Tool], parallel: bool) -> str:
-    """Lark source of calls in `<tool_call>` tags, for models without Mistral's control tokens."""
-    source = tool_call_grammar(tools, required=True, parallel=parallel)
-    array = json.loads(source.partition("%json ")[2])
-    call = {"anyOf": array["items"]["anyOf"], "x-guidance": array["x-guidance"]}
-    begin, end = (
-        tag if tag in tokenizer.control else json.dumps(tag) for tag in (TAG, "</tool_call>")
-    )
-    # Small models would go on calling for ever.
-    many = f'("\\n" call){{0,{MAX_CALLS - 1}}}' if parallel else ""
-    return (
-        f'start: calls\ncalls: call {many}\ncall: {begin} "\\n" body "\\n" {end}\n'
-        f"body: %json {json.dumps(call)}"
-    )
 
 
 def _closed(tool: Tool) -> Tool:

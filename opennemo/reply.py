@@ -94,19 +94,16 @@ class Reply:
         n: int,
         stop: tuple[str, ...],
         calls: int | str | None,
-        listen: Callable[[Event], None] | None = None,
     ):
         self.id = 0  # the engine's, once it is submitted
         self.prompt_ids = prompt_ids
         self.answers = [Answer(tokenizer, stop, calls) for _ in range(min(max(n, 1), 100))]
         self._tokenizer, self._engine, self._may_call = tokenizer, engine, calls is not None
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self._wake, self._also = None, listen
+        self._wake: Callable[[], object] | None = None
 
     def listen(self, event: Event) -> None:
         """Take an event from the engine, on its thread."""
-        if self._also is not None:
-            self._also(event)
         self._events.put(event)
         if self._wake is not None:
             with suppress(RuntimeError):  # the event loop is closed already
@@ -150,8 +147,9 @@ class Reply:
         if answer.finish_reason:  # the engine had not heard yet of the stop string
             return None
         piece = answer.take(event)
-        if answer.stopped_by and self.finished:
-            self.cancel()
+        if answer.stopped_by:
+            with suppress(OpenNemoError):  # the engine has stopped
+                self._engine.cancel(self.id, event.index)
         return piece
 
     def cancel(self) -> None:

@@ -11,8 +11,9 @@ hears so in an event of its own and the others go on. Token ids only: text is ll
 import itertools
 import logging
 import threading
+import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -110,7 +111,8 @@ class Engine:
         self.runner = Runner(model, partial(make_pages, n_pages), config.adapters)
         self._ids = itertools.count(1)
         self._sequences: dict[int, list[Sequence]] = {}  # alive, by request
-        self._inbox: deque[list[Sequence] | int] = deque()  # new requests, and ids to cancel
+        self._inbox: deque[Callable[[], None]] = deque()  # what to do before the next step
+        self._step_began: float | None = None
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
         self._stopping = False
@@ -167,15 +169,39 @@ class Engine:
         ]
         for follower in answers[1:]:
             follower.leader = answers[0]
-        self._post(answers)
+        self.call(lambda: self._add(answers))
         return request_id
 
-    def cancel(self, request_id: int) -> None:
-        """Stop a request; its pages are free at the next step. Unknown or ended ids are ignored."""
-        self._post(request_id)
+    def cancel(self, request_id: int, index: int | None = None) -> None:
+        """Stop a request, or one of its answers; the pages are free at the next step.
+
+        Unknown or ended ids are ignored. Thread-safe.
+        """
+        self.call(lambda: self._cancel(request_id, index))
+
+    def call(self, function: Callable[[], None]) -> None:
+        """Run something small between two steps, on the thread that steps. Thread-safe."""
+        with self._wake:
+            if self._stopping:
+                raise OpenNemoError("the engine has stopped")
+            self._inbox.append(function)
+            self._wake.notify()
+
+    @property
+    def seconds_in_step(self) -> float:
+        """How long the step in progress has taken; 0 between steps."""
+        began = self._step_began
+        return 0.0 if began is None else time.monotonic() - began
 
     def step(self) -> bool:
         """Move every running request forward; False when there is nothing to do."""
+        self._step_began = time.monotonic()
+        try:
+            return self._step()
+        finally:
+            self._step_began = None
+
+    def _step(self) -> bool:
         self._read_inbox()
         chunks = self.scheduler.next_step()
         if not chunks:
@@ -210,13 +236,6 @@ class Engine:
         for request_id in list(self._sequences):
             self._cancel(request_id)
 
-    def _post(self, message: list[Sequence] | int) -> None:
-        with self._wake:
-            if self._stopping:
-                raise OpenNemoError("the engine has stopped")
-            self._inbox.append(message)
-            self._wake.notify()
-
     def _loop(self) -> None:
         while True:
             with self._wake:
@@ -235,17 +254,17 @@ class Engine:
 
     def _read_inbox(self) -> None:
         while self._inbox:
-            message = self._inbox.popleft()
-            if isinstance(message, int):
-                self._cancel(message)
-            else:
-                self._sequences[message[0].request_id] = message
-                for sequence in message:
-                    self.scheduler.add(sequence)
+            self._inbox.popleft()()
 
-    def _cancel(self, request_id: int) -> None:
+    def _add(self, answers: list[Sequence]) -> None:
+        self._sequences[answers[0].request_id] = answers
+        for sequence in answers:
+            self.scheduler.add(sequence)
+
+    def _cancel(self, request_id: int, index: int | None = None) -> None:
         for sequence in list(self._sequences.get(request_id, ())):
-            self._finish(sequence, "cancelled")
+            if index in (None, sequence.index):
+                self._finish(sequence, "cancelled")
 
     def _fill_masks(self, chunks: list[Chunk]) -> dict[Sequence, np.ndarray]:
         """Which tokens may come next, one bit each, for answers that follow a grammar."""

@@ -23,6 +23,8 @@ MAX_DEPTH = 64  # of nested objects and lists in a schema
 MAX_CHOICES = 10_000
 KEPT = 256  # compiled grammars, least recently used first out
 
+ANY_TEXT = "(.|\\n)*"  # as a regular expression
+MAX_CALLS = 16  # in one answer, where nothing but tags tells calls apart
 # Models learn JSON as json.dumps writes it; other white space costs tokens and quality.
 _JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
@@ -112,16 +114,48 @@ class GrammarCompiler:
 
 
 def tool_call_grammar(
-    tools: Sequence[Mapping[str, Any]], *, required: bool, parallel: bool = True
+    tools: Sequence[Mapping[str, Any]], *, text: str | None = None, parallel: bool = True
 ) -> str:
     """Lark source of a Mistral v3 answer that calls declared tools with valid arguments.
 
-    With `required` the answer is a call, or several if `parallel`; without, it may also be text.
-    The array is spelt as the model learnt it: `[TOOL_CALLS][{"name": ..., "arguments": ...}]`.
+    The answer is a call, or several if `parallel`; or `text`, which is Lark as well, if that is
+    given. Calls are spelt as models learnt them: `[TOOL_CALLS][{"name": ..., "arguments": ...}]`.
 
     Raises:
         InvalidRequest: there is no tool to call.
     """
+    array = {"type": "array", "items": _call_of(tools), "minItems": 1, "x-guidance": _JSON_STYLE}
+    if not parallel:
+        array["maxItems"] = 1
+    instead = f" | text\ntext: {text}" if text else ""
+    return f"start: <TOOL_CALLS> calls{instead}\ncalls: %json {json.dumps(array)}"
+
+
+def tagged_call_grammar(
+    tools: Sequence[Mapping[str, Any]], begin: str, end: str, *, text: str | None = None,
+    parallel: bool = True,
+) -> str:  # fmt: skip
+    """The same where each call, an object in JSON, stands between the tags `begin` and `end`.
+
+    The tags are Lark: a control token or a string. Text of any kind never begins with a tag.
+    """
+    call = _call_of(tools) | {"x-guidance": _JSON_STYLE}
+    # Small models would go on calling for ever.
+    many = f'("\\n" call){{0,{MAX_CALLS - 1}}}' if parallel else ""
+    instead = f" | text\ntext: {text}" if text else ""
+    return (
+        f'start: calls{instead}\ncalls: call {many}\ncall: {begin} "\\n" body "\\n" {end}\n'
+        f"body: %json {json.dumps(call)}"
+    )
+
+
+def text_without(tag: str) -> str:
+    """Lark of any text that does not hold the tag."""
+    return f"PLAIN\nPLAIN: /{ANY_TEXT}/ & ~/{ANY_TEXT}{tag}{ANY_TEXT}/"
+
+
+def _call_of(tools: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Schema of a call to one of the tools."""
     if not tools:
         raise InvalidRequest("a tool call is required, but no tools are given")
     calls = [
@@ -136,11 +170,7 @@ def tool_call_grammar(
         }
         for tool in tools
     ]
-    array = {"type": "array", "items": {"anyOf": calls}, "minItems": 1, "x-guidance": _JSON_STYLE}
-    if not parallel:
-        array["maxItems"] = 1
-    text = "" if required else "| /(.|\\n)*/"
-    return f"start: <TOOL_CALLS> calls {text}\ncalls: %json {json.dumps(array)}"
+    return {"anyOf": calls}
 
 
 class _Vocabulary:

@@ -57,7 +57,6 @@ class Service:
         self.names: list[str] = []
         self._llm: LLM | None = None
         self._tasks: set[asyncio.Task] = set()
-        self._progress, self._progress_at = None, time.monotonic()
 
     def load(self) -> None:
         """Load the model and see it compute a token; slow, for a thread of its own.
@@ -243,16 +242,9 @@ class Service:
 
     @property
     def is_alive(self) -> bool:
-        """False once the engine has work and has not moved for `watchdog_timeout` seconds."""
-        if self._llm is None or not self.active:
-            self._progress = None
-            return True
-        running = list(self._llm.engine.scheduler.running)
-        progress = [(s.request_id, s.index, s.n_computed) for s in running]
-        progress.append((0, 0, sum(g.n_output_tokens for g in self.active)))
-        if progress != self._progress:
-            self._progress, self._progress_at = progress, time.monotonic()
-        return time.monotonic() - self._progress_at < self.settings.watchdog_timeout
+        """False while a step has been taking longer than `watchdog_timeout` seconds."""
+        engine = None if self._llm is None else self._llm.engine
+        return engine is None or engine.seconds_in_step < self.settings.watchdog_timeout
 
     def close(self) -> None:
         if self._llm is not None and not self.asleep:

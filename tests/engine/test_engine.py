@@ -1,10 +1,12 @@
 """The engine over a tiny random model: however work is cut and shared, answers stay the same."""
 
+import os
 import random
 import threading
 from collections import defaultdict
 from copy import deepcopy
 from dataclasses import replace
+from pathlib import Path
 from queue import Queue
 
 import pytest
@@ -325,3 +327,58 @@ def test_a_context_that_does_not_fit_into_memory_is_shortened(model, monkeypatch
     monkeypatch.setattr("opennemo.engine.engine.machine_memory", lambda: memory)
     engine = Engine(deepcopy(model), [])
     assert (engine.cache.n_pages, engine.max_context) == (5, 80)
+
+
+def test_a_reset_and_one_of_several_answers_cancelled(model):
+    engine = Engine(deepcopy(model), [], EngineConfig(page_size=4))
+    heard: dict[int, list[Event]] = defaultdict(list)
+    params = SamplingParams(temperature=1, max_tokens=10, seed=3)
+    id = engine.submit([1] * 20, params, lambda e: heard[e.index].append(e), n=3)
+    engine.step()
+    engine.cancel(id, 1)
+    engine.cancel(id, 7)  # never was
+    while engine.step():
+        pass
+    assert [heard[i][-1].finish_reason for i in range(3)] == ["length", "cancelled", "length"]
+    assert len(heard[1]) < 10 == len(heard[0]) == len(heard[2])
+    again = run(engine, [([1] * 20, params)])[0]
+    engine.call(engine.cache.reset)
+    assert again[-1].n_cached_tokens > 0
+    assert run(engine, [([1] * 20, params)])[0][-1].n_cached_tokens == 0
+
+
+@pytest.mark.slow
+def test_memory_is_flat_over_ten_thousand_requests(model):
+    """And of ten thousand at once, those that find no room are refused, the others answered."""
+    engine = Engine(model, [EOS], EngineConfig(max_queued=500))
+    sizes, refused, ended = [], 0, []
+
+    def listen(event: Event) -> None:
+        if event.finish_reason:
+            ended.append(event.finish_reason)
+
+    for wave in range(20):
+        for i, prompt in enumerate(prompts(500)):
+            params = SamplingParams(max_tokens=4, temperature=wave % 2, seed=i)
+            engine.submit([wave, *prompt], params, listen)
+        while engine.step():
+            pass
+        sizes.append(resident_memory())
+    assert len(ended) == 10_000 and set(ended) <= {"stop", "length"}
+    assert max(sizes[10:]) - sizes[5] < 4e6, sizes
+    for i in range(10_000):
+        try:
+            engine.submit([i % 320, 1, 2], SamplingParams(max_tokens=2), listen)
+        except Overloaded:
+            refused += 1
+    while engine.step():
+        pass
+    assert refused == 9_500 and len(ended) == 10_500
+    assert engine.cache.n_used == 0
+    assert resident_memory() - sizes[5] < 4e6
+
+
+def resident_memory() -> int:
+    """Bytes that this process has in memory now."""
+    pages = int(Path("/proc/self/statm").read_text("utf-8").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")

@@ -7,7 +7,7 @@ from copy import deepcopy
 import pytest
 
 from opennemo.engine import Engine, SamplingParams
-from opennemo.engine.grammar import GrammarCompiler, tool_call_grammar
+from opennemo.engine.grammar import ANY_TEXT, GrammarCompiler, tool_call_grammar
 from opennemo.errors import InvalidRequest
 
 # A vocabulary of 320: 64 control tokens, then every single byte.
@@ -88,7 +88,7 @@ def test_greedy_and_min_tokens_give_way_to_the_grammar(model, compiler):
 
 @pytest.mark.parametrize("parallel", [True, False])
 def test_a_required_tool_call_is_always_a_valid_call(model, compiler, parallel):
-    source = tool_call_grammar(TOOLS, required=True, parallel=parallel)
+    source = tool_call_grammar(TOOLS, parallel=parallel)
     numbers = set()
     for ids in ask(model, [compiler.compile("lark", source)] * 12, max_tokens=230):
         assert ids[0] == 9
@@ -102,7 +102,7 @@ def test_a_required_tool_call_is_always_a_valid_call(model, compiler, parallel):
 
 
 def test_any_json_object_and_text_or_calls_can_be_walked(compiler):
-    free = compiler.compile("lark", tool_call_grammar(TOOLS, required=False))
+    free = compiler.compile("lark", tool_call_grammar(TOOLS, text=f"/{ANY_TEXT}/"))
     for answer in ([*b"Hello"], [*b""]):
         matcher = free.start()
         assert all(matcher.advance(64 + b) is None for b in answer)
@@ -138,7 +138,7 @@ def test_grammars_that_cannot_be_are_refused_in_one_line(compiler, kind, source,
 
 def test_no_tools_to_call_is_said(compiler):
     with pytest.raises(InvalidRequest, match="no tools"):
-        tool_call_grammar([], required=True)
+        tool_call_grammar([])
 
 
 @pytest.mark.parametrize("regex", ["a+", "(a|b)+c{100000}"])
