@@ -183,7 +183,7 @@ def test_a_person_at_a_terminal(tmp_path):
         terminal.expect("new conversation")
         terminal.type("/reset\n")
         terminal.expect("new conversation")
-        terminal.expect("> ")  # readline hears Ctrl-D only while it reads: before, the tty swallows it
+        terminal.expect("> ")  # Ctrl-D before the prompt is there would be lost in the terminal
         terminal.type("\x04")  # leaves
         assert terminal.exit_code() == 0
     saved = json.loads((tmp_path / "talk.jsonl").read_text())
