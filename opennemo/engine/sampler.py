@@ -15,6 +15,7 @@ from torch import Tensor
 from opennemo.engine.sequence import SamplingParams, Sequence, TokenLogprobs
 
 HEAD = 1024
+FORBIDDEN = -1e9  # finite: where a grammar allows nothing but such tokens, one of them comes
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,15 @@ def _bias_(row: Tensor, sequence: Sequence, eos_ids: frozenset[int]) -> None:
     if params.logit_bias:
         ids = torch.tensor(list(params.logit_bias), device=row.device)
         row[ids] += torch.tensor(list(params.logit_bias.values()), device=row.device)
+    if params.allowed_ids is not None:
+        others = torch.full_like(row, FORBIDDEN)
+        others[[id for id in params.allowed_ids if id < len(row)]] = 0
+        row += others
+    if params.bad_words:
+        answer = sequence.tokens[sequence.n_prompt :]
+        for *start, last in params.bad_words:
+            if last < len(row) and answer[len(answer) - len(start) :] == start:
+                row[last] = FORBIDDEN
     if sequence.n_output < params.min_tokens and params.grammar is None:
         row[list(eos_ids | params.stop_ids)] = -torch.inf
 
@@ -137,6 +147,7 @@ def _pick(
     dropped = places >= column([p.top_k or 2**31 for p in params])
     dropped |= before >= column([p.top_p for p in params])
     dropped |= probs < column([p.min_p for p in params]) * probs[:, :1]
+    dropped |= probs == 0  # or a uniform number that rounds to 1 would pick what is masked
     dropped[:, 0] = False
     cumulative = probs.masked_fill(dropped, 0).cumsum(-1)
     place = (cumulative <= uniform[:, None] * cumulative[:, -1:]).sum(-1, keepdim=True)

@@ -51,6 +51,8 @@ class SamplingParams:
     presence_penalty: float = 0.0  # subtracted once from tokens seen in the answer
     frequency_penalty: float = 0.0  # subtracted for each time a token stands in the answer
     logit_bias: Mapping[int, float] = field(default_factory=lambda: MappingProxyType({}))
+    allowed_ids: frozenset[int] | None = None  # nothing else is chosen; a grammar goes before it
+    bad_words: tuple[tuple[int, ...], ...] = ()  # ids that never follow one another in the answer
     stop_ids: frozenset[int] = frozenset()  # besides the model's EOS
     ignore_eos: bool = False
     seed: int | None = None  # same seed, same answer, whatever else is in the batch
@@ -67,6 +69,10 @@ class SamplingParams:
             raise InvalidRequest("top_p is 0, allowed is more than 0, up to 1")
         if any(not -100 <= bias <= 100 for bias in self.logit_bias.values()):
             raise InvalidRequest("logit_bias holds a value outside -100 to 100")
+        if self.allowed_ids is not None and min(self.allowed_ids, default=-1) < 0:
+            raise InvalidRequest("allowed_ids is empty or names an id below 0")
+        if any(not word or min(word) < 0 for word in self.bad_words):
+            raise InvalidRequest("bad_words holds an empty word or names an id below 0")
 
     @property
     def penalises(self) -> bool:
@@ -78,7 +84,8 @@ class SamplingParams:
     def can_be_drafted(self) -> bool:
         """Whether several tokens may be checked at once: greedy, each independent of the rest."""
         greedy = self.temperature == 0 and not self.penalises and self.min_tokens == 0
-        return greedy and self.logprobs is None and self.grammar is None
+        free = not self.bad_words and self.allowed_ids is None and self.grammar is None
+        return greedy and free and self.logprobs is None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -47,7 +47,7 @@ async def start_chat(service: Service, client: Client, body: ChatRequest) -> Gen
     """
 
     def ask(llm: LLM, options: dict[str, Any]):
-        return llm.chat(**body.arguments(), **options)
+        return llm.chat(**body.arguments(llm), **options)
 
     generation = await service.start(client, body, ask, prefix="chatcmpl-", salt=body.cache_salt)
     generation.keep_stop = bool(body.include_stop_str_in_output)
@@ -211,10 +211,7 @@ async def completions(
         for prompt in prompts:
 
             def ask(llm: LLM, options: dict[str, Any], prompt: str | list[int] = prompt):
-                ids = prompt
-                if isinstance(prompt, str) and body.add_special_tokens is False:
-                    ids = llm.tokenizer.encode(prompt)
-                return llm.complete(ids, **body.arguments(), **options)
+                return llm.complete(body.ids(prompt, llm), **body.arguments(llm), **options)
 
             generations.append(
                 await service.start(client, body, ask, prefix="cmpl-", salt=body.cache_salt)

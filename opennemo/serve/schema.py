@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from opennemo.engine.grammar import Kind
 from opennemo.errors import InvalidRequest
+from opennemo.llm import LLM
 from opennemo.serve.errors import Refusal
 
 # Fields of the protocols that cannot change an answer of ours; never refused.
@@ -98,6 +99,13 @@ class Sampling(Body):
     random_seed: Seed | None = None
     stop: Stop | None = None
     stop_token_ids: Annotated[list[Id], Field(max_length=64)] | None = None
+    allowed_token_ids: Annotated[list[Id], Field(min_length=1, max_length=2**18)] | None = None
+    bad_words: (
+        Annotated[
+            list[Annotated[str, Field(min_length=1, max_length=1024)]], Field(max_length=1024)
+        ]
+        | None
+    ) = None
     ignore_eos: bool | None = None
     n: int | None = Field(None, ge=1, le=16)
     best_of: int | None = Field(None, ge=1, le=1)
@@ -107,7 +115,7 @@ class Sampling(Body):
     include_stop_str_in_output: bool | None = False
     structured_outputs: dict[str, Any] | None = None
 
-    def sampling(self) -> dict[str, Any]:
+    def sampling(self, llm: LLM) -> dict[str, Any]:
         """Arguments for `LLM.chat` and `LLM.complete`; what is not given stays the model's own."""
         given = {name: v for name in PASSED_ON if (v := getattr(self, name)) is not None}
         if self.top_k is not None:
@@ -116,6 +124,14 @@ class Sampling(Body):
             given["seed"] = seed
         if self.stop_token_ids:
             given["stop_ids"] = frozenset(self.stop_token_ids)
+        if self.allowed_token_ids is not None:
+            given["allowed_ids"] = frozenset(self.allowed_token_ids)
+            if max(self.allowed_token_ids) >= (n := llm.engine.vocab_size):
+                raise InvalidRequest(f"allowed_token_ids: names an id outside 0 to {n - 1}")
+        if self.bad_words:  # as vLLM does: at the beginning of a text, and behind a space
+            words = [start + w.lstrip() for w in self.bad_words for start in ("", " ")]
+            found = {tuple(llm.tokenizer.encode(word)) for word in words}
+            given["bad_words"] = tuple(ids for ids in found if ids)
         return given | {"stop": tuple(self.stop or ())}
 
     def structure(self) -> tuple[Kind, str] | None:
@@ -159,14 +175,14 @@ class ChatRequest(Sampling):
     add_generation_prompt: bool | None = True
     echo: bool | None = False
 
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self, llm: LLM) -> dict[str, Any]:
         """Arguments for `LLM.chat`."""
         messages = list(self.messages)
         if self.continue_final_message and messages[-1].get("role") == "assistant":
             messages[-1] = {**messages[-1], "prefix": True}
         if self.safe_prompt:
             messages.insert(0, {"role": "system", "content": SAFE_PROMPT})
-        given = self.sampling()
+        given = self.sampling(llm)
         if self.max_completion_tokens:
             given["max_tokens"] = self.max_completion_tokens
         if self.logprobs:
@@ -211,6 +227,14 @@ class CompletionRequest(Sampling):
     response_format: dict[str, Any] | None = None
     stream_options: StreamOptions | None = None
     add_special_tokens: bool | None = True
+    truncate_prompt_tokens: int | None = Field(None, ge=1, lt=2**31)
+
+    def ids(self, prompt: str | list[int], llm: LLM) -> list[int]:
+        """One of the prompts as the model gets it."""
+        if isinstance(prompt, str):
+            bare = self.add_special_tokens is False
+            prompt = llm.tokenizer.encode(prompt) if bare else llm.encode(prompt)
+        return prompt[-(self.truncate_prompt_tokens or 0) :]
 
     def prompts(self) -> list[str | list[int]]:
         prompt = self.prompt
@@ -220,11 +244,11 @@ class CompletionRequest(Sampling):
             raise InvalidRequest("prompt: is empty")
         return [prompt] if isinstance(prompt[0], int) else prompt  # pyright: ignore[reportReturnType]
 
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self, llm: LLM) -> dict[str, Any]:
         """Arguments for `LLM.complete`, but for the prompt."""
         if self.suffix:
             raise InvalidRequest("suffix: this model was not trained to fill in the middle")
-        given = self.sampling() | {
+        given = self.sampling(llm) | {
             "format": self.structure() or response_format(self.response_format)
         }
         if self.logprobs is not None:
