@@ -169,7 +169,7 @@ def _by_count(counts: Mapping[str, int]) -> dict[int, list[str]]:
 def weigh(
     counts: WordCounts, temperature: float = 1.0, weights: Mapping[str, float] | None = None
 ) -> dict[str, int]:
-    """The words of all languages in order, each with how often it is to count.
+    """The words of all languages, each with how often it is to count.
 
     All counts together stay as they are, up to `MAX_WEIGHED_BYTES`; only shares change. They are
     rounded by carrying the rest over to the next word: rounding each by itself would drop most
@@ -186,9 +186,14 @@ def weigh(
     if not (all_due := sum(due.values())):
         raise InvalidRequest("the weights of all languages are 0")
     scale = min(MAX_WEIGHED_BYTES, counts.n_bytes.total()) / all_due
+    factors = {name: due[name] * scale / counts.n_bytes[name] for name in sorted(counts.words)}
+    if {*factors.values()} == {1.0}:
+        total = Counter[str]()
+        for language in factors:
+            total.update(counts.words[language])
+        return total
     weighed: dict[str, float] = {}
-    for language in sorted(counts.words):
-        factor = due[language] * scale / counts.n_bytes[language]
+    for language, factor in factors.items():
         for word, n in counts.words[language].items():
             weighed[word] = weighed.get(word, 0.0) + n * factor
     carry, whole = 0.5, {}
