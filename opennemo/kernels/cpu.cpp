@@ -71,6 +71,17 @@ static inline float largest(vf x) {
   for (int i = 1; i < W; i++) s = std::max(s, x[i]);
   return s;
 }
+// The compiler's memcpy and memset of a size it does not know take longer to begin than to copy.
+static inline void copy(const float* from, int n, float* to) {
+  int i = 0;
+  for (; i + W <= n; i += W) store(to + i, load(from + i));
+  for (; i < n; i++) to[i] = from[i];
+}
+static inline void zero(float* to, int n) {
+  int i = 0;
+  for (; i + W <= n; i += W) store(to + i, (vf){});
+  for (; i < n; i++) to[i] = 0;
+}
 static inline int padded(int n, int to) { return (n + to - 1) / to * to; }
 
 // e^x to a few units in the last place; exactly 0 below -87, so that a masked key weighs nothing.
@@ -412,8 +423,13 @@ struct Inputs {
     Code* q = codes.data() + (size_t)row * width;
     for (int k = 0; k < n; k += GROUP) {
       size_t g = ((size_t)row * width + k) / GROUP;
-      alignas(64) float part[GROUP] = {};
-      std::memcpy(part, x + k, std::min(GROUP, n - k) * sizeof(float));
+      alignas(64) float rest[GROUP];
+      const float* part = x + k;
+      if (n - k < GROUP) {
+        zero(rest, GROUP);
+        copy(x + k, n - k, rest);
+        part = rest;
+      }
       vf most = splat(1e-12f);
       for (int i = 0; i < GROUP; i += W) most = larger(most, magnitude(load(part + i)));
       float step = largest(most) / 127.f;
@@ -446,10 +462,10 @@ struct Inputs {
     for (int k = 0; k < a.cols; k += W) {
       alignas(64) float part[W] = {};
       int n = std::min(W, a.cols - k);
-      std::memcpy(part, x + k, n * sizeof(float));
+      copy(x + k, n, part);
       vf y = smaller(larger(load(part) / step, splat(-448.f)), splat(448.f));
       store(part, nearest_fp8(y));
-      std::memcpy(x + k, part, n * sizeof(float));
+      copy(part, n, x + k);
     }
   }
 };
@@ -587,7 +603,6 @@ struct Model {
 
   // rows (M, K) of x times panel p -> y (M, 32)
   void product(const Matrix& a, int p, const float* x, int first, int M, float* y, Scratch& s) {
-    std::memset(y, 0, sizeof(float) * M * COLS);
     if (a.format == INT8) {
       int n_groups = a.depth() / GROUP;
       int n_passes = (M + TILE - 1) / TILE * (M * V <= SUMS ? 1 : V / 2);
@@ -603,6 +618,7 @@ struct Model {
       });
     } else {
       x += (size_t)first * a.cols;
+      zero(y, M * COLS);
       for (int k = 0; k < a.cols; k += DEPTH) {
         int n = std::min(DEPTH, a.cols - k);
         if (a.format != FP32) a.unpack(p, k, n, s.unpacked);
@@ -715,7 +731,7 @@ constexpr int CACHE_BYTES[] = {4, 2, 1, 1};  // a number, by format
 // The keys or values of one head, H numbers, from the cache.
 static inline void from_cache(const uint8_t* from, int format, const float* scale, int H, float* to) {
   int h = 0;
-  if (format == FP32) std::memcpy(to, from, H * sizeof(float));
+  if (format == FP32) copy((const float*)from, H, to);
   if (format == BF16)
     for (; h < H; h++) to[h] = from_bf16(((const uint16_t*)from)[h]);
   if (format != FP8 && format != INT8) return;
@@ -809,7 +825,7 @@ void Model::attend(const Step& step, int layer, const Task& task, const Task* ne
   for (int j0 = key.position; j0 <= last; j0 += COLS) {
     const int n = std::min(COLS, last + 1 - j0);
     // Beyond the last key stand zeros: whatever lies in the page must not become a NaN.
-    std::memset(values + n * width, 0, (COLS - n) * width * sizeof(float));
+    zero(values + n * width, (COLS - n) * width);
     const float* rows[COLS];
     for (int j = 0; j < COLS; j++) rows[j] = zeros;
     for (int j = 0; j < n; j++, key.next()) {
@@ -830,7 +846,7 @@ void Model::attend(const Step& step, int layer, const Task& task, const Task* ne
     for (int r0 = 0; r0 < R; r0 += BLOCK) {
       const int M = std::min(BLOCK, R - r0);
       float* score = s.weights;
-      std::memset(score, 0, sizeof(float) * M * COLS);
+      zero(score, M * COLS);
       multiply(keys, COLS, q + r0 * H, H, M, H, score, COLS);
       for (int m = 0; m < M; m++, score += COLS) {
         const int r = r0 + m, position = step.positions[task.from + r / G];
@@ -898,7 +914,7 @@ void Model::step(const Step& step) {
         inputs.round(a[QKV], i, y);
       });
       matmul(n, a[QKV], normed.data(), t, 1, [&](int i, int column, float* y, float*, int width) {
-        std::memcpy(&qkv[(size_t)i * stride + column], y, width * sizeof(float));
+        copy(y, width, &qkv[(size_t)i * stride + column]);
       });
       pool.share(n, [&](int i) {
         float *row = &qkv[(size_t)i * stride], *turn = &rope[(size_t)i * H];
@@ -948,8 +964,7 @@ void Model::step(const Step& step) {
           vf gate = load(g + j);
           store(g + j, gate / (1.f + exponential(-gate)) * load(u + j));
         }
-        size_t kept = std::min(width, F - column) * sizeof(float);
-        std::memcpy(&hidden[(size_t)i * F + column], g, kept);
+        copy(g, std::min(width, F - column), &hidden[(size_t)i * F + column]);
       });
       pool.share(n, [&](int i) { inputs.round(a[DOWN], i, &hidden[(size_t)i * F]); });
       matmul(n, a[DOWN], hidden.data(), t, 1, add);
@@ -961,7 +976,7 @@ void Model::step(const Step& step) {
       inputs.round(head, i, y);
     });
     matmul(n, head, normed.data(), t, 1, [&](int i, int column, float* y, float*, int width) {
-      std::memcpy(step.logits + (size_t)i * shape.vocab_size + column, y, width * sizeof(float));
+      copy(y, width, step.logits + (size_t)i * shape.vocab_size + column);
     });
   });
 }

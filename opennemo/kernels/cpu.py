@@ -32,7 +32,7 @@ INSTRUCTIONS = {
     "portable": (set(), []),
 }
 FLAGS = ["-std=c++20", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math",
-         "-shared", "-fPIC", "-pthread"]  # fmt: skip
+         "-mtune=native", "-shared", "-fPIC", "-pthread"]  # fmt: skip
 FORMATS = {"fp32": 0, "bf16": 1, "fp8": 2, "int8": 3, "int4": 4}
 COLS = 32  # of a panel
 EMBEDDING_FORMATS = {torch.float32: FORMATS["fp32"], torch.bfloat16: FORMATS["bf16"]}
