@@ -26,13 +26,22 @@ from torch import Tensor
 INSTRUCTIONS = {
     "avx512": (
         {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx2", "fma"},
-        ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mavx2", "-mfma"],
+        [
+            "-mavx512f",
+            "-mavx512bw",
+            "-mavx512dq",
+            "-mavx512vl",
+            "-mavx512vnni",
+            "-mavx2",
+            "-mfma",
+            "-mtune=native",
+        ],
     ),
-    "avx2": ({"avx2", "fma"}, ["-mavx2", "-mfma"]),
+    "avx2": ({"avx2", "fma"}, ["-mavx2", "-mfma", "-mtune=native"]),
     "portable": (set(), []),
 }
 FLAGS = ["-std=c++20", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math",
-         "-mtune=native", "-shared", "-fPIC", "-pthread"]  # fmt: skip
+         "-shared", "-fPIC", "-pthread"]  # fmt: skip
 FORMATS = {"fp32": 0, "bf16": 1, "fp8": 2, "int8": 3, "int4": 4}
 COLS = 32  # of a panel
 EMBEDDING_FORMATS = {torch.float32: FORMATS["fp32"], torch.bfloat16: FORMATS["bf16"]}
