@@ -21,6 +21,7 @@ from opennemo.tokenizer.words import Report
 
 EDGE, DEAD = -1, -2  # cells between words, and cells in which no symbol begins or ends
 FLOORS = 16  # how much rarer than the most frequent pair the noted ones may be
+ENOUGH = 1.2  # pairs are noted for each one that is still to be merged
 RIGHT = 1 << 30  # marks the numbers of right neighbours among those of left ones
 NOT_UTF8 = b"\xff"
 
@@ -43,7 +44,7 @@ def learn_merges(
     begin, end, weight = _lay_out(words, known, encode)
     while len(made) < n_tokens:
         lengths = np.array([len(token) for token in tokens], np.int32)
-        floor, places, heap = _note_pairs(begin, weight, lengths)
+        floor, places, heap = _note_pairs(begin, weight, lengths, n_tokens - len(made))
         if not heap:
             break
         while heap and len(made) < n_tokens:
@@ -115,7 +116,7 @@ def _lay_out(
 
 
 def _note_pairs(
-    begin: np.ndarray, weight: np.ndarray, lengths: np.ndarray
+    begin: np.ndarray, weight: np.ndarray, lengths: np.ndarray, n_wanted: int
 ) -> tuple[int, dict[tuple[int, int], np.ndarray], list[tuple[int, tuple[int, int]]]]:
     """The floor, where every pair is that is not below it, and a heap of (-count, pair)."""
     starts = (begin >= 0).nonzero()[0]
@@ -132,6 +133,8 @@ def _note_pairs(
     counts = np.add.reduceat(weight[starts], first)
     last = np.append(first[1:], len(pairs))
     floor = max(1, int(counts.max()) // FLOORS)
+    if (n_enough := int(ENOUGH * n_wanted)) < len(counts):
+        floor = max(floor, int(np.partition(counts, -n_enough)[-n_enough]))
     noted = counts >= floor
     keys = [(key >> 32, key & 0xFFFFFFFF) for key in pairs[first[noted]].tolist()]
     spans = zip(first[noted].tolist(), last[noted].tolist(), strict=True)
