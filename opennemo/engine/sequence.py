@@ -84,7 +84,8 @@ class SamplingParams:
     def can_be_drafted(self) -> bool:
         """Whether several tokens may be checked at once: greedy, each independent of the rest."""
         greedy = self.temperature == 0 and not self.penalises and self.min_tokens == 0
-        free = not self.bad_words and self.allowed_ids is None and self.grammar is None
+        # Drafts are checked against the model's own choice, which nothing here may change.
+        free = not (self.logit_bias or self.bad_words or self.allowed_ids or self.grammar)
         return greedy and free and self.logprobs is None
 
 

@@ -57,6 +57,12 @@ async def version() -> Response:
     return Json({"release": opennemo.__version__, "api": "v1", "version": opennemo.__version__})
 
 
+@router.get("/load")
+async def load(service: TheService) -> Response:
+    """How many requests are being answered, as vLLM tells it."""
+    return Json({"server_load": len(service.active)})
+
+
 @router.get("/v1/metadata")
 async def metadata(service: TheService) -> Response:
     """What is served."""

@@ -107,6 +107,10 @@ class Service:
         is_instruct = llm.tokenizer.instruct_version is not None
         known = NEMO_NAMES if is_nemo and is_instruct else ()
         self.names = self.settings.served_model_name or [*known, llm.name]
+        asked = min(config.max_position_embeddings, self.settings.max_model_len or 2**31)
+        if llm.engine.max_context < asked:
+            log.warning("context shortened to what memory has room for",
+                        context=llm.engine.max_context, asked=asked)  # fmt: skip
         self.metrics.model_name = self.names[0]
         self.metrics.watch(llm)
         self._llm = llm

@@ -45,6 +45,18 @@ def test_a_bad_word_does_not_come_but_its_parts_may(http, fields):
     assert bound[:3] == free[:3] and word not in bound
 
 
+def test_guessing_ahead_changes_no_answer(running, tiny_llm):
+    fields = {"temperature": 0, "max_tokens": 30}
+    few = {"allowed_token_ids": sorted(LETTERS)}
+    for shaped in ({"logit_bias": {"2": -100, "165": 100}}, few, few | {"bad_words": ["aa", "b"]}):
+        found = []
+        for n_draft_tokens in (0, 4):
+            llm = tiny_llm(n_draft_tokens=n_draft_tokens)
+            with running(llm) as server, server.client() as http:
+                found.append(ask(http, CHAT, **fields, **shaped))
+        assert found[0] == found[1]
+
+
 def test_an_allowed_token_outside_the_vocabulary_is_refused(http):
     for ids in ([10**6], []):
         answer = http.post(CHAT, json={**BODY, "allowed_token_ids": ids})

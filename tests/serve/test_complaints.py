@@ -1,0 +1,150 @@
+"""What users of this model ran into with other servers; each test names the complaint."""
+
+import json
+import time
+
+import pytest
+
+CHAT = "/v1/chat/completions"
+HELLO = [{"role": "user", "content": "Hi"}]
+BODY = {"model": "tiny", "messages": HELLO, "max_tokens": 8}
+SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+TOOL = {"type": "function", "function": {"name": "add", "parameters": SCHEMA}}
+CALL = {"type": "function", "function": {"name": "add", "arguments": '{"n": 1}'}}
+TOOL_CALLS = 9  # the id of the token that announces calls
+
+
+def choice(http, **fields) -> dict:
+    answer = http.post(CHAT, json={**BODY, **fields})
+    assert answer.status_code == 200, answer.text
+    return answer.json()["choices"][0]
+
+
+def test_the_border_of_the_context(http, server):
+    """An input as long as the context crashed a server; others cut it without a word."""
+    n = server.llm.engine.max_context
+    for length, status in ((n - 1, 200), (n, 400), (n + 1, 400)):
+        body = {"model": "tiny", "prompt": [70] * length, "max_tokens": 5}
+        answer = http.post("/v1/completions", json=body)
+        assert answer.status_code == status
+        if status == 200:
+            assert answer.json()["choices"][0]["finish_reason"] == "length"
+            assert answer.json()["usage"]["completion_tokens"] == 1
+        else:
+            error = answer.json()
+            assert error["code"] == "context_length_exceeded"
+            assert f"{length + 1}" in error["message"].replace(",", "")
+            assert f"{n}" in error["message"].replace(",", "")
+
+
+@pytest.mark.parametrize(
+    "id", ["call_Abc-123_very_long_indeed", "chatcmpl-tool-5f", "", "abcdefghi"]
+)
+def test_ids_of_calls_may_be_anybodys(http, id):
+    """UUIDs and `chatcmpl-tool-...` were refused on the next turn."""
+    turns = [{"role": "assistant", "content": None, "tool_calls": [{"id": id, **CALL}]}]
+    turns += [{"role": "tool", "tool_call_id": id, "content": "2"}]
+    assert choice(http, messages=[*HELLO, *turns], tools=[TOOL], tool_choice="none")
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [*HELLO, *HELLO],  # "roles must alternate"
+        [
+            *HELLO,
+            {"role": "assistant", "content": "Yes"},
+            {"role": "system", "content": "Be nice"},
+            *HELLO,
+        ],
+        [
+            {"role": "developer", "content": "Be brief"},
+            {"role": "user", "content": "Hi", "name": "Bo"},
+        ],
+        [
+            *HELLO,
+            {"role": "assistant", "content": "", "tool_calls": [{"id": "1", **CALL}]},
+            {"role": "tool", "tool_call_id": "1", "content": "2"},
+            *HELLO,
+        ],  # a user after a result
+        [
+            *HELLO,
+            {"role": "assistant", "content": "x", "reasoning_content": "y", "refusal": None},
+            *HELLO,
+        ],
+        [
+            {
+                "role": "user",
+                "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}],
+            }
+        ],
+    ],
+)
+def test_conversations_that_the_reference_refuses(http, messages):
+    assert choice(http, messages=messages)["finish_reason"] in ("stop", "length")
+
+
+def test_fields_that_others_answer_with_422(http):
+    fields = {
+        "tools": [], "tool_choice": None, "functions": None, "safe_prompt": False,
+        "reasoning_effort": "low", "parallel_tool_calls": True, "user": "me", "stop": None,
+        "metadata": {"a": "b"}, "store": True, "logit_bias": None, "response_format": None,
+        "prediction": {"type": "content", "content": "x"}, "service_tier": "auto",
+    }  # fmt: skip
+    assert "tool_calls" not in choice(http, **fields)["message"]
+
+
+@pytest.mark.parametrize("fields", [{}, {"response_format": {"type": "json_object"}}])
+def test_calls_are_not_announced_without_tools(http, fields):
+    """JSON mode broke where the model wrote [TOOL_CALLS] though there were no tools."""
+    fields |= {"logit_bias": {TOOL_CALLS: 100}, "return_token_ids": True, "max_tokens": 60}
+    assert TOOL_CALLS not in choice(http, **fields)["token_ids"]
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_calls_are_found_whatever_is_done_with_special_tokens(http, skip):
+    fields = {"tools": [TOOL], "skip_special_tokens": skip, "max_tokens": 2000, "seed": 1}
+    only = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [TOOL]}}
+    named = {"type": "function", "function": {"name": "add"}}
+    for wanted in ("required", "any", named, only):
+        answer = choice(http, **fields, tool_choice=wanted, parallel_tool_calls=False)
+        (call,) = answer["message"]["tool_calls"]
+        assert answer["finish_reason"] == "tool_calls" and len(call["id"]) == 9
+        assert isinstance(json.loads(call["function"]["arguments"])["n"], int)
+
+
+def test_a_call_that_is_cut_off_is_no_error(http):
+    answer = choice(http, tools=[TOOL], tool_choice="required", max_tokens=12)
+    assert answer["finish_reason"] == "length"
+
+
+def test_silent_streams_are_kept_alive(running, tiny_llm):
+    with running(tiny_llm(), sse_keep_alive_interval=0.05) as server, server.client() as http:
+        runner = server.llm.engine.runner
+        whole_step = runner.run
+        runner.run = lambda chunks: (time.sleep(0.3), whole_step(chunks))[1]
+        for path, ping in ((CHAT, ": keep-alive"), ("/v1/messages", "event: ping")):
+            body = {**BODY, "stream": True, "max_tokens": 2, "temperature": 0}
+            with http.stream("POST", path, json=body) as answer:
+                lines = [line for line in answer.iter_lines() if line]
+            assert ping in lines and lines.index(ping) < len(lines) - 1
+
+
+def test_words_of_vllm_for_going_on(http):
+    turns = [*HELLO, {"role": "assistant", "content": "Sure"}]
+    fields = {"messages": turns, "continue_final_message": True, "add_generation_prompt": False}
+    answer = choice(http, **fields, seed=4)["message"]["content"]
+    assert choice(http, **fields, seed=4, echo=True)["message"]["content"] == "Sure" + answer
+    text = choice(http, seed=4, temperature=0, max_tokens=6)["message"]["content"]
+    stop = next(c for c in text if c.isascii() and c.isprintable())
+    cut = choice(http, seed=4, temperature=0, max_tokens=6, stop=stop)
+    assert cut["message"]["content"] == text[: text.index(stop)] and cut["finish_reason"] == "stop"
+    kept = choice(http, temperature=0, max_tokens=6, stop=[stop], include_stop_str_in_output=True)
+    assert kept["message"]["content"] == text[: text.index(stop) + 1]
+    scored = choice(http, prompt_logprobs=2, max_completion_tokens=1, max_tokens=50)
+    first, *others = scored["prompt_logprobs"]
+    assert first is None and all(2 <= len(token) <= 3 for token in others)
+
+
+def test_load_is_told(http):
+    assert http.get("/load").json() == {"server_load": 0}
