@@ -23,6 +23,7 @@ EDGE, DEAD = -1, -2  # cells between words, and cells in which no symbol begins 
 FLOORS = 16  # how much rarer than the most frequent pair the noted ones may be
 ENOUGH = 1.2  # pairs are noted for each one that is still to be merged
 RIGHT = 1 << 30  # marks the numbers of right neighbours among those of left ones
+MAX_BITS = 63  # of a number that can be sorted
 NOT_UTF8 = b"\xff"
 
 
@@ -119,16 +120,26 @@ def _note_pairs(
     begin: np.ndarray, weight: np.ndarray, lengths: np.ndarray, n_wanted: int
 ) -> tuple[int, dict[tuple[int, int], np.ndarray], list[tuple[int, tuple[int, int]]]]:
     """The floor, where every pair is that is not below it, and a heap of (-count, pair)."""
+    for_symbol, for_cell = len(lengths).bit_length(), len(begin).bit_length()
     starts = (begin >= 0).nonzero()[0]
     pairs = begin[starts].astype(np.int64)
     second = begin[starts + lengths[pairs]]
-    pairs <<= 32
-    pairs |= second
-    whole = second >= 0
-    pairs, starts = pairs[whole], starts[whole]
+    pairs <<= for_symbol
+    pairs |= second  # an edge makes it negative
+    if 2 * for_symbol + for_cell <= MAX_BITS:
+        # Sorting numbers that hold the place too is ten times as fast as sorting both by one.
+        pairs <<= for_cell
+        pairs |= starts
+        pairs.sort()
+        np.bitwise_and(pairs, (1 << for_cell) - 1, out=starts)
+        pairs >>= for_cell
+    else:
+        order = pairs.argsort(kind="stable")
+        pairs, starts = pairs[order], starts[order]
+    n_edges = int(np.searchsorted(pairs, 0))
+    pairs, starts = pairs[n_edges:], starts[n_edges:]
     if not len(pairs):
         return 0, {}, []
-    pairs, starts = _sorted_together(pairs, starts, len(lengths), len(begin))
     first = _where_new(pairs)
     counts = np.add.reduceat(weight[starts], first)
     last = np.append(first[1:], len(pairs))
@@ -136,37 +147,13 @@ def _note_pairs(
     if (n_enough := int(ENOUGH * n_wanted)) < len(counts):
         floor = max(floor, int(np.partition(counts, -n_enough)[-n_enough]))
     noted = counts >= floor
-    keys = [(key >> 32, key & 0xFFFFFFFF) for key in pairs[first[noted]].tolist()]
+    mask = (1 << for_symbol) - 1
+    keys = [(pair >> for_symbol, pair & mask) for pair in pairs[first[noted]].tolist()]
     spans = zip(first[noted].tolist(), last[noted].tolist(), strict=True)
     places = {key: starts[i:j].copy() for key, (i, j) in zip(keys, spans, strict=True)}
     heap = list(zip((-counts[noted]).tolist(), keys, strict=True))
     heapq.heapify(heap)
     return floor, places, heap
-
-
-def _sorted_together(
-    pairs: np.ndarray, starts: np.ndarray, n_symbols: int, n_cells: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Both in the order of the pairs, which are changed in place."""
-    for_symbol, for_cell = n_symbols.bit_length(), n_cells.bit_length()
-    if 2 * for_symbol + for_cell > 63:
-        order = pairs.argsort(kind="stable")
-        return pairs[order], starts[order]
-    # Sorting numbers that hold both is ten times as fast as sorting by one of them.
-    low = pairs & 0xFFFFFFFF
-    pairs >>= 32
-    pairs <<= for_symbol
-    pairs |= low
-    pairs <<= for_cell
-    pairs |= starts
-    pairs.sort()
-    np.bitwise_and(pairs, (1 << for_cell) - 1, out=starts)
-    pairs >>= for_cell
-    np.bitwise_and(pairs, (1 << for_symbol) - 1, out=low)
-    pairs >>= for_symbol
-    pairs <<= 32
-    pairs |= low
-    return pairs, starts
 
 
 def _where_new(values: np.ndarray) -> np.ndarray:
