@@ -258,6 +258,11 @@ class BoundedHeaders(HttpToolsProtocol):
         self.transport.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
         self.transport.close()
 
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        # Else the timer of a connection that was reset keeps it, and its body, for 75 seconds.
+        self._unset_keepalive_if_required()
+
     def on_message_begin(self) -> None:
         self._n_head = 0
         super().on_message_begin()
