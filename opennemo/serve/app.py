@@ -34,6 +34,7 @@ from opennemo.serve import admin, anthropic, batches, chat, models, nim, respons
 from opennemo.serve.errors import Refusal, dumps, error_body, error_response, refusal
 from opennemo.serve.service import INSIDE, Service
 from opennemo.serve.settings import Settings
+from opennemo.serve.tracing import trace
 from opennemo.serve.worker import Worker
 
 ERRORS = {400, 401, 403, 404, 405, 413, 422, 429, 500, 501, 503}
@@ -108,6 +109,8 @@ def create_app(service: Service, *, load: Callable[[], None] | None = None) -> F
             CORSMiddleware, allow_origins=settings.allowed_origins,
             allow_methods=["*"], allow_headers=["*"],
         )  # fmt: skip
+    if settings.otlp_traces_endpoint:
+        trace(app, settings.otlp_traces_endpoint)
     return app
 
 

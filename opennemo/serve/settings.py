@@ -109,6 +109,9 @@ class Settings(BaseSettings):
     shutdown_timeout: float = Field(30, ge=0, le=86400, description="Seconds to finish answers.")
     watchdog_timeout: float = Field(300, gt=0, le=86400, description="Seconds a step may take.")
     metrics_compat: Literal["none", "vllm"] = "none"
+    otlp_traces_endpoint: str | None = Field(
+        None, pattern="^https?://", description="Collector of OpenTelemetry spans; needs an extra."
+    )
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     enable_docs: bool = Field(False, description="Offer /openapi.json.")
     root_path: str = Field("", description="Path a proxy strips.")

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx2
 import pytest
@@ -162,6 +163,36 @@ def test_metrics_agree_with_usage(running, tiny_llm):
                 assert f'{name}{kind}_tokens_total{{model_name="tiny"}} {total}.0' in text
         assert 'vllm:request_success_total{finished_reason="length",model_name="tiny"} 3.0' in text
         assert "vllm:kv_cache_usage_perc{" in text and "opennemo_time_to_first_token" in text
+
+
+def test_spans_reach_a_collector_without_what_was_said(running, tiny_llm, monkeypatch):
+    pytest.importorskip("opentelemetry.instrumentation.asgi")
+    pytest.importorskip("opentelemetry.exporter.otlp.proto.http")
+    monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "50")  # milliseconds
+    bodies: list[bytes] = []
+
+    class Collector(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            bodies.append(self.rfile.read(int(self.headers["content-length"])))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Collector) as collector:
+        threading.Thread(target=collector.serve_forever, daemon=True).start()
+        endpoint = f"http://127.0.0.1:{collector.server_port}/v1/traces"
+        with running(tiny_llm(), otlp_traces_endpoint=endpoint) as server, server.client() as http:
+            said = {**BODY, "messages": [{"role": "user", "content": "a secret"}], "stream": True}
+            trace = "0af7651916cd43dd8448eb211c80319c"
+            http.get("/health")
+            http.post(CHAT, json=said, headers={"traceparent": f"00-{trace}-b7ad6b7169203331-01"})
+            wait_until(lambda: bodies)
+        collector.shutdown()
+    spans = b"".join(bodies)
+    assert CHAT.encode() in spans and bytes.fromhex(trace) in spans
+    assert b"secret" not in spans and b"/health" not in spans and b"http send" not in spans
 
 
 def chaos(server, seconds: float) -> dict[int, int]:
