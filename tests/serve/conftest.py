@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import httpx2
 import pytest
@@ -14,6 +15,7 @@ import torch
 
 from opennemo.engine import Engine, EngineConfig, SamplingParams
 from opennemo.llm import LLM
+from opennemo.model.checkpoint import save
 from opennemo.model.transformer import PRESETS, Transformer
 from opennemo.serve.app import BoundedHeaders, Server, create_app
 from opennemo.serve.service import Service
@@ -108,6 +110,17 @@ def server() -> Iterator[Running]:
 def http(server: Running) -> Iterator[httpx2.Client]:
     with server.client() as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> Path:
+    """A tiny random model as a folder, for processes of their own."""
+    folder = tmp_path_factory.mktemp("model") / "tiny-folder"
+    torch.manual_seed(0)
+    shape = replace(PRESETS["tiny"], max_position_embeddings=4096)
+    save(Transformer(shape), folder, layout="mistral")
+    VOCABULARY.save(folder / "tekken.json")
+    return folder
 
 
 @pytest.fixture(scope="session")

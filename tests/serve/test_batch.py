@@ -12,17 +12,13 @@ import sys
 import time
 from collections import Counter
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 
 import httpx2
 import pytest
-import torch
 
 from opennemo.errors import OpenNemoError
 from opennemo.llm import LLM
-from opennemo.model.checkpoint import save
-from opennemo.model.transformer import PRESETS, Transformer
 from opennemo.serve import batch, offline
 from opennemo.serve.settings import read_settings
 
@@ -31,18 +27,6 @@ openai = pytest.importorskip("openai")
 
 CHAT = "/v1/chat/completions"
 MODEL = "tiny-folder"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, tiny_llm) -> Path:
-    """A tiny random model as a folder, for processes of their own."""
-    folder = tmp_path_factory.mktemp("model") / MODEL
-    torch.manual_seed(0)
-    shape = replace(PRESETS["tiny"], max_position_embeddings=4096)
-    save(Transformer(shape), folder, layout="mistral")
-    with tiny_llm() as llm:
-        llm.tokenizer.save(folder / "tekken.json")
-    return folder
 
 
 def request(i: int, *, max_tokens: int = 4, **changes) -> dict:
