@@ -35,7 +35,7 @@ class VocabularySettings:
         temperature: a language of n bytes counts as n ** (1 / temperature): 1 takes the texts as
             they are, a higher one gives small languages more.
         weights: factors on top of that, by language; that of "*" is for all others.
-        max_words: distinct words held in memory, about 1 kB each while merges are learned.
+        max_words: distinct words held in memory, about 0.6 kB each while merges are learned.
     """
 
     vocab_size: int = 131_072
