@@ -4,8 +4,10 @@ Environments lie in .venv/clients and are kept. A client whose packages cannot b
 skipped, with the reason; one that fails makes this fail.
 """
 
+import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -53,7 +55,10 @@ def main(model: str) -> int:
     command = [sys.executable, "-m", "opennemo.cli", "serve", model, "--port", PORT]
     command += ["--api-key", KEY, "--served-model-name", "nemo"]
     command += ["--override-generation-config", '{"temperature": 0.7}']
-    server = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    state = tempfile.TemporaryDirectory()  # or it would go on with batches of whoever runs this
+    server = subprocess.Popen(
+        command, env={**os.environ, "OPENNEMO_STATE_DIR": state.name}, stderr=subprocess.DEVNULL
+    )
     failed = 0
     try:
         import httpx2
@@ -83,6 +88,7 @@ def main(model: str) -> int:
     finally:
         server.terminate()
         server.wait(60)
+        state.cleanup()
     return 1 if failed else 0
 
 
