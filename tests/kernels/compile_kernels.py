@@ -1,0 +1,96 @@
+"""Compile the GPU kernels as Mistral NeMo needs them for a compute capability, without a card.
+
+    python tests/kernels/compile_kernels.py 90
+
+Also holds decode attention to what its speed rests on: loads that run ahead, and tensor cores.
+"""
+
+import sys
+from typing import Any
+
+import triton  # pyright: ignore[reportMissingImports]
+import triton.language as tl  # pyright: ignore[reportMissingImports]
+from triton.backends.compiler import GPUTarget  # pyright: ignore[reportMissingImports]
+from triton.compiler import ASTSource  # pyright: ignore[reportMissingImports]
+
+from opennemo.kernels import gpu, paged_attention
+
+CAPABILITY = int(sys.argv[1])
+CACHES = {"*bf16": 0, "*fp8e4nv": 1, "*i8": 2}  # as the kernels count them
+
+
+def build(kernel: Any, warps: int, constants: dict, **kinds: str) -> Any:
+    """`kinds` are those of the arguments that are not constants, in Triton's words."""
+    signature = {
+        name: "constexpr" if name in constants else kinds[name] for name in kernel.arg_names
+    }
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, kind in enumerate(signature.values())
+        if kind.startswith("*")
+    }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    target = GPUTarget("cuda", CAPABILITY, 32)
+    return triton.compile(source, target=target, options={"num_warps": warps})
+
+
+def attention(kv: str, scales: int, window: int) -> None:
+    constants: dict = {
+        "WINDOW": window, "PAGE_SIZE": 256, "KV_HEADS": 8, "GROUP": 4, "ROWS": 16,
+        "BLOCK": paged_attention.BLOCK, "SCALES": scales, "HEAD_DIM": 128, "WIDTH": 128,
+        "SPLITS": paged_attention.SPLITS,
+    }  # fmt: skip
+    if not scales:
+        constants |= {"k_scale": None, "v_scale": None}
+    built = build(
+        paged_attention._attend, 4, constants, q="*bf16", k_pages=kv, v_pages=kv, k_scale="*fp32",
+        v_scale="*fp32", page_table="*i32", context_lens="*i32", parts="*fp32", weights="*fp32",
+        table_stride="i32", log2_scale="fp32",
+    )  # fmt: skip
+    assert "cp.async" in built.asm["ptx"], "keys and values are not loaded ahead"
+    assert "mma" in built.asm["ptx"], "the tensor cores are not used"
+
+
+def rows(out: str, own_scale: bool) -> None:
+    constants: dict = {"DTYPE": tl.bfloat16}
+    if out == "*bf16":
+        constants["scales"] = None
+    if own_scale:
+        constants["given"] = None
+    common = {"out": out, "scales": "*fp32", "given": "*fp32"}
+    for update in ({}, {"update": None}):
+        build(
+            gpu._norm, 16, constants | {"D": 5120, "SIZE": 8192} | update,
+            x="*bf16", update="*bf16", gains="*bf16", eps="fp32", **common,
+        )  # fmt: skip
+    build(gpu._swiglu, 16, constants | {"D": 14336, "SIZE": 16384}, gate_up="*bf16", **common)
+    build(gpu._round, 8, constants | {"D": 4096, "SIZE": 4096}, x="*bf16", **common)
+
+
+def main() -> None:
+    fp8 = CAPABILITY >= 89  # below, Triton has no E4M3; model/gpu.py takes the definition there
+    for kv, scales in CACHES.items():
+        if kv == "*fp8e4nv" and not fp8:
+            continue
+        attention(kv, scales, 0)
+        constants: dict = {"HEADS": 32, "KV_HEADS": 8, "HALF": 64, "WIDTH": 64, "CACHE": scales}
+        build(
+            gpu._rotate_and_write, 1, constants | ({} if scales else {"scale": None}),
+            qkv="*bf16", rope="*fp32", q="*bf16", codes=kv, scale="*fp32", slots="*i64",
+            slots_in_pool="i32",
+        )  # fmt: skip
+    attention("*bf16", 0, 4096)
+    build(
+        paged_attention._combine, 4,
+        {"WINDOW": 0, "HEADS": 32, "HEAD_DIM": 128, "WIDTH": 128, "SPLITS": paged_attention.SPLITS},
+        parts="*fp32", weights="*fp32", context_lens="*i32", out="*bf16",
+    )  # fmt: skip
+    rows("*bf16", own_scale=True)
+    if fp8:
+        rows("*fp8e4nv", own_scale=True)
+        rows("*fp8e4nv", own_scale=False)
+    print(f"compiled for {CAPABILITY}")
+
+
+if __name__ == "__main__":
+    main()
