@@ -36,6 +36,7 @@ from opennemo.engine.sequence import (
     TokenLogprobs,
 )
 from opennemo.errors import ContextTooLong, InvalidRequest, OpenNemoError, Overloaded
+from opennemo.model.attention import FUSED_PAGE_SIZE
 from opennemo.model.lora import Adapter
 from opennemo.model.memory import USABLE, machine_memory
 from opennemo.model.pages import KV_FORMATS, Pages
@@ -50,7 +51,7 @@ class EngineConfig:
 
     max_context: int | None = None  # tokens of one sequence; None: what the model was trained for
     n_pages: int | None = None  # None: one sequence of `max_context` and some more, if they fit
-    page_size: int = 16  # tokens
+    page_size: int | None = None  # tokens; None: what fused attention takes on a GPU, else 16
     # Of pages.KV_FORMATS; None: fp8 if the model brings scales, else what its embedding is in.
     kv_format: str | None = None
     kv_scale: float | None = None  # for fp8 where the model brings none
@@ -96,19 +97,21 @@ class Engine:
         own = own if kv_scale is None else "fp8"
         if kv_scale is None and config.kv_scale is not None:
             kv_scale = torch.full((model.config.n_layers, 2), config.kv_scale)
+        page_size = config.page_size or (FUSED_PAGE_SIZE if weight.is_cuda else 16)
         make_pages = lambda n: Pages.empty(  # noqa: E731
-            model.config, n, config.page_size, config.kv_format or own, weight.device, kv_scale
+            model.config, n, page_size, config.kv_format or own, weight.device, kv_scale
         )
         n_pages = config.n_pages or _affordable_pages(
-            model, self.max_context, config.page_size, make_pages(1)
+            model, self.max_context, page_size, make_pages(1)
         )
-        self.max_context = min(self.max_context, n_pages * config.page_size)
+        self.max_context = min(self.max_context, n_pages * page_size)
         self.vocab_size = model.config.vocab_size
-        self.cache = KVCache(n_pages, config.page_size, config.prefix_caching)
+        self.cache = KVCache(n_pages, page_size, config.prefix_caching)
         self.scheduler = Scheduler(
             self.cache, config.max_batched_tokens, config.max_sequences, config.n_draft_tokens
         )
-        self.runner = Runner(model, partial(make_pages, n_pages), config.adapters)
+        n_spare = 1 if weight.is_cuda else 0  # a page that belongs to nobody: model/gpu.py
+        self.runner = Runner(model, partial(make_pages, n_pages + n_spare), config.adapters)
         self._ids = itertools.count(1)
         self._sequences: dict[int, list[Sequence]] = {}  # alive, by request
         self._inbox: deque[Callable[[], None]] = deque()  # what to do before the next step
@@ -280,12 +283,20 @@ class Engine:
         self, chunks: list[Chunk], logits: Tensor, masks: dict[Sequence, np.ndarray]
     ) -> None:
         """Book what was computed, choose tokens where a chunk reached its end, tell listeners."""
-        healthy = logits.amax(-1).isfinite().tolist()
-        row, ready = 0, []  # (chunk, first row of it that chooses a token)
-        for chunk in chunks:
-            sequence, rows = chunk.sequence, range(row, row + chunk.n_rows)
-            row = rows.stop
-            if not all(healthy[i] for i in rows):
+        ends = list(itertools.accumulate(chunk.n_rows for chunk in chunks))
+        ready = [(c, end - 1) for c, end in zip(chunks, ends, strict=True) if c.reaches_end]
+        plain = [(chunk, row) for chunk, row in ready if not chunk.draft]
+        sequences = [chunk.sequence for chunk, _ in plain]
+        bits = {i: masks[s] for i, s in enumerate(sequences) if s in masks}
+        index = torch.tensor([row for _, row in plain], dtype=torch.int64)
+        index = index.to(logits.device, non_blocking=True)
+        tokens = sample(logits[index], sequences, self.eos_ids, bits)
+        # On a GPU nothing waits for the step before its last number is needed, here.
+        numbers = torch.cat((logits.amax(-1).isfinite(), tokens)).tolist()
+        healthy, tokens = numbers[: len(logits)], numbers[len(logits) :]
+        for chunk, end in zip(chunks, ends, strict=True):
+            sequence, start = chunk.sequence, end - chunk.n_rows
+            if not all(healthy[start:end]):
                 self._finish(sequence, "error", "the model computed a number that is not finite")
                 continue
             if sequence in masks and not masks[sequence].any():
@@ -293,24 +304,17 @@ class Engine:
                 self._finish(sequence, "error", f"the grammar allows no token: {reason}")
                 continue
             if sequence.params.prompt_logprobs is not None and sequence.n_output == 0:
-                self._note_prompt_logprobs(chunk, logits[rows.start : rows.stop])
-            if chunk.reaches_end:
-                ready.append((chunk, rows.stop - 1 - len(chunk.draft)))
+                self._note_prompt_logprobs(chunk, logits[start:end])
             sequence.n_computed += chunk.n_new
             self.cache.publish(sequence)
-        if not ready:
-            return
-        plain = [(c, i) for c, i in ready if not c.draft]
-        if plain:
-            index = torch.tensor([i for _, i in plain], device=logits.device)
-            sequences = [c.sequence for c, _ in plain]
-            bits = {i: masks[s] for i, s in enumerate(sequences) if s in masks}
-            choices = sample(logits[index], sequences, self.eos_ids, bits)
-            for (chunk, _), choice in zip(plain, choices, strict=True):
-                self._append(chunk.sequence, choice.token, choice.logprobs)
-        for chunk, first in ready:
-            if chunk.draft:
-                self._check_draft(chunk, logits[first : first + 1 + len(chunk.draft)])
+        for (chunk, row), token in zip(plain, tokens, strict=True):
+            sequence, n_top = chunk.sequence, chunk.sequence.params.logprobs
+            if not sequence.finished:
+                logprobs = None if n_top is None else token_logprobs(logits[row], token, n_top)
+                self._append(sequence, token, logprobs)
+        for chunk, row in ready:
+            if chunk.draft and not chunk.sequence.finished:
+                self._check_draft(chunk, logits[row - len(chunk.draft) : row + 1])
 
     def _check_draft(self, chunk: Chunk, logits: Tensor) -> None:
         """Keep the drafted tokens as far as greedy choice agrees, and the one token after them."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from opennemo.engine.sequence import Chunk
 from opennemo.model.attention import Paged
-from opennemo.model.cpu import TorchStep, compile_step
+from opennemo.model.cpu import Step, TorchStep, compile_step
 from opennemo.model.lora import Adapter, adapted
 from opennemo.model.pages import Pages
 from opennemo.model.transformer import Transformer
@@ -28,7 +28,7 @@ class Runner:
 
     def __init__(self, model: Transformer, make_pages: Callable[[], Pages], adapters: bool = False):
         self.model, self._make_pages = model.eval(), make_pages
-        self._step = compile_step(model, release=not adapters)
+        self._step: Step | None = compile_step(model, release=not adapters)
         self._adapted_step = TorchStep(model) if adapters else None
         self.device = model.tok_embeddings.weight.device
         self.pages = make_pages()
@@ -37,18 +37,21 @@ class Runner:
     def sleep(self) -> None:
         """Give back the pages' memory, on a GPU the weights' too; nothing runs until `wake`."""
         self.pages = Pages(torch.empty(0))
-        self.model.to("cpu")
-        if self.device.type == "cuda":
+        if self.device.type != "cpu":
+            self._step = None  # it holds the weights too, side by side
+            self.model.to("cpu")
             torch.cuda.empty_cache()
 
     def wake(self) -> None:
         """The opposite of `sleep`; the pages are empty."""
-        self.model.to(self.device)
+        if self._step is None:
+            self._step = compile_step(self.model.to(self.device))
         self.pages = self._make_pages()
 
     @torch.inference_mode()
     def run(self, chunks: list[Chunk]) -> Tensor:
         """Compute the chunks -> logits (rows, V) in float32, `Chunk.n_rows` each, in order."""
+        assert self._step is not None, "the runner sleeps"
         plain = [chunk for chunk in chunks if chunk.sequence.adapter is None]
         if len(plain) == len(chunks):
             return self._step(*self._inputs(chunks))

@@ -6,8 +6,6 @@ own sequence's generator, and finds its token by inverting the cumulative distri
 only for the rare row whose nucleus is larger.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -18,24 +16,16 @@ HEAD = 1024
 FORBIDDEN = -1e9  # finite: where a grammar allows nothing but such tokens, one of them comes
 
 
-@dataclass(frozen=True)
-class Choice:
-    token: int
-    logprobs: TokenLogprobs | None
-
-
 def sample(
     logits: Tensor,
     sequences: list[Sequence],
     eos_ids: frozenset[int],
     masks: dict[int, np.ndarray] | None = None,
-) -> list[Choice]:
-    """The next token of each sequence from its row of logits (S, V), which are changed in place.
+) -> Tensor:
+    """The next token (S,) of each sequence from its row of logits (S, V), changed in place.
 
     `masks` holds, for rows whose answer follows a grammar, one bit for each token that may come.
     """
-    wanted = [i for i, s in enumerate(sequences) if s.params.logprobs is not None]
-    raw = {i: logits[i].clone() for i in wanted}  # log-probabilities are the model's own
     for i, sequence in enumerate(sequences):
         _bias_(logits[i], sequence, eos_ids)
     if masks:
@@ -51,12 +41,7 @@ def sample(
     random = [i for i, s in enumerate(sequences) if s.params.temperature > 0]
     if random:
         tokens[random] = _draw(logits[random], [sequences[i] for i in random])
-    return [
-        Choice(token, token_logprobs(raw[i], token, sequences[i].params.logprobs or 0))
-        if i in raw
-        else Choice(token, None)
-        for i, token in enumerate(tokens.tolist())
-    ]
+    return tokens
 
 
 def token_logprobs(logits: Tensor, token: int, n_top: int) -> TokenLogprobs:

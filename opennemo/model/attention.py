@@ -14,6 +14,8 @@ from torch import Tensor
 
 from opennemo.model.pages import Pages
 
+FUSED_PAGE_SIZE = 256  # FlashAttention-2 in PyTorch 2.13 takes pages of multiples of this
+
 
 @dataclass
 class Packed:
@@ -55,6 +57,10 @@ class Paged:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         self.pages.write(layer, self.slots, k, v)
+        return self.attention(layer, q)
+
+    def attention(self, layer: int, q: Tensor) -> Tensor:
+        """Of the new tokens' queries (T, N, H) to what the pages hold."""
         k_pages, v_pages = self.pages.codes[layer]
         table = self.page_table
         if k_pages.dtype != q.dtype:  # the definition for codes: bring back the pages in use
@@ -76,14 +82,22 @@ def varlen_attention(
     Without a page table k and v are (T, K, H), else pools of pages (P, page_size, K, H).
     With a window each query sees only the last `window` keys, its own included.
     """
-    if q.is_cuda:
+    fits = page_table is None or k.shape[1] % FUSED_PAGE_SIZE == 0
+    if q.is_cuda and q.dtype != torch.float32 and fits:
         from torch.nn.attention.varlen import varlen_attn  # imports sympy: 2 s that a CPU saves
 
-        max_k = max_seqlen if page_table is None else page_table.shape[1] * k.shape[1]
+        max_k = max_seqlen
+        if page_table is not None:
+            assert context_lens is not None
+            max_k = page_table.shape[1] * k.shape[1]
+            cu_k = F.pad(context_lens.cumsum(0, dtype=torch.int32), (1, 0))
         return varlen_attn(  # pyright: ignore[reportReturnType]
             q, k, v, cu_q, cu_k, max_seqlen, max_k,
             window_size=(-1 if window is None else window - 1, 0), enable_gqa=True,
             seqused_k=context_lens, block_table=page_table,
+            # With more, FlashAttention-2 leaves rows of all sequences but the first unwritten
+            # (pytorch/pytorch#194167); with one, a row does not depend on the batch either.
+            num_splits=1,
         )  # fmt: skip
     out = torch.empty_like(q)
     bounds = cu_q.tolist()

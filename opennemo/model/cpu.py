@@ -1,11 +1,12 @@
-"""A model's step, tokens to logits: native on a CPU, or as PyTorch defines it everywhere else.
+"""A model's step, tokens to logits: native on a CPU, fused on a GPU, or as PyTorch defines it.
 
-`compile_step` gives a function of (tokens, attend, rows); which of the two it is makes a difference
-in speed alone. The native one packs the weights for the kernel, whatever number format they are
-in, and can let go of the model's own as it packs them.
+`compile_step` gives a function of (tokens, attend, rows); which of them it is makes a difference in
+speed alone. The native one packs the weights for the kernel, whatever number format they are in,
+and can let go of the model's own as it packs them. The one for a GPU is model/gpu.py's.
 """
 
 import ctypes
+import importlib.util
 import mmap
 import warnings
 from collections.abc import Iterator
@@ -32,13 +33,22 @@ def compile_step(
     instructions: str | None = None,
     release: bool = False,
 ) -> Step:
-    """The fastest step there is for this model; without a C++ compiler, PyTorch's, and a warning.
+    """The fastest step there is for this model; without C++ compiler or Triton, PyTorch's.
+
+    A warning says so. On a GPU the last page of the KV cache must belong to nobody.
 
     `n_threads` defaults to PyTorch's, `instructions` (of `cpu.INSTRUCTIONS`) to the processor's
     best. With `release` the model's own matrices are emptied as they are packed, so that they lie
     in memory once; it cannot be run in PyTorch any more.
     """
-    if model.tok_embeddings.weight.device.type != "cpu":
+    device = model.tok_embeddings.weight.device.type
+    if device == "cuda" and importlib.util.find_spec("triton"):
+        from opennemo.model.gpu import GpuStep  # imports Triton: seconds that a CPU saves
+
+        return GpuStep(model)
+    if device == "cuda":
+        warnings.warn("Triton is missing; the model runs in PyTorch, much slower", stacklevel=2)
+    if device != "cpu":
         return TorchStep(model)
     try:
         return NativeStep(model, n_threads or torch.get_num_threads(), instructions, release)
