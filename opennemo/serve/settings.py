@@ -73,7 +73,7 @@ class Settings(BaseSettings):
     max_num_seqs: int = Field(64, ge=1, le=4096, description="Answers computed side by side.")
     max_num_batched_tokens: int = Field(512, ge=1, le=2**20, description="Tokens in one step.")
     max_num_queued_reqs: int = Field(1024, ge=1, le=2**20, description="One more gets a 503.")
-    block_size: int = Field(16, ge=1, le=1024, description="Tokens in a page of the KV cache.")
+    block_size: int | None = Field(None, ge=1, le=1024, description="Tokens in a page of KV cache.")
     kv_cache_dtype: Literal["auto", "bfloat16", "float32", "fp8", "int8"] = Field(
         "auto", description="Of the KV cache; auto: fp8 where the model brings scales, else dtype."
     )
