@@ -1,38 +1,92 @@
-"""Time to first token, time between tokens and tokens a second over HTTP, ours and peers.
+"""Servers over HTTP, ours and peers on the same weights: how soon, how evenly, how much.
 
-Every server gets the same weights, prompts, limits and seeds, on loopback, one server at a time, in
-turns: 1, 8 and 32 clients that stream chat completions. Ours also runs without HTTP (the engine
-alone), which tells what HTTP and text cost. Peers that are not installed are left out by name.
+    python benchmarks/serving.py [--llama-python PYTHON] [--transformers-python PYTHON]
+                                 [--clients 1 8 32] [--threads N] [--json FILE]
 
-    python benchmarks/serving.py [--clients 1,8,32] [--tokens 64] [--threads 2] [--json FILE]
+One server at a time on loopback, all in one run: 1, 8 and 32 clients stream chat completions, with
+the same prompts, limits and threads. Ours in int8 against llama.cpp's server in Q8_0, and ours in
+float32 against `transformers serve`, of whose two ways, with and without `--continuous-batching`,
+both are measured. A row is the time to the first token (median), the time between tokens (50th,
+95th and 99th of a hundred), the time of a whole answer (median), or the tokens a second of all
+clients together. llama.cpp's server answers one client after the other: with several, its tokens
+follow each other as fast as with one, once an answer has begun, which the others wait for.
+
+The last row says what HTTP and text cost: tokens a second over HTTP, with as many clients as there
+are at most, over those of the engine by itself in a process of its own; the median of three pairs.
+The client shares the machine with the servers, and its work counts as theirs.
+
+Peers run in environments of their own, unless this one has them, and are left out where there are
+none: `pip install 'llama-cpp-python[server]'` and `pip install 'transformers[serving]'`.
 """
 
 import argparse
 import asyncio
-import importlib.util
 import itertools
 import json
 import os
-import shutil
 import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import httpx2
+import torch
+from inference import as_q8_0
 from rich.console import Console
 from rich.table import Table
 
-from opennemo.engine import Engine, EngineConfig, SamplingParams
-from opennemo.model.checkpoint import convert, load
+from opennemo.engine import EngineConfig
+from opennemo.llm import LLM
+from opennemo.model import export
+from opennemo.model.checkpoint import convert
 from opennemo.model.hub import locate
-from opennemo.tokenizer import load_tokenizer
-from opennemo.tokenizer.chat import encode_chat
 
 TOPICS = ["the sea", "a mountain", "rain", "an old house", "bread", "a letter", "night", "trains"]
+CONTEXT = 2048
+PATIENCE = 80  # seconds that a server has for one case; then larger ones are left out, too
+ROUNDS = 3  # of what HTTP costs
+
+
+class Measured(NamedTuple):
+    """Of one server under so many clients; times in milliseconds."""
+
+    first_token: float
+    gap_p50: float
+    gap_p95: float
+    gap_p99: float
+    answer: float
+    tokens_per_s: float
+
+
+METRICS = {
+    "first_token": ("time to first token", "ms"),
+    "gap_p50": ("between tokens, p50", "ms"),
+    "gap_p95": ("between tokens, p95", "ms"),
+    "gap_p99": ("between tokens, p99", "ms"),
+    "answer": ("whole answer", "ms"),
+    "tokens_per_s": ("throughput", "tokens/s"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    name: str
+    ours: float
+    peer: float
+    peer_name: str
+    unit: str
+    ratio: float  # above 1: ours is better
+    goal: float
+
+
+# ---- clients ----------------------------------------------------------------------------------
 
 
 def messages(i: int) -> list[dict]:
@@ -40,11 +94,11 @@ def messages(i: int) -> list[dict]:
     return [{"role": "user", "content": f"Story {i}: tell me a long story about {topic}."}]
 
 
-async def one(client: httpx2.AsyncClient, model: str, i: int, n_tokens: int) -> list[float]:
-    """Stream an answer -> the times at which its pieces came."""
+async def stream(client: httpx2.AsyncClient, model: str, i: int, n_tokens: int) -> list[float]:
+    """Stream an answer -> when it was asked for, then when each of its pieces came."""
     body = {
         "model": model, "messages": messages(i), "stream": True, "temperature": 0,
-        "max_tokens": n_tokens, "stream_options": {"include_usage": True},
+        "max_tokens": n_tokens,
     }  # fmt: skip
     times = [time.perf_counter()]
     async with client.stream("POST", "/v1/chat/completions", json=body) as answer:
@@ -55,127 +109,87 @@ async def one(client: httpx2.AsyncClient, model: str, i: int, n_tokens: int) -> 
                 choices = json.loads(line[6:]).get("choices")
                 if choices and choices[0].get("delta", {}).get("content"):
                     times.append(time.perf_counter())
+    if len(times) < 0.8 * n_tokens:  # some tokens are half a character, but not many
+        raise RuntimeError(f"{len(times) - 1} pieces instead of {n_tokens}")
     return times
 
 
-async def measure(url: str, model: str, n_clients: int, n_tokens: int) -> dict[str, float]:
-    """n clients, each with two answers one after the other."""
+async def load(url: str, model: str, n_clients: int, n_tokens: int) -> Measured:
+    """So many clients, who ask one question after the other."""
+    n_each = 3 if n_clients == 1 else 1
     limits = httpx2.Limits(max_connections=n_clients)
-    async with httpx2.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
-        await one(client, model, 999, 4)  # warm
+    async with httpx2.AsyncClient(base_url=url, timeout=PATIENCE, limits=limits) as client:
 
-        async def two(i: int) -> list[list[float]]:
-            return [await one(client, model, 2 * i + k, n_tokens) for k in range(2)]
+        async def ask(i: int) -> list[list[float]]:
+            return [await stream(client, model, n_each * i + k, n_tokens) for k in range(n_each)]
 
         started = time.perf_counter()
-        runs = [run for pair in await asyncio.gather(*map(two, range(n_clients))) for run in pair]
+        runs = list(itertools.chain(*await asyncio.gather(*map(ask, range(n_clients)))))
         seconds = time.perf_counter() - started
     gaps = sorted(b - a for run in runs for a, b in itertools.pairwise(run[1:]))
-    first = [run[1] - run[0] for run in runs if len(run) > 1]
-
-    def percentile(p: float) -> float:
-        return 1000 * gaps[min(len(gaps) - 1, int(p * len(gaps)))]
-
-    return {
-        "ttft_ms": 1000 * statistics.median(first),
-        "itl_p50_ms": percentile(0.5),
-        "itl_p95_ms": percentile(0.95),
-        "itl_p99_ms": percentile(0.99),
-        "tokens_per_s": sum(len(run) - 1 for run in runs) / seconds,
-    }
+    p50, p95, p99 = (1000 * gaps[int(p * (len(gaps) - 1))] for p in (0.5, 0.95, 0.99))
+    return Measured(
+        first_token=1000 * statistics.median(run[1] - run[0] for run in runs),
+        gap_p50=p50, gap_p95=p95, gap_p99=p99,
+        answer=1000 * statistics.median(run[-1] - run[0] for run in runs),
+        tokens_per_s=sum(len(run) - 1 for run in runs) / seconds,
+    )  # fmt: skip
 
 
-def engine_alone(path: Path, n_clients: int, n_tokens: int) -> float:
-    """Tokens a second of the engine by itself on the same prompts, all at once."""
-    tokenizer = load_tokenizer(path)
-    engine = Engine(load(path), [tokenizer.eos_id], EngineConfig(max_context=2048))
-    prompts = [encode_chat(tokenizer, messages(i)) for i in range(2 * n_clients)]
-    n, rest = 0, iter(prompts)
+def measure(url: str, model: str, n_clients: int, n_tokens: int) -> Measured:
+    async def bounded() -> Measured:
+        async with asyncio.timeout(PATIENCE):
+            return await load(url, model, n_clients, n_tokens)
 
-    def listen(event) -> None:
-        nonlocal n
-        n += event.token is not None
-        if event.finish_reason and (prompt := next(rest, None)):
-            engine.submit(prompt, SamplingParams(max_tokens=n_tokens), listen)
-
-    started = time.perf_counter()
-    for _ in range(n_clients):
-        engine.submit(next(rest), SamplingParams(max_tokens=n_tokens), listen)
-    while engine.step():
-        pass
-    return n / (time.perf_counter() - started)
+    return asyncio.run(bounded())
 
 
-def commands(path: Path, folder: Path, port: int, threads: int) -> dict[str, list[str] | None]:
-    """How each server is started; None if it is not installed."""
-    python, p, t = sys.executable, str(port), str(threads)
-    llama = importlib.util.find_spec("llama_cpp") and path.suffix == ".gguf"
-    peer = shutil.which("transformers", path=Path(python).parent)
-    serve = [python, "-m", "opennemo.cli", "serve", str(path), "--port", p]
-    llama_serve = [python, "-m", "llama_cpp.server", "--model", str(path), "--port", p]
-    return {
-        "opennemo": [*serve, "--max-model-len", "2048", "--served-model-name", "m"],
-        "llama-cpp-python": [*llama_serve, "--n_threads", t, "--n_ctx", "2048"] if llama else None,
-        "transformers serve": [peer, "serve", str(folder), "--port", p, "--device", "cpu"]
-        if peer
-        else None,
-    }  # fmt: skip
+def engine_alone(folder: str, n_clients: int, n_tokens: int) -> None:
+    """In a process of its own: the same questions without HTTP and text; tokens a second."""
+    with LLM.load(folder, config=EngineConfig(max_context=CONTEXT)) as llm:
+        llm.chat(messages(999), temperature=0, max_tokens=4).finish()
+        for _ in sys.stdin:  # a line asks for a round
+            llm.reset_prefix_cache()
+            started = time.perf_counter()
+            questions = map(messages, range(n_clients))
+            replies = [llm.chat(q, temperature=0, max_tokens=n_tokens) for q in questions]
+            for reply in replies:
+                reply.finish()
+            n = sum(len(reply.ids) for reply in replies)
+            print(n / (time.perf_counter() - started), flush=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--model", default="smollm2-135m-instruct")
-    parser.add_argument("--clients", default="1,8,32")
-    parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    path, console, rows = locate(options.model), Console(), []
-    counts = [int(n) for n in options.clients.split(",")]
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1"}
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "model"
-        convert(path, folder, to="hf")
-        for name, command in commands(path, folder, port, options.threads).items():
-            if command is None:
-                console.print(f"{name}: not installed, left out")
-                continue
-            log = Path(temporary) / "log"
-            with log.open("w") as file:
-                server = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
-            url = f"http://127.0.0.1:{port}"
+# ---- servers ----------------------------------------------------------------------------------
+
+
+@contextmanager
+def running(command: list[str], port: int, threads: int) -> Iterator[str]:
+    """A server while it runs -> its address.
+
+    Raises:
+        RuntimeError: it did not start.
+    """
+    url = f"http://127.0.0.1:{port}"
+    with tempfile.TemporaryDirectory() as folder:
+        log, environment = Path(folder) / "log", dict(os.environ)
+        environment |= {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+        environment |= {"OPENNEMO_STATE_DIR": folder}
+        with log.open("w") as file:
+            server = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
+        try:
+            wait(server, url, log)
+            yield url
+        finally:
+            server.terminate()
             try:
-                wait(server, url, log)
-                model = str(folder) if name.startswith("transformers") else "m"
-                for n in counts:
-                    try:
-                        row = asyncio.run(measure(url, model, n, options.tokens))
-                        rows.append({"server": name, "clients": n, **row})
-                        console.print(f"{name}, {n} clients: {row['tokens_per_s']:.1f} tokens/s")
-                    except (RuntimeError, httpx2.HTTPError) as error:
-                        console.print(f"{name}, {n} clients: {type(error).__name__} {error}")
-            except RuntimeError as error:
-                console.print(f"{name}: {error}")
-            finally:
-                server.terminate()
-                server.wait(60)
-    for n in counts:
-        rate = engine_alone(path, n, options.tokens)
-        rows.append({"server": "engine alone", "clients": n, "tokens_per_s": rate})
-    columns = ["ttft_ms", "itl_p50_ms", "itl_p95_ms", "itl_p99_ms", "tokens_per_s"]
-    table = Table("server", "clients", *columns)
-    for row in rows:
-        numbers = [f"{row[c]:.1f}" if c in row else "" for c in columns]
-        table.add_row(row["server"], str(row["clients"]), *numbers)
-    console.print(table)
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=2) + "\n")
+                server.wait(20)
+            except subprocess.TimeoutExpired:
+                server.kill()
+                server.wait()
 
 
 def wait(server: subprocess.Popen, url: str, log: Path) -> None:
-    """Until the server answers at /health or /v1/models."""
+    """Until the server says that it is ready."""
     for _ in range(900):
         for path in ("/health", "/v1/models"):
             try:
@@ -187,6 +201,142 @@ def wait(server: subprocess.Popen, url: str, log: Path) -> None:
             break
         time.sleep(0.2)
     raise RuntimeError(f"it did not start: {log.read_text()[-500:]}")
+
+
+def has(python: str, modules: str) -> bool:
+    done = subprocess.run([python, "-c", f"import {modules}"], capture_output=True, check=False)
+    return not done.returncode
+
+
+def under_load(
+    name: str, command: list[str], model: str, options: argparse.Namespace
+) -> dict[int, Measured]:
+    """One server under all its loads -> what was measured, by clients."""
+    found = {}
+    try:
+        with running(command, options.port, options.threads) as url:
+            asyncio.run(warm(url, model))
+            for n in options.clients:
+                try:
+                    found[n] = measure(url, model, n, options.tokens)
+                    print(f"  {name}, {n}: {found[n].tokens_per_s:.1f} tokens/s", file=sys.stderr)
+                except (RuntimeError, TimeoutError, httpx2.HTTPError) as error:
+                    print(f"  {name}, {n}: {type(error).__name__} {error}", file=sys.stderr)
+                    break
+    except (RuntimeError, httpx2.HTTPError) as error:
+        print(f"  {name} is left out: {error}", file=sys.stderr)
+    return found
+
+
+async def warm(url: str, model: str) -> None:
+    async with httpx2.AsyncClient(base_url=url, timeout=PATIENCE) as client:
+        await stream(client, model, 999, 4)
+
+
+def against(
+    label: str, mine: dict[int, Measured], peer_name: str, peer: dict[int, Measured]
+) -> list[Row]:
+    rows = []
+    for n in mine.keys() & peer.keys():
+        for key, (metric, unit) in METRICS.items():
+            a, b = getattr(mine[n], key), getattr(peer[n], key)
+            clients = f"{n} client{'s' * (n > 1)}"
+            rows.append(
+                Row(
+                    name=f"{label}, {clients}, {metric}", ours=a, peer=b, peer_name=peer_name,
+                    unit=unit, ratio=a / b if key == "tokens_per_s" else b / a, goal=1.0,
+                )
+            )  # fmt: skip
+    return rows
+
+
+def http_cost(folder: Path, command: list[str], options: argparse.Namespace) -> Row:
+    """What is left of the engine's tokens a second behind HTTP."""
+    n, pairs = max(options.clients), []
+    own = [sys.executable, __file__, "--engine", str(folder), "--clients", str(n)]
+    alone = subprocess.Popen(
+        [*own, "--tokens", str(options.tokens)],
+        env={**os.environ, "OMP_NUM_THREADS": str(options.threads)},
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert alone.stdin and alone.stdout
+    try:
+        # Without the cache, as otherwise a second round would have no prompts to compute.
+        command = [*command, "--no-enable-prefix-caching"]
+        with running(command, options.port, options.threads) as url:
+            asyncio.run(warm(url, "m"))
+            for _ in range(ROUNDS):
+                over_http = measure(url, "m", n, options.tokens).tokens_per_s
+                print(file=alone.stdin, flush=True)
+                pairs.append((over_http, float(alone.stdout.readline())))
+                print("  over HTTP {:.1f}, alone {:.1f}".format(*pairs[-1]), file=sys.stderr)
+    finally:
+        alone.stdin.close()
+        alone.wait()
+    ours, engine = (statistics.median(column) for column in zip(*pairs, strict=True))
+    ratio = statistics.median(a / b for a, b in pairs)
+    return Row(
+        name=f"HTTP and tokenising cost, int8, {n} clients", ours=ours, peer=engine,
+        peer_name="our engine alone", unit="tokens/s", ratio=ratio, goal=0.9,
+    )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--model", type=Path, help="a .gguf file; by default the built-in model")
+    parser.add_argument("--clients", nargs="+", type=int, default=[1, 8, 32])
+    parser.add_argument("--tokens", type=int, default=40, help="of each answer")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--llama-python", default=sys.executable, metavar="PYTHON")
+    parser.add_argument("--transformers-python", default=sys.executable, metavar="PYTHON")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
+    parser.add_argument("--engine", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.engine:
+        engine_alone(options.engine, options.clients[0], options.tokens)
+        return
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        options.port = probe.getsockname()[1]
+    port, threads, rows = str(options.port), str(options.threads), []
+    model = options.model or locate("smollm2-135m-instruct")
+    with tempfile.TemporaryDirectory() as name:
+        q8_0, int8, fp32 = (Path(name) / part for part in ("q8_0.gguf", "int8", "fp32"))
+        serve = [sys.executable, "-m", "opennemo.cli", "serve", "--port", port]
+        serve += ["--max-model-len", str(CONTEXT), "--served-model-name", "m"]
+        export.quantize(model, int8, format="int8")
+        mine = under_load("ours, int8", [*serve, str(int8)], "m", options)
+        if has(options.llama_python, "llama_cpp.server.app"):
+            as_q8_0(model, q8_0)
+            # Without the last option a second client ends the first one's answer.
+            command = [options.llama_python, "-m", "llama_cpp.server", "--model", str(q8_0)]
+            command += ["--port", port, "--n_threads", threads, "--n_threads_batch", threads]
+            command += ["--n_ctx", str(CONTEXT), "--interrupt_requests", "False"]
+            peer = under_load("llama.cpp's server, Q8_0", command, "m", options)
+            rows += against("int8", mine, "llama.cpp's server, Q8_0", peer)
+        else:
+            print("llama.cpp's server is left out: it is not installed", file=sys.stderr)
+        if has(options.transformers_python, "transformers.cli.serving, uvicorn, fastapi, openai"):
+            convert(model, fp32, to="hf", dtype=torch.float32)
+            mine = under_load("ours, float32", [*serve, str(fp32)], "m", options)
+            start = "from transformers.cli.transformers import main; main()"
+            command = [options.transformers_python, "-c", start, "serve", str(fp32)]
+            command += ["--port", port, "--device", "cpu", "--dtype", "float32"]
+            for way in ((), ("--continuous-batching",)):
+                label = " ".join(("transformers serve", *way))
+                peer = under_load(label, [*command, *way], str(fp32), options)
+                rows += against("float32", mine, label, peer)
+        else:
+            print("transformers serve is left out: it is not installed", file=sys.stderr)
+        rows.append(http_cost(int8, [*serve, str(int8)], options))
+    table = Table("case", "ours", "peer", "", "", "ratio", "goal")
+    for row in rows:
+        numbers = f"{row.ratio:.2f}", f"{row.goal:.2f}"
+        table.add_row(
+            row.name, f"{row.ours:.1f}", row.peer_name, f"{row.peer:.1f}", row.unit, *numbers
+        )
+    Console(width=130).print(table)
+    if options.json:
+        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1), "utf-8")
 
 
 if __name__ == "__main__":
