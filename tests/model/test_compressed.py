@@ -60,7 +60,8 @@ def test_a_folder_holds_what_quantize_computes(folder, tmp_path, name, layout):
     assert not torch.equal(logits(read_back), logits(load(folder)))
     opened = open_checkpoint(tmp_path / "small")
     assert (opened.format, opened.layout, opened.config) == (name, layout, CONFIG)
-    assert torch.equal(opened.read_kv_scale(), KV_SCALE)
+    scale = opened.read_kv_scale()
+    assert scale is not None and torch.equal(scale, KV_SCALE)
     assert open_checkpoint(folder).read_kv_scale() is None
 
 
