@@ -94,38 +94,45 @@ def messages(i: int) -> list[dict]:
     return [{"role": "user", "content": f"Story {i}: tell me a long story about {topic}."}]
 
 
-async def stream(client: httpx2.AsyncClient, model: str, i: int, n_tokens: int) -> list[float]:
-    """Stream an answer -> when it was asked for, then when each of its pieces came."""
-    body = {
-        "model": model, "messages": messages(i), "stream": True, "temperature": 0,
-        "max_tokens": n_tokens,
-    }  # fmt: skip
+async def stream(port: int, model: str, i: int, n_tokens: int) -> list[float]:
+    """Stream an answer -> when it was asked for, then when each of its pieces came.
+
+    Over a plain socket: a client's library would take more of the processor than our server does.
+    Each server here writes whole events, so that chunks need not be put together.
+    """
+    settings = {"model": model, "stream": True, "temperature": 0, "max_tokens": n_tokens}
+    body = json.dumps({"messages": messages(i), **settings}).encode()
+    head = f"content-type: application/json\r\ncontent-length: {len(body)}\r\n"
+    head = (
+        f"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\n{head}connection: close\r\n\r\n"
+    )
     times = [time.perf_counter()]
-    async with client.stream("POST", "/v1/chat/completions", json=body) as answer:
-        if answer.status_code != 200:
-            raise RuntimeError((await answer.aread())[:300])
-        async for line in answer.aiter_lines():
-            if line.startswith("data: {"):
-                choices = json.loads(line[6:]).get("choices")
-                if choices and choices[0].get("delta", {}).get("content"):
-                    times.append(time.perf_counter())
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(head.encode() + body)
+    if b" 200 " not in await reader.readline():
+        raise RuntimeError((await reader.read(1000))[-300:])
+    async for line in reader:
+        if line.startswith(b"data: {"):
+            choices = json.loads(line[6:]).get("choices")
+            if choices and choices[0].get("delta", {}).get("content"):
+                times.append(time.perf_counter())
+    writer.close()
     if len(times) < 0.8 * n_tokens:  # some tokens are half a character, but not many
         raise RuntimeError(f"{len(times) - 1} pieces instead of {n_tokens}")
     return times
 
 
-async def load(url: str, model: str, n_clients: int, n_tokens: int) -> Measured:
-    """So many clients, who ask one question after the other."""
+async def load(port: int, model: str, n_clients: int, n_tokens: int) -> Measured:
+    """So many clients at once; a single one asks three questions, one after the other."""
     n_each = 3 if n_clients == 1 else 1
-    limits = httpx2.Limits(max_connections=n_clients)
-    async with httpx2.AsyncClient(base_url=url, timeout=PATIENCE, limits=limits) as client:
 
-        async def ask(i: int) -> list[list[float]]:
-            return [await stream(client, model, n_each * i + k, n_tokens) for k in range(n_each)]
+    async def ask(i: int) -> list[list[float]]:
+        return [await stream(port, model, n_each * i + k, n_tokens) for k in range(n_each)]
 
-        started = time.perf_counter()
+    started = time.perf_counter()
+    async with asyncio.timeout(PATIENCE):
         runs = list(itertools.chain(*await asyncio.gather(*map(ask, range(n_clients)))))
-        seconds = time.perf_counter() - started
+    seconds = time.perf_counter() - started
     gaps = sorted(b - a for run in runs for a, b in itertools.pairwise(run[1:]))
     p50, p95, p99 = (1000 * gaps[int(p * (len(gaps) - 1))] for p in (0.5, 0.95, 0.99))
     return Measured(
@@ -136,20 +143,13 @@ async def load(url: str, model: str, n_clients: int, n_tokens: int) -> Measured:
     )  # fmt: skip
 
 
-def measure(url: str, model: str, n_clients: int, n_tokens: int) -> Measured:
-    async def bounded() -> Measured:
-        async with asyncio.timeout(PATIENCE):
-            return await load(url, model, n_clients, n_tokens)
-
-    return asyncio.run(bounded())
-
-
 def engine_alone(folder: str, n_clients: int, n_tokens: int) -> None:
     """In a process of its own: the same questions without HTTP and text; tokens a second."""
-    with LLM.load(folder, config=EngineConfig(max_context=CONTEXT)) as llm:
+    # Without the cache, as otherwise a second round would have no prompts to compute.
+    config = EngineConfig(max_context=CONTEXT, prefix_caching=False)
+    with LLM.load(folder, config=config) as llm:
         llm.chat(messages(999), temperature=0, max_tokens=4).finish()
         for _ in sys.stdin:  # a line asks for a round
-            llm.reset_prefix_cache()
             started = time.perf_counter()
             questions = map(messages, range(n_clients))
             replies = [llm.chat(q, temperature=0, max_tokens=n_tokens) for q in questions]
@@ -163,13 +163,12 @@ def engine_alone(folder: str, n_clients: int, n_tokens: int) -> None:
 
 
 @contextmanager
-def running(command: list[str], port: int, threads: int) -> Iterator[str]:
-    """A server while it runs -> its address.
+def running(command: list[str], port: int, threads: int) -> Iterator[None]:
+    """A server while it runs.
 
     Raises:
         RuntimeError: it did not start.
     """
-    url = f"http://127.0.0.1:{port}"
     with tempfile.TemporaryDirectory() as folder:
         log, environment = Path(folder) / "log", dict(os.environ)
         environment |= {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
@@ -177,8 +176,8 @@ def running(command: list[str], port: int, threads: int) -> Iterator[str]:
         with log.open("w") as file:
             server = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
         try:
-            wait(server, url, log)
-            yield url
+            wait(server, f"http://127.0.0.1:{port}", log)
+            yield
         finally:
             server.terminate()
             try:
@@ -214,30 +213,25 @@ def under_load(
     """One server under all its loads -> what was measured, by clients."""
     found = {}
     try:
-        with running(command, options.port, options.threads) as url:
-            asyncio.run(warm(url, model))
+        with running(command, options.port, options.threads):
+            asyncio.run(stream(options.port, model, 999, 4))
             for n in options.clients:
                 try:
-                    found[n] = measure(url, model, n, options.tokens)
+                    found[n] = asyncio.run(load(options.port, model, n, options.tokens))
                     print(f"  {name}, {n}: {found[n].tokens_per_s:.1f} tokens/s", file=sys.stderr)
-                except (RuntimeError, TimeoutError, httpx2.HTTPError) as error:
+                except (RuntimeError, OSError) as error:
                     print(f"  {name}, {n}: {type(error).__name__} {error}", file=sys.stderr)
                     break
-    except (RuntimeError, httpx2.HTTPError) as error:
+    except (RuntimeError, OSError) as error:
         print(f"  {name} is left out: {error}", file=sys.stderr)
     return found
-
-
-async def warm(url: str, model: str) -> None:
-    async with httpx2.AsyncClient(base_url=url, timeout=PATIENCE) as client:
-        await stream(client, model, 999, 4)
 
 
 def against(
     label: str, mine: dict[int, Measured], peer_name: str, peer: dict[int, Measured]
 ) -> list[Row]:
     rows = []
-    for n in mine.keys() & peer.keys():
+    for n in sorted(mine.keys() & peer.keys()):
         for key, (metric, unit) in METRICS.items():
             a, b = getattr(mine[n], key), getattr(peer[n], key)
             clients = f"{n} client{'s' * (n > 1)}"
@@ -261,12 +255,11 @@ def http_cost(folder: Path, command: list[str], options: argparse.Namespace) -> 
     )  # fmt: skip
     assert alone.stdin and alone.stdout
     try:
-        # Without the cache, as otherwise a second round would have no prompts to compute.
         command = [*command, "--no-enable-prefix-caching"]
-        with running(command, options.port, options.threads) as url:
-            asyncio.run(warm(url, "m"))
+        with running(command, options.port, options.threads):
+            asyncio.run(stream(options.port, "m", 999, 4))
             for _ in range(ROUNDS):
-                over_http = measure(url, "m", n, options.tokens).tokens_per_s
+                over_http = asyncio.run(load(options.port, "m", n, options.tokens)).tokens_per_s
                 print(file=alone.stdin, flush=True)
                 pairs.append((over_http, float(alone.stdout.readline())))
                 print("  over HTTP {:.1f}, alone {:.1f}".format(*pairs[-1]), file=sys.stderr)
