@@ -24,7 +24,7 @@ from torch import Tensor
 
 from opennemo.engine.kv_cache import KVCache
 from opennemo.engine.runner import Runner
-from opennemo.engine.sampler import sample, token_logprobs
+from opennemo.engine.sampler import bias_, sample, token_logprobs
 from opennemo.engine.scheduler import Scheduler
 from opennemo.engine.sequence import (
     Chunk,
@@ -148,7 +148,13 @@ class Engine:
             raise InvalidRequest(
                 f"a token id is outside the vocabulary (0 to {self.vocab_size - 1})"
             )
-        for name, ids in (("logit_bias", params.logit_bias), ("stop_ids", params.stop_ids)):
+        named: dict[str, Iterable[int]] = {
+            "logit_bias": params.logit_bias,
+            "stop_ids": params.stop_ids,
+            "allowed_ids": params.allowed_ids or (),
+            "bad_words": itertools.chain(*params.bad_words),
+        }
+        for name, ids in named.items():
             if any(not 0 <= id < self.vocab_size for id in ids):
                 raise InvalidRequest(f"{name} names an id outside 0 to {self.vocab_size - 1}")
         if not 1 <= n <= self.config.max_answers:
@@ -319,6 +325,8 @@ class Engine:
     def _check_draft(self, chunk: Chunk, logits: Tensor) -> None:
         """Keep the drafted tokens as far as greedy choice agrees, and the one token after them."""
         sequence = chunk.sequence
+        for row in logits:  # what depends on the answer so far is not drafted
+            bias_(row, sequence, self.eos_ids)
         for guess, token in zip((*chunk.draft, None), logits.argmax(-1).tolist(), strict=True):
             self._append(sequence, token, None)
             if sequence.finished or token != guess:

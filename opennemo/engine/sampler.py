@@ -27,7 +27,7 @@ def sample(
     `masks` holds, for rows whose answer follows a grammar, one bit for each token that may come.
     """
     for i, sequence in enumerate(sequences):
-        _bias_(logits[i], sequence, eos_ids)
+        bias_(logits[i], sequence, eos_ids)
     if masks:
         bits = torch.from_numpy(np.stack(list(masks.values()))).to(logits.device)
         places = torch.arange(32, dtype=torch.int32, device=logits.device)
@@ -56,19 +56,20 @@ def token_logprobs(logits: Tensor, token: int, n_top: int) -> TokenLogprobs:
     )
 
 
-def _bias_(row: Tensor, sequence: Sequence, eos_ids: frozenset[int]) -> None:
+def bias_(row: Tensor, sequence: Sequence, eos_ids: frozenset[int]) -> None:
+    """Apply what a request says of single tokens to its row of logits (V,), in place."""
     params = sequence.params
     if params.logit_bias:
         ids = torch.tensor(list(params.logit_bias), device=row.device)
         row[ids] += torch.tensor(list(params.logit_bias.values()), device=row.device)
     if params.allowed_ids is not None:
         others = torch.full_like(row, FORBIDDEN)
-        others[[id for id in params.allowed_ids if id < len(row)]] = 0
+        others[list(params.allowed_ids)] = 0
         row += others
     if params.bad_words:
         answer = sequence.tokens[sequence.n_prompt :]
         for *start, last in params.bad_words:
-            if last < len(row) and answer[len(answer) - len(start) :] == start:
+            if answer[len(answer) - len(start) :] == start:
                 row[last] = FORBIDDEN
     if sequence.n_output < params.min_tokens and params.grammar is None:
         row[list(eos_ids | params.stop_ids)] = -torch.inf

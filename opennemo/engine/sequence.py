@@ -84,8 +84,7 @@ class SamplingParams:
     def can_be_drafted(self) -> bool:
         """Whether several tokens may be checked at once: greedy, each independent of the rest."""
         greedy = self.temperature == 0 and not self.penalises and self.min_tokens == 0
-        # Drafts are checked against the model's own choice, which nothing here may change.
-        free = not (self.logit_bias or self.bad_words or self.allowed_ids or self.grammar)
+        free = not self.bad_words and self.grammar is None
         return greedy and free and self.logprobs is None
 
 

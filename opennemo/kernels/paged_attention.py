@@ -22,9 +22,8 @@ from torch import Tensor
 # With NeMo's 8 key heads, one sequence makes 256 programs: two for each multiprocessor of an H100.
 SPLITS = 32
 BLOCK = 64  # keys at a time
-SHORTEST = tl.constexpr(
-    128
-)  # keys in a split: with fewer, weighing the parts costs more than it gains
+# Keys in a split: with fewer, weighing the parts costs more than it gains.
+SHORTEST = tl.constexpr(128)
 
 
 def paged_attention(

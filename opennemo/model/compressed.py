@@ -8,6 +8,7 @@ Either may bring scales for keys and values, which a cache in FP8 needs.
 Sources: the compressed-tensors package 0.20 and vLLM's loaders for Mistral's layout.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -151,13 +152,21 @@ def kv_scale_names(layer: int, layout: FolderLayout) -> tuple[str, str]:
 
 
 def read_kv_scale(files: Any, n_layers: int, layout: Layout) -> Tensor | None:
-    """The scales (L, 2) of keys and values, if an open model brings them for every layer."""
+    """The scales (L, 2) of keys and values, if an open model brings them for every layer.
+
+    Raises:
+        CheckpointError: one of them is not a positive number.
+    """
     prefix = "layers" if layout == "mistral" else "model.layers"
     for pair in KV_SCALES[layout]:
         names = [f"{prefix}.{i}.{name}" for i in range(n_layers) for name in pair]
         if all(name in files.shapes for name in names):
-            found = [files.read(name).float().reshape(-1)[:1] for name in names]
-            return torch.cat(found).view(n_layers, 2)
+            found = {name: files.read(name).float().flatten() for name in names}
+            for name, scale in found.items():
+                if scale.numel() != 1 or not 0 < float(scale) < math.inf:
+                    numbers = short(scale.tolist())
+                    raise CheckpointError(f"{name} is {numbers}; a scale is one positive number")
+            return torch.cat([*found.values()]).view(n_layers, 2)
     return None
 
 

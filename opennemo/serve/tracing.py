@@ -1,4 +1,4 @@
-"""A span for each request, sent to a collector of OpenTelemetry: `pip install opennemo[otel]`.
+"""A span for each request, sent to a collector of OpenTelemetry, with the extra `otel`.
 
 Spans hold method, path, status and times, and take up the trace that a client names; never what was
 asked or answered, and no span stands for a single token.
@@ -28,7 +28,7 @@ def trace(app: FastAPI, endpoint: str) -> None:
         from opentelemetry.util.http import parse_excluded_urls
     except ImportError:
         raise InvalidRequest(
-            "--otlp-traces-endpoint needs more packages: pip install 'opennemo[otel]'"
+            "--otlp-traces-endpoint needs more packages; in the checkout: pip install -e '.[otel]'"
         ) from None
     provider = TracerProvider(resource=Resource.create({"service.name": "opennemo"}))
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint)))

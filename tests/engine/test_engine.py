@@ -19,6 +19,7 @@ from opennemo.model.quantization import FORMATS, quantize_
 from opennemo.model.transformer import Transformer
 
 EOS, NAN = 7, float("nan")
+BIAS = {id: 5.0 * (-1) ** id for id in range(300)}
 SAMPLED = SamplingParams(temperature=1.0, top_p=0.9, top_k=40, seed=11, max_tokens=20)
 
 
@@ -76,7 +77,11 @@ def test_greedy_equals_the_definition(model):
     ],
     ids=lambda c: ",".join(f"{k}={v}" for k, v in vars(c).items() if v != vars(EngineConfig())[k]),
 )
-@pytest.mark.parametrize("params", [SamplingParams(max_tokens=20), SAMPLED], ids=["greedy", "seed"])
+@pytest.mark.parametrize(
+    "params",
+    [SamplingParams(max_tokens=20), SamplingParams(max_tokens=20, logit_bias=BIAS), SAMPLED],
+    ids=["greedy", "biased", "seed"],
+)
 def test_answers_do_not_depend_on_how_work_is_shared(model, config, params):
     texts = prompts(12, shared=20)
     alone = [answers(Engine(deepcopy(model), [EOS]), [text], params)[0] for text in texts]

@@ -93,6 +93,10 @@ def test_what_cannot_be_is_refused(folder, tmp_path):
     assert not (tmp_path / "b").exists()
     with pytest.raises(ValueError, match="calibrate first"):
         quantize(folder, tmp_path / "b", format="fp8", kv=True)
+    none = Calibration(largest_inputs={}, kv_scale=torch.zeros(2, 2))
+    quantize(folder, tmp_path / "zero", format="fp8", calibration=none, kv=True)
+    with pytest.raises(CheckpointError, match=r"layers\.0\.self_attn\.k_scale is .0\.0.; a scale"):
+        open_checkpoint(tmp_path / "zero").read_kv_scale()
     quantize(folder, tmp_path / "c", format="fp8")
     with pytest.raises(CheckpointError, match="already"):
         quantize(tmp_path / "c", tmp_path / "d", format="int8")
