@@ -324,7 +324,7 @@ class Engine:
 
     def _check_draft(self, chunk: Chunk, logits: Tensor) -> None:
         """Keep the drafted tokens as far as greedy choice agrees, and the one token after them."""
-        sequence = chunk.sequence
+        sequence, logits = chunk.sequence, logits.clone()
         for row in logits:  # what depends on the answer so far is not drafted
             bias_(row, sequence, self.eos_ids)
         for guess, token in zip((*chunk.draft, None), logits.argmax(-1).tolist(), strict=True):
