@@ -13,17 +13,16 @@ What does not fit the card is left out and named. Without a GPU there is nothing
 
 import argparse
 import gc
-import json
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from measure import Row, write_rows
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -31,10 +30,10 @@ from torch.nn.functional import ScalingType, scaled_mm
 
 from opennemo.model.attention import FUSED_PAGE_SIZE, Paged
 from opennemo.model.checkpoint import empty_model
-from opennemo.model.cpu import Step, compile_step
 from opennemo.model.layouts import spell
 from opennemo.model.pages import Pages
 from opennemo.model.quantization import FORMATS, quantize_
+from opennemo.model.step import Step, compile_step
 from opennemo.model.transformer import PRESETS, ModelConfig, Transformer
 
 
@@ -54,17 +53,6 @@ CASES = [
 ]
 GOALS = {"decode 1": 0.85}  # of the roofline
 FP8_GOAL = 1.7  # times bf16, decoding one sequence
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    name: str
-    ours: float
-    peer: float
-    peer_name: str
-    unit: str = "tokens/s"
-    ratio: float  # above 1: ours is better
-    goal: float | None = None
 
 
 class Card(NamedTuple):
@@ -328,8 +316,7 @@ def main() -> None:
         rows += measure(net, format, CASES, card, peers, options.rounds, device)
     rows += fp8_to_bf16(rows)
     show(title, rows)
-    if options.json:
-        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1), "utf-8")
+    write_rows(rows, options.json)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -37,6 +37,7 @@ import gguf
 import numpy as np
 import torch
 from gguf.quants import dequantize, quantize
+from measure import Row, peak_memory, read_bandwidth, write_rows
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -46,10 +47,11 @@ from opennemo.llm import LLM
 from opennemo.model import export
 from opennemo.model.attention import Packed, Paged
 from opennemo.model.checkpoint import empty_model, load
-from opennemo.model.cpu import NativeStep, Step, compile_step
+from opennemo.model.cpu import NativeStep
 from opennemo.model.hub import locate
 from opennemo.model.pages import Pages
 from opennemo.model.quantization import FORMATS, QuantizedLinear, quantize_, replace_module
+from opennemo.model.step import Step, compile_step
 from opennemo.model.transformer import ModelConfig, Transformer
 from opennemo.tokenizer import load_tokenizer
 
@@ -86,18 +88,11 @@ class Times(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    name: str
-    ours: float
-    peer: float
-    peer_name: str
-    unit: str
-    ratio: float  # above 1: ours is better
-    goal: float | None = None
-    ratio_of_processor_time: float | None = None
+class Speed(Row):
+    ratio_of_processor_time: float
     share_of_bandwidth: float | None = None
-    divergence: float | None = None  # KL from float32's probabilities, nats a token
-    peer_divergence: float | None = None
+    divergence: float  # KL from float32's probabilities, nats a token
+    peer_divergence: float
 
 
 class Peer(NamedTuple):
@@ -269,13 +264,6 @@ def transformers(model: Path) -> Callable[[Case, int], Times]:
 # ---- measurements -----------------------------------------------------------------------------
 
 
-def read_bandwidth(threads: int) -> float:
-    """Bytes a second that this machine reads from memory, the best of some tries."""
-    torch.set_num_threads(threads)
-    block = torch.ones(1 << 26)
-    return block.nbytes / min(timed(block.sum, 7).clock)
-
-
 def divergence(reference: Tensor, logits: Tensor) -> float:
     """KL(reference || found) of next-token probabilities, nats a token."""
     found = logits.float().log_softmax(-1)
@@ -320,7 +308,7 @@ def speed(model: Path, peers: list[Peer], scored: Tensor, reference: Tensor,
                         goal = 1.0 if case.name.startswith("decode") else None
                     share = mine * n_bytes / bandwidth if case.name == "decode 1" else None
                     rows.append(
-                        Row(
+                        Speed(
                             name=name, ours=mine, peer=theirs, peer_name=peer.name,
                             unit="tokens/s", ratio=ratio, ratio_of_processor_time=processor,
                             goal=goal, share_of_bandwidth=share, divergence=cost,
@@ -357,12 +345,6 @@ def start_ours(folder: str, threads: int) -> None:
     print(json.dumps({"seconds": seconds, "peak": peak_memory()}))
 
 
-def peak_memory() -> int:
-    """Bytes this process ever had in memory, files it mapped included (Linux)."""
-    status = Path("/proc/self/status").read_text("utf-8")
-    return 1024 * int(status.split("VmHWM:")[1].split()[0])
-
-
 def start_up(model: Path, q8_0: Path, format: str, scratch: Path,
              options: argparse.Namespace) -> list[Row]:  # fmt: skip
     """Loading, and the most memory, each time in a fresh process."""
@@ -394,12 +376,16 @@ def start_up(model: Path, q8_0: Path, format: str, scratch: Path,
 def show(rows: list[Row]) -> None:
     table = Table("case", "ours", "peer", "", "", "ratio", "goal", "of CPU time", "bandwidth", "KL")
     for row in rows:
-        costs = [f"{x:.4f}" for x in (row.divergence, row.peer_divergence) if x is not None]
+        more = []
+        if isinstance(row, Speed):
+            share = row.share_of_bandwidth
+            more = [
+                f"{row.ratio_of_processor_time:.2f}", "" if share is None else f"{share:.0%}",
+                f"{row.divergence:.4f} to {row.peer_divergence:.4f}",
+            ]  # fmt: skip
         table.add_row(
             row.name, f"{row.ours:.1f}", row.peer_name, f"{row.peer:.1f}", row.unit,
-            f"{row.ratio:.2f}", f"{row.goal:.2f}" if row.goal else "",
-            f"{row.ratio_of_processor_time:.2f}" if row.ratio_of_processor_time else "",
-            f"{row.share_of_bandwidth:.0%}" if row.share_of_bandwidth else "", " to ".join(costs),
+            f"{row.ratio:.2f}", f"{row.goal:.2f}" if row.goal else "", *more,
         )  # fmt: skip
     Console(width=140).print(table)
 
@@ -447,8 +433,7 @@ def main() -> None:
             peers.append(Peer("transformers fp32", transformers(model), 0.0))
         rows += speed(model, peers, scored, reference, options)
     show(rows)
-    if options.json:
-        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1), "utf-8")
+    write_rows(rows, options.json)
 
 
 if __name__ == "__main__":

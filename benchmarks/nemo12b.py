@@ -9,7 +9,6 @@ faster than this machine's read bandwidth over the bytes of a step; what counts 
 """
 
 import argparse
-import json
 import math
 import os
 import shutil
@@ -21,6 +20,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
+from measure import Row, peak_memory, read_bandwidth, write_rows
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -78,17 +78,6 @@ def write_random(folder: Path, config: ModelConfig, format: str) -> None:
         write_model(partial, "hf", config, tensors, read, said, note)
 
 
-def read_bandwidth(threads: int) -> float:
-    """Bytes a second that this machine reads from memory, the best of some tries."""
-    torch.set_num_threads(threads)
-    block, seconds = torch.ones(1 << 27), []
-    for _ in range(7):
-        start = time.perf_counter()
-        block.sum()
-        seconds.append(time.perf_counter() - start)
-    return block.nbytes / min(seconds)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--format", default="int8", choices=["int8", "fp8"])
@@ -131,23 +120,20 @@ def main() -> None:
     step = statistics.median([b - a for a, b in pairwise(times)])
     # The machine's best, before and after: other work on it would make us look good.
     bandwidth = max(bandwidth, read_bandwidth(options.threads))
-    peak = 1024 * int(Path("/proc/self/status").read_text("utf-8").split("VmHWM:")[1].split()[0])
     table = Table(f"Mistral NeMo 12B in {options.format}, {options.threads} threads", "")
     table.add_row("weights a step reads", f"{n_bytes / 1e9:.2f} GB")
     table.add_row("read bandwidth", f"{bandwidth / 1e9:.1f} GB/s")
     table.add_row("load", f"{seconds:.1f} s")
-    table.add_row("peak memory", f"{peak / 1e9:.1f} GB")
+    table.add_row("peak memory", f"{peak_memory() / 1e9:.1f} GB")
     table.add_row("prefill", f"{PREFILL / (times[0] - begin):.1f} tokens/s")
     table.add_row("decode", f"{1 / step:.2f} tokens/s")
     table.add_row("share of the bandwidth", f"{n_bytes / step / bandwidth:.0%}")
     Console().print(table)
-    if options.json:
-        row = {
-            "name": f"NeMo 12B, {options.format}, decode 1", "ours": 1 / step,
-            "peer": bandwidth / n_bytes, "peer_name": "bandwidth / bytes", "unit": "tokens/s",
-            "ratio": n_bytes / step / bandwidth, "goal": None,
-        }  # fmt: skip
-        options.json.write_text(json.dumps([row], indent=1), "utf-8")
+    row = Row(
+        name=f"NeMo 12B, {options.format}, decode 1", ours=1 / step, peer=bandwidth / n_bytes,
+        peer_name="bandwidth / bytes", ratio=n_bytes / step / bandwidth,
+    )  # fmt: skip
+    write_rows([row], options.json)
 
 
 if __name__ == "__main__":

@@ -32,13 +32,13 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import httpx2
 import torch
 from inference import as_q8_0
+from measure import Row, write_rows
 from rich.console import Console
 from rich.table import Table
 
@@ -73,17 +73,6 @@ METRICS = {
     "answer": ("whole answer", "ms"),
     "tokens_per_s": ("throughput", "tokens/s"),
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    name: str
-    ours: float
-    peer: float
-    peer_name: str
-    unit: str
-    ratio: float  # above 1: ours is better
-    goal: float
 
 
 # ---- clients ----------------------------------------------------------------------------------
@@ -328,8 +317,7 @@ def main() -> None:
             row.name, f"{row.ours:.1f}", row.peer_name, f"{row.peer:.1f}", row.unit, *numbers
         )
     Console(width=130).print(table)
-    if options.json:
-        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1), "utf-8")
+    write_rows(rows, options.json)
 
 
 if __name__ == "__main__":

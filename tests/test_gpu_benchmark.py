@@ -1,6 +1,6 @@
 """What benchmarks/gpu.py measures, at toy size: the same model twice, and the right roofline."""
 
-import importlib.util
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from opennemo.model.checkpoint import empty_model
-from opennemo.model.cpu import TorchStep
 from opennemo.model.quantization import FORMATS, quantize_
+from opennemo.model.step import TorchStep
 from opennemo.model.transformer import PRESETS
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
@@ -19,12 +19,9 @@ SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
 
 @pytest.fixture(scope="module")
 def gpu() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("gpu_benchmark", SCRIPT)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["gpu_benchmark"] = module  # where its dataclasses look themselves up
-    spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(SCRIPT.parent)  # as when it is run
+        return importlib.import_module(SCRIPT.stem)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here is a GPU")

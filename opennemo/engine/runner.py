@@ -13,9 +13,9 @@ from torch import Tensor
 
 from opennemo.engine.sequence import Chunk
 from opennemo.model.attention import Paged
-from opennemo.model.cpu import Step, TorchStep, compile_step
 from opennemo.model.lora import Adapter, adapted
 from opennemo.model.pages import Pages
+from opennemo.model.step import Step, TorchStep, compile_step
 from opennemo.model.transformer import Transformer
 
 

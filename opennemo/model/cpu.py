@@ -1,16 +1,12 @@
-"""A model's step, tokens to logits: native on a CPU, fused on a GPU, or as PyTorch defines it.
+"""A model's step on a CPU as one native call.
 
-`compile_step` gives a function of (tokens, attend, rows); which of them it is makes a difference in
-speed alone. The native one packs the weights for the kernel, whatever number format they are in,
-and can let go of the model's own as it packs them. The one for a GPU is model/gpu.py's.
+Its weights are packed for the kernel, whatever number format they are in; the model's own can be
+let go of meanwhile.
 """
 
 import ctypes
-import importlib.util
 import mmap
-import warnings
 from collections.abc import Iterator
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,53 +15,6 @@ from opennemo.kernels import cpu
 from opennemo.model.attention import Paged
 from opennemo.model.quantization import FORMATS, Format, QuantizedLinear
 from opennemo.model.transformer import Block, Transformer
-
-
-class Step(Protocol):
-    """tokens (T,), whose keys and values go where `attend` says -> logits (R, V) of `rows` (R,)."""
-
-    def __call__(self, tokens: Tensor, attend: Paged, rows: Tensor) -> Tensor: ...
-
-
-def compile_step(
-    model: Transformer,
-    n_threads: int | None = None,
-    instructions: str | None = None,
-    release: bool = False,
-) -> Step:
-    """The fastest step there is for this model; without C++ compiler or Triton, PyTorch's.
-
-    A warning says so. On a GPU the last page of the KV cache must belong to nobody.
-
-    `n_threads` defaults to PyTorch's, `instructions` (of `cpu.INSTRUCTIONS`) to the processor's
-    best. With `release` the model's own matrices are emptied as they are packed, so that they lie
-    in memory once; it cannot be run in PyTorch any more.
-    """
-    device = model.tok_embeddings.weight.device.type
-    if device == "cuda" and importlib.util.find_spec("triton"):
-        from opennemo.model.gpu import GpuStep  # imports Triton: seconds that a CPU saves
-
-        return GpuStep(model)
-    if device == "cuda":
-        warnings.warn("Triton is missing; the model runs in PyTorch, much slower", stacklevel=2)
-    if device != "cpu":
-        return TorchStep(model)
-    try:
-        return NativeStep(model, n_threads or torch.get_num_threads(), instructions, release)
-    except cpu.CompilerMissing as error:
-        warnings.warn(f"{error}; the model runs in PyTorch, several times slower", stacklevel=2)
-        return TorchStep(model)
-
-
-class TorchStep:
-    """The definition."""
-
-    def __init__(self, model: Transformer):
-        self.model = model
-
-    @torch.inference_mode()
-    def __call__(self, tokens: Tensor, attend: Paged, rows: Tensor) -> Tensor:
-        return self.model.output(self.model(tokens, attend)[rows]).float()
 
 
 class NativeStep:

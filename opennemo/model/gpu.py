@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from opennemo.kernels import gpu
 from opennemo.kernels.paged_attention import paged_attention
 from opennemo.model.attention import Paged
-from opennemo.model.cpu import TorchStep
 from opennemo.model.pages import Pages
 from opennemo.model.quantization import FORMATS, QuantizedLinear
+from opennemo.model.step import TorchStep
 from opennemo.model.transformer import Block, Transformer, rotary
 
 BATCHES = (1, 2, 4, 8, *range(16, 257, 16))

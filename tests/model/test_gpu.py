@@ -13,9 +13,9 @@ from torch import Tensor
 
 from opennemo.engine import Engine, EngineConfig, Event, SamplingParams
 from opennemo.model.attention import FUSED_PAGE_SIZE, Paged
-from opennemo.model.cpu import TorchStep
 from opennemo.model.pages import Pages
 from opennemo.model.quantization import FORMATS, quantize_
+from opennemo.model.step import TorchStep
 from opennemo.model.transformer import ModelConfig, Transformer
 
 if importlib.util.find_spec("triton") is None:

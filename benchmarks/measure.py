@@ -1,0 +1,43 @@
+"""What benchmarks share: a row of their tables, and what a machine can do."""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    name: str
+    ours: float
+    peer: float
+    peer_name: str
+    unit: str = "tokens/s"
+    ratio: float  # above 1: ours is better
+    goal: float | None = None
+
+
+def write_rows(rows: Sequence[Row], file: Path | None) -> None:
+    """As JSON, if a file is named."""
+    if file:
+        file.write_text(json.dumps([asdict(row) for row in rows], indent=1), "utf-8")
+
+
+def read_bandwidth(threads: int) -> float:
+    """Bytes a second that this machine reads from memory, the best of some tries."""
+    torch.set_num_threads(threads)
+    block, seconds = torch.ones(1 << 26), []
+    for _ in range(7):
+        start = time.perf_counter()
+        block.sum()
+        seconds.append(time.perf_counter() - start)
+    return block.nbytes / min(seconds)
+
+
+def peak_memory() -> int:
+    """Bytes this process ever had in memory, files it mapped included (Linux)."""
+    status = Path("/proc/self/status").read_text("utf-8")
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])

@@ -1,0 +1,62 @@
+"""A model's step, tokens to logits: native on a CPU, fused on a GPU, or as PyTorch defines it.
+
+`compile_step` gives a function of (tokens, attend, rows); which of them it is makes a difference in
+speed alone.
+"""
+
+import importlib.util
+import warnings
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from opennemo.kernels.cpu import CompilerMissing
+from opennemo.model.attention import Paged
+from opennemo.model.cpu import NativeStep
+from opennemo.model.transformer import Transformer
+
+
+class Step(Protocol):
+    """tokens (T,), whose keys and values go where `attend` says -> logits (R, V) of `rows` (R,)."""
+
+    def __call__(self, tokens: Tensor, attend: Paged, rows: Tensor) -> Tensor: ...
+
+
+def compile_step(
+    model: Transformer,
+    n_threads: int | None = None,
+    release: bool = False,
+) -> Step:
+    """The fastest step there is for this model; without C++ compiler or Triton, PyTorch's.
+
+    A warning says so. On a GPU the last page of the KV cache must belong to nobody.
+
+    `n_threads`, of a CPU, defaults to PyTorch's. With `release` the model's own matrices are
+    emptied as they are packed for it, so that they lie in memory once; PyTorch cannot run it then.
+    """
+    device = model.tok_embeddings.weight.device.type
+    if device == "cuda" and importlib.util.find_spec("triton"):
+        from opennemo.model.gpu import GpuStep  # imports Triton: seconds that a CPU saves
+
+        return GpuStep(model)
+    if device == "cuda":
+        warnings.warn("Triton is missing; the model runs in PyTorch, much slower", stacklevel=2)
+    if device != "cpu":
+        return TorchStep(model)
+    try:
+        return NativeStep(model, n_threads or torch.get_num_threads(), release=release)
+    except CompilerMissing as error:
+        warnings.warn(f"{error}; the model runs in PyTorch, several times slower", stacklevel=2)
+        return TorchStep(model)
+
+
+class TorchStep:
+    """The definition."""
+
+    def __init__(self, model: Transformer):
+        self.model = model
+
+    @torch.inference_mode()
+    def __call__(self, tokens: Tensor, attend: Paged, rows: Tensor) -> Tensor:
+        return self.model.output(self.model(tokens, attend)[rows]).float()
