@@ -38,8 +38,8 @@ BUDGET = {
     # Spans for OpenTelemetry came later.
     "serve": 4350,
     "terminal": 150,
-    # A dozen commands with the help that teaches them.
-    "cli": 490,
+    # A dozen commands with the help that teaches them; those on vocabularies have their own file.
+    "cli": 510,
 }
 FORBIDDEN_NAMES = {"utils", "common", "base", "helpers", "core", "misc"}
 

@@ -1,5 +1,6 @@
 """What goes along with the weights: tokenizers that transformers reads alike, and generation."""
 
+import importlib.resources
 import importlib.util
 import json
 import shutil
@@ -72,7 +73,7 @@ def test_sentencepiece_becomes_a_tokenizer_json(tmp_path):
     source, folder = tmp_path / "mistral", tmp_path / "hf"
     source.mkdir()
     folder.mkdir()
-    data = Path(str(importlib.util.find_spec("mistral_common").origin)).parent / "data"  # type: ignore
+    data = Path(str(importlib.resources.files("mistral_common"))) / "data"
     model = data / "mistral_instruct_tokenizer_240323.model.v3"
     shutil.copyfile(model, source / "tokenizer.model.v3")
     copy_companions(source, folder, layout="hf")

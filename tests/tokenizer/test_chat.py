@@ -1,7 +1,7 @@
 """Mistral's layouts: id for id what mistral-common makes of the same conversations."""
 
 import copy
-import importlib.util
+import importlib.resources
 import json
 import random
 from functools import lru_cache
@@ -24,7 +24,7 @@ from opennemo.tokenizer.export import save_huggingface
 from opennemo.tokenizer.mistral_template import mistral_template
 from opennemo.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
-DATA = Path(str(importlib.util.find_spec("mistral_common").origin)).parent / "data"  # type: ignore
+DATA = Path(str(importlib.resources.files("mistral_common"))) / "data"
 FILES = {
     "v1": "tokenizer.model.v1",
     "v2": "mistral_instruct_tokenizer_240216.model.v2",

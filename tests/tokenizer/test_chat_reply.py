@@ -1,6 +1,6 @@
 """Generated ids to a message: tool calls found by id, and nothing a model writes is an error."""
 
-import importlib.util
+import importlib.resources
 import json
 from functools import lru_cache
 from pathlib import Path
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from opennemo.tokenizer.chat import encode_chat, encode_for_training, parse_reply
 from opennemo.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
-DATA = Path(str(importlib.util.find_spec("mistral_common").origin)).parent / "data"  # type: ignore
+DATA = Path(str(importlib.resources.files("mistral_common"))) / "data"
 FILES = {
     "v1": "tokenizer.model.v1",
     "v3": "mistral_instruct_tokenizer_240323.model.v3",

@@ -4,6 +4,7 @@ By default a sample of each is compared; `pytest -m slow` compares all of it.
 """
 
 import base64
+import importlib.resources
 import importlib.util
 import json
 import random
@@ -22,7 +23,7 @@ from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 from opennemo.tokenizer.tekken import Tekken
 
 ROOT = Path(__file__).parents[2]
-NEMO = Path(str(importlib.util.find_spec("mistral_common").origin)).parent  # type: ignore
+NEMO = Path(str(importlib.resources.files("mistral_common")))
 NEMO = NEMO / "data" / "tekken_240718.json"
 BLANKS = " \t\n\r\v\f\x1c\x85\u00a0\u2003\u2028\u3000"
 

@@ -1,5 +1,6 @@
 """tokenizer.json and GGUF vocabularies: the ids of transformers, and no text becomes control."""
 
+import importlib.resources
 import importlib.util
 import json
 import struct
@@ -22,7 +23,7 @@ from opennemo.tokenizer.sentencepiece import SentencePiece
 from opennemo.tokenizer.tekken import PATTERN, SINGLE_BYTES, Tekken
 from opennemo.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
-DATA = Path(str(importlib.util.find_spec("mistral_common").origin)).parent / "data"  # type: ignore
+DATA = Path(str(importlib.resources.files("mistral_common"))) / "data"
 MISTRAL_7B = {
     "v1": DATA / "tokenizer.model.v1",
     "v3": DATA / "mistral_instruct_tokenizer_240323.model.v3",

@@ -1,6 +1,6 @@
 """SentencePiece: the ids of mistral-common, and the chat layout by the name of the file."""
 
-import importlib.util
+import importlib.resources
 import io
 import shutil
 from pathlib import Path
@@ -15,7 +15,7 @@ from opennemo.tokenizer.export import save_huggingface
 from opennemo.tokenizer.sentencepiece import SentencePiece
 from opennemo.tokenizer.tokenizer import load_tokenizer
 
-DATA = Path(str(importlib.util.find_spec("mistral_common").origin)).parent / "data"  # type: ignore
+DATA = Path(str(importlib.resources.files("mistral_common"))) / "data"
 FILES = sorted(DATA.glob("*.model*"))
 V1, V3 = DATA / "tokenizer.model.v1", DATA / "mistral_instruct_tokenizer_240323.model.v3"
 

@@ -1,6 +1,6 @@
 """Decoding one id at a time gives the same text, and never half a character."""
 
-import importlib.util
+import importlib.resources
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +13,7 @@ from opennemo.tokenizer.export import save_huggingface
 from opennemo.tokenizer.tekken import Tekken
 from opennemo.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
-DATA = Path(str(importlib.util.find_spec("mistral_common").origin)).parent / "data"  # type: ignore
+DATA = Path(str(importlib.resources.files("mistral_common"))) / "data"
 KINDS = ("tekken", "sentencepiece", "huggingface")
 
 

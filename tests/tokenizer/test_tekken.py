@@ -1,7 +1,7 @@
 """Tekken: the ids of mistral-common and tiktoken for any text, and files that are what they say."""
 
 import base64
-import importlib.util
+import importlib.resources
 import json
 import os
 import threading
@@ -24,7 +24,7 @@ from opennemo.tokenizer.bpe import MANY_CHARS, MAX_BLANKS, encode_plainly
 from opennemo.tokenizer.tekken import PATTERN, SINGLE_BYTES, Tekken
 from opennemo.tokenizer.tokenizer import load_tokenizer
 
-DATA = Path(str(importlib.util.find_spec("mistral_common").origin)).parent / "data"  # type: ignore
+DATA = Path(str(importlib.resources.files("mistral_common"))) / "data"
 NEMO = DATA / "tekken_240718.json"
 WORDS = [b"th", b"the", b" the", b"\n\n", "é".encode()]
 

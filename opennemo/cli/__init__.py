@@ -13,6 +13,8 @@ from typing import Annotated, Any
 
 import typer
 
+from opennemo.cli import tokenizer
+from opennemo.cli.options import given, standard_input
 from opennemo.errors import InvalidRequest, OpenNemoError
 
 app = typer.Typer(
@@ -22,6 +24,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+
+app.add_typer(tokenizer.app, name="tokenizer")
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
@@ -56,26 +60,6 @@ def main() -> None:
         sys.exit(130)
 
 
-def _given(**options: Any) -> dict[str, Any]:
-    """The options that were given; the rest is left to the model's defaults."""
-    return {name: value for name, value in options.items() if value is not None}
-
-
-def _standard_input() -> str:
-    """All of standard input, as one text.
-
-    Raises:
-        InvalidRequest: it is not UTF-8, or there is nothing.
-    """
-    try:
-        text = sys.stdin.buffer.read().decode("utf-8").strip()
-    except UnicodeDecodeError as error:
-        raise InvalidRequest(f"standard input is not UTF-8 text (byte {error.start})") from None
-    if not text:
-        raise InvalidRequest("standard input is empty: write a text to it")
-    return text
-
-
 def _read(path: Path) -> str:
     try:
         return path.read_text("utf-8")
@@ -97,10 +81,10 @@ def chat(
     device: Device = None,
 ) -> None:
     """Talk to a model. Without a terminal, answer what stands on standard input, once."""
-    sampling = _given(
+    sampling = given(
         temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, max_tokens=max_tokens
     )
-    text = None if sys.stdin.isatty() else _standard_input()
+    text = None if sys.stdin.isatty() else standard_input()
     from opennemo.terminal import answer, converse
 
     if text is None:
@@ -132,7 +116,7 @@ def generate(
     if (prompt is None) == (file is None):
         raise InvalidRequest("give a prompt or --file FILE, one of the two")
     text = prompt if file is None else _read(file)
-    sampling = _given(
+    sampling = given(
         temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, max_tokens=max_tokens
     )
     with LLM.load(model, device=device) as llm:
@@ -259,110 +243,6 @@ def info(model: Model) -> None:
     console.print(f"Context: tokens that fit beside the weights, KV cache in bf16. {memory}.")
 
 
-tokenizer_app = typer.Typer(
-    no_args_is_help=True, rich_markup_mode=None, help="Look at, compare and learn vocabularies."
-)
-app.add_typer(tokenizer_app, name="tokenizer")
-
-TokenizerFile = Annotated[
-    str,
-    typer.Argument(
-        help="tekken.json, tokenizer.json, tokenizer.model, a tiktoken file, a .gguf, a folder, "
-        "or opennemo-tekken-32k, which comes along."
-    ),
-]
-
-
-@tokenizer_app.command()
-def show(
-    tokenizer: TokenizerFile,
-    text: Annotated[str | None, typer.Argument(help="The text; else standard input.")] = None,
-) -> None:
-    """Show a text's tokens in colours, with their ids and bytes."""
-    from rich.console import Console
-
-    from opennemo.model.hub import locate
-    from opennemo.tokenizer.display import show as render
-    from opennemo.tokenizer.ranks import OWN, open_tokenizer
-
-    path = Path(tokenizer) if tokenizer == OWN else locate(tokenizer)
-    Console().print(render(open_tokenizer(path), text or _standard_input()))
-
-
-@tokenizer_app.command()
-def compare(
-    tokenizers: Annotated[list[str], typer.Argument(help="Files or folders; NAME=PATH names one.")],
-    texts: Annotated[
-        list[Path],
-        typer.Option(help="JSON lines (text, language), text files or folders, .gz or .zst too."),
-    ],
-    reference: Annotated[
-        str | None, typer.Option(help="Compare the others with this one; by default the first.")
-    ] = None,
-    csv: Annotated[Path | None, typer.Option(help="Write the rows here as CSV.")] = None,
-    json: Annotated[Path | None, typer.Option(help="Write everything here as JSON.")] = None,
-    plot: Annotated[
-        list[Path] | None, typer.Option(help="Draw the ratios here: .png, .svg, .pdf.")
-    ] = None,
-) -> None:
-    """Count the tokens that tokenizers need for the same texts, by language."""
-    from rich.console import Console
-
-    from opennemo.tokenizer.compression import compare as measure
-    from opennemo.tokenizer.compression import open_all
-    from opennemo.tokenizer.texts import Texts
-
-    opened = open_all(tokenizers)
-    result = measure(opened, Texts(texts).read(lambda n: None), reference or next(iter(opened)))
-    Console().print(result.table())
-    if csv:
-        csv.write_text(result.csv(), "utf-8")
-    if json:
-        json.write_text(result.json(), "utf-8")
-    if plot:
-        shown = sorted(result.languages, key=lambda c: -result.n_bytes[c])[:13]
-        result.plot(plot, {language: language for language in sorted(shown)})
-
-
-@tokenizer_app.command()
-def train(
-    corpus: Annotated[
-        list[Path],
-        typer.Argument(help="JSON lines (text, language), text files or folders, .gz or .zst too."),
-    ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")],
-    vocab_size: Annotated[
-        int | None, typer.Option(help="Ids in all, control tokens included; 131072 by default.")
-    ] = None,
-    temperature: Annotated[
-        float | None, typer.Option(help="Above 1, small languages count for more.")
-    ] = None,
-    settings: Annotated[
-        Path | None, typer.Option(help="A TOML file of settings, as in recipes/.")
-    ] = None,
-    extend: Annotated[
-        Path | None, typer.Option(help="A tekken.json to extend; its ids stay as they are.")
-    ] = None,
-    processes: Annotated[int, typer.Option(help="That count words side by side.")] = 2,
-) -> None:
-    """Learn a byte-level BPE vocabulary; writes tekken.json and tokenizer.json with equal ids."""
-    from opennemo.tokenizer.display import progress
-    from opennemo.tokenizer.tekken import Tekken
-    from opennemo.tokenizer.texts import Texts
-    from opennemo.tokenizer.training import VocabularySettings, read_settings
-    from opennemo.tokenizer.training import train as learn
-
-    changes = _given(vocab_size=vocab_size, temperature=temperature)
-    wanted = read_settings(settings, **changes) if settings else VocabularySettings(**changes)
-    with progress() as report:
-        base = Tekken.load(extend) if extend else None
-        trained = learn(Texts(corpus), wanted, base=base, processes=processes, report=report)
-    trained.save(output)
-    print(f"Wrote {output}: {trained.tokenizer.vocab_size:,} ids")
-    if broken := trained.record["unreadable_lines"]:
-        print(f"{broken:,} lines were not UTF-8 or not JSON and were left out", file=sys.stderr)
-
-
 @app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
     add_help_option=False,
@@ -405,8 +285,8 @@ def batch(
         from opennemo.serve.settings import read_settings
 
     named = [f"--served-model-name={name}" for name in served_model_name or ()]
-    given = _given(max_num_seqs=max_num_seqs, max_model_len=max_model_len, device=device)
-    options = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+    chosen = given(max_num_seqs=max_num_seqs, max_model_len=max_model_len, device=device)
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in chosen.items()]
     # Nothing is listened on, whatever the environment says of hosts and keys.
     if not run_batch(requests, output, read_settings([model, "--insecure", *options, *named])):
         raise typer.Exit(1)
@@ -470,7 +350,3 @@ def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,110 @@
+"""`opennemo tokenizer COMMAND`: look at, compare and learn vocabularies."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from opennemo.cli.options import given, standard_input
+
+app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Look at, compare and learn vocabularies."
+)
+TokenizerFile = Annotated[
+    str,
+    typer.Argument(
+        help="tekken.json, tokenizer.json, tokenizer.model, a tiktoken file, a .gguf, a folder, "
+        "or opennemo-tekken-32k, which comes along."
+    ),
+]
+
+
+@app.command()
+def show(
+    tokenizer: TokenizerFile,
+    text: Annotated[str | None, typer.Argument(help="The text; else standard input.")] = None,
+) -> None:
+    """Show a text's tokens in colours, with their ids and bytes."""
+    from rich.console import Console
+
+    from opennemo.model.hub import locate
+    from opennemo.tokenizer.display import show as render
+    from opennemo.tokenizer.ranks import OWN, open_tokenizer
+
+    path = Path(tokenizer) if tokenizer == OWN else locate(tokenizer)
+    Console().print(render(open_tokenizer(path), text or standard_input()))
+
+
+@app.command()
+def compare(
+    tokenizers: Annotated[list[str], typer.Argument(help="Files or folders; NAME=PATH names one.")],
+    texts: Annotated[
+        list[Path],
+        typer.Option(help="JSON lines (text, language), text files or folders, .gz or .zst too."),
+    ],
+    reference: Annotated[
+        str | None, typer.Option(help="Compare the others with this one; by default the first.")
+    ] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write the rows here as CSV.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write everything here as JSON.")] = None,
+    plot: Annotated[
+        list[Path] | None, typer.Option(help="Draw the ratios here: .png, .svg, .pdf.")
+    ] = None,
+) -> None:
+    """Count the tokens that tokenizers need for the same texts, by language."""
+    from rich.console import Console
+
+    from opennemo.tokenizer.compression import compare as measure
+    from opennemo.tokenizer.compression import open_all
+    from opennemo.tokenizer.texts import Texts
+
+    opened = open_all(tokenizers)
+    result = measure(opened, Texts(texts).read(lambda n: None), reference or next(iter(opened)))
+    Console().print(result.table())
+    if csv:
+        csv.write_text(result.csv(), "utf-8")
+    if json:
+        json.write_text(result.json(), "utf-8")
+    if plot:
+        shown = sorted(result.languages, key=lambda c: -result.n_bytes[c])[:13]
+        result.plot(plot, {language: language for language in sorted(shown)})
+
+
+@app.command()
+def train(
+    corpus: Annotated[
+        list[Path],
+        typer.Argument(help="JSON lines (text, language), text files or folders, .gz or .zst too."),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")],
+    vocab_size: Annotated[
+        int | None, typer.Option(help="Ids in all, control tokens included; 131072 by default.")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Above 1, small languages count for more.")
+    ] = None,
+    settings: Annotated[
+        Path | None, typer.Option(help="A TOML file of settings, as in recipes/.")
+    ] = None,
+    extend: Annotated[
+        Path | None, typer.Option(help="A tekken.json to extend; its ids stay as they are.")
+    ] = None,
+    processes: Annotated[int, typer.Option(help="That count words side by side.")] = 2,
+) -> None:
+    """Learn a byte-level BPE vocabulary; writes tekken.json and tokenizer.json with equal ids."""
+    from opennemo.tokenizer.display import progress
+    from opennemo.tokenizer.tekken import Tekken
+    from opennemo.tokenizer.texts import Texts
+    from opennemo.tokenizer.training import VocabularySettings, read_settings
+    from opennemo.tokenizer.training import train as learn
+
+    changes = given(vocab_size=vocab_size, temperature=temperature)
+    wanted = read_settings(settings, **changes) if settings else VocabularySettings(**changes)
+    with progress() as report:
+        base = Tekken.load(extend) if extend else None
+        trained = learn(Texts(corpus), wanted, base=base, processes=processes, report=report)
+    trained.save(output)
+    print(f"Wrote {output}: {trained.tokenizer.vocab_size:,} ids")
+    if broken := trained.record["unreadable_lines"]:
+        print(f"{broken:,} lines were not UTF-8 or not JSON and were left out", file=sys.stderr)
