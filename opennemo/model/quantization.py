@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from opennemo.model.transformer import Attend
+
 Share = int | Literal["row", "tensor"]
 # Layers that see the same input. Engines fuse them into one product, with one scale.
 FUSED = (("wq", "wk", "wv"), ("w1", "w3"))
@@ -177,19 +179,85 @@ FORMATS: dict[str, Format] = {
 
 
 class QATLinear(nn.Linear):
-    """A linear layer that computes as if already rounded, while learning in full precision."""
+    """A linear layer that computes as if already rounded, while learning in full precision.
+
+    In a static format it watches its inputs while it trains (`largest`), and stops when `observe`
+    is taken back. Watching the same inputs twice changes nothing, so that a pass may be recomputed.
+    """
 
     format: Format
     fused: Sequence[nn.Linear]  # those whose weights share a scale with this one, itself included
-    input_scale: Tensor | None
+    largest: Tensor | None  # (1, 1) magnitude of the inputs so far, in a static format
+    observe: bool = True
+
+    @property
+    def input_scale(self) -> Tensor | None:
+        """(1, 1) in a static format."""
+        if self.largest is None:
+            return None
+        assert self.format.inputs is not None
+        return self.format.inputs.scale(self.largest)
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.largest is not None and self.training and self.observe:
+            with torch.no_grad():
+                self.largest.copy_(torch.maximum(self.largest, input.detach().float().abs().amax()))
         return self.format.fake_linear(
             input,
             self.weight,
             _shared_scale(self.format, (linear.weight.detach() for linear in self.fused)),
             self.input_scale,
         )
+
+
+class KVRounding(nn.Module):
+    """Keys and values as a KV cache in FP8 holds them, with a scale a layer for each.
+
+    A model from `prepare_qat_(..., kv=True)` has one as `kv_rounding`. Mistral's checkpoints in FP8
+    have a fake quantiser for queries, too; ours have none, for no engine of ours rounds those.
+    """
+
+    largest: Tensor  # (L, 2) magnitudes of keys and of values so far
+    observe: bool = True
+    rounding = _float8("tensor")
+
+    def __init__(self, n_layers: int, device: torch.device):
+        super().__init__()
+        self.register_buffer("largest", torch.zeros(n_layers, 2, device=device))
+
+    @property
+    def scale(self) -> Tensor:
+        """(L, 2)."""
+        scales = [self.rounding.scale(one).view(()) for one in self.largest.flatten()]
+        return torch.stack(scales).view_as(self.largest)
+
+    def forward(self, layer: int, *kv: Tensor) -> list[Tensor]:
+        """Keys and values (T, K, H) of a layer, rounded."""
+        rounded = []
+        for part, x in enumerate(kv):
+            largest = self.largest[layer, part]
+            if self.training and self.observe:
+                with torch.no_grad():
+                    largest.copy_(torch.maximum(largest, x.detach().float().abs().amax()))
+            rounded.append(self.rounding.fake_quantize(x, self.rounding.scale(largest)))
+        return rounded
+
+
+class RoundedKV:
+    """Attends as `attend` does, to rounded keys and values."""
+
+    def __init__(self, attend: Attend, rounding: KVRounding):
+        self.attend, self.rounding, self.positions = attend, rounding, attend.positions
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = self.rounding(layer, k, v)
+        return self.attend(layer, q, k, v)
+
+
+def fake_kv(model: nn.Module, attend: Attend) -> Attend:
+    """The way to attend while a model trains: through rounded keys and values if it has them."""
+    rounding = getattr(model, "kv_rounding", None)
+    return attend if rounding is None else RoundedKV(attend, rounding)
 
 
 class QuantizedLinear(nn.Module):
@@ -233,22 +301,42 @@ def calibration(model: nn.Module) -> Iterator[dict[str, float]]:
 
 
 def prepare_qat_(
-    model: nn.Module, format: Format, largest_inputs: Mapping[str, float] | None = None
+    model: nn.Module,
+    format: Format,
+    largest_inputs: Mapping[str, float] | None = None,
+    *,
+    kv: bool = False,
 ) -> None:
     """Make every linear layer of the blocks learn as if rounded; its parameters stay the same.
 
-    `largest_inputs` are what `calibration` recorded; only a static format needs them.
+    In a static format layers watch their inputs as they train, from `largest_inputs` on if there
+    are any (`calibration` records them). With `kv`, keys and values are rounded, too (`fake_kv`).
     """
     replaced: dict[str, QATLinear] = {}
     for path, linear in _linears(model):
         qat = QATLinear(linear.in_features, linear.out_features, bias=False, device="meta")
         qat.weight, qat.format = linear.weight, format
-        scale = _input_scale(format, path, largest_inputs)
-        qat.register_buffer("input_scale", None if scale is None else scale.to(qat.weight.device))
+        largest = torch.full((1, 1), (largest_inputs or {}).get(path, 0.0))
+        qat.register_buffer("largest", largest.to(linear.weight.device) if format.static else None)
         replaced[path] = qat
     for path, qat in replaced.items():
         qat.fused = tuple(replaced[p] for p in _fused_paths(path))
         replace_module(model, path, qat)
+    if kv:
+        device = next(model.parameters()).device
+        model.kv_rounding = KVRounding(len(list(model.get_submodule("layers").children())), device)
+
+
+def observers(model: nn.Module) -> dict[str, Tensor]:
+    """What static scales follow, by path: buffers that ranks may bring together, and forget by."""
+    return {name: b for name, b in model.named_buffers() if name.rpartition(".")[2] == "largest"}
+
+
+def observe_(model: nn.Module, on: bool) -> None:
+    """Let static scales follow what is seen, or have them stay."""
+    for module in model.modules():
+        if isinstance(module, QATLinear | KVRounding):
+            module.observe = on
 
 
 def quantize_(
@@ -270,9 +358,9 @@ def quantize_(
         scale = _shared_scale(format, (linears[path].weight.detach() for path in group))
         for path in group:
             linear = linears.pop(path)
-            input_scale = getattr(linear, "input_scale", None)  # of a model from prepare_qat_
-            if input_scale is None:
-                input_scale = _input_scale(format, path, largest_inputs)
+            if isinstance(linear, QATLinear) and linear.largest is not None:
+                largest_inputs = {**(largest_inputs or {}), path: float(linear.largest)}
+            input_scale = _input_scale(format, path, largest_inputs)
             codes, used = format.weights.quantize(linear.weight.detach(), scale)
             replace_module(model, path, QuantizedLinear(format, codes, used, input_scale))
     if head is not None:
@@ -332,9 +420,10 @@ def _input_scale(
     if not format.static:
         return None
     assert format.inputs is not None
-    if largest_inputs is None or path not in largest_inputs:
+    largest = (largest_inputs or {}).get(path)
+    if not largest:
         raise ValueError(f"{path}: a static format needs the scale of its inputs: calibrate first")
-    return format.inputs.scale(torch.tensor([[largest_inputs[path]]]))
+    return format.inputs.scale(torch.tensor([[largest]]))
 
 
 def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:

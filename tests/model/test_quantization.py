@@ -6,13 +6,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from opennemo.model.attention import Packed
+from opennemo.model.attention import Packed, Paged
+from opennemo.model.pages import Pages
 from opennemo.model.quantization import (
     FORMATS,
     FUSED,
     Format,
+    KVRounding,
     QuantizedLinear,
     calibration,
+    fake_kv,
+    observe_,
+    observers,
     prepare_qat_,
     quantize_,
 )
@@ -141,8 +146,50 @@ def test_layers_that_engines_fuse_share_a_scale():
 def test_a_static_format_refuses_to_guess_the_inputs():
     with pytest.raises(ValueError, match=r"layers\.0\..*calibrate"):
         quantize_(model(), FORMATS["fp8-static"])
+    never_run = model()
+    prepare_qat_(never_run, FORMATS["fp8-static"])
     with pytest.raises(ValueError, match="calibrate"):
-        prepare_qat_(model(), FORMATS["fp8-static"], {"layers.0.attention.wq": 1.0})
+        quantize_(never_run, FORMATS["fp8-static"])
+
+
+def test_scales_follow_what_training_sees_until_they_are_told_to_stay():
+    net = model()
+    prepare_qat_(net, FORMATS["fp8-static"], kv=True)
+    seen = observers(net)
+    assert len(seen) == 7 * net.config.n_layers + 1
+    attend = fake_kv(net, Packed.of(25, 15))
+    net(TOKENS, attend)
+    with calibration(plain := model()) as largest, torch.no_grad():
+        hidden(plain)
+    assert float(seen["layers.0.attention.wq.largest"]) == largest["layers.0.attention.wq"]
+    kept = {name: tensor.clone() for name, tensor in seen.items()}
+    assert all(tensor.all() for tensor in kept.values())
+    net.get_parameter("layers.0.attention_norm.weight").data *= 8
+    for still in (net.eval(), net.train()):
+        observe_(net, still.training is False)
+        still(TOKENS, attend)
+        assert all(torch.equal(seen[name], kept[name]) for name in seen)
+    observe_(net, True)
+    net(TOKENS, attend)
+    grown = float(seen["layers.0.attention.wq.largest"] / kept["layers.0.attention.wq.largest"])
+    assert grown == pytest.approx(8, rel=1e-4)
+
+
+def test_rounded_keys_and_values_are_those_of_a_cache_in_fp8():
+    net = model()
+    prepare_qat_(net, FORMATS["fp8"], kv=True)
+    attend = fake_kv(net, Packed.of(25, 15))
+    trained = net(TOKENS, attend)
+    rounding = net.kv_rounding
+    assert isinstance(rounding, KVRounding)
+    pages = Pages.empty(net.config, 8, 16, "fp8", scale=rounding.scale)
+    slots = torch.cat((torch.arange(25), 32 + torch.arange(15)))
+    paged = Paged(
+        pages, attend.positions, slots, torch.tensor([0, 25, 40]).int(), 25,
+        torch.tensor([25, 15]).int(), torch.tensor([[0, 1], [2, 3]]).int(),
+    )  # fmt: skip
+    quantize_(net, FORMATS["fp8"])
+    assert torch.equal(net(TOKENS, paged), trained)
 
 
 def test_only_the_head_that_is_named_is_rounded():
