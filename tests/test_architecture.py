@@ -28,7 +28,8 @@ BUDGET = {
     # Three layouts of files with their refusals, and quantised folders, are half of it; the pages
     # of a KV cache in four formats and the fused step for a GPU came later.
     "model": 2700,
-    "train": 1700,
+    # Checkpoints that any number of ranks writes and reads, and what a run will need, came later.
+    "train": 2300,
     "engine": 1500,
     "reply": 280,
     "llm": 350,

@@ -24,7 +24,9 @@ QUANTIZED = {
     "F8_E4M3": torch.float8_e4m3fn, "I8": torch.int8, "I32": torch.int32, "I64": torch.int64,
 }  # fmt: skip
 DTYPES = PLAIN | QUANTIZED
-CODES = {dtype: code for code, dtype in DTYPES.items()}
+# What the state of a run holds besides.
+STATE = {"U8": torch.uint8, "BOOL": torch.bool, "F64": torch.float64}
+CODES = {dtype: code for code, dtype in (DTYPES | STATE).items()}
 
 
 class SafetensorFiles:
