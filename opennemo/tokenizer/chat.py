@@ -63,13 +63,17 @@ def encode_for_training(
 ) -> tuple[list[int], list[bool]]:
     """Ids (T,) of the whole conversation, and a mask (T,): True on ids that a model should write.
 
-    Those are the assistant's turns and the EOS of each, but for turns of `weight: 0`.
+    Those are the assistant's turns and the EOS of each, but for turns of `weight: 0`. In Mistral's
+    layouts calls that end the conversation have no id, as in mistral-finetune: nobody could learn
+    to guess it.
 
     Raises:
         InvalidRequest: what is wrong, where, and what is allowed.
     """
     conversation, tools = normalize(messages), check_tools(tools)
     if tokenizer.instruct_version in MISTRAL_LAYOUTS:
+        for call in conversation[-1].get("tool_calls", ()):
+            del call["id"]
         segments = _mistral_layout(tokenizer, conversation, tools)
     else:
         segments = ChatTemplate(tokenizer, conversation, tools).lesson()
@@ -179,7 +183,8 @@ def _definition(tool: Tool) -> dict:
 
 
 def _call(version: str | None, call: dict) -> dict:
-    return call["function"] if version == "v2" else {**call["function"], "id": call["id"]}
+    id = {"id": call["id"]} if version != "v2" and "id" in call else {}
+    return {**call["function"], **id}
 
 
 def _result(version: str | None, turn: Message) -> Any:
