@@ -86,6 +86,9 @@ class BytePairEncoding:
         self._building = threading.Lock()
         self._may_build = True
 
+    def __reduce__(self) -> tuple:
+        return BytePairEncoding, (self._pattern, self._tokens, self._first_id)
+
     def encode(self, text: str) -> list[int]:
         """Ids of the text; lone surrogates count as U+FFFD."""
         try:

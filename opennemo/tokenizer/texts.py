@@ -1,8 +1,9 @@
-"""Texts of files and folders as one stream, each with its language: what vocabularies learn from.
+"""Texts of files and folders as one stream, each with its language: what models learn from.
 
-One idea makes it simple: a file is lines of bytes, whatever it is packed in, and never more than
-one line (of a text file: a few) is held at a time. Lines that cannot be read are counted, not
-fatal. It does not know what the texts are for.
+One idea makes it simple: a file is lines of bytes, whatever it is packed in and wherever it lies,
+and whole lines can be handed to another process as a `Piece`, which knows how to be read there.
+No more than a piece is held at a time. Lines that cannot be read are counted, not fatal. It does
+not know what the texts are for.
 """
 
 import gzip
@@ -11,8 +12,9 @@ import json
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import IO
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
 
 from opennemo.errors import InvalidRequest
 
@@ -22,31 +24,72 @@ except ImportError:
     zstandard = None
 
 DAMAGED = (gzip.BadGzipFile, zlib.error, EOFError, *([zstandard.ZstdError] if zstandard else ()))
-JSON_LINES, PLAIN = (".jsonl", ".ndjson"), (".txt", ".text", ".md")
+JSON_LINES, PLAIN, PARQUET = (".jsonl", ".ndjson"), (".txt", ".text", ".md"), (".parquet",)
+KNOWN = JSON_LINES + PLAIN + PARQUET
 PACKED = (".gz", ".zst")
 LANGUAGE_KEYS = ("language", "lang", "iso")
+LICENCE_KEYS = ("licence", "license")
 MAX_LINE = 64 << 20  # bytes; a longer line is taken for several
-PLAIN_CHUNK = 1 << 20  # bytes of a text file that are one text
+PIECE = 1 << 20  # bytes of a piece; so much of a text file is one text
+
+
+@dataclass(frozen=True)
+class Text:
+    """One text, and what its file says of it; "" where it says nothing."""
+
+    text: str
+    language: str = ""
+    source: str = ""
+    licence: str = ""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some whole lines of a file, or of a Parquet file a row group, which stays in the file."""
+
+    file: str
+    data: bytes = b""
+    row_group: int = -1
+
+    def texts(self) -> Iterator[Text | None]:
+        """The texts in it; None for a line that is not UTF-8, or no JSON with a string "text"."""
+        kind = _kind(self.file)
+        if kind in PARQUET:
+            with _parquet(self.file) as table:
+                names = {"text", "source", *LANGUAGE_KEYS, *LICENCE_KEYS}
+                columns = [name for name in table.schema_arrow.names if name in names]
+                rows = table.read_row_group(self.row_group, columns).to_pylist()
+            yield from map(_text, rows)
+        elif kind in JSON_LINES:
+            lines = (line for line in io.BytesIO(self.data) if not line.isspace())
+            yield from map(_text, map(_row, lines))
+        else:
+            lines = [_line(line) for line in io.BytesIO(self.data)]
+            yield from (None for line in lines if line is None)
+            yield Text("".join(line for line in lines if line))
 
 
 class Texts:
     """(language, text) of every text of some files, in the same order each time.
 
-    The language of a JSON line is its `language`, `lang` or `iso`, and otherwise, as for text
-    files, the file's name up to the first dot (`fr.jsonl.gz` -> "fr"). Of a folder all files of
-    a known type count, in order of their names.
+    Files are JSON lines, text, or Parquet with a column "text", on this machine or at a URL that
+    fsspec knows. The language of a JSON line or a row is its `language`, `lang` or `iso`, and
+    otherwise, as for text files, the file's name up to the first dot (`fr.jsonl.gz` -> "fr"). Of a
+    folder all files of a known type count, in order of their names.
 
     Attributes:
-        files: what is read, in order; `n_bytes` is their size on disk.
+        files: what is read, in order; `sizes` are theirs on disk, `n_bytes` is the sum.
         n_broken: lines left out by the last pass: not UTF-8, or not JSON with a string "text".
 
     Raises:
         InvalidRequest: a path does not exist or is of no known type, or a file is damaged.
     """
 
-    def __init__(self, paths: Sequence[Path]):
-        self.files = [file for path in paths for file in _files(path)]
-        self.n_bytes = sum(file.stat().st_size for file in self.files)
+    def __init__(self, paths: Sequence[Path | str]):
+        found = [file for path in paths for file in _files(path)]
+        self.files = [file for file, _ in found]
+        self.sizes = [size for _, size in found]
+        self.n_bytes = sum(self.sizes)
         self.n_broken = 0
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
@@ -55,67 +98,101 @@ class Texts:
     def read(self, report: Callable[[int], None]) -> Iterator[tuple[str, str]]:
         """Go through the texts; `report` hears how many bytes of the files have been read."""
         self.n_broken, before = 0, 0
-        for file in self.files:
-            name = file.name.partition(".")[0]
-            with _open(file) as (raw, lines):
-                texts = self._json(lines) if _kind(file) in JSON_LINES else self._plain(lines)
-                for language, text in texts:
-                    report(before + raw.tell())
-                    if text:
-                        yield language or name, text
-            before += file.stat().st_size
+        for file, size in zip(self.files, self.sizes, strict=True):
+            name = name_of(file)
+            for piece, n_read in pieces(file):
+                for text in piece.texts():
+                    self.n_broken += text is None
+                    if text and text.text:
+                        yield text.language or name, text.text
+                report(before + n_read)
+            before += size
 
-    def _json(self, lines: Iterator[bytes]) -> Iterator[tuple[str, str]]:
-        for line in lines:
-            if line.isspace():
-                continue
-            try:
-                row = json.loads(line.decode())
-            except (ValueError, RecursionError):
-                row = None
-            if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-                self.n_broken += 1
-                continue
-            named = (row[key] for key in LANGUAGE_KEYS if isinstance(row.get(key), str))
-            yield next(named, ""), row["text"]
 
-    def _plain(self, lines: Iterator[bytes]) -> Iterator[tuple[str, str]]:
-        chunk, size = [], 0
+def pieces(file: Path | str) -> Iterator[tuple[Piece, int]]:
+    """The pieces of a file, each with how many bytes of it have been read so far."""
+    if _kind(file) in PARQUET:
+        with _parquet(file) as table:
+            done = 0
+            for i in range(table.num_row_groups):
+                group = table.metadata.row_group(i)
+                columns = (group.column(c) for c in range(group.num_columns))
+                done += sum(column.total_compressed_size for column in columns)
+                yield Piece(str(file), row_group=i), done
+        return
+    with open_lines(file) as (raw, lines):
+        held, size = [], 0
         for line in lines:
-            try:
-                chunk.append(line.decode())
-            except UnicodeDecodeError:
-                self.n_broken += 1
+            held.append(line)
             size += len(line)
-            if size >= PLAIN_CHUNK:
-                yield "", "".join(chunk)
-                chunk, size = [], 0
-        yield "", "".join(chunk)
+            if size >= PIECE:
+                yield Piece(str(file), b"".join(held)), raw.tell()
+                held, size = [], 0
+        if held:
+            yield Piece(str(file), b"".join(held)), raw.tell()
 
 
-def _kind(file: Path) -> str:
-    suffixes = [s for s in file.suffixes if s not in PACKED]
+def name_of(file: Path | str) -> str:
+    """The name of a file up to the first dot, which stands for a language that it does not say."""
+    return PurePosixPath(file).name.partition(".")[0]
+
+
+def _row(line: bytes) -> Any:
+    try:
+        return json.loads(line.decode())
+    except (ValueError, RecursionError):
+        return None
+
+
+def _line(line: bytes) -> str | None:
+    try:
+        return line.decode()
+    except UnicodeDecodeError:
+        return None
+
+
+def _text(row: Any) -> Text | None:
+    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+        return None
+
+    def first(*keys: str) -> str:
+        return next((row[key] for key in keys if isinstance(row.get(key), str)), "")
+
+    return Text(row["text"], first(*LANGUAGE_KEYS), first("source"), first(*LICENCE_KEYS))
+
+
+def _kind(file: Path | str) -> str:
+    suffixes = [s for s in PurePosixPath(file).suffixes if s not in PACKED]
     return suffixes[-1] if suffixes else ""
 
 
-def _files(path: Path) -> list[Path]:
-    if path.is_dir():
-        files = sorted(f for f in path.rglob("*") if f.is_file() and _kind(f) in JSON_LINES + PLAIN)
-        if not files:
-            raise InvalidRequest(f"{path}: no {', '.join(JSON_LINES + PLAIN)} file in this folder")
-        return files
-    if not path.is_file():
-        raise InvalidRequest(f"{path}: no such file or folder")
-    if _kind(path) not in JSON_LINES + PLAIN:
-        known = ", ".join(JSON_LINES + PLAIN)
-        raise InvalidRequest(f"{path}: not a known type of text ({known}, also as .gz or .zst)")
-    return [path]
+def _files(path: Path | str) -> list[tuple[Path | str, int]]:
+    """The files that a path or a URL stands for, with their sizes."""
+    if "://" in str(path):
+        with _remote(str(path)) as (system, inner):
+            names = system.find(inner) if system.isdir(inner) else [inner]
+            found = [(system.unstrip_protocol(n), system.size(n) or 0) for n in sorted(names)]
+            is_folder = system.isdir(inner)
+    else:
+        path = Path(path)
+        is_folder = path.is_dir()
+        names = sorted(file for file in path.rglob("*") if file.is_file()) if is_folder else [path]
+        if not path.exists():
+            raise InvalidRequest(f"{path}: no such file or folder")
+        found = [(file, file.stat().st_size) for file in names]
+    known = [(file, size) for file, size in found if _kind(file) in KNOWN]
+    if not known and is_folder:
+        raise InvalidRequest(f"{path}: no {', '.join(KNOWN)} file in this folder")
+    if not known:
+        types = ", ".join(KNOWN)
+        raise InvalidRequest(f"{path}: not a known type of text ({types}, also as .gz or .zst)")
+    return known
 
 
 @contextmanager
-def _open(file: Path) -> Iterator[tuple[IO[bytes], Iterator[bytes]]]:
-    """The file as it lies on the disk, and the lines in it."""
-    with file.open("rb") as raw:
+def open_lines(file: Path | str) -> Iterator[tuple[IO[bytes], Iterator[bytes]]]:
+    """The file as it lies on the disk, and the lines in it, each with its end."""
+    with _opened(file) as raw:
         try:
             unpacked = _unpacked(file, raw)
             yield raw, iter(lambda: unpacked.readline(MAX_LINE), b"")
@@ -123,10 +200,59 @@ def _open(file: Path) -> Iterator[tuple[IO[bytes], Iterator[bytes]]]:
             raise InvalidRequest(f"{file}: damaged ({error})") from error
 
 
-def _unpacked(file: Path, raw: IO[bytes]) -> IO[bytes]:
-    if file.suffix == ".gz":
+@contextmanager
+def _opened(file: Path | str) -> Iterator[IO[bytes]]:
+    if "://" not in str(file):
+        try:
+            raw = Path(file).open("rb")
+        except OSError as error:
+            raise InvalidRequest(f"{file}: {error.strerror}") from error
+        with raw:
+            yield raw
+        return
+    with _remote(str(file)) as (system, inner), system.open(inner, "rb") as raw:
+        yield raw
+
+
+@contextmanager
+def _remote(url: str) -> Iterator[tuple[Any, str]]:
+    """The file system that a URL is of, and the path in it; refusals name the URL."""
+    try:
+        import fsspec
+    except ImportError:
+        raise InvalidRequest(f"{url}: reading URLs needs fsspec (pip install fsspec)") from None
+    try:
+        yield fsspec.url_to_fs(url)
+    except (OSError, ValueError, ImportError) as error:
+        raise InvalidRequest(f"{url}: {error or type(error).__name__}") from error
+
+
+@contextmanager
+def _parquet(file: Path | str) -> Iterator[Any]:
+    """A Parquet file that has a column of texts."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise InvalidRequest(
+            f"{file}: reading .parquet needs pyarrow (pip install pyarrow)"
+        ) from None
+    with _opened(file) as raw:
+        try:
+            table = pyarrow.parquet.ParquetFile(raw)
+            if "text" not in table.schema_arrow.names:
+                names = ", ".join(table.schema_arrow.names)
+                raise InvalidRequest(f'{file}: no column "text" (there are {names})')
+            yield table
+        except pyarrow.ArrowException as error:
+            raise InvalidRequest(f"{file}: damaged ({error})") from error
+
+
+def _unpacked(file: Path | str, raw: IO[bytes]) -> IO[bytes]:
+    suffix = PurePosixPath(file).suffix
+    if suffix == ".gz":
         return io.BufferedReader(gzip.GzipFile(fileobj=raw))  # pyright: ignore[reportArgumentType]
-    if file.suffix == ".zst":
+    if suffix == ".zst":
         if zstandard is None:
             raise InvalidRequest(f"{file}: reading .zst needs zstandard (pip install zstandard)")
         unpacker = zstandard.ZstdDecompressor()
