@@ -1,0 +1,251 @@
+"""Chat files to examples: ids, and a mask of those that a model should learn to write.
+
+Ids and mask come from `tokenizer/chat.py` alone, from the lines that serve a prompt, so a model is
+asked in training exactly as it will be asked in use. A line that cannot be learned from is never
+skipped in silence: its file, number and reason are in the report.
+
+It does not know the shapes of lines (shapes.py), how examples are packed, or what the loss is.
+"""
+
+import multiprocessing
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from opennemo.errors import InvalidRequest
+from opennemo.tokenizer import Tokenizer
+from opennemo.tokenizer.chat import MISTRAL_LAYOUTS, encode_for_training
+from opennemo.tokenizer.messages import Message, Tool
+from opennemo.tokenizer.texts import open_lines
+from opennemo.train.shapes import (
+    answer_of,
+    as_context,
+    checked,
+    conversation_of,
+    parse_line,
+    split_at_answers,
+)
+
+BATCH_BYTES = 1 << 20  # some seconds' work is shared out in pieces of this
+WORTH_PROCESSES = 1 << 20  # bytes on disk; processes take a second to start
+
+
+@dataclass(frozen=True)
+class Example:
+    """One sequence to learn from."""
+
+    ids: np.ndarray  # (T,) uint32
+    mask: np.ndarray  # (T,) bool: ids that the model should learn to write
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two answers to one prompt, each with the prompt before it and only the answer to learn."""
+
+    chosen: Example
+    rejected: Example
+
+
+class BadLine(NamedTuple):
+    """A line that nothing can be learned from as it stands."""
+
+    file: str
+    line: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.file}, line {self.line}: {self.reason}"
+
+
+@dataclass
+class Report:
+    """What was found in some files.
+
+    Attributes:
+        lengths: tokens of each sequence, in order; of a pair there are two.
+        bad: lines that gave nothing, in order.
+    """
+
+    n_conversations: int = 0
+    n_turns: int = 0  # messages, the system's included
+    n_tool_calls: int = 0
+    n_trained_tokens: int = 0
+    languages: Counter[str] = field(default_factory=Counter)
+    lengths: list[int] = field(default_factory=list)
+    bad: list[BadLine] = field(default_factory=list)
+
+    @property
+    def n_tokens(self) -> int:
+        return sum(self.lengths)
+
+    def percentiles(self, *shares: float) -> list[int]:
+        """Lengths that so many percent of the sequences do not exceed; 0 if there are none."""
+        found = np.percentile(self.lengths or [0], shares, method="lower")
+        return [int(length) for length in found]
+
+    def add(self, other: "Report") -> None:
+        """Take over what another part of the same files gave."""
+        self.n_conversations += other.n_conversations
+        self.n_turns += other.n_turns
+        self.n_tool_calls += other.n_tool_calls
+        self.n_trained_tokens += other.n_trained_tokens
+        self.languages += other.languages
+        self.lengths += other.lengths
+        self.bad += other.bad
+
+    def refuse_bad_lines(self) -> None:
+        """For who trains only on files that are good throughout.
+
+        Raises:
+            InvalidRequest: there are bad lines; the first five are named.
+        """
+        if self.bad:
+            first = "; ".join(map(str, self.bad[:5]))
+            more = f"; and {len(self.bad) - 5:,} more" if len(self.bad) > 5 else ""
+            raise InvalidRequest(
+                f"{len(self.bad):,} bad lines: {first}{more}. `opennemo validate-data --fix` "
+                "mends what can be mended, `skip_bad = true` leaves them out"
+            )
+
+
+def read_examples(
+    paths: Sequence[Path], tokenizer: Tokenizer, *, max_tokens: int, processes: int | None = None
+) -> tuple[list[Example], Report]:
+    """All conversations of some files, each at most `max_tokens` long, in order.
+
+    A conversation is one example. Only where the layout is Mistral's and there are tools, it is one
+    for each answer, for there the tools stand before the last question only (`split_at_answers`).
+
+    Args:
+        processes: how many read side by side; by default one, or for large files one a core.
+
+    Raises:
+        InvalidRequest: a file cannot be read at all. Bad lines are in the report.
+    """
+    return _read(paths, _Reader(tokenizer, max_tokens), processes)
+
+
+def read_pairs(
+    paths: Sequence[Path], tokenizer: Tokenizer, *, max_tokens: int, processes: int | None = None
+) -> tuple[list[Pair], Report]:
+    """All preferences of some files; arguments and errors as for `read_examples`."""
+    return _read(paths, _Reader(tokenizer, max_tokens, pairs=True), processes)
+
+
+class _Reader:
+    """What turns lines into examples, or into pairs."""
+
+    def __init__(self, tokenizer: Tokenizer, max_tokens: int, *, pairs: bool = False):
+        self.tokenizer, self.max_tokens, self.pairs = tokenizer, max_tokens, pairs
+
+    def read(self, file: str, lines: list[tuple[int, bytes]]) -> tuple[list[Any], Report]:
+        found: list[Any] = []
+        report = Report()
+        for number, line in lines:
+            try:
+                row = parse_line(line)
+                found += self.pair(row, report) if self.pairs else self.examples(row, report)
+            except InvalidRequest as error:
+                report.bad.append(BadLine(file, number, str(error)))
+        return found, report
+
+    def examples(self, row: dict[str, Any], report: Report) -> list[Example]:
+        messages, tools = conversation_of(row)
+        conversation = checked(messages, tools)
+        split = tools and self.tokenizer.instruct_version in MISTRAL_LAYOUTS
+        parts = split_at_answers(messages) if split else [messages]
+        examples = [self._encode(part, tools) for part in parts]
+        self._count(report, row, conversation, examples)
+        return examples
+
+    def pair(self, row: dict[str, Any], report: Report) -> list[Pair]:
+        messages, tools = conversation_of(row)
+        roles = [m.get("role") for m in messages if m.get("role") not in ("system", "developer")]
+        if not roles or roles[-1] not in ("user", "tool"):
+            raise InvalidRequest("messages: must end with what is answered, a user or tool message")
+        context = [as_context(m) for m in messages]
+        answers = [answer_of(row, key) for key in ("chosen", "rejected")]
+        if answers[0] == answers[1]:
+            raise InvalidRequest("chosen and rejected are the same")
+        sides, conversation = [], []
+        for answer in answers:
+            # A rejected answer may be wrong in any way.
+            conversation = checked([*context, *answer], tools, strict=not sides)
+            sides.append(self._encode([*context, *answer], tools))
+        self._count(report, row, conversation, sides)
+        return [Pair(*sides)]
+
+    def _encode(self, messages: list[Message], tools: list[Tool]) -> Example:
+        ids, mask = encode_for_training(self.tokenizer, messages, tools)
+        if len(ids) > self.max_tokens:
+            raise InvalidRequest(f"{len(ids):,} tokens, more than max_tokens {self.max_tokens:,}")
+        return Example(np.array(ids, np.uint32), np.array(mask, bool))
+
+    def _count(
+        self, report: Report, row: dict, conversation: list[Message], examples: list[Example]
+    ) -> None:
+        report.n_conversations += 1
+        report.n_turns += len(conversation)
+        report.n_tool_calls += sum(len(m.get("tool_calls", ())) for m in conversation)
+        report.n_trained_tokens += sum(int(e.mask.sum()) for e in examples)
+        report.lengths += [len(e.ids) for e in examples]
+        if isinstance(language := row.get("lang", row.get("language")), str):
+            report.languages[language] += 1
+
+
+def _read(
+    paths: Sequence[Path], reader: "_Reader", processes: int | None
+) -> tuple[list[Any], Report]:
+    if processes is None:
+        large = sum(path.stat().st_size for path in paths if path.is_file()) > WORTH_PROCESSES
+        processes = (os.cpu_count() or 1) if large else 1
+    if processes == 1:
+        shares = [_read_share(paths, reader, 0, 1)]
+    else:
+        # Spawned, not forked: whoever calls may have threads.
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(processes, mp_context=spawn) as pool:
+            ranks = range(processes)
+            todo = [pool.submit(_read_share, paths, reader, r, processes) for r in ranks]
+            shares = [future.result() for future in todo]
+    found: list[Any] = []
+    report = Report()
+    for batch in (batch for row in zip_longest(*shares) for batch in row if batch is not None):
+        found += batch[0]
+        report.add(batch[1])
+    return found, report
+
+
+def _read_share(
+    paths: Sequence[Path], reader: "_Reader", rank: int, n_ranks: int
+) -> list[tuple[list[Any], Report]]:
+    """Every nth batch of lines; going through the others, too, costs next to nothing."""
+    mine = (batch for i, batch in enumerate(_batches(paths)) if i % n_ranks == rank)
+    return [reader.read(file, lines) for file, lines in mine]
+
+
+def _batches(paths: Iterable[Path]) -> Iterator[tuple[str, list[tuple[int, bytes]]]]:
+    """Lines with their numbers, some of a file at a time; of an empty file one empty line."""
+    for path in paths:
+        if not path.is_file():
+            raise InvalidRequest(f"{path}: no such file")
+        batch, size, number, is_rest, is_empty = [], 0, 1, False, True
+        with open_lines(path) as (_, lines):
+            for line in lines:
+                # What is too long for one piece comes as several; the first is bad enough.
+                if not is_rest and not line.isspace():
+                    batch.append((number, line))
+                    size, is_empty = size + len(line), False
+                is_rest = not line.endswith(b"\n")
+                number += not is_rest
+                if size > BATCH_BYTES:
+                    yield str(path), batch
+                    batch, size = [], 0
+        yield str(path), [(1, b"")] if is_empty else batch
