@@ -204,7 +204,7 @@ def open_lines(file: Path | str) -> Iterator[tuple[IO[bytes], Iterator[bytes]]]:
 def _opened(file: Path | str) -> Iterator[IO[bytes]]:
     if "://" not in str(file):
         try:
-            raw = Path(file).open("rb")
+            raw = Path(file).open("rb")  # noqa: SIM115  closed below; only opening is tried
         except OSError as error:
             raise InvalidRequest(f"{file}: {error.strerror}") from error
         with raw:
@@ -244,7 +244,7 @@ def _parquet(file: Path | str) -> Iterator[Any]:
                 names = ", ".join(table.schema_arrow.names)
                 raise InvalidRequest(f'{file}: no column "text" (there are {names})')
             yield table
-        except pyarrow.ArrowException as error:
+        except (pyarrow.ArrowException, OSError) as error:
             raise InvalidRequest(f"{file}: damaged ({error})") from error
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from opennemo.errors import InvalidRequest
-from opennemo.tokenizer.texts import Texts
+from opennemo.tokenizer.texts import Text, Texts, pieces
 
 
 def test_files_of_every_kind_and_their_languages(tmp_path: Path):
@@ -20,6 +20,49 @@ def test_files_of_every_kind_and_their_languages(tmp_path: Path):
     expected = [("el", "γεια"), ("is", "þetta"), ("es", "uno"), ("ca", "dos"), ("mixed", "drei")]
     assert list(texts) == expected
     assert list(texts) == expected  # again from the beginning
+
+
+def test_tables_and_what_their_rows_say(tmp_path: Path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = {
+        "text": ["uno", None, "two", ""],
+        "lang": ["es", "es", None, "en"],
+        "license": ["CC0", None, None, None],
+        "source": ["a", "b", "c", "d"],
+        "score": [1.0, 2.0, 3.0, 4.0],
+    }
+    file = tmp_path / "en.part.parquet"
+    parquet.write_table(pyarrow.table(rows), file, row_group_size=3)
+    texts = Texts([tmp_path])
+    assert list(texts) == [("es", "uno"), ("en", "two")]
+    assert texts.n_broken == 1
+    found = [(len(list(piece.texts())), n_read) for piece, n_read in pieces(file)]
+    assert [n for n, _ in found] == [3, 1]
+    assert 0 < found[0][1] < found[1][1] <= texts.n_bytes
+    assert list(next(pieces(file))[0].texts()) == [
+        Text("uno", "es", "a", "CC0"), None, Text("two", "", "c", "")
+    ]  # fmt: skip
+    parquet.write_table(pyarrow.table({"body": ["x"]}), file)
+    with pytest.raises(InvalidRequest, match='no column "text" \\(there are body\\)'):
+        list(texts)
+
+
+def test_files_at_urls():
+    fsspec = pytest.importorskip("fsspec")
+    pytest.importorskip("pyarrow")
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/corpus/is.jsonl.gz", gzip.compress(b'{"text": "x"}\n'))
+    memory.pipe("/corpus/deep/fo.txt", b"y")
+    memory.pipe("/corpus/README.rst", b"z")
+    texts = Texts(["memory://corpus"])
+    assert list(texts) == [("fo", "y"), ("is", "x")]
+    assert list(Texts(["memory://corpus/is.jsonl.gz"])) == [("is", "x")]
+    assert texts.n_bytes == memory.size("/corpus/is.jsonl.gz") + 1
+    for url in ("memory://corpus/none.txt", "nonsense://a/b.txt"):
+        with pytest.raises(InvalidRequest, match=url) as error:
+            Texts([url])
+        assert "\n" not in str(error.value)
 
 
 def test_broken_lines_are_left_out_and_counted(tmp_path: Path):
@@ -46,6 +89,7 @@ def test_progress_reaches_the_size_of_the_files(tmp_path: Path):
     [
         ("missing.txt", None, "no such file or folder"),
         ("text.docx", b"PK", "not a known type of text \\(.jsonl"),
+        ("table.parquet", b"not parquet", "damaged"),
         ("text.txt.gz", b"not gzip", "damaged"),
         ("cut.txt.gz", gzip.compress(b"text" * 999, mtime=0)[:-9], "damaged"),
         ("text.txt.zst", b"not zstandard", "damaged"),
@@ -56,6 +100,8 @@ def test_files_that_cannot_be_read_get_one_clear_line(
 ):
     if name.endswith("zst"):
         pytest.importorskip("zstandard")
+    if name.endswith("parquet"):
+        pytest.importorskip("pyarrow")
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(InvalidRequest, match=message) as error:
