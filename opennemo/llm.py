@@ -7,7 +7,8 @@ neither HTTP nor the terminal.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Many
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -24,12 +25,13 @@ from opennemo.engine.grammar import (
     text_without,
     tool_call_grammar,
 )
+from opennemo.engine.scoring import Pair, Score
 from opennemo.errors import InvalidRequest
 from opennemo.model.checkpoint import load, open_checkpoint
 from opennemo.model.companions import read_generation_config
 from opennemo.model.hub import locate
 from opennemo.model.lora import Adapter, load_adapter
-from opennemo.model.quantization import FORMATS, quantize_head_
+from opennemo.model.quantization import FORMATS, quantize_, quantize_head_
 from opennemo.reply import TAG, Reply, TextStream
 from opennemo.tokenizer import Tokenizer, load_tokenizer
 from opennemo.tokenizer.chat import Message, encode_chat
@@ -64,6 +66,7 @@ class LLM:
         device: str | None = None,
         dtype: torch.dtype | None = None,
         config: EngineConfig | None = None,
+        format: str | None = None,
     ) -> "LLM":
         """Load a model and start its engine.
 
@@ -74,9 +77,11 @@ class LLM:
             dtype: of weights, by default bfloat16 on CUDA and float32 on a CPU, where a model in
                 codes keeps what it is stored in; and of the KV cache, unless `config` names its
                 format or the model brings scales for one in fp8.
+            format: of FORMATS, to round the weights to as they are loaded, as `quantize` would.
 
         Raises:
             CheckpointError: there is no such model, or it cannot be used.
+            InvalidRequest: the model is in codes already, or the format needs calibration.
         """
         path = locate(model)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -91,9 +96,18 @@ class LLM:
         eos_ids = {tokenizer.eos_id, *said.get("eos_token_ids", ())}
         checkpoint = open_checkpoint(path)
         in_codes, on_cpu = checkpoint.format is not None, device == "cpu"
+        if format is not None and (format not in FORMATS or FORMATS[format].static or in_codes):
+            known = ", ".join(name for name, f in FORMATS.items() if not f.static)
+            stored = f", and {model} is stored in {checkpoint.format}" if in_codes else ""
+            raise InvalidRequest(f"format {format!r}: a model is loaded in {known}{stored}")
+        if format in ("fp32", "bf16"):
+            dtype = FORMATS[format].weights.dtype
         if dtype is None and not (in_codes and on_cpu and checkpoint.dtype == torch.bfloat16):
             dtype = torch.float32 if on_cpu else torch.bfloat16
         net = load(checkpoint, device=device, dtype=dtype)
+        if format not in (None, "fp32", "bf16"):
+            quantize_(net, FORMATS[format])
+            in_codes = True
         if in_codes and on_cpu:
             # A quarter of a small model's time is its head. Codes of 8 bits cost it next to nothing
             # (docs/log.md), and it is what llama.cpp does, too; folders keep it whole for others.
@@ -168,6 +182,15 @@ class LLM:
             sampling["grammar"] = self.grammars.compile(*format)
         ids = self.encode(prompt) if isinstance(prompt, str) else prompt
         return self._submit(ids, sampling, stop, None, adapter, n, salt)
+
+    def score(
+        self, pairs: Many[Pair], on_score: Callable[[int, Score], None] | None = None
+    ) -> list[Score]:
+        """How likely continuations are, each (ids of its context, its own ids); see Engine.score.
+
+        What contexts and continuations share is computed once, so ask for many at a time.
+        """
+        return self.engine.score(pairs, on_score)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text by itself, with BOS where the model wants one."""

@@ -31,7 +31,8 @@ BUDGET = {
     "model": 2700,
     # Checkpoints that any number of ranks writes and reads, and what a run will need, came later.
     "train": 2300,
-    "engine": 1500,
+    # Scoring many continuations, what they share once, came later, for evaluation.
+    "engine": 1600,
     "reply": 280,
     "llm": 350,
     "evals": 1600,

@@ -14,7 +14,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence as Many
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
@@ -26,6 +27,7 @@ from opennemo.engine.kv_cache import KVCache
 from opennemo.engine.runner import Runner
 from opennemo.engine.sampler import bias_, sample, token_logprobs
 from opennemo.engine.scheduler import Scheduler
+from opennemo.engine.scoring import MAX_LOGITS, Pair, Score, Scoring
 from opennemo.engine.sequence import (
     Chunk,
     Event,
@@ -144,10 +146,7 @@ class Engine:
         """
         if not prompt_ids:
             raise InvalidRequest("the prompt is empty: at least one token is needed")
-        if not 0 <= min(prompt_ids) <= max(prompt_ids) < self.vocab_size:
-            raise InvalidRequest(
-                f"a token id is outside the vocabulary (0 to {self.vocab_size - 1})"
-            )
+        self._check_ids(prompt_ids)
         named: dict[str, Iterable[int]] = {
             "logit_bias": params.logit_bias,
             "stop_ids": params.stop_ids,
@@ -181,6 +180,43 @@ class Engine:
         self.call(lambda: self._add(answers))
         return request_id
 
+    def score(
+        self, pairs: Many[Pair], on_score: Callable[[int, Score], None] | None = None
+    ) -> list[Score]:
+        """Log-probabilities of continuations, each (ids of its context, its own ids). Thread-safe.
+
+        Waits for the last; `on_score` hears of each by its index, on the thread that steps.
+
+        Raises:
+            ContextTooLong: a context with its continuation, but for the last token.
+            InvalidRequest: an empty context or continuation, an id outside the vocabulary.
+        """
+        for context, continuation in pairs:
+            ids = context + continuation
+            if not context or not continuation:
+                raise InvalidRequest("a context and a continuation need at least one token each")
+            if len(ids) - 1 > self.max_context:
+                raise ContextTooLong(len(ids) - 1, self.max_context)
+            self._check_ids(ids)
+        max_tokens = min(self.config.max_batched_tokens, max(64, MAX_LOGITS // self.vocab_size))
+        scoring = Scoring(pairs, self.cache, self.runner, max_tokens, on_score)
+        done = Future[list[Score]]()
+
+        def go_on() -> None:  # a step of the scoring, between two steps of everybody else's
+            try:
+                if scoring.step():
+                    self.call(go_on)
+                else:
+                    done.set_result(scoring.scores)
+            except BaseException as error:  # noqa: BLE001  whoever waits is to hear of it
+                scoring.close()
+                done.set_exception(error)
+
+        self.call(go_on)
+        while self._thread is None and not done.done():
+            self.step()
+        return done.result()
+
     def cancel(self, request_id: int, index: int | None = None) -> None:
         """Stop a request, or one of its answers; the pages are free at the next step.
 
@@ -195,6 +231,12 @@ class Engine:
                 raise OpenNemoError("the engine has stopped")
             self._inbox.append(function)
             self._wake.notify()
+
+    def _check_ids(self, ids: list[int]) -> None:
+        if not 0 <= min(ids) <= max(ids) < self.vocab_size:
+            raise InvalidRequest(
+                f"a token id is outside the vocabulary (0 to {self.vocab_size - 1})"
+            )
 
     @property
     def seconds_in_step(self) -> float:
@@ -262,7 +304,7 @@ class Engine:
                     self._wake.wait_for(lambda: self._inbox or self._stopping)
 
     def _read_inbox(self) -> None:
-        while self._inbox:
+        for _ in range(len(self._inbox)):  # what is put in meanwhile waits for the next step
             self._inbox.popleft()()
 
     def _add(self, answers: list[Sequence]) -> None:

@@ -79,6 +79,13 @@ class KVCache:
         self.n_asked_tokens += len(sequence.tokens)
         self.n_hit_tokens += sequence.n_computed
 
+    def fork(self, parent: Sequence, child: Sequence, n_tokens: int) -> None:
+        """Give a sequence without pages those of another that its first `n_tokens` fill."""
+        assert not child.pages
+        child.pages += parent.pages[: n_tokens // self.page_size]
+        for page in child.pages:
+            self._pages[page].n_users += 1
+
     def extend(self, sequence: Sequence, n_tokens: int) -> bool:
         """See that the sequence has pages for its first `n_tokens`; False if too few are free."""
         missing = -(-n_tokens // self.page_size) - len(sequence.pages)

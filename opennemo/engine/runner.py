@@ -48,6 +48,13 @@ class Runner:
             self._step = compile_step(self.model.to(self.device))
         self.pages = self._make_pages()
 
+    def copy_page(self, source: int, target: int) -> None:
+        """Copy the keys and values of a page, all layers', into another."""
+        pages = self.pages
+        pages.codes[:, :, target] = pages.codes[:, :, source]
+        if pages.scale is not None and pages.scale.dim() > 2:
+            pages.scale[:, :, target] = pages.scale[:, :, source]
+
     @torch.inference_mode()
     def run(self, chunks: list[Chunk]) -> Tensor:
         """Compute the chunks -> logits (rows, V) in float32, `Chunk.n_rows` each, in order."""
