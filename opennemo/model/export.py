@@ -1,8 +1,8 @@
-"""A model written as a folder in a number format: calibrated on text, then matrix by matrix.
+"""A model written as another folder, matrix by matrix: in a number format, or with an adapter.
 
 Formats with fixed scales need to know how large things get, so `calibrate` runs the model over real
-text once: the inputs of its layers, and its keys and values for a KV cache in FP8. `quantize` then
-streams the weights, so that a 12B model is converted where it would not fit.
+text once: the inputs of its layers, and its keys and values for a KV cache in FP8. `quantize` and
+`merge` then stream the weights, so that a 12B model is converted where it would not fit.
 """
 
 from collections.abc import Iterable, Mapping
@@ -24,6 +24,7 @@ from opennemo.model.checkpoint import (
 )
 from opennemo.model.companions import copy_companions
 from opennemo.model.layouts import FolderLayout
+from opennemo.model.lora import fold, read_adapter
 from opennemo.model.pages import KV_FORMATS
 from opennemo.model.quantization import FORMATS, quantize_linear
 from opennemo.model.quantization import calibration as record_inputs
@@ -151,3 +152,44 @@ def quantize(
     with new_folder(dst) as partial:
         write_model(partial, to, source.config, tensors, read, said, progress, extra)
         copy_companions(src, partial, layout=to)
+
+
+def merge(
+    src: Path,
+    adapter: Path,
+    dst: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    progress: Progress = lambda done, total: None,
+) -> None:
+    """Write a model with an adapter folded into its weights, in the layout that it has.
+
+    What is a GGUF file becomes a folder of Hugging Face's.
+
+    Args:
+        adapter: a folder that PEFT or `save_adapter` wrote.
+        dtype: of the weights, by default as they are stored.
+
+    Raises:
+        CheckpointError: as for `convert` and `read_adapter`; or the model is stored in codes.
+    """
+    source = open_checkpoint(src)
+    if source.format:
+        raise CheckpointError(
+            f"{src}: is stored as {source.format}, and the sum is nothing that those codes could "
+            "hold; merge into what it was made from, then quantize"
+        )
+    scale, parts = read_adapter(adapter, source.config)
+    wanted = dtype or source.dtype
+
+    def read(name: str) -> Tensor:
+        module = name.removesuffix(".weight")
+        if module not in parts:
+            return source.read(name, wanted)
+        return fold(source.read(name, torch.float32), scale, *parts[module]).to(wanted)
+
+    layout = "hf" if source.layout == "gguf" else source.layout
+    with new_folder(dst) as partial:
+        tensors = {n: (wanted, shape) for n, shape in source.shapes.items()}
+        write_model(partial, layout, source.config, tensors, read, progress=progress)
+        copy_companions(src, partial, layout=layout)

@@ -1,28 +1,45 @@
-"""Low-rank adapters: one base model, many small corrections, chosen token by token.
+"""Low-rank adapters: one base model, many small corrections.
 
-An adapter adds `s * B @ A` to some linear layers (LoRA, arXiv:2106.09685). While serving, rows of
-the same flat pass may follow different adapters: `adapted` adds each one's part to the outputs of
-its own rows, from outside, so neither the model nor number formats know of adapters. Files are
+An adapter adds `s * B @ A` to some linear layers (LoRA, arXiv:2106.09685). To learn one,
+`add_lora_` puts it over weights as they are, over stored codes that stay frozen (as QLoRA,
+arXiv:2305.14314), or inside the rounding of a model that learns in a number format: there
+`W + s * B @ A` is rounded as one, so that what is merged and quantised is what was trained. While
+serving, rows of the same flat pass may follow different adapters: `adapted` adds each one's part to
+the outputs of its own rows. Either way the model and number formats know of no adapters. Files are
 those of PEFT: `adapter_config.json` and `adapter_model.safetensors`.
 """
 
 import itertools
 import json
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from opennemo.errors import CheckpointError
-from opennemo.model.layouts import COLUMN, WEIGHTS, halves_to_pairs
-from opennemo.model.transformer import Transformer
+from opennemo.errors import CheckpointError, InvalidRequest
+from opennemo.model.checkpoint import weight_shapes
+from opennemo.model.companions import write_json
+from opennemo.model.layouts import COLUMN, WEIGHTS, halves_to_pairs, pairs_to_halves, spell
+from opennemo.model.quantization import (
+    Format,
+    QATLinear,
+    QuantizedLinear,
+    prepare_qat_,
+    replace_module,
+)
+from opennemo.model.tensor_files import write_safetensors
+from opennemo.model.transformer import ModelConfig, Transformer
 
 # Linear layers of a block, from Hugging Face's names to ours.
 LAYERS = {names[COLUMN["hf"]]: ours for ours, names in WEIGHTS.items() if ".w" in ours}
+LINEAR = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
 _numbers = itertools.count(1)
 
 
@@ -37,16 +54,32 @@ class Adapter:
 
 
 def load_adapter(folder: Path, model: Transformer) -> Adapter:
-    """Read an adapter that PEFT saved, checked against the model it is for.
+    """Read an adapter that PEFT saved, to be served beside the model it is for.
+
+    Raises:
+        CheckpointError: as `read_adapter`.
+    """
+    scale, weights = read_adapter(folder, model.config)
+    device, dtype = model.tok_embeddings.weight.device, model.tok_embeddings.weight.dtype
+    ready = {
+        module: (a.to(device, dtype), (b * scale).to(device, dtype))
+        for module, (a, b) in weights.items()
+    }
+    return Adapter(folder.name, ready)
+
+
+def read_adapter(
+    folder: Path, config: ModelConfig
+) -> tuple[float, dict[str, tuple[Tensor, Tensor]]]:
+    """An adapter that PEFT saved: s, and by module A (r, D) and B (O, r) in float32.
 
     Raises:
         CheckpointError: files are missing or damaged, it uses a variant that is not supported
             (DoRA, biases, ranks by pattern), or its shapes do not match; the first five are named.
     """
-    config = _read_config(folder / "adapter_config.json")
-    rank, alpha = config["r"], config.get("lora_alpha", config["r"])
-    scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
-    device, dtype = model.tok_embeddings.weight.device, model.tok_embeddings.weight.dtype
+    settings = _read_config(folder / "adapter_config.json")
+    rank, alpha = settings["r"], settings.get("lora_alpha", settings["r"])
+    scale = alpha / (rank**0.5 if settings.get("use_rslora") else rank)
     halves: dict[str, dict[str, Tensor]] = {}
     path = folder / "adapter_model.safetensors"
     try:
@@ -56,25 +89,23 @@ def load_adapter(folder: Path, model: Transformer) -> Adapter:
                 halves.setdefault(module, {})[half] = file.get_tensor(key)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: {error}") from None
-    weights, wrong = {}, []
+    shapes, weights, wrong = weight_shapes(config), {}, []
     for module, pair in halves.items():
         a, b = pair.get("A"), pair.get("B")
-        try:
-            out_width, in_width = _linear_shape(model, module)
-        except AttributeError:
+        if (shape := shapes.get(f"{module}.weight")) is None:
             wrong.append(f"{module}: the model has no such layer")
             continue
-        expected = ((rank, in_width), (out_width, rank))
+        expected = ((rank, shape[1]), (shape[0], rank))
         found = tuple(None if t is None else tuple(t.shape) for t in (a, b))
         if found != expected or a is None or b is None:
             wrong.append(f"{module}: A and B are {found}, expected {expected}")
             continue
         if module.endswith(("wq", "wk")):
-            b = halves_to_pairs(b, model.config.head_dim)
-        weights[module] = (a.to(device, dtype), (b.float() * scale).to(device, dtype))
+            b = halves_to_pairs(b, config.head_dim)
+        weights[module] = (a.float(), b.float())
     if wrong or not weights:
         raise CheckpointError(f"{path}: " + ("; ".join(wrong[:5]) or "there are no weights in it"))
-    return Adapter(folder.name, weights)
+    return scale, weights
 
 
 @contextmanager
@@ -99,6 +130,223 @@ def adapted(model: nn.Module, rows: Sequence[tuple[Adapter, Tensor]]) -> Iterato
     finally:
         for handle in handles:
             handle.remove()
+
+
+class LowRank(nn.Module):
+    """A and B of one layer in float32, whatever the model is in; `forward` folds them into W."""
+
+    def __init__(self, shape: tuple[int, ...], rank: int, scale: float, generator: torch.Generator):
+        super().__init__()
+        self.a = nn.Parameter(torch.empty(rank, shape[1]))  # (r, D)
+        self.b = nn.Parameter(torch.zeros(shape[0], rank))  # (O, r)
+        nn.init.kaiming_uniform_(self.a, math.sqrt(5), generator=generator)  # as PEFT
+        self.scale, self.enabled = scale, True
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """W (O, D) -> W + s * B @ A, in the type of W."""
+        if not self.enabled:
+            return weight
+        return fold(weight, self.scale, self.a, self.b)
+
+
+def fold(weight: Tensor, scale: float, a: Tensor, b: Tensor) -> Tensor:
+    """W (O, D) + s * B (O, r) @ A (r, D), added up in float32; the one place where it is."""
+    return (weight.float() + scale * (b @ a)).to(weight.dtype)
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer and, beside it, a low-rank one that learns."""
+
+    def __init__(self, base: nn.Linear | QuantizedLinear, low_rank: LowRank, dropout: float):
+        super().__init__()
+        self.base, self.low_rank, self.dropout = base, low_rank, dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        quantized = isinstance(self.base, QuantizedLinear)
+        y = _ThroughCodes.apply(x, self.base) if quantized else self.base(x)
+        lora = self.low_rank
+        if lora.enabled:
+            if self.dropout:
+                x = F.dropout(x, self.dropout, self.training)
+            down = F.linear(x, lora.a.to(x.dtype))
+            # In place, for nobody needs y without it, and a second one would be (T, O) again.
+            y.addmm_(down, lora.b.to(down.dtype).T, alpha=lora.scale)
+        return y
+
+
+class RoundedLoRA(QATLinear):
+    """A layer that learns in a number format; its weight is a frozen one's and an adapter's sum.
+
+    A QATLinear turns into one in place, and back, for the layers that share a scale hold it.
+    """
+
+    base: nn.Parameter  # (O, D)
+    low_rank: LowRank
+
+    @property
+    def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.low_rank(self.base)
+
+
+class _ThroughCodes(torch.autograd.Function):
+    """A stored layer whose input has a gradient: that of the weights which the codes stand for.
+
+    Nothing is kept for the way back but the codes, which are there anyway. Rounding the input
+    passes the gradient straight through, unless a fixed scale clipped it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, linear: QuantizedLinear) -> Tensor:
+        inputs = linear.format.inputs
+        ctx.linear, ctx.columns, ctx.clipped = linear, x.shape[-1], None
+        if linear.input_scale is not None and inputs is not None:
+            ctx.clipped = x.abs() > linear.input_scale * inputs.limit
+        return linear(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        grad = grads[0] @ _weight_of(ctx.linear, ctx.columns, grads[0].dtype)
+        return (grad if ctx.clipped is None else grad.masked_fill(ctx.clipped, 0)), None
+
+
+def _weight_of(linear: QuantizedLinear, columns: int, dtype: torch.dtype) -> Tensor:
+    """(O, D) that the codes stand for; in four bits an odd D is stored as one more."""
+    codes, scale = linear.weight, linear.scale
+    return linear.format.weights.dequantize(codes, scale, dtype)[..., :columns]
+
+
+def add_lora_(
+    model: Transformer,
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float = 0.0,
+    layers: Sequence[str] = LINEAR,
+    generator: torch.Generator,
+    format: Format | None = None,
+) -> None:
+    """Freeze the model and give linear layers of its blocks an adapter each that learns.
+
+    At first it changes nothing, for B is zero. With `format`, or in a model from `prepare_qat_`,
+    the sum of weights and adapter is what is rounded.
+
+    Args:
+        layers: names of `LINEAR`; s is `alpha / rank`.
+        dropout: of the adapters' inputs, drawn from PyTorch's own generator.
+        generator: on the CPU; draws A.
+
+    Raises:
+        InvalidRequest: a layer that blocks do not have, none at all, or dropout inside rounding.
+    """
+    if not layers or (unknown := set(layers) - set(LINEAR)):
+        found = ", ".join(sorted(unknown)) if layers else "none"
+        raise InvalidRequest(f"lora.layers: {found}; allowed are some of {', '.join(LINEAR)}")
+    if format is not None:
+        prepare_qat_(model, format)
+    model.requires_grad_(False)
+    for name, shape in weight_shapes(model.config).items():
+        path = name.removesuffix(".weight")
+        if path.rpartition(".")[2] not in layers:
+            continue
+        linear = model.get_submodule(path)
+        assert isinstance(linear, nn.Linear | QuantizedLinear), f"{path} has an adapter already"
+        low_rank = LowRank(shape, rank, alpha / rank, generator).to(linear.weight.device)
+        if not isinstance(linear, QATLinear):
+            replace_module(model, path, LoRALinear(linear, low_rank, dropout))
+        elif dropout:
+            raise InvalidRequest("lora.dropout: must be 0 where weights and adapter are rounded")
+        else:
+            linear.base = linear.weight
+            del linear.weight
+            linear.low_rank = low_rank
+            linear.__class__ = RoundedLoRA
+
+
+def merge_lora_(model: Transformer) -> None:
+    """Fold every adapter into the weights below it, and take it away.
+
+    Codes become plain weights again, for the sum is nothing that codes could hold. A model that
+    learned in a number format computes the same as before, bit for bit.
+    """
+    dtype = model.tok_embeddings.weight.dtype
+    with torch.no_grad():
+        for path, module in list(model.named_modules()):
+            if isinstance(module, RoundedLoRA):
+                layer: Any = module
+                weight = layer.weight
+                del layer.base, layer.low_rank
+                layer.__class__ = QATLinear
+                layer.weight = nn.Parameter(weight, requires_grad=False)
+            elif isinstance(module, LoRALinear):
+                base, low_rank = module.base, module.low_rank
+                columns, rows = low_rank.a.shape[1], low_rank.b.shape[0]
+                weight = base.weight
+                if isinstance(base, QuantizedLinear):
+                    weight = _weight_of(base, columns, dtype)
+                merged = nn.Linear(columns, rows, bias=False, device="meta")
+                merged.weight = nn.Parameter(low_rank(weight), requires_grad=False)
+                replace_module(model, path, merged)
+
+
+def _low_ranks(model: nn.Module) -> Iterator[tuple[str, LowRank]]:
+    """The adapter's part of each layer, by the layer's path."""
+    for path, module in model.named_modules():
+        if isinstance(module, LowRank):
+            yield path.removesuffix(".low_rank"), module
+
+
+@contextmanager
+def lora_disabled(model: nn.Module) -> Iterator[None]:
+    """Within this context the model is what it was before it learned."""
+    parts = [module for _, module in _low_ranks(model)]
+    try:
+        for module in parts:
+            module.enabled = False
+        yield
+    finally:
+        for module in parts:
+            module.enabled = True
+
+
+def save_adapter(model: Transformer, folder: Path, *, base_model_name: str) -> None:
+    """Write what was learned as PEFT does, into a folder that has no adapter yet.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    tensors: dict[str, Tensor] = {}
+    last = None
+    for path, last in _low_ranks(model):
+        b = last.b.detach()
+        if path.endswith(("wq", "wk")):
+            b = pairs_to_halves(b, model.config.head_dim)
+        name = spell(f"{path}.lora", "hf")
+        for half, tensor in (("A", last.a.detach()), ("B", b)):
+            tensors[f"base_model.model.{name}_{half}.weight"] = tensor.float().cpu()
+    assert last is not None, "there is no adapter in this model"
+    ours = {path.rpartition(".")[2] for path, _ in _low_ranks(model)}
+    rank = last.a.shape[0]
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model_name,
+        "r": rank,
+        "lora_alpha": last.scale * rank,
+        "target_modules": [
+            theirs.rpartition(".")[2]
+            for theirs, name in LAYERS.items()
+            if name.rpartition(".")[2] in ours
+        ],
+        "bias": "none",
+        "inference_mode": True,
+    }
+    shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_safetensors(folder / "adapter_model.safetensors", shapes, tensors.__getitem__)
+        write_json(folder / "adapter_config.json", config)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be written: {error}") from error
 
 
 def _read_config(path: Path) -> dict:
@@ -129,19 +377,3 @@ def _module_of(key: str, path: Path) -> tuple[str, str]:
     if start or kind not in ("A.weight", "B.weight") or inner not in LAYERS:
         raise CheckpointError(f"{path}: {key} is not a part of an adapter for these models")
     return f"layers.{number}.{LAYERS[inner]}", kind[0]
-
-
-def _linear_shape(model: Transformer, path: str) -> tuple[int, int]:
-    """(O, D) of a linear layer, whatever number format it is kept in."""
-    config, name = model.config, path.rsplit(".", 1)[-1]
-    model.get_submodule(path)
-    q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    return {
-        "wq": (q, config.dim),
-        "wk": (kv, config.dim),
-        "wv": (kv, config.dim),
-        "wo": (config.dim, q),
-        "w1": (config.hidden_dim, config.dim),
-        "w2": (config.dim, config.hidden_dim),
-        "w3": (config.hidden_dim, config.dim),
-    }[name]
