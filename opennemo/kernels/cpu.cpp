@@ -296,9 +296,51 @@ static inline f8x from_fp8(i8x w, int j) {
   return (f8x)(w << (24 - 8 * j) >> 4 & (int32_t)0x87F00000) * 0x1p120f;
 }
 
+#if defined(__AVX512F__)
+// By way of float16, whose bits stand in E4M3's order, too. What `from_fp8` multiplies may be a number
+// below float32's normal ones, for each of which Intel's processors take some 150 cycles; a matrix of
+// evenly spread codes was read at a tenth of the speed.
+static inline vf from_halves(__m256i x) {  // a byte in the upper half of each 16 bits
+  __m256i half = _mm256_and_si256(_mm256_srai_epi16(x, 1), _mm256_set1_epi16((short)0xBF80));
+  return (vf)_mm512_cvtph_ps(half);
+}
+struct Unpacked {  // features 0, 16, 1, 17 to 7, 23, and the same plus 8; a 256th of their values
+  vf even, odd;
+  explicit Unpacked(const uint8_t* w) {
+    __m256i bytes = _mm256_loadu_si256((const __m256i*)w);
+    even = from_halves(_mm256_slli_epi16(bytes, 8)), odd = from_halves(bytes);
+  }
+};
+static inline void store_in_order(vf even, vf odd, float* y) {
+  const __m512i pick = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i rest = _mm512_add_epi32(pick, _mm512_set1_epi32(1));
+  store(y, (vf)_mm512_permutex2var_ps((__m512)even, pick, (__m512)odd) * 256.f);
+  store(y + W, (vf)_mm512_permutex2var_ps((__m512)even, rest, (__m512)odd) * 256.f);
+}
+#endif
+
 // As `multiply`, for so few rows that unpacking the panel to memory first would take longest.
 template <int M>
 static void multiply_fp8(const uint8_t* w, const float* x, size_t x_stride, int K, float* y) {
+#if defined(__AVX512F__)
+  vf even[M] = {}, odd[M] = {};
+  auto add = [&](int k, vf* even, vf* odd) {
+    Unpacked b(w + (size_t)k * COLS);
+    for (int m = 0; m < M; m++) {
+      vf a = splat(x[m * x_stride + k]);
+      even[m] += a * b.even, odd[m] += a * b.odd;
+    }
+  };
+  vf even2[M] = {}, odd2[M] = {};
+  int k = 0;
+  for (; k + 2 <= K; k += 2) {
+    __builtin_prefetch(w + (size_t)(k + 64) * COLS);
+    add(k, even, odd), add(k + 1, even2, odd2);
+  }
+  if (k < K) add(k, even, odd);
+  for (int m = 0; m < M; m++) even[m] += even2[m], odd[m] += odd2[m];
+  for (int m = 0; m < M; m++) store_in_order(even[m], odd[m], y + m * COLS);
+#else
   f8x acc[M][4] = {};
   for (int k = 0; k < K; k++, w += COLS) {
     i8x bytes = *(const i8x_any*)w;
@@ -309,6 +351,7 @@ static void multiply_fp8(const uint8_t* w, const float* x, size_t x_stride, int 
   }
   for (int m = 0; m < M; m++)
     for (int j = 0; j < 4; j++) *(f8x_any*)(y + m * COLS + 8 * j) = acc[m][j];
+#endif
 }
 
 // A weight matrix in panels of 32 output features, along the inputs (K):
@@ -375,8 +418,13 @@ struct Matrix {
       for (int k = 0; k < n; k++) {
         const uint8_t* from = panel(p) + (k0 + k) * COLS;
         if (k % 2 == 0) __builtin_prefetch(from + DEPTH * COLS);  // comes while this is multiplied
+#if defined(__AVX512F__)
+        Unpacked w(from);
+        store_in_order(w.even, w.odd, out + k * COLS);
+#else
         i8x w = *(const i8x_any*)from;
         for (int j = 0; j < 4; j++) *(f8x_any*)(out + k * COLS + 8 * j) = from_fp8(w, j);
+#endif
       }
     } else {
       for (int k = 0; k < n; k++) {
@@ -738,6 +786,13 @@ static inline void from_cache(const uint8_t* from, int format, const float* scal
   auto number = [&](vi code) {  // as `from_fp8`
     return (format == INT8 ? to_float(code) : (vf)(code << 20 & (int32_t)0x87F00000) * 0x1p120f) * *scale;
   };
+#if defined(__AVX512F__)
+  if (format == FP8)
+    for (; h + W <= H; h += W) {
+      __m256i halves = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(from + h)));
+      store(to + h, from_halves(_mm256_slli_epi16(halves, 8)) * (256.f * *scale));
+    }
+#endif
   for (; h + W <= H; h += W)
     store(to + h, number(from_bytes(from + h)));
   for (; h < H; h++) to[h] = number(splat((int8_t)from[h]))[0];
