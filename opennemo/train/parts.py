@@ -1,0 +1,286 @@
+"""Parts of a corpus: how its files are cut into chunks, what is made of one, and who makes it.
+
+One idea makes it simple: files alone decide what a chunk is, and what is made of it is a pure
+function, written as one file or not at all. So it does not matter which process of which engine
+makes a part, or how often it was interrupted: parts that exist are done.
+
+It does not know of other parts (preparation.py puts them together).
+"""
+
+import errno
+import io
+import json
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from opennemo.errors import OpenNemoError
+from opennemo.tokenizer.ranks import open_tokenizer
+from opennemo.tokenizer.texts import Piece, Texts, name_of, pieces
+from opennemo.tokenizer.tokenizer import Tokenizer, repair_surrogates
+from opennemo.train.cleaning import Cleaning, Document, Stage, keys, stages
+from opennemo.train.corpus import SHARD_TOKENS, write_whole
+from opennemo.train.report import Report
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is made of what; equal plans give equal bytes.
+
+    Attributes:
+        inputs: files, folders and URLs, as `Texts` takes them.
+        tokenizer: a model folder or a tokenizer file.
+        out: the folder to write.
+        shard_tokens: the most tokens of a shard that holds more than one document.
+        chunk_bytes: of text that a process works on at a time, and of small files on disk whose
+            chunks are numbered together.
+    """
+
+    inputs: tuple[Path | str, ...]
+    tokenizer: Path
+    out: Path
+    cleaning: Cleaning = field(default_factory=Cleaning)
+    shard_tokens: int = SHARD_TOKENS
+    chunk_bytes: int = 8 << 20
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some pieces of a group of files; the last one of a group says so, in the name of its part."""
+
+    group: int
+    number: int
+    last: bool
+    pieces: tuple[Piece, ...]
+    n_read: int  # bytes of the group's files, up to the end of this chunk
+
+    @property
+    def part(self) -> str:
+        return f"{self.group:07}-{self.number:07}{'-last' * self.last}.npz"
+
+
+def groups(texts: Texts, n_bytes: int) -> list[tuple[list[Path | str], int]]:
+    """The files in order, small ones together, each group with its bytes on disk."""
+    found: list[tuple[list[Path | str], int]] = []
+    for file, size in zip(texts.files, texts.sizes, strict=True):
+        if found and found[-1][1] + size <= n_bytes:
+            files, before = found[-1]
+            found[-1] = ([*files, file], before + size)
+        else:
+            found.append(([file], size))
+    return found
+
+
+def chunks(plan: Plan, group: int, files: Iterable[Path | str]) -> Iterator[Chunk]:
+    """The chunks of a group whose parts are still to be made."""
+    number, held, size, before, n_read = 0, [], 0, 0, 0
+
+    def todo(last: bool) -> Iterator[Chunk]:
+        chunk = Chunk(group, number, last, tuple(held), n_read)
+        if not (plan.out / "parts" / chunk.part).exists():
+            yield chunk
+
+    for file in files:
+        for piece, read in pieces(file):
+            if size >= plan.chunk_bytes:
+                yield from todo(last=False)
+                number, held, size = number + 1, [], 0
+            held.append(piece)
+            size += len(piece.data) or plan.chunk_bytes  # a group of rows is a chunk by itself
+            n_read = before + read
+        before = n_read
+    yield from todo(last=True)
+
+
+def finished(parts: Path) -> set[int]:
+    """The groups of which all parts are there."""
+    numbers: dict[int, list[int]] = {}
+    last: dict[int, int] = {}
+    for path in parts.glob("[0-9]*.npz"):
+        group, number, *is_last = path.stem.split("-")
+        numbers.setdefault(int(group), []).append(int(number))
+        if is_last:
+            last[int(group)] = int(number)
+    return {group for group, n in last.items() if len(numbers[group]) == n + 1}
+
+
+def make_part(plan: Plan, chunk: Chunk) -> tuple[int, int]:
+    """Make the part of a chunk; returns the chunk's group and how far in it reaches."""
+    tokenizer, chosen = tools(plan)
+    report, documents = Report(), []
+    for piece in chunk.pieces:
+        fallback = "" if "identify" in plan.cleaning.stages else name_of(piece.file)
+        for text in piece.texts():
+            if text is None:
+                report.count("unreadable", "", "")
+                continue
+            content = repair_surrogates(text.text)
+            documents.append(
+                Document(
+                    text=content,
+                    language=text.language or fallback,
+                    source=text.source,
+                    licence=text.licence,
+                    text_bytes=len(content.encode()),
+                )
+            )
+    for stage in chosen:
+        documents = stage(documents)
+    for document in documents:
+        report.count("read", "", document.language, 1, document.text_bytes)
+        for change in document.changes:
+            report.count("changed", change, document.language, 1, document.text_bytes)
+        if document.dropped:
+            report.count("dropped", document.dropped, document.language, 1, document.text_bytes)
+    kept = [document for document in documents if not document.dropped]
+    origins = {(d.language, d.source, d.licence): 0 for d in kept}
+    origins = {origin: i for i, origin in enumerate(sorted(origins))}
+    ids = [_encode(tokenizer, document.text) for document in kept]
+    notes = {"origins": list(origins), "report": report.rows()}
+    part = {
+        "ids": np.concatenate([np.zeros(0, np.uint32), *ids]),
+        "ends": np.cumsum([len(each) for each in ids], dtype=np.int64),
+        "text_bytes": np.array([len(d.text.encode()) for d in kept], np.int64),
+        "origin": np.array([origins[d.language, d.source, d.licence] for d in kept], np.int64),
+        "keys": keys(kept, plan.cleaning),
+        "notes": np.frombuffer(json.dumps(notes).encode(), np.uint8),
+    }
+    content = io.BytesIO()
+    np.savez(content, allow_pickle=False, **part)
+    write_whole(plan.out / "parts" / chunk.part, [content.getbuffer()])
+    return chunk.group, chunk.n_read
+
+
+@lru_cache(maxsize=1)
+def tools(plan: Plan) -> tuple[Tokenizer, list[Stage]]:
+    """What a process needs to make parts, once."""
+    return open_tokenizer(plan.tokenizer), stages(plan.cleaning)
+
+
+def _encode(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    """BOS, if the tokenizer puts it before texts, the text's ids, and EOS."""
+    # One text at a time is a batch that starts no threads: there are as many processes already.
+    (ids,) = tokenizer.encode_batch([text])
+    bos = [tokenizer.bos_id] if tokenizer.add_bos else []
+    return np.concatenate([bos, ids, [tokenizer.eos_id]]).astype(np.uint32)
+
+
+def on_processes(
+    plan: Plan, files: dict[int, list[Path | str]], workers: int
+) -> Iterator[tuple[int, int]]:
+    """Run on this machine."""
+    todo = (chunk for group, names in files.items() for chunk in chunks(plan, group, names))
+    if workers == 1:
+        yield from (make_part(plan, chunk) for chunk in todo)
+        return
+    # Spawned, not forked: whoever calls may have threads.
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, spawn, initializer=_follow_parent) as pool:
+        pending: deque[Future[tuple[int, int]]] = deque()
+        try:
+            for chunk in todo:
+                pending.append(pool.submit(make_part, plan, chunk))
+                if len(pending) > 2 * workers:  # so that chunks do not pile up
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        except BrokenProcessPool:
+            raise OpenNemoError(
+                "a worker was killed, perhaps for want of memory: with fewer --workers the same "
+                f"command needs less, and goes on with what lies in {plan.out}"
+            ) from None
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+def _follow_parent() -> None:
+    """Let a worker end with the process that started it, however that ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it too, and says what to do
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def on_ray(
+    plan: Plan, files: dict[int, list[Path | str]], workers: int
+) -> Iterator[tuple[int, int]]:
+    """Run on Ray Data: a task reads a group of files, tasks that it feeds make the parts."""
+    try:
+        import ray.data
+    except ImportError:
+        raise OpenNemoError(
+            "--engine ray needs Ray Data; in the checkout: pip install -e '.[scale]'"
+        ) from None
+
+    def absolute(path: Path | str) -> Path | str:  # Ray's workers have folders of their own
+        return Path(path).absolute() if Path(path).exists() else path
+
+    plan = replace(plan, out=plan.out.absolute(), tokenizer=Path(absolute(plan.tokenizer)))
+
+    # Errors travel as rows: Ray would make pages of them, and lose of what kind they are.
+    def read(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        try:
+            for chunk in chunks(plan, row["group"], row["files"]):
+                yield asdict(chunk) | {"error": ""}
+        except (OSError, OpenNemoError) as error:
+            yield asdict(Chunk(row["group"], 0, True, (), 0)) | {"error": in_one_line(error, plan)}
+
+    def work(row: dict[str, Any]) -> dict[str, Any]:
+        error, held = row.pop("error"), tuple(Piece(**piece) for piece in row.pop("pieces"))
+        try:
+            if not error:
+                make_part(plan, Chunk(**row, pieces=held))
+        except (OSError, OpenNemoError) as failed:
+            error = in_one_line(failed, plan)
+        return {"group": row["group"], "n_read": row["n_read"], "error": error}
+
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    context = ray.data.DataContext.get_current()
+    context.target_max_block_size, context.enable_progress_bars = plan.chunk_bytes, False
+    rows = [{"group": i, "files": [str(absolute(n)) for n in names]} for i, names in files.items()]
+    # Half a processor each for reading, or Ray would make one task of both.
+    data = ray.data.from_items(rows).flat_map(read, num_cpus=0.5).map(work, num_cpus=1)
+    for row in data.iter_rows():
+        if row["error"]:
+            raise OpenNemoError(row["error"])
+        yield row["group"], row["n_read"]
+
+
+# Each takes what is to be done by group, and tells which group is done how far.
+Engine = Callable[[Plan, dict[int, list[Path | str]], int], Iterator[tuple[int, int]]]
+ENGINES: dict[str, Engine] = {"processes": on_processes, "ray": on_ray}
+
+
+def in_one_line(error: OSError | OpenNemoError, plan: Plan) -> str:
+    """What to tell of an error, in one line."""
+    if isinstance(error, OpenNemoError):
+        return str(error)
+    if error.errno in NO_ROOM:
+        return (
+            f"{plan.out}: no room to write ({error.strerror}); make some, and the same command "
+            "goes on"
+        )
+    return f"{error.filename or plan.out}: {error.strerror or error}"

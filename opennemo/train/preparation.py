@@ -1,0 +1,165 @@
+"""From files of text to token shards: parts are made, copies found, what is left written.
+
+One idea makes it simple: everything that takes long is done to parts of the input, each by itself
+(parts.py). Only then are copies found, in the order of the input and over all of it, and what is
+left is laid end to end. So the result is the same whoever made the parts and in whatever order,
+and whether or not it was interrupted; no date or path of a machine is in it but the inputs' own.
+
+It does not know what cleaning is (cleaning.py), nor how shards are read (corpus.py).
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from opennemo.errors import InvalidRequest, OpenNemoError
+from opennemo.tokenizer.texts import Texts
+from opennemo.train.cleaning import Cleaning
+from opennemo.train.corpus import ShardWriter, describe_tokenizer, write_whole
+from opennemo.train.parts import ENGINES, Plan, finished, groups, in_one_line, tools
+from opennemo.train.report import Report
+
+LIBRARIES = ("ftfy", "py3langid", "rensa")  # whose results may change with their versions
+
+Progress = Callable[[str, int, int], None]  # what is being done, how much, and of how much
+
+
+def prepare(
+    plan: Plan, *, engine: str = "processes", workers: int = 1, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Make shards of texts, or go on with it; returns the report, which also lies beside them.
+
+    Engine and number of workers change nothing but the time: "processes" of this machine, or "ray"
+    for Ray Data, on a cluster if one is there, whose nodes must all see the input and `out`.
+
+    Raises:
+        InvalidRequest: an input cannot be read, or `out` holds something else.
+        CheckpointError: the tokenizer cannot be read.
+        OpenNemoError: a package is missing, there is no room on the disk, or a worker died.
+    """
+    say = progress or (lambda stage, done, total: None)
+    texts = Texts(plan.inputs)
+    parts = plan.out / "parts"
+    try:
+        record = _begin(plan, texts)
+        if (plan.out / "index.json").exists():
+            shutil.rmtree(parts, ignore_errors=True)
+            return json.loads((plan.out / "report.json").read_text("utf-8"))
+        files = groups(texts, plan.chunk_bytes)
+        done = finished(parts)
+        say("tokenizing", n_done := sum(files[i][1] for i in done), texts.n_bytes)
+        reached = dict.fromkeys(range(len(files)), 0)
+        todo = {i: names for i, (names, _) in enumerate(files) if i not in done}
+        for group, n_read in ENGINES[engine](plan, todo, workers):
+            reached[group] = max(reached[group], n_read)
+            say("tokenizing", n_done + sum(reached.values()), texts.n_bytes)
+        return _finish(plan, record, say)
+    except OSError as error:
+        raise OpenNemoError(in_one_line(error, plan)) from error
+
+
+def _begin(plan: Plan, texts: Texts) -> dict[str, Any]:
+    """Put the plan on record, or compare it with the one of the run that is to go on."""
+    versions = {}
+    for name in LIBRARIES if plan.cleaning.stages else ():
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    tokenizer, _ = tools(plan)
+    if tokenizer.eos_id < 0:
+        raise InvalidRequest(f"{plan.tokenizer}: has no token that ends a text")
+    record = {
+        "inputs": [[str(file), n] for file, n in zip(texts.files, texts.sizes, strict=True)],
+        "tokenizer": describe_tokenizer(tokenizer, str(plan.tokenizer)),
+        "cleaning": asdict(plan.cleaning),
+        "shard_tokens": plan.shard_tokens,
+        "chunk_bytes": plan.chunk_bytes,
+        "libraries": versions,
+    }
+    record = json.loads(json.dumps(record))  # as it will be read again
+    parts = plan.out / "parts"
+    for file in (plan.out / "report.json", parts / "plan.json"):
+        if file.exists():
+            before = json.loads(file.read_text("utf-8"))
+            if other := [name for name in record if before.get(name) != record[name]]:
+                raise InvalidRequest(
+                    f"{plan.out}: begun with other {' and '.join(other)}; give the same, or "
+                    "another folder"
+                )
+            for left in (*plan.out.glob(".*"), *parts.glob(".*")):  # half-written when killed
+                left.unlink()
+            return record
+    if plan.out.exists() and any(path != parts for path in plan.out.iterdir()):
+        raise InvalidRequest(f"{plan.out}: holds other files; give an empty folder or a new one")
+    parts.mkdir(parents=True, exist_ok=True)
+    write_whole(parts / "plan.json", [json.dumps(record).encode()])
+    return record
+
+
+def _finish(plan: Plan, record: dict[str, Any], say: Progress) -> dict[str, Any]:
+    """Leave out copies, write shards, the report and the index, and throw the parts away."""
+    parts = sorted((plan.out / "parts").glob("[0-9]*.npz"))
+    copies = _copies(parts, plan.cleaning)
+    n_bytes, written = sum(path.stat().st_size for path in parts), 0
+    report, seen = Report(), 0
+    writer = ShardWriter(plan.out, record["tokenizer"], shard_tokens=plan.shard_tokens)
+    for path in parts:
+        with np.load(path, allow_pickle=False) as part:
+            ids, ends, text_bytes, origin = (
+                part[name] for name in ("ids", "ends", "text_bytes", "origin")
+            )
+            notes = json.loads(part["notes"].tobytes())
+        for row in notes["report"]:
+            report.count(*row)
+        copy = copies[seen : seen + len(ends)]
+        seen += len(ends)
+        lengths = np.diff(ends, prepend=0)
+        for number, (language, *others) in enumerate(notes["origins"]):
+            here = origin == number
+            for kind, why in ((1, "exact copy"), (2, "near copy")):
+                if n := int((which := here & (copy == kind)).sum()):
+                    report.count("dropped", why, language, n, int(text_bytes[which].sum()))
+            which = here & (copy == 0)
+            counts = int(which.sum()), int(text_bytes[which].sum()), int(lengths[which].sum())
+            for section, name in zip(
+                ("languages", "sources", "licences"), (language, *others), strict=True
+            ):
+                if counts[0] and name:
+                    report.count(section, name, "", *counts)
+        kept = copy == 0
+        writer.add(ids[np.repeat(kept, lengths)], np.cumsum(lengths[kept]), text_bytes[kept])
+        written += path.stat().st_size
+        say("writing shards", written, n_bytes)
+    content = report.content()
+    if not content["kept"]["documents"]:
+        raise InvalidRequest(f"{plan.out}: no text is left of {content['read']['documents']:,}")
+    data = json.dumps(record | content, indent=1, ensure_ascii=False).encode() + b"\n"
+    write_whole(plan.out / "report.json", [data])
+    writer.finish()
+    shutil.rmtree(plan.out / "parts")
+    return record | content
+
+
+def _copies(parts: Sequence[Path], cleaning: Cleaning) -> np.ndarray:
+    """Of every document (S,): 1 if an earlier text is equal, 2 if one is nearly so, else 0."""
+    sizes = []
+    for path in parts:
+        with np.load(path) as part:
+            sizes.append(part["keys"].shape)
+    copies = np.zeros(sum(n for n, _ in sizes), np.uint8)
+    for column in range(sizes[0][1]):
+        found = []
+        for path in parts:  # column by column, or memory would hold fifteen times as much
+            with np.load(path) as part:
+                found.append(part["keys"][:, column])
+        _, first, which = np.unique(np.concatenate(found), return_index=True, return_inverse=True)
+        copy = first[which] != np.arange(len(copies))
+        copies[copy & (copies == 0)] = 1 if column == 0 and "exact" in cleaning.stages else 2
+    return copies
