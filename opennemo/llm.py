@@ -32,6 +32,7 @@ from opennemo.model.companions import read_generation_config
 from opennemo.model.hub import locate
 from opennemo.model.lora import Adapter, load_adapter
 from opennemo.model.quantization import FORMATS, quantize_, quantize_head_
+from opennemo.model.transformer import Transformer
 from opennemo.reply import TAG, Reply, TextStream
 from opennemo.tokenizer import Tokenizer, load_tokenizer
 from opennemo.tokenizer.chat import Message, encode_chat
@@ -265,6 +266,23 @@ class LLM:
         lora = self.adapters[adapter] if adapter else None
         reply.id = self.engine.submit(ids, params, reply.listen, n=n, adapter=lora, salt=salt)
         return reply
+
+
+def answer_all(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    conversations: Many[tuple[list[Message], list[Tool]]],
+    **sampling: Any,
+) -> list[Message]:
+    """Answers of a model that is in memory, learning perhaps, side by side; it stays as it is."""
+    longest = model.config.max_position_embeddings
+    pages = max(64, 8 * -(-min(longest, 2048) // 16))
+    config = EngineConfig(n_pages=pages, adapters=True, max_context=min(longest, 2048))
+    engine = Engine(model, {tokenizer.eos_id}, config)
+    engine.start()
+    with LLM("", tokenizer, engine, SamplingParams(temperature=0.0)) as llm:
+        replies = [llm.chat(m, tools=tools or None, **sampling) for m, tools in conversations]
+        return [reply.message for reply in replies]
 
 
 def _closed(tool: Tool) -> Tool:

@@ -39,13 +39,15 @@ class Rounding:
     # exact in bf16 too, so training in bf16 and serving in FP8 are the same arithmetic.
     power_of_two: bool = False
 
+    def largest(self, x: Tensor) -> Tensor:
+        """The largest magnitude among the numbers of x (..., D) that share a scale."""
+        if self.share == "tensor":
+            return x.float().abs().amax().reshape(1, 1)
+        return self.grouped(x.float()).abs().amax(-1)
+
     def scale(self, x: Tensor) -> Tensor:
         """The finest scale with which no number of x (..., D) exceeds the limit: float32."""
-        if self.share == "tensor":
-            extreme = x.float().abs().amax().reshape(1, 1)
-        else:
-            extreme = self.grouped(x.float()).abs().amax(-1)
-        scale = extreme.clamp(min=1e-12) / self.limit
+        scale = self.largest(x).clamp(min=1e-12) / self.limit
         if self.power_of_two:
             mantissa, exponent = torch.frexp(scale)
             scale = torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).int())
@@ -189,6 +191,7 @@ class QATLinear(nn.Linear):
     fused: Sequence[nn.Linear]  # those whose weights share a scale with this one, itself included
     largest: Tensor | None  # (1, 1) magnitude of the inputs so far, in a static format
     observe: bool = True
+    rounds: bool = True
 
     @property
     def input_scale(self) -> Tensor | None:
@@ -200,8 +203,12 @@ class QATLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         if self.largest is not None and self.training and self.observe:
+            assert self.format.inputs is not None
             with torch.no_grad():
-                self.largest.copy_(torch.maximum(self.largest, input.detach().float().abs().amax()))
+                largest = self.format.inputs.largest(input.detach())
+                self.largest.copy_(torch.maximum(self.largest, largest))
+        if not self.rounds:
+            return super().forward(input)
         return self.format.fake_linear(
             input,
             self.weight,
@@ -219,6 +226,7 @@ class KVRounding(nn.Module):
 
     largest: Tensor  # (L, 2) magnitudes of keys and of values so far
     observe: bool = True
+    rounds: bool = True
     rounding = _float8("tensor")
 
     def __init__(self, n_layers: int, device: torch.device):
@@ -239,7 +247,8 @@ class KVRounding(nn.Module):
             if self.training and self.observe:
                 with torch.no_grad():
                     largest.copy_(torch.maximum(largest, x.detach().float().abs().amax()))
-            rounded.append(self.rounding.fake_quantize(x, self.rounding.scale(largest)))
+            scale = self.rounding.scale(largest)
+            rounded.append(self.rounding.fake_quantize(x, scale) if self.rounds else x)
         return rounded
 
 
@@ -332,11 +341,11 @@ def observers(model: nn.Module) -> dict[str, Tensor]:
     return {name: b for name, b in model.named_buffers() if name.rpartition(".")[2] == "largest"}
 
 
-def observe_(model: nn.Module, on: bool) -> None:
-    """Let static scales follow what is seen, or have them stay."""
+def set_qat_(model: nn.Module, *, rounds: bool = True, observe: bool = True) -> None:
+    """Whether a prepared model rounds (or only watches), and whether static scales still follow."""
     for module in model.modules():
         if isinstance(module, QATLinear | KVRounding):
-            module.observe = on
+            module.rounds, module.observe = rounds, observe
 
 
 def quantize_(

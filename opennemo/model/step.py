@@ -9,11 +9,12 @@ import warnings
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from opennemo.kernels.cpu import CompilerMissing
 from opennemo.model.attention import Paged
 from opennemo.model.cpu import NativeStep
+from opennemo.model.quantization import QuantizedLinear
 from opennemo.model.transformer import Transformer
 
 
@@ -42,13 +43,18 @@ def compile_step(
         return GpuStep(model)
     if device == "cuda":
         warnings.warn("Triton is missing; the model runs in PyTorch, much slower", stacklevel=2)
-    if device != "cpu":
-        return TorchStep(model)
+    if device != "cpu" or not all(type(m) in (nn.Linear, QuantizedLinear) for m in _linears(model)):
+        return TorchStep(model)  # or a model that learns in some way of its own
     try:
         return NativeStep(model, n_threads or torch.get_num_threads(), release=release)
     except CompilerMissing as error:
         warnings.warn(f"{error}; the model runs in PyTorch, several times slower", stacklevel=2)
         return TorchStep(model)
+
+
+def _linears(model: Transformer) -> list[nn.Module]:
+    return [part for layer in model.layers for half in ("attention", "feed_forward")
+            for part in layer.get_submodule(half).children()]  # fmt: skip
 
 
 class TorchStep:

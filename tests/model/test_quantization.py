@@ -16,10 +16,10 @@ from opennemo.model.quantization import (
     QuantizedLinear,
     calibration,
     fake_kv,
-    observe_,
     observers,
     prepare_qat_,
     quantize_,
+    set_qat_,
 )
 from opennemo.model.transformer import PRESETS, ModelConfig, Transformer
 
@@ -166,13 +166,21 @@ def test_scales_follow_what_training_sees_until_they_are_told_to_stay():
     assert all(tensor.all() for tensor in kept.values())
     net.get_parameter("layers.0.attention_norm.weight").data *= 8
     for still in (net.eval(), net.train()):
-        observe_(net, still.training is False)
+        set_qat_(net, observe=not still.training)
         still(TOKENS, attend)
         assert all(torch.equal(seen[name], kept[name]) for name in seen)
-    observe_(net, True)
+    set_qat_(net)
     net(TOKENS, attend)
     grown = float(seen["layers.0.attention.wq.largest"] / kept["layers.0.attention.wq.largest"])
     assert grown == pytest.approx(8, rel=1e-4)
+
+
+def test_before_it_rounds_a_prepared_model_is_the_plain_one():
+    net = model()
+    prepare_qat_(net, FORMATS["fp8-static"], kv=True)
+    set_qat_(net, rounds=False)
+    assert torch.equal(net(TOKENS, fake_kv(net, Packed.of(25, 15))), hidden(model()))
+    assert all(tensor.all() for tensor in observers(net).values())
 
 
 def test_rounded_keys_and_values_are_those_of_a_cache_in_fp8():

@@ -1,0 +1,100 @@
+"""`opennemo train` and `opennemo plot`: runs from recipes, and their curves."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from opennemo.errors import OpenNemoError
+
+app = typer.Typer()
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A recipe in TOML; recipes/ has some.")],
+    run: Annotated[
+        Path, typer.Option("--run", help="The run's folder; one that was stopped goes on.")
+    ],
+    set: Annotated[
+        list[str] | None,
+        typer.Option(help="Override a setting, such as optim.lr=3e-4; repeatable."),
+    ] = None,
+) -> None:
+    """Train a model: from text, on conversations, or on preferences, as a recipe says.
+
+    On several devices or machines: torchrun --nproc-per-node 8 -m opennemo train RECIPE ...
+    SIGTERM saves and stops (exit code 143); the same command goes on, also after a kill.
+    """
+    import torch.distributed as dist
+
+    from opennemo.train.config import read_recipe
+    from opennemo.train.run import train as run_train
+    from opennemo.train.trainer import Stopped
+
+    settings = read_recipe(recipe, set or ())
+    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    if launched:
+        import torch
+
+        on_gpu = torch.cuda.is_available() and settings.device != "cpu"
+        if on_gpu:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        dist.init_process_group("nccl" if on_gpu else "gloo")
+    try:
+        made = run_train(settings, run, sample=_sampler(settings))
+    except Stopped as stopped:
+        print(f"opennemo: {run}: {stopped}; the same command goes on", file=sys.stderr)
+        raise typer.Exit(143) from None
+    finally:
+        if launched:
+            dist.destroy_process_group()
+    for what, folder in made.items():
+        print(f"Wrote the {what} to {folder}")
+
+
+@app.command()
+def plot(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, drawn into each other.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="A picture: .png, .svg or .pdf.")
+    ] = Path("curves.png"),
+) -> None:
+    """Draw the curves of runs: loss, held-out loss, learning rate, gradients, speed."""
+    from opennemo.train.metrics import plot as draw
+
+    try:
+        draw(runs, output)
+    except ModuleNotFoundError as error:
+        raise OpenNemoError(f"{error.name} is missing: pip install 'opennemo[train]'") from None
+    print(f"Wrote {output}")
+
+
+def _sampler(recipe: Any) -> Any:
+    """Answers to a file of conversations, by an engine around the model as it stands."""
+    if recipe.evaluation.prompts is None:
+        return None
+    from opennemo.llm import answer_all
+    from opennemo.tokenizer.messages import normalize
+    from opennemo.tokenizer.texts import open_lines
+    from opennemo.train.shapes import conversation_of, parse_line
+
+    asked = []
+    with open_lines(recipe.evaluation.prompts) as (_, lines):
+        for line in lines:
+            messages, tools = conversation_of(parse_line(line))
+            messages = normalize(messages)
+            while messages and messages[-1]["role"] == "assistant":  # what is to be said
+                messages.pop()
+            asked.append((messages, tools))
+
+    def sample(model: Any, tokenizer: Any) -> list[dict[str, Any]]:
+        answers = answer_all(model, tokenizer, asked, max_tokens=recipe.evaluation.max_tokens)
+        return [
+            {"messages": messages, "answer": answer}
+            for (messages, _), answer in zip(asked, answers, strict=True)
+        ]
+
+    return sample

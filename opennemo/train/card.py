@@ -1,0 +1,103 @@
+"""The model card of a run: what a model is, of what it was made and how, filled in by the tool.
+
+Nothing in it is written by hand and nothing is left empty: what is not known is said not to be.
+Format: the Hugging Face hub's README.md with YAML in front.
+"""
+
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from opennemo.train.config import Recipe, to_json
+from opennemo.train.metrics import read_metrics
+
+SHOWN = ("loss", "valid_loss", "valid_bits_per_byte", "accuracy", "valid_accuracy")
+
+
+def write_card(recipe: Recipe, run: Path, folder: Path) -> None:
+    """Write README.md into a folder that a run made."""
+    records = read_metrics(run)
+    data = json.loads((run / "data.json").read_text("utf-8"))
+    parent = recipe.model.path
+    front = ["library_name: opennemo", f"license: {json.dumps(recipe.licence or 'unknown')}"]
+    if parent:
+        front.append(f"base_model: {json.dumps(parent)}")
+    facts = {
+        "parent": parent or f"none: new weights of the shape {recipe.model.shape}",
+        "objective": recipe.objective,
+        "adapter": _adapter(recipe),
+        "number format": _format(recipe, folder),
+        "steps": f"{recipe.steps:,} of {recipe.data.rows} rows of {recipe.data.window:,} tokens",
+        "seed": str(recipe.seed),
+        "steps skipped": f"{sum(r['skipped'] or 0 for r in records):.0f}, for their gradient",
+        "hardware": hardware(),
+        "software": f"opennemo {version('opennemo')}, torch {torch.__version__}",
+        "licence": recipe.licence or "not stated in the recipe",
+    }
+    lines = ["---", *front, "---", "", f"# {run.resolve().name}", ""]
+    lines += ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in facts.items())]
+    lines += ["", "## Results", "", *_results(records), "", "## Data", ""]
+    for part, found in data.items():
+        lines += [f"**{part}**", "", *_data(found), ""]
+    lines += ["## Recipe", "", "```json", to_json(recipe).rstrip(), "```", ""]
+    (folder / "README.md").write_text("\n".join(lines), "utf-8")
+
+
+def hardware() -> str:
+    """What this process runs on."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if line[:10] == "model name")
+    except (OSError, StopIteration):
+        pass
+    return f"CPU {name}, {torch.get_num_threads()} threads"
+
+
+def _results(records: list[dict[str, Any]]) -> list[str]:
+    rows = []
+    for key in SHOWN:
+        values = [(r["step"] + 1, r[key]) for r in records if r.get(key) is not None]
+        if values:
+            (first, began), (last, ended) = values[0], values[-1]
+            rows.append(f"| {key} | {began:.4f} (step {first:,}) | {ended:.4f} (step {last:,}) |")
+    return ["| | at first | at last |", "|---|---|---|", *rows] if rows else ["None were recorded."]
+
+
+def _data(found: dict[str, Any]) -> list[str]:
+    if not found:
+        return ["None."]
+    if "sources" in found:
+        return [
+            f"- {source['path']}: {source['tokens']:,} tokens in {source['documents']:,} "
+            f"documents, {source['share']:.0%} of what was drawn; index SHA-256 {source['index_sha256'][:16]}"
+            for source in found["sources"]
+        ]
+    lines = [f"- {name}" for name in found["files"]]
+    return [
+        *lines,
+        f"- {found['conversations']:,} conversations, {found['tokens']:,} tokens, of which "
+        f"{found['trained_tokens']:,} are learnt; {len(found['left_out']):,} lines left out",
+    ]
+
+
+def _adapter(recipe: Recipe) -> str:
+    lora = recipe.lora
+    if lora is None:
+        return "none: all weights learn"
+    return f"LoRA of rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(lora.layers)}"
+
+
+def _format(recipe: Recipe, folder: Path) -> str:
+    qat = recipe.qat
+    if qat is None:
+        return "float32, no quantisation awareness"
+    kept = f"stored in {qat.format}" if folder.name == qat.format else "float32"
+    kv = ", keys and values in FP8" if qat.kv else ""
+    return f"{kept}; learnt as if rounded to {qat.format}{kv} from {qat.start:.0%} of the steps on"

@@ -1,0 +1,255 @@
+"""A run's settings: one TOML file, one strict tree of frozen dataclasses.
+
+Whatever a recipe may say stands here, with its default and its bounds. An unknown key or a value of
+the wrong type is an error that names the key (`optim.lr`); `--set optim.lr=3e-4` is the only way to
+override a file. The resolved tree is saved with the run, and a run is only resumed under the tree
+that it began with. What the settings do is the business of the modules they are handed to.
+"""
+
+import json
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from opennemo.errors import InvalidRequest
+from opennemo.model.transformer import PRESETS, ModelConfig
+
+Kind = TypeVar("Kind")
+STRICT = ConfigDict(extra="forbid", strict=True)
+Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Number = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+# Every field of a model's shape may be given, with its type.
+Shape = dataclass(ModelConfig, frozen=True, kw_only=True, config=STRICT)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Model:
+    """What is trained: a model that is there (`path`), or a new one of a `shape`."""
+
+    path: str | None = None  # a folder, a .gguf file or a Hugging Face id
+    # A name of PRESETS, or its fields.
+    shape: str | Shape | None = None  # pyright: ignore[reportInvalidTypeForm]
+    tokenizer: str | None = None  # for a new model: a folder or file
+    # For a longer context than the model had: its rotation is slowed down, its limit raised.
+    rope_theta: Annotated[float, Field(gt=0)] | None = None
+    max_position_embeddings: Positive | None = None
+
+    @property
+    def new_shape(self) -> ModelConfig | None:
+        """The shape of a new model."""
+        if isinstance(self.shape, str):
+            if self.shape not in PRESETS:
+                raise InvalidRequest(
+                    f"model.shape is {self.shape!r}, which is none of {', '.join(PRESETS)}"
+                )
+            return PRESETS[self.shape]
+        return None if self.shape is None else ModelConfig(**vars(self.shape))
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Source:
+    """A folder of shards that `opennemo tokenize` wrote, or a file of conversations or pairs."""
+
+    path: Path
+    weight: Annotated[float, Field(gt=0)] = 1.0  # share of the tokens drawn; of shards alone
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Data:
+    train: Annotated[tuple[Source, ...], Field(min_length=1)]
+    valid: tuple[Source, ...] = ()
+    window: Positive = 1024  # tokens of a row, into which documents or conversations are packed
+    rows: Positive = 8  # of a step, over all ranks
+    micro_rows: Positive = 8  # computed at once on a rank; less memory, the same result
+    skip_bad: bool = False  # leave out lines that cannot be used, rather than stop
+    valid_rows: Positive = 32  # of an evaluation
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Optim:
+    """AdamW (arXiv:1711.05101), or Muon for the matrices of blocks and AdamW for the rest."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    lr: Annotated[float, Field(gt=0, le=10)] = 3e-4
+    schedule: Literal["wsd", "cosine"] = "wsd"  # warm up, stay, decay (arXiv:2404.06395)
+    warmup: Share = 0.02  # of all steps
+    decay: Share = 0.2  # of all steps, for wsd
+    final: Share = 0.0  # of lr, where the decay ends
+    betas: tuple[Share, Share] = (0.9, 0.95)
+    eps: Number = 1e-8
+    weight_decay: Number = 0.1  # of matrices
+    clip: Number = 1.0  # of the gradient's norm; 0 for none
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Qat:
+    """Learn as if rounded already, so that export loses nothing."""
+
+    format: Literal["fp8", "fp8-static", "int8", "int4"] = "fp8-static"
+    kv: bool = False  # queries, keys and values in FP8, too
+    start: Share = 0.0  # of all steps; before, the run is in full precision
+    freeze: Share = 0.9  # of all steps, after which static scales stay
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Lora:
+    rank: Annotated[int, Field(gt=0, le=1024)] = 16
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    layers: tuple[str, ...] = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Preference:
+    """Direct preference optimisation (arXiv:2305.18290) and its usual amendments."""
+
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0  # conservative DPO
+    sft: Number = 0.0  # weight of the chosen answer's own loss, a token (arXiv:2404.19733)
+    length_normalized: bool = False  # compare log-probabilities a token (arXiv:2411.15124)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Saving:
+    every: Count = 100  # steps; 0 for the last one alone
+    keep: Positive = 2
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Evaluation:
+    every: Count = 100  # steps; 0 for the last one alone
+    prompts: Path | None = None  # JSON lines of messages, answered for the log
+    max_tokens: Positive = 64  # of such an answer
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Parallel:
+    """How the ranks divide the work; their product is the number of ranks."""
+
+    data_parallel_replicate: Positive = 1
+    data_parallel_shard: Annotated[int, Field(ge=-1)] = -1  # -1: the ranks that are left
+    tensor_parallel: Positive = 1
+    context_parallel: Positive = 1
+    activation_checkpointing: bool = False
+    compile: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Recipe:
+    """A run, whole."""
+
+    objective: Literal["text", "chat", "preference", "distil"] = "text"
+    steps: Positive
+    seed: Count = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    licence: str = ""  # of the result, for its model card
+    model: Model
+    data: Data
+    optim: Optim = Optim()
+    qat: Qat | None = None
+    lora: Lora | None = None
+    preference: Preference = Preference()
+    saving: Saving = Saving()
+    evaluation: Evaluation = Evaluation()
+    parallel: Parallel = Parallel()
+
+
+def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """A TOML file as a recipe; `overrides` are `key.key=value`, the value in TOML or a bare word.
+
+    Relative paths in the file are relative to the working directory, as in a shell script.
+
+    Raises:
+        InvalidRequest: not there, not TOML, an unknown key, a wrong type, a value out of bounds;
+            the key is named.
+    """
+    try:
+        tree = tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise InvalidRequest(f"{path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"{path}: not TOML: {error}") from None
+    for override in overrides:
+        _override(tree, override)
+    recipe = parse_recipe(tree, str(path))
+    _check(recipe, str(path))
+    return recipe
+
+
+def parse_recipe(tree: dict[str, Any], where: str) -> Recipe:
+    """A tree of plain values as a recipe."""
+    try:
+        # As JSON, in which a strict tree takes tables for dataclasses and arrays for tuples.
+        return TypeAdapter(Recipe).validate_json(json.dumps(tree, default=str))
+    except ValidationError as error:
+        problems = []
+        for problem in error.errors(include_url=False)[:5]:
+            key = ".".join(str(part) for part in problem["loc"])
+            if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+                problems.append(f"{key} is not a setting")
+            elif problem["type"] in ("missing", "missing_keyword_only_argument"):
+                problems.append(f"{key} is missing")
+            else:
+                problems.append(f"{key} is {problem['input']!r}: {problem['msg']}")
+        raise InvalidRequest(f"{where}: {'; '.join(problems)}") from None
+
+
+def to_json(recipe: Recipe) -> str:
+    """The whole tree, as it is saved with a run."""
+    tree = TypeAdapter(Recipe).dump_python(recipe, mode="json")
+    return json.dumps(tree, indent=2, ensure_ascii=False) + "\n"
+
+
+def differences(a: Recipe, b: Recipe) -> list[str]:
+    """The keys in which two recipes differ, each with both values."""
+    trees = [TypeAdapter(Recipe).dump_python(recipe, mode="json") for recipe in (a, b)]
+    flat = [dict(_leaves(tree)) for tree in trees]
+    keys = dict.fromkeys([*flat[0], *flat[1]])
+    pairs = {key: (flat[0].get(key), flat[1].get(key)) for key in keys}
+    return [f"{key} was {x!r} and is {y!r}" for key, (x, y) in pairs.items() if x != y]
+
+
+def _leaves(tree: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    if not isinstance(tree, dict):
+        return [(prefix, tree)]
+    return [
+        leaf for key, value in tree.items() for leaf in _leaves(value, f"{prefix}.{key}".strip("."))
+    ]
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise InvalidRequest(f"--set {override}: write key=value, such as optim.lr=3e-4")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text  # a bare word, as a shell leaves it
+    *parents, last = key.split(".")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+        if not isinstance(tree, dict):
+            raise InvalidRequest(f"--set {override}: {parent} is a value, and has no {last}")
+    tree[last] = value
+
+
+def _check(recipe: Recipe, where: str) -> None:
+    """What no single field can say."""
+    model, data = recipe.model, recipe.data
+    if (model.path is None) == (model.shape is None):
+        raise InvalidRequest(f"{where}: give model.path or model.shape, one of the two")
+    if model.new_shape is not None and model.tokenizer is None:
+        raise InvalidRequest(f"{where}: model.tokenizer is missing: a new model needs one")
+    if data.rows % data.micro_rows and data.micro_rows < data.rows:
+        raise InvalidRequest(
+            f"{where}: data.rows is {data.rows}, which is no multiple of data.micro_rows, "
+            f"{data.micro_rows}"
+        )
+    if recipe.lora and model.path is None:
+        raise InvalidRequest(f"{where}: lora adapts a model that is there: give model.path")

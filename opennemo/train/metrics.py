@@ -1,0 +1,195 @@
+"""What a run tells: a line of JSON a step, TensorBoard's events, a bar in the terminal, plots.
+
+`metrics.jsonl` is the record; everything else can be made from it. A run that goes on from a
+checkpoint first forgets what was written after it, so that the record reads as if nothing had
+happened. Which numbers there are is the trainer's business.
+"""
+
+import json
+import math
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from opennemo.errors import InvalidRequest
+
+FILE = "metrics.jsonl"
+LINE_EVERY = 10.0  # seconds between lines where there is no terminal
+# What is drawn, one plot each, if the run has it: title, axis, and the series.
+PLOTS = (
+    ("loss", "nats", ("loss", "valid_loss")),
+    ("bits a byte, held out", "bits", ("valid_bits_per_byte",)),
+    ("pairs ranked right", "share", ("accuracy", "valid_accuracy")),
+    ("learning rate", "", ("lr",)),
+    ("norm of the gradient", "", ("grad_norm",)),
+    ("speed", "tokens/s", ("tokens_per_second",)),
+)
+
+
+class Log:
+    """The record of one run, as a file and as TensorBoard's events."""
+
+    def __init__(self, run: Path, first_step: int):
+        """Go on at `first_step`: what was recorded of later ones is dropped."""
+        from tensorboardX import SummaryWriter
+
+        path = run / FILE
+        kept = [record for record in _records(path) if record["step"] < first_step]
+        lines = "".join(json.dumps(record) + "\n" for record in kept)
+        path.write_text(lines, "utf-8")
+        self._file = path.open("a", encoding="utf-8")
+        events = run / "tensorboard"
+        self._events = SummaryWriter(str(events), purge_step=first_step, flush_secs=30)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Record numbers of a step; numbers that are not finite become null."""
+        finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
+        self._file.write(json.dumps({"step": step, **finite}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._file.close()
+        self._events.close()
+
+
+class Display:
+    """How a run goes, for people: a bar in a terminal, a line now and then elsewhere."""
+
+    def __init__(self, total: int, first_step: int, *, quiet: bool = False):
+        self.console = Console(stderr=True, quiet=quiet, highlight=False)
+        self._is_bar, self._last = self.console.is_terminal and not quiet, 0.0
+        self._total, self._started, self._first = total, time.monotonic(), first_step
+        columns = (
+            BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[told]}"),
+            TimeRemainingColumn(),
+        )  # fmt: skip
+        self._bar = Progress(*columns, console=self.console, disable=not self._is_bar)
+        self._task = self._bar.add_task("", total=total, completed=first_step, told="")
+
+    def __enter__(self) -> "Display":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def step(self, done: int, values: Mapping[str, float]) -> None:
+        told = "  ".join(
+            f"{label} {format(values[key], shape)}"
+            for key, label, shape in (
+                ("loss", "loss", ".4f"),
+                ("accuracy", "right", ".1%"),
+                ("tokens_per_second", "tok/s", ",.0f"),
+                ("mfu", "MFU", ".0%"),
+            )
+            if key in values
+        )
+        self._bar.update(self._task, completed=done, told=told)
+        now = time.monotonic()
+        if not self._is_bar and (now - self._last >= LINE_EVERY or done == self._total):
+            self._last = now
+            left = (now - self._started) / max(1, done - self._first) * (self._total - done)
+            self.say(f"step {done:,} of {self._total:,}  {told}  {_clock(left)} left")
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False)
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """All records of a run.
+
+    Raises:
+        InvalidRequest: the folder holds no run.
+    """
+    path = run / FILE
+    if not path.exists():
+        raise InvalidRequest(f"{run}: no run, for there is no {FILE} in it")
+    return list(_records(path))
+
+
+def plot(runs: Sequence[Path], out: Path) -> None:
+    """Draw the curves of some runs into one picture, PNG or SVG by the name's ending.
+
+    Raises:
+        InvalidRequest: a folder holds no run, or the picture is of no known kind.
+    """
+    records = {run.resolve().name: read_metrics(run) for run in runs}
+    known = {key for found in records.values() for record in found for key in record}
+    shown = [
+        (t, axis, found) for t, axis, keys in PLOTS if (found := [k for k in keys if k in known])
+    ]
+
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    if out.suffix.lstrip(".") not in ("png", "svg", "pdf"):
+        raise InvalidRequest(f"{out}: pictures end in .png, .svg or .pdf")
+    columns = min(3, len(shown))
+    rows = -(-len(shown) // columns)
+    figure, axes = pyplot.subplots(
+        rows, columns, figsize=(5 * columns, 3.4 * rows), squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat[len(shown) :]:
+        axis.set_axis_off()
+    for axis, (title, unit, keys) in zip(axes.flat, shown, strict=False):
+        for name, found in records.items():
+            for key in keys:
+                points = [(r["step"], r[key]) for r in found if r.get(key) is not None]
+                if points:
+                    dense = len(points) > 60
+                    label = (
+                        name
+                        if len(keys) == 1
+                        else f"{name}, {'held out' if 'valid' in key else 'training'}"
+                    )
+                    axis.plot(
+                        *zip(*points, strict=True), label=label, lw=1, marker="" if dense else "."
+                    )
+        axis.set(title=title, xlabel="step", ylabel=unit)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.savefig(out, dpi=120)
+    pyplot.close(figure)
+
+
+def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of a large matrix product here: what MFU is a share of."""
+    n = 1024 if device.type == "cpu" else 8192
+    a = torch.ones(n, n, device=device, dtype=dtype)
+    best = math.inf
+    for _ in range(5):
+        _wait(device)
+        start = time.perf_counter()
+        torch.mm(a, a)
+        _wait(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _records(path: Path) -> Iterable[dict[str, Any]]:
+    """Whole lines of a record; a last one that a kill cut off is none."""
+    if not path.exists():
+        return
+    for line in path.read_text("utf-8").splitlines(keepends=True):
+        if line.endswith("\n"):
+            yield json.loads(line)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"

@@ -1,0 +1,114 @@
+"""What is minimised: the next token, answers alone, or preferences; one function each.
+
+An objective takes a model and a batch and gives the *sum* of the losses over the batch's units
+(targets, or pairs) and sums of what is worth a curve; the trainer divides by the units of the whole
+step, so that parts of a step, and ranks, add up to what one pass would give.
+
+The head is fused with the loss: rows without a target never meet it, and of the others so many at a
+time that memory does not grow with the vocabulary. Sources: DPO (arXiv:2305.18290).
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from opennemo.model.quantization import fake_kv
+from opennemo.model.transformer import Transformer
+from opennemo.train.config import Preference
+from opennemo.train.packing import IGNORED, Batch
+
+Objective = Callable[[Transformer, Batch], tuple[Tensor, dict[str, Tensor]]]
+# Rows of logits at once. At 131,072 words 512 rows in float32 are 256 MiB. PyTorch's own choice on
+# a CPU is 2 rows, with which a step does not end.
+CHUNK = 512
+
+
+def hidden_of_targets(model: Transformer, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states (T', D) of tokens that have a target, the targets (T',), and places (T',)."""
+    hidden = model(batch.tokens, fake_kv(model, batch.attend()))
+    places = (batch.targets != IGNORED).nonzero().squeeze(-1)
+    return hidden[places], batch.targets[places], places
+
+
+def head_losses(
+    model: Transformer, hidden: Tensor, targets: Tensor, *, reduction: str = "sum"
+) -> Tensor:
+    """Cross-entropy of hidden states (T', D) with their targets (T',), in nats, head included."""
+    options = nn.LinearCrossEntropyOptions(batch_chunk_size=CHUNK)
+    weight = model.output.weight
+    return F.linear_cross_entropy(hidden, weight, targets, reduction=reduction, options=options)
+
+
+def next_token(model: Transformer, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    """Learn every target of the batch; of conversations those are the assistant's words alone."""
+    hidden, targets, _ = hidden_of_targets(model, batch)
+    return head_losses(model, hidden, targets), {}
+
+
+def sequence_log_probs(model: Transformer, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Log-probability (S,) of each sequence's targets, and how many those are (S,)."""
+    hidden, targets, places = hidden_of_targets(model, batch)
+    losses = head_losses(model, hidden, targets, reduction="none")
+    sequence = torch.searchsorted(batch.cu_seqlens[1:].long(), places, right=True)
+    zeros = losses.new_zeros(len(batch.cu_seqlens) - 1)
+    sums = zeros.index_add(0, sequence, -losses)
+    return sums, zeros.index_add(0, sequence, torch.ones_like(losses))
+
+
+def preference(
+    model: Transformer, batch: Batch, settings: Preference
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Direct preference optimisation: sequences come in pairs, the chosen answer first."""
+    assert batch.reference is not None
+    log_probs, counts = sequence_log_probs(model, batch)
+    gains = log_probs - batch.reference
+    if settings.length_normalized:
+        gains = gains / counts
+    chosen, rejected = gains.view(-1, 2).unbind(-1)
+    margin = settings.beta * (chosen - rejected)
+    smoothing = settings.label_smoothing
+    losses = -(1 - smoothing) * F.logsigmoid(margin) - smoothing * F.logsigmoid(-margin)
+    if settings.sft:
+        losses = losses - settings.sft * log_probs[::2] / counts[::2]
+    metrics = {
+        "accuracy": (margin > 0).sum(),
+        "margin": margin.detach().sum(),
+        "chosen_reward": settings.beta * chosen.detach().sum(),
+        "rejected_reward": settings.beta * rejected.detach().sum(),
+    }
+    return losses.sum(), metrics
+
+
+def distil(
+    model: Transformer, batch: Batch, teacher: Transformer
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Learn another model's probabilities: KL(teacher || model) at every target (1503.02531)."""
+    hidden, targets, places = hidden_of_targets(model, batch)
+    with torch.no_grad():
+        wanted = teacher(batch.tokens, batch.attend())[places]
+        losses = head_losses(model, hidden.detach(), targets)
+
+    def divergence(hidden: Tensor, weight: Tensor, wanted: Tensor) -> Tensor:
+        found = F.linear(hidden, weight).float().log_softmax(-1)
+        aim = F.linear(wanted, teacher.output.weight).float().log_softmax(-1)
+        return F.kl_div(found, aim, reduction="sum", log_target=True)
+
+    parts = [
+        checkpoint(divergence, h, model.output.weight, w, use_reentrant=False)
+        for h, w in zip(hidden.split(CHUNK), wanted.split(CHUNK), strict=True)
+    ]
+    return torch.stack(parts).sum(), {"cross_entropy": losses}
+
+
+def objective(name: str, settings: Preference, teacher: Transformer | None = None) -> Objective:
+    """The objective that a recipe names."""
+    if name == "preference":
+        return partial(preference, settings=settings)
+    if name == "distil":
+        assert teacher is not None
+        return partial(distil, teacher=teacher)
+    return next_token

@@ -1,0 +1,161 @@
+"""Rows of packed sequences: what a step of training computes on.
+
+Whatever the objective, training asks for row `i` of an endless list and gets ids laid end to end,
+with a target for each id that is to be learnt. Row `i` depends on the seed and on `i` alone, so
+a resumed run, and any number of ranks, see the same data. Of text, documents are cut into rows
+of one width; conversations stay whole, and are packed into rows that are as full as they can be
+made (first fit over a shuffled list). No sequence sees another: `cu_seqlens` keeps them apart.
+
+What the ids mean is not known here.
+"""
+
+import bisect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from opennemo.model.attention import Packed
+from opennemo.train.conversations import Example, Pair
+from opennemo.train.corpus import Corpus
+
+IGNORED = -100  # a target that is no target
+
+
+class Row(NamedTuple):
+    ids: np.ndarray  # (T,) uint32
+    targets: np.ndarray  # (T,) int64, the next id or IGNORED
+    lengths: np.ndarray  # (S,) of the sequences that lie in it
+    units: np.ndarray  # which examples, if they are numbered
+
+
+class Rows(Protocol):
+    """An endless list of rows."""
+
+    def __getitem__(self, index: int) -> Row: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Rows laid end to end, as tensors on the device."""
+
+    tokens: Tensor  # (T,) int64
+    targets: Tensor  # (T,) int64, IGNORED where nothing is to be learnt
+    cu_seqlens: Tensor  # (S + 1,) int32
+    max_seqlen: int
+    window: int | None  # ModelConfig.sliding_window
+    n_units: int  # what the loss is a mean over: targets, or pairs
+    reference: Tensor | None = None  # (S,) log-probabilities under the reference model
+
+    def attend(self) -> Packed:
+        return Packed(self.cu_seqlens, self.max_seqlen, self.window)
+
+    def to(self, device: torch.device) -> "Batch":
+        moved = {
+            name: value.to(device, non_blocking=True)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)
+
+
+class TextRows:
+    """Windows of a corpus; the target of an id is the next one of its document."""
+
+    def __init__(self, corpus: Corpus):
+        self.corpus = corpus
+
+    def __getitem__(self, index: int) -> Row:
+        ids, lengths = self.corpus[index]
+        targets = np.full(len(ids), IGNORED, np.int64)
+        targets[:-1] = ids[1:]
+        targets[np.cumsum(lengths) - 1] = IGNORED  # a document's last id is followed by another's
+        return Row(ids, targets, lengths, np.empty(0, np.int64))
+
+
+class ExampleRows:
+    """Examples, or pairs of them, packed whole; `n` rows make an epoch, shuffled anew each time."""
+
+    def __init__(self, units: Sequence[Example | Pair], width: int, seed: int):
+        """Each unit must fit `width` tokens."""
+        self.units = [
+            (unit.chosen, unit.rejected) if isinstance(unit, Pair) else (unit,) for unit in units
+        ]
+        self.seed = seed
+        sizes = np.array([sum(len(e.ids) for e in unit) for unit in self.units])
+        order = np.random.default_rng((seed, len(sizes))).permutation(len(sizes))
+        self.rows = first_fit(sizes, order, width)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Row:
+        epoch, place = divmod(index, len(self.rows))
+        order = np.random.default_rng((self.seed, epoch, len(self.rows))).permutation(len(self))
+        numbers = self.rows[order[place]]
+        examples = [example for number in numbers for example in self.units[number]]
+        lengths = np.array([len(e.ids) for e in examples])
+        return Row(
+            np.concatenate([e.ids for e in examples]),
+            np.concatenate([example_targets(e) for e in examples]),
+            lengths,
+            np.array(numbers),
+        )
+
+
+def example_targets(example: Example) -> np.ndarray:
+    """(T,) int64: the next id where that is one to write."""
+    targets = np.full(len(example.ids), IGNORED, np.int64)
+    targets[:-1] = np.where(example.mask[1:], example.ids[1:].astype(np.int64), IGNORED)
+    return targets
+
+
+def first_fit(sizes: np.ndarray, order: np.ndarray, width: int) -> list[list[int]]:
+    """Numbers of units by row: each goes into the row with the least room that is enough for it."""
+    assert sizes.max(initial=0) <= width
+    rows: list[list[int]] = []
+    rooms: list[tuple[int, int]] = []  # room that is left and row, by room
+    for unit in order:
+        size = int(sizes[unit])
+        at = bisect.bisect_left(rooms, (size, -1))
+        room, row = rooms.pop(at) if at < len(rooms) else (width, len(rows))
+        if row == len(rows):
+            rows.append([])
+        rows[row].append(int(unit))
+        if room > size:
+            bisect.insort(rooms, (room - size, row))
+    return rows
+
+
+def collate(rows: Sequence[Row], window: int | None, references: np.ndarray | None = None) -> Batch:
+    """Lay rows end to end. With `references` (pairs, 2) the units are pairs, else targets."""
+    lengths = np.concatenate([row.lengths for row in rows])
+    targets = np.concatenate([row.targets for row in rows])
+    numbers = np.concatenate([row.units for row in rows])
+    paired = references is not None
+    return Batch(
+        tokens=torch.from_numpy(np.concatenate([row.ids for row in rows]).astype(np.int64)),
+        targets=torch.from_numpy(targets),
+        cu_seqlens=torch.from_numpy(np.concatenate([[0], lengths.cumsum()]).astype(np.int32)),
+        max_seqlen=int(lengths.max()),
+        window=window,
+        n_units=len(numbers) if paired else int((targets != IGNORED).sum()),
+        reference=torch.from_numpy(references[numbers].ravel()) if paired else None,
+    )
+
+
+def step_rows(step: int, n_rows: int, rank: int, world: int) -> range:
+    """The numbers of the rows that a rank computes in a step.
+
+    A step's rows follow the last step's; ranks take equal shares, in order.
+    """
+    assert n_rows % world == 0
+    share = n_rows // world
+    first = step * n_rows + rank * share
+    return range(first, first + share)
+
+
+Make = Callable[[int], list[Batch]]  # the batches of a step, by its number

@@ -1,0 +1,141 @@
+"""A run as a folder: begun, gone on with, and turned into models.
+
+    recipe.json    every setting          metrics.jsonl  a line a step     tensorboard/   the same
+    data.json      what it learns from    samples.jsonl  answers on the way
+    checkpoints/   to go on from          model/ or adapter/, and the format of quantisation-aware
+                                          training (fp8-static/): what came out, with a model card
+
+The same command goes on with a run that was stopped or killed. Models are written once, at the end.
+"""
+
+import shutil
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from opennemo.errors import InvalidRequest
+from opennemo.model.checkpoint import save
+from opennemo.model.companions import copy_companions
+from opennemo.model.export import Calibration, quantize
+from opennemo.model.lora import save_adapter
+from opennemo.model.quantization import KVRounding, observers
+from opennemo.model.transformer import Transformer
+from opennemo.tokenizer.export import save_huggingface
+from opennemo.tokenizer.huggingface import read_json
+from opennemo.tokenizer.tekken import Tekken
+from opennemo.train.card import write_card
+from opennemo.train.config import Recipe, differences, parse_recipe, to_json
+from opennemo.train.setup import Setup, same_data
+from opennemo.train.trainer import Sample, Trainer
+
+
+def train(
+    recipe: Recipe, run: Path, *, sample: Sample | None = None, quiet: bool = False
+) -> dict[str, Path]:
+    """Begin a run in a folder, or go on with it, and write what comes out; gives those folders.
+
+    Raises:
+        InvalidRequest: the folder holds another run, or files that are none.
+        Stopped: by SIGTERM, after saving.
+    """
+    open_run(recipe, run)
+    device = _device(recipe)
+    setup = Setup.make(recipe, device)
+    if _is_first():
+        same_data(run / "data.json", setup.data)
+    trainer = Trainer(recipe, run, setup, sample=sample, quiet=quiet)
+    if trainer.step < recipe.steps:
+        trainer.train()
+    return export(recipe, run, setup) if _is_first() else {}
+
+
+def open_run(recipe: Recipe, run: Path) -> None:
+    """Make the folder of a run, or check that it is one of this recipe.
+
+    Raises:
+        InvalidRequest: it is not; the settings that differ are named.
+    """
+    saved = run / "recipe.json"
+    if saved.exists():
+        before = parse_recipe(read_json(saved), str(saved))
+        if differing := differences(before, recipe):
+            raise InvalidRequest(
+                f"{run}: holds a run of another recipe ({'; '.join(differing[:5])}); choose "
+                "another folder, or go on with the same settings"
+            )
+        return
+    if not _is_first():
+        return
+    if run.exists() and (not run.is_dir() or any(run.iterdir())):
+        raise InvalidRequest(f"{run}: exists, and holds no run; choose another name")
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        saved.write_text(to_json(recipe), "utf-8")
+    except OSError as error:
+        raise InvalidRequest(f"{run}: cannot be written: {error.strerror}") from None
+
+
+def export(recipe: Recipe, run: Path, setup: Setup) -> dict[str, Path]:
+    """Write what a run made: a model folder or an adapter, and the model in its number format."""
+    made: dict[str, Path] = {}
+    base = recipe.model.path or ""
+    if recipe.lora is not None:
+        adapter = run / "adapter"
+        if not adapter.exists():
+            save_adapter(setup.model, adapter, base_model_name=base)
+            write_card(recipe, run, adapter)
+        return {"adapter": adapter}
+    made["model"] = folder = run / "model"
+    if not folder.exists():
+        save_model(setup.model, setup.tokenizer_path, folder, setup)
+        write_card(recipe, run, folder)
+    if recipe.qat is not None:
+        made[recipe.qat.format] = coded = run / recipe.qat.format
+        if not coded.exists():
+            quantize(
+                folder, coded, format=recipe.qat.format, kv=recipe.qat.kv,
+                calibration=learned_scales(setup.model),
+            )  # fmt: skip
+            write_card(recipe, run, coded)
+    return made
+
+
+def save_model(model: Transformer, tokenizer_path: Path, folder: Path, setup: Setup) -> None:
+    """A model folder with its tokenizer, in Hugging Face's layout, in float32."""
+    partial = folder.with_name(f".{folder.name}.whole")
+    shutil.rmtree(partial, ignore_errors=True)
+    save(model, partial)
+    if tokenizer_path.exists() and (tokenizer_path.is_dir() or tokenizer_path.suffix == ".gguf"):
+        copy_companions(tokenizer_path, partial, layout="hf")
+    else:  # a tokenizer by itself
+        if isinstance(setup.tokenizer, Tekken):
+            setup.tokenizer.save(partial / "tekken.json")
+        save_huggingface(setup.tokenizer, partial)
+    partial.rename(folder)
+
+
+def learned_scales(model: Transformer) -> Calibration:
+    """The static scales that quantisation-aware training came to."""
+    seen = observers(model)
+    kv = getattr(model, "kv_rounding", None)
+    return Calibration(
+        largest_inputs={
+            name.removesuffix(".largest"): float(largest)
+            for name, largest in seen.items()
+            if largest.numel() == 1
+        },
+        kv_scale=kv.scale.cpu() if isinstance(kv, KVRounding) else torch.ones(0, 2),
+    )
+
+
+def _device(recipe: Recipe) -> torch.device:
+    if recipe.device != "auto":
+        if recipe.device == "cuda" and not torch.cuda.is_available():
+            raise InvalidRequest("device is cuda, but PyTorch finds no GPU here; cpu is allowed")
+        return torch.device(recipe.device)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _is_first() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0

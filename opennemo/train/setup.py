@@ -1,0 +1,170 @@
+"""What a recipe asks for, made: the model and the rows it learns from.
+
+Nothing here trains; the order of things matters, and stands in `Setup.make`: weights first, then
+adapters or rounding on top of them, then data that fits the vocabulary.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from opennemo.errors import InvalidRequest
+from opennemo.model.checkpoint import load, open_checkpoint
+from opennemo.model.hub import locate
+from opennemo.model.lora import add_lora_
+from opennemo.model.quantization import FORMATS, prepare_qat_
+from opennemo.model.transformer import Transformer
+from opennemo.tokenizer.ranks import OWN, open_tokenizer
+from opennemo.tokenizer.tokenizer import Tokenizer
+from opennemo.train import config
+from opennemo.train.config import Recipe
+from opennemo.train.conversations import read_examples, read_pairs
+from opennemo.train.corpus import Corpus, Source, vocabulary_hash
+from opennemo.train.packing import ExampleRows, Rows, TextRows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """A model before its first step, and its data."""
+
+    model: Transformer
+    teacher: Transformer | None  # whose probabilities are learnt, with the objective "distil"
+    tokenizer: Tokenizer
+    tokenizer_path: Path
+    train: Rows
+    valid: Rows | None
+    token_bytes: np.ndarray  # (V,) bytes of text that each id stands for
+    data: dict[str, Any]  # what the rows are made of, for the run's folder
+
+    @classmethod
+    def make(cls, recipe: Recipe, device: torch.device) -> "Setup":
+        """Everything that a recipe names, on the device.
+
+        Raises:
+            CheckpointError: a model or a folder of shards cannot be used.
+            InvalidRequest: what is named does not fit together.
+        """
+        at = None if recipe.model.path is None else locate(recipe.model.path)
+        tokenizer_path = at or Path(recipe.model.tokenizer or "")
+        if at is None and recipe.model.tokenizer != OWN:
+            tokenizer_path = locate(recipe.model.tokenizer or "")
+        tokenizer = open_tokenizer(tokenizer_path)
+        model = make_model(recipe, at)
+        if tokenizer.vocab_size > model.config.vocab_size:
+            raise InvalidRequest(
+                f"model.tokenizer has {tokenizer.vocab_size:,} ids, and the model only "
+                f"{model.config.vocab_size:,} rows for them"
+            )
+        # Before anything is put on top of the weights.
+        teacher = None
+        if recipe.objective == "distil":
+            if at is None:
+                raise InvalidRequest("objective is distil, which needs model.path: who teaches")
+            teacher = make_model(recipe, at).to(device).requires_grad_(False).eval()
+        change_weights_(model, recipe)
+        train, data = _rows(recipe, recipe.data.train, tokenizer)
+        valid, valid_data = None, {}
+        if recipe.data.valid:
+            valid, valid_data = _rows(recipe, recipe.data.valid, tokenizer)
+        sizes = [len(tokenizer.token_bytes(id)) for id in range(tokenizer.vocab_size)]
+        token_bytes = np.zeros(model.config.vocab_size, np.int64)
+        token_bytes[: len(sizes)] = sizes
+        token_bytes[list(tokenizer.control.values())] = 0  # they stand for no text
+        return cls(
+            model=model.to(device), teacher=teacher, tokenizer=tokenizer,
+            tokenizer_path=tokenizer_path, train=train, valid=valid, token_bytes=token_bytes,
+            data={"train": data, "valid": valid_data},
+        )  # fmt: skip
+
+
+def make_model(recipe: Recipe, path: Path | None) -> Transformer:
+    """The model in float32, as it is before training, on the CPU."""
+    wanted = {
+        name: value
+        for name in ("rope_theta", "max_position_embeddings")
+        if (value := getattr(recipe.model, name)) is not None
+    }
+    if path is None:
+        shape = recipe.model.new_shape
+        assert shape is not None
+        return initialise_(Transformer(replace(shape, **wanted)), recipe.seed)
+    checkpoint = open_checkpoint(path)
+    if checkpoint.format and recipe.lora is None:
+        raise InvalidRequest(
+            f"model.path is stored as {checkpoint.format}, whose codes cannot learn: adapt it "
+            "with a [lora] table, or name what it was made from"
+        )
+    model = load(checkpoint, dtype=torch.float32)
+    model.config = replace(model.config, **wanted)
+    return model
+
+
+def initialise_(model: Transformer, seed: int) -> Transformer:
+    """Give a new model its weights: normal with 0.02, and what writes into the residual stream
+    less the deeper the model is (GPT-2), the same on any device."""
+    generator = torch.Generator().manual_seed(seed)
+    into_stream = 0.02 / (2 * model.config.n_layers) ** 0.5
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2:
+            std = into_stream if name.endswith(("wo.weight", "w2.weight")) else 0.02
+            with torch.no_grad():
+                parameter.normal_(0, std, generator=generator)
+    return model
+
+
+def change_weights_(model: Transformer, recipe: Recipe) -> None:
+    """Put rounding, and then adapters, on top of the weights, as the recipe says."""
+    qat, lora = recipe.qat, recipe.lora
+    if qat is not None:
+        prepare_qat_(model, FORMATS[qat.format], kv=qat.kv)
+    if lora is not None:
+        generator = torch.Generator().manual_seed(recipe.seed)
+        add_lora_(
+            model, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, layers=lora.layers,
+            generator=generator,
+        )  # fmt: skip
+
+
+def _rows(
+    recipe: Recipe, sources: Sequence[config.Source], tokenizer: Tokenizer
+) -> tuple[Rows, dict[str, Any]]:
+    width, seed = recipe.data.window, recipe.seed
+    if recipe.objective in ("text", "distil"):
+        mixture = [Source(path=source.path, weight=source.weight) for source in sources]
+        corpus = Corpus(
+            mixture, window=width, seed=seed, tokenizer_hash=vocabulary_hash(tokenizer), verify=True
+        )
+        return TextRows(corpus), corpus.describe()
+    paths = [source.path for source in sources]
+    read = read_pairs if recipe.objective == "preference" else read_examples
+    units, report = read(paths, tokenizer, max_tokens=width)
+    if not recipe.data.skip_bad:
+        report.refuse_bad_lines()
+    if not units:
+        raise InvalidRequest(f"{', '.join(map(str, paths))}: there is nothing to learn from")
+    rows = ExampleRows(units, width, seed)
+    return rows, {
+        "files": [str(path) for path in paths], "conversations": report.n_conversations,
+        "tokens": report.n_tokens, "trained_tokens": report.n_trained_tokens, "rows": len(rows),
+        "left_out": [str(line) for line in report.bad],
+    }  # fmt: skip
+
+
+def same_data(before: Path, now: dict[str, Any]) -> None:
+    """Refuse to go on with a run on other data than it began with; else note what it is.
+
+    Raises:
+        InvalidRequest: the data changed.
+    """
+    text = json.dumps(now, indent=1, ensure_ascii=False, default=str)
+    if not before.exists():
+        before.write_text(text, "utf-8")
+    elif before.read_text("utf-8") != text:
+        raise InvalidRequest(
+            f"{before.parent}: its data changed since the run began ({before.name} tells)"
+        )

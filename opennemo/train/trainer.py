@@ -1,0 +1,362 @@
+"""The one loop: batches in, a model out, for every objective, and for one process or many.
+
+What makes resuming exact is that a step is a function of the seed, its number and the state: its
+rows, its learning rate and its random numbers (set from the seed and the number) all are, and the
+state is what a checkpoint holds. So a run that was killed goes on to the very bits of one that was
+not. The gradient of a step is the sum of its losses over the number of its units, however they are
+divided into passes and over ranks.
+
+It does not know files of models (`run.py`), nor the engine: who wants samples passes a function in.
+"""
+
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+from opennemo.errors import OpenNemoError
+from opennemo.model.quantization import observers, set_qat_
+from opennemo.model.transformer import Transformer
+from opennemo.tokenizer.tokenizer import Tokenizer
+from opennemo.train.checkpoints import Checkpoints
+from opennemo.train.config import Recipe
+from opennemo.train.metrics import Display, Log, matmul_flops
+from opennemo.train.objectives import next_token, objective, sequence_log_probs
+from opennemo.train.optim import clip, optimizers, rate, set_rate
+from opennemo.train.packing import IGNORED, Batch, ExampleRows, Rows, collate, step_rows
+from opennemo.train.setup import Setup
+
+Sample = Callable[[Transformer, Tokenizer], list[dict[str, Any]]]
+# How much of a static scale's largest magnitude a step forgets, so that one outlier of the first
+# steps does not cost precision for good: half of it is gone after 700 steps.
+FORGET = 0.999
+MAX_SKIPPED = 20  # steps in a row with a gradient that is not finite
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop, and its state is saved."""
+
+
+class Trainer:
+    """One run: make one, call `train`."""
+
+    def __init__(
+        self, recipe: Recipe, run: Path, setup: Setup, *, sample: Sample | None = None,
+        quiet: bool = False,
+    ):  # fmt: skip
+        """Continue the run in this folder from its last checkpoint, or begin it.
+
+        Args:
+            sample: answers for the log, made at evaluations by whoever has an engine.
+        """
+        self.recipe, self.run, self.setup, self.sample = recipe, run, setup, sample
+        self.rank, self.world = (
+            (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        )
+        self.model = setup.model
+        self.device = self.model.tok_embeddings.weight.device
+        self.quiet = quiet or self.rank > 0
+        self.objective = objective(recipe.objective, recipe.preference, setup.teacher)
+        self.optimizers = optimizers(self.model, recipe.optim)
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.seen = np.zeros(self.model.config.vocab_size, bool)  # ids that occurred
+        self.n_skipped = 0
+        self.stop = False
+        self.references: dict[int, np.ndarray] = {}  # by id of rows
+        self.checkpoints = Checkpoints(run / "checkpoints", keep=recipe.saving.keep)
+        self.step = 0
+        if self.checkpoints.latest() is not None:
+            self.step = self._load()
+
+    def train(self) -> None:
+        """Run to the last step, saving and evaluating on the way.
+
+        Raises:
+            Stopped: by SIGTERM; the same run goes on from there another time.
+            OpenNemoError: the gradient is not finite any more.
+        """
+        if self.recipe.objective == "preference":
+            self._compute_references()
+        log = None if self.rank else Log(self.run, self.step)
+        peak = matmul_flops(self.device, self._dtype) * self.world
+        display = Display(self.recipe.steps, self.step, quiet=self.quiet)
+        skipped_in_a_row = 0
+        with self._stop_on_signal(), display, ThreadPoolExecutor(1) as loader:
+            coming = loader.submit(self._batches, self.step)
+            for step in range(self.step, self.recipe.steps):
+                started = time.perf_counter()
+                batches = coming.result()
+                waited = time.perf_counter() - started
+                coming = loader.submit(self._batches, step + 1)
+                values = self._step(step, batches)
+                skipped_in_a_row = skipped_in_a_row + 1 if values["skipped"] else 0
+                self.step = step + 1
+                seconds = time.perf_counter() - started
+                n_tokens = self.world * sum(len(batch.tokens) for batch in batches)
+                values["tokens_per_second"] = n_tokens / seconds
+                values["mfu"] = self._flops(batches) * self.world / seconds / peak
+                values["waited_for_data"] = waited / seconds
+                if self._is_due(self.recipe.evaluation.every) and self.setup.valid is not None:
+                    values |= self.evaluate(self.setup.valid)
+                if log is not None:
+                    log.write(step, values)
+                display.step(self.step, values)
+                if skipped_in_a_row > MAX_SKIPPED:
+                    raise OpenNemoError(
+                        f"step {step}: {skipped_in_a_row} steps in a row with a gradient that is "
+                        "not finite; begin anew with a lower optim.lr or a longer optim.warmup"
+                    )
+                self._tell(display, step, values)
+                stop = self._agreed_to_stop()
+                if stop or self._is_due(self.recipe.saving.every):
+                    self.checkpoints.save(self.step, self._state(), wait=stop)
+                if stop and self.step < self.recipe.steps:
+                    raise Stopped(f"stopped after step {self.step:,}, which is saved")
+            self.checkpoints.wait()
+        if log is not None:
+            log.close()
+
+    def _step(self, step: int, batches: list[Batch]) -> dict[str, float]:
+        """One update of the weights; what it was like."""
+        recipe = self.recipe
+        torch.manual_seed(_mix(recipe.seed, step, self.rank))
+        if recipe.qat is not None:
+            share = step / recipe.steps
+            set_qat_(
+                self.model, rounds=share >= recipe.qat.start, observe=share < recipe.qat.freeze
+            )
+        self.model.train()
+        units = float(self._sum(torch.tensor(float(sum(b.n_units for b in batches)))))
+        totals: dict[str, Tensor] = {}
+        for batch in batches:
+            batch = batch.to(self.device)
+            with self._precision():
+                loss, sums = self.objective(self.model, batch)
+            # Ranks average their gradients; together they are to be the sum over all units.
+            (loss * (self.world / units)).backward()
+            for name, value in {"loss": loss, **sums}.items():
+                totals[name] = totals.get(name, 0) + value.detach()
+        self._average_gradients()
+        norm = clip(self.parameters, recipe.optim.clip)
+        values = {name: float(self._sum(total)) / units for name, total in totals.items()}
+        lr = rate(step, recipe.steps, recipe.optim)
+        skipped = not (math.isfinite(float(norm)) and math.isfinite(values["loss"]))
+        if skipped:
+            self.n_skipped += 1
+        else:
+            set_rate(self.optimizers, lr)
+            for optimizer in self.optimizers:
+                optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        if recipe.qat is not None:
+            self._settle_scales(step)
+        return {**values, "lr": lr, "grad_norm": float(norm), "skipped": float(skipped)}
+
+    @torch.no_grad()
+    def evaluate(self, rows: Rows) -> dict[str, float]:
+        """Losses on held-out rows, named `valid_...`."""
+        model, recipe = self.model.eval(), self.recipe
+        n_rows = min(recipe.data.valid_rows, getattr(rows, "__len__", lambda: 1 << 30)())
+        totals: dict[str, float] = {}
+        for index in range(self.rank, n_rows, self.world):
+            batch = self._collate(rows, [index]).to(self.device)
+            with self._precision():
+                loss, sums = (
+                    self.objective(model, batch)
+                    if recipe.objective == "preference"
+                    else next_token(model, batch)
+                )
+            targets = batch.targets[batch.targets != IGNORED].cpu().numpy()
+            found = {"loss": loss, **sums, "units": batch.n_units}
+            found["bytes"] = int(self.setup.token_bytes[targets].sum())
+            for name, value in found.items():
+                totals[name] = totals.get(name, 0.0) + float(value)
+        totals = {name: float(self._sum(torch.tensor(v).double())) for name, v in totals.items()}
+        units, n_bytes = totals.pop("units"), totals.pop("bytes")
+        values = {f"valid_{name}": value / units for name, value in totals.items()}
+        if recipe.objective != "preference" and n_bytes:
+            values["valid_bits_per_byte"] = totals["loss"] / n_bytes / math.log(2)
+        return values
+
+    def unseen(self) -> list[int]:
+        """Ids of the vocabulary that have not occurred so far."""
+        return np.flatnonzero(~self.seen[: self.setup.tokenizer.vocab_size]).tolist()
+
+    def _batches(self, step: int) -> list[Batch]:
+        """What this rank computes in a step, one batch a pass."""
+        data = self.recipe.data
+        rows = step_rows(step, data.rows, self.rank, self.world)
+        size = min(data.micro_rows, len(rows))
+        parts = [rows[i : i + size] for i in range(0, len(rows), size)]
+        batches = [self._collate(self.setup.train, part) for part in parts]
+        for batch in batches:
+            self.seen[batch.tokens.numpy()] = True
+        return batches
+
+    def _collate(self, rows: Rows, indices: Any) -> Batch:
+        found = [rows[index] for index in indices]
+        return collate(found, self.model.config.sliding_window, self.references.get(id(rows)))
+
+    @torch.no_grad()
+    def _compute_references(self) -> None:
+        """What the model thought of each pair before it learned; kept in the run's folder."""
+        self.model.eval()
+        if self.recipe.qat is not None:
+            set_qat_(self.model, rounds=False, observe=False)
+        named = {"train": self.setup.train, "valid": self.setup.valid}
+        for name, rows in named.items():
+            if not isinstance(rows, ExampleRows):
+                continue
+            file = self.run / f"reference-{name}.npy"
+            if file.exists():
+                self.references[id(rows)] = np.load(file, allow_pickle=False)
+                continue
+            if self.step:
+                raise OpenNemoError(f"{file} is missing, and the model has changed since")
+            found = np.zeros((len(rows.units), 2), np.float32)
+            display = Display(len(rows), 0, quiet=self.quiet)
+            display.say(f"Reference log-probabilities of {len(rows.units):,} pairs")
+            with display:
+                for index in range(len(rows)):
+                    row = rows[index]
+                    batch = collate([row], self.model.config.sliding_window).to(self.device)
+                    with self._precision():
+                        log_probs, _ = sequence_log_probs(self.model, batch)
+                    found[row.units] = log_probs.float().cpu().numpy().reshape(-1, 2)
+                    display.step(index + 1, {})
+            if not self.rank:
+                partial = file.with_suffix(".partial.npy")
+                np.save(partial, found)
+                partial.rename(file)
+            self.references[id(rows)] = found
+
+    def _settle_scales(self, step: int) -> None:
+        """Bring ranks' static scales together, and let them forget a little."""
+        qat, found = self.recipe.qat, observers(self.model)
+        assert qat is not None
+        if not found or step / self.recipe.steps >= qat.freeze:
+            return
+        with torch.no_grad():
+            for largest in found.values():
+                if self.world > 1:
+                    dist.all_reduce(largest, dist.ReduceOp.MAX)
+                largest.mul_(FORGET)
+
+    def _state(self) -> dict[str, Any]:
+        """All that a checkpoint holds, as references to what is there."""
+        model = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        options = StateDictOptions(ignore_frozen_params=True)
+        return {
+            "model": model | observers(self.model),
+            "optim": get_optimizer_state_dict(self.model, self.optimizers, options=options),
+            "seen": torch.from_numpy(self.seen),
+            "trainer": {"step": self.step, "skipped": self.n_skipped},
+        }
+
+    def _load(self) -> int:
+        state = self._state()
+        step = self.checkpoints.load(state)
+        options = StateDictOptions(ignore_frozen_params=True)
+        set_optimizer_state_dict(self.model, self.optimizers, state["optim"], options=options)
+        self.n_skipped = state["trainer"]["skipped"]
+        return step
+
+    def _tell(self, display: Display, step: int, values: dict[str, float]) -> None:
+        """What is worth a line of its own."""
+        if values["skipped"]:
+            display.say(f"step {step}: the gradient is not finite; the step is skipped")
+        held_out = {k: v for k, v in values.items() if k.startswith("valid_")}
+        if held_out:
+            told = "  ".join(f"{k.removeprefix('valid_')} {v:.4f}" for k, v in held_out.items())
+            display.say(f"step {self.step:,}  held out: {told}")
+        if self.sample is not None and not self.rank and self._is_due(self.recipe.evaluation.every):
+            with (self.run / "samples.jsonl").open("a", encoding="utf-8") as file:
+                for answer in self.sample(self.model, self.setup.tokenizer):
+                    file.write(json.dumps({"step": step, **answer}, ensure_ascii=False) + "\n")
+        if self.step == self.recipe.steps and (unseen := self.unseen()):
+            shown = ", ".join(repr(self.setup.tokenizer.decode([id])) for id in unseen[:5])
+            display.say(
+                f"{len(unseen):,} of {self.setup.tokenizer.vocab_size:,} ids never occurred, so "
+                f"their rows are as they were at first: {shown}{' ...' * (len(unseen) > 5)}"
+            )
+
+    def _is_due(self, every: int) -> bool:
+        return self.step == self.recipe.steps or bool(every and self.step % every == 0)
+
+    def _flops(self, batches: list[Batch]) -> float:
+        """Operations of a step by the usual count: 6 a weight and token, and attention's."""
+        config = self.model.config
+        weights = sum(p.numel() for n, p in self.model.named_parameters() if p.dim() == 2)
+        if not config.tied_embeddings:
+            weights -= config.vocab_size * config.dim
+        width = config.n_layers * config.n_heads * config.head_dim
+        total = 0.0
+        for batch in batches:
+            pairs = float(batch.cu_seqlens.diff().double().square().sum()) / 2  # causal
+            total += 6.0 * weights * len(batch.tokens) + 12.0 * width * pairs
+        return total
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
+
+    def _precision(self) -> Any:
+        """bf16 on a GPU; on a CPU, where that is emulated, float32."""
+        if self.device.type == "cuda":
+            return torch.autocast("cuda", torch.bfloat16)
+        return nullcontext()
+
+    def _average_gradients(self) -> None:
+        """Where nothing else does."""
+        if self.world > 1:
+            for parameter in self.parameters:
+                if parameter.grad is not None:
+                    dist.all_reduce(parameter.grad)
+                    parameter.grad /= self.world
+
+    def _sum(self, value: Tensor) -> Tensor:
+        """Over all ranks."""
+        if self.world > 1:
+            value = value.to(self.device)
+            dist.all_reduce(value)
+        return value
+
+    def _agreed_to_stop(self) -> bool:
+        return bool(self._sum(torch.tensor(float(self.stop))) > 0)
+
+    @contextmanager
+    def _stop_on_signal(self) -> Iterator[None]:
+        def stop(_number: int, _frame: FrameType | None) -> None:
+            self.stop = True
+
+        try:
+            before = signal.signal(signal.SIGTERM, stop)
+        except ValueError:  # not the main thread: whoever runs us there stops us otherwise
+            yield
+            return
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _mix(*numbers: int) -> int:
+    """One seed of several."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)

@@ -1,0 +1,266 @@
+"""One loop for every objective: it learns, it resumes to the bit, and it says what is wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from opennemo.errors import InvalidRequest, OpenNemoError
+from opennemo.llm import answer_all
+from opennemo.model.attention import Packed
+from opennemo.model.checkpoint import load
+from opennemo.model.lora import load_adapter
+from opennemo.train.metrics import read_metrics
+from opennemo.train.run import train
+from opennemo.train.setup import Setup
+from opennemo.train.trainer import Trainer
+
+
+def weights(run: Path, name: str = "model") -> dict[str, torch.Tensor]:
+    return dict(load(run / name).named_parameters())
+
+
+@pytest.mark.parametrize("objective", ["text", "chat"])
+def test_a_run_learns_and_leaves_a_model_that_loads(make_recipe, tmp_path, objective):
+    recipe = make_recipe(objective, steps=40, evaluation={"every": 20})
+    made = train(recipe, tmp_path / "run", quiet=True)
+    records = read_metrics(tmp_path / "run")
+    assert [r["step"] for r in records] == list(range(40))
+    assert records[-1]["loss"] < 0.8 * records[0]["loss"]
+    held_out = [r["valid_loss"] for r in records if "valid_loss" in r]
+    assert len(held_out) == 2 and held_out[1] < held_out[0]
+    model = load(made["model"])
+    tokens = torch.arange(10)
+    assert model(tokens, Packed.of(10)).isfinite().all()
+    card = (made["model"] / "README.md").read_text()
+    assert "| steps | 40 of 2 rows of 128 tokens |" in card and f"{records[-1]['loss']:.4f}" in card
+
+
+CASES = {
+    "text": {},
+    "chat": {},
+    "preference": {},
+    "muon": {"optim": {"name": "muon"}},
+    "qat": {"qat": {"format": "fp8-static", "kv": True, "start": 0.3, "freeze": 0.7}},
+}
+
+
+def recipe_of(case: str, make_recipe):
+    objective = case if case in ("text", "chat", "preference") else "text"
+    return make_recipe(objective, **CASES[case])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_resumed_is_uninterrupted_bit_for_bit(make_recipe, tmp_path, case, monkeypatch):
+    recipe = recipe_of(case, make_recipe)
+    train(recipe, tmp_path / "whole", quiet=True)
+    step, n_steps = Trainer._step, 0
+
+    def dies_in_the_third(self, *args):
+        nonlocal n_steps
+        n_steps += 1
+        if n_steps == 4:
+            raise KeyboardInterrupt
+        return step(self, *args)
+
+    monkeypatch.setattr(Trainer, "_step", dies_in_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, tmp_path / "resumed", quiet=True)
+    monkeypatch.undo()
+    train(recipe, tmp_path / "resumed", quiet=True)
+    expected, found = weights(tmp_path / "whole"), weights(tmp_path / "resumed")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    times = ("tokens_per_second", "mfu", "waited_for_data")
+    records = [
+        [{k: v for k, v in r.items() if k not in times} for r in read_metrics(tmp_path / run)]
+        for run in ("whole", "resumed")
+    ]
+    assert records[0] == records[1] and len(records[0]) == recipe.steps
+
+
+def test_what_was_learned_in_fp8_is_what_is_stored(make_recipe, tmp_path):
+    """Logits of the training model equal those of the folder, read back, in float32."""
+    recipe = recipe_of("qat", make_recipe)
+    setup = Setup.make(recipe, torch.device("cpu"))
+    Trainer(recipe, tmp_path, setup, quiet=True)
+    made = train(recipe, tmp_path / "run", quiet=True)
+    setup = Setup.make(recipe, torch.device("cpu"))
+    trainer = Trainer(recipe, tmp_path / "run", setup, quiet=True)
+    assert trainer.step == recipe.steps
+    tokens = torch.arange(64) * 5 % 320
+    trained = setup.model.eval()(tokens, Packed.of(40, 24))
+    stored = load(made["fp8-static"])
+    assert torch.equal(stored(tokens, Packed.of(40, 24)), trained)
+    plain = load(made["model"])
+    assert not torch.equal(plain(tokens, Packed.of(40, 24)), trained)
+
+
+def test_micro_batches_add_up_to_the_whole(make_recipe, tmp_path):
+    losses = []
+    for size in (1, 4):
+        recipe = make_recipe(steps=3, data={"rows": 4, "micro_rows": size}, optim={"clip": 0.0})
+        train(recipe, tmp_path / str(size), quiet=True)
+        losses.append([(r["loss"], r["grad_norm"]) for r in read_metrics(tmp_path / str(size))])
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+
+
+def test_preferences_are_learned(make_recipe, tmp_path):
+    recipe = make_recipe("preference", steps=30, preference={"beta": 0.5, "sft": 0.1})
+    train(recipe, tmp_path / "run", quiet=True)
+    records = read_metrics(tmp_path / "run")
+    assert records[0]["margin"] == pytest.approx(0, abs=1e-4)
+    assert records[0]["loss"] > np.log(2) > records[-1]["loss"]
+    assert records[-1]["accuracy"] == 1 and records[-1]["margin"] > 1
+
+
+def start(folder: Path, recipe_file: Path) -> subprocess.Popen:
+    command = [
+        sys.executable,
+        "-m",
+        "opennemo.cli",
+        "train",
+        str(recipe_file),
+        "--run",
+        str(folder),
+    ]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.fixture
+def recipe_file(make_recipe, tmp_path, shards, tokenizer_folder) -> Path:
+    path = tmp_path / "recipe.toml"
+    path.write_text(
+        f"""
+        steps = 60
+        device = "cpu"
+        model = {{ shape = "tiny", tokenizer = "{tokenizer_folder}" }}
+        saving = {{ every = 5 }}
+        [data]
+        train = [{{ path = "{shards["train"]}" }}]
+        window = 256
+        rows = 8
+        micro_rows = 1
+        """
+    )
+    return path
+
+
+def wait_for_step(run: Path, step: int) -> None:
+    for _ in range(600):
+        path = run / "metrics.jsonl"
+        if path.exists() and len(path.read_text().splitlines()) >= step:
+            return
+        time.sleep(0.05)
+    raise AssertionError("the run did not get going")
+
+
+def test_signals_and_kills_cost_nothing(recipe_file, tmp_path):
+    whole = start(tmp_path / "whole", recipe_file)
+    out, err = whole.communicate(timeout=240)
+    assert whole.returncode == 0, err
+    assert f"Wrote the model to {tmp_path / 'whole' / 'model'}" in out
+    for number, code, word in ((signal.SIGTERM, 143, "is saved"), (signal.SIGKILL, -9, "")):
+        process = start(tmp_path / "run", recipe_file)
+        wait_for_step(tmp_path / "run", 12 if number == signal.SIGTERM else 30)
+        os.kill(process.pid, number)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == code, err
+        assert word in err and "Traceback" not in err
+    process = start(tmp_path / "run", recipe_file)
+    _, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    expected, found = weights(tmp_path / "whole"), weights(tmp_path / "run")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    again = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert again["step"] == 59
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_and_counted(make_recipe, tmp_path, monkeypatch):
+    recipe = make_recipe(steps=5)
+    step = Trainer._step
+
+    def poisoned(self, number, batches):
+        weight = self.model.layers[0].feed_forward.w2.weight
+        kept = weight.detach().clone()
+        if number == 2:
+            weight.data.fill_(float("nan"))
+        values = step(self, number, batches)
+        if number == 2:
+            weight.data.copy_(kept)
+        return values
+
+    monkeypatch.setattr(Trainer, "_step", poisoned)
+    train(recipe, tmp_path / "run", quiet=True)
+    records = read_metrics(tmp_path / "run")
+    assert [r["skipped"] for r in records] == [0, 0, 1, 0, 0]
+    assert records[2]["loss"] is None and records[3]["loss"] is not None
+
+
+def test_a_run_keeps_to_its_recipe_and_its_data(make_recipe, tmp_path):
+    train(make_recipe(steps=2), tmp_path / "run", quiet=True)
+    with pytest.raises(InvalidRequest, match=r"optim\.lr was 0\.003 and is 0\.1"):
+        train(make_recipe(steps=2, optim={"lr": 0.1}), tmp_path / "run", quiet=True)
+    (tmp_path / "run" / "data.json").write_text("{}")
+    with pytest.raises(InvalidRequest, match="data changed"):
+        train(make_recipe(steps=2), tmp_path / "run", quiet=True)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").write_text("")
+    with pytest.raises(InvalidRequest, match="holds no run"):
+        train(make_recipe(steps=2), tmp_path / "other", quiet=True)
+
+
+def test_ids_that_never_occur_are_told(make_recipe, tmp_path, capsys):
+    recipe = make_recipe(steps=2)
+    setup = Setup.make(recipe, torch.device("cpu"))
+    (tmp_path / "run").mkdir()
+    trainer = Trainer(recipe, tmp_path / "run", setup)
+    trainer.train()
+    unseen = trainer.unseen()
+    assert unseen and 64 + ord("e") not in unseen
+    assert f"{len(unseen):,} of 320 ids never occurred" in capsys.readouterr().err
+
+
+def test_a_run_that_only_diverges_ends_with_a_reason(make_recipe, tmp_path, monkeypatch):
+    recipe = make_recipe(steps=40)
+    setup = Setup.make(recipe, torch.device("cpu"))
+    setup.model.get_parameter("norm.weight").data.fill_(float("nan"))
+    (tmp_path / "run").mkdir()
+    with pytest.raises(OpenNemoError, match="in a row"):
+        Trainer(recipe, tmp_path / "run", setup, quiet=True).train()
+
+
+def test_samples_are_drawn_at_evaluations_by_who_passes_the_function(make_recipe, tmp_path):
+    asked = [([{"role": "user", "content": "Say red 1"}], [])]
+    recipe = make_recipe("chat", steps=6, evaluation={"every": 3}, qat={"format": "int8"})
+    train(
+        recipe, tmp_path / "run", quiet=True,
+        sample=lambda model, tokenizer: answer_all(model, tokenizer, asked, max_tokens=4),
+    )  # fmt: skip
+    lines = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").open()]
+    assert [line["step"] for line in lines] == [2, 5]
+    assert all(line["role"] == "assistant" for line in lines)
+    alone = make_recipe("chat", steps=6, evaluation={"every": 3}, qat={"format": "int8"})
+    train(alone, tmp_path / "alone", quiet=True)
+    expected, found = weights(tmp_path / "alone"), weights(tmp_path / "run")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_an_adapter_is_learned_and_read_back(make_recipe, tmp_path):
+    base = train(make_recipe("chat", steps=1), tmp_path / "base", quiet=True)["model"]
+    recipe = make_recipe(
+        "chat", steps=6, model={"path": str(base), "shape": None, "tokenizer": None},
+        lora={"rank": 4, "alpha": 8.0},
+    )  # fmt: skip
+    made = train(recipe, tmp_path / "run", quiet=True)
+    model = load(base)
+    adapter = load_adapter(made["adapter"], model)
+    assert len(adapter.weights) == 7 * model.config.n_layers
+    assert any(b.any() for _, b in adapter.weights.values())
+    assert "LoRA of rank 4" in (made["adapter"] / "README.md").read_text()
