@@ -36,6 +36,7 @@ from opennemo.tokenizer.tokenizer import Tokenizer
 FORMAT = "opennemo shards 1"
 IDS, ENDS = np.dtype("<u4"), np.dtype("<i8")
 SHARD_TOKENS = 1 << 26  # 256 MiB of ids
+GOLDEN, WORD = 0x9E3779B97F4A7C15, (1 << 64) - 1
 ROUNDS = 8  # of the permutation; with 4, short ones are measurably uneven
 
 
@@ -308,10 +309,9 @@ class _Shards:
 
     def read(self, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens begin to end: ids (T,) uint32, and how they fall into documents (S,) int64."""
-        pieces = list(self._pieces(begin, end))
-        ids, lengths = zip(*pieces, strict=True)
+        ids, lengths = zip(*self._pieces(begin, end), strict=True)
         # Copied in any case: what is mapped cannot be written to, which PyTorch wants to.
-        return np.concatenate(ids).astype(np.uint32, copy=False), np.concatenate(lengths)
+        return np.concatenate(ids, dtype=np.uint32), np.concatenate(lengths)
 
     def verify(self) -> None:
         """Compare every file with the SHA-256 in the index."""
@@ -334,10 +334,11 @@ class _Shards:
         while begin < end:
             start, stop = self._starts[shard], min(end, self._starts[shard + 1])
             ends = self._ends[shard]
-            first, last = np.searchsorted(ends, (begin - start, stop - start), "right")
-            borders = np.array([begin - start, *ends[first:last], stop - start], np.int64)
-            lengths = np.diff(borders)
-            yield self._ids[shard][begin - start : stop - start], lengths[lengths > 0]
+            first = ends.searchsorted(begin - start, "right")
+            last = ends.searchsorted(stop - start)  # the document that stop is in, or ends
+            borders = np.empty(last - first + 2, np.int64)
+            borders[0], borders[1:-1], borders[-1] = begin - start, ends[first:last], stop - start
+            yield self._ids[shard][begin - start : stop - start], borders[1:] - borders[:-1]
             begin, shard = stop, shard + 1
 
     def _map(self, shard: dict[str, Any], kind: str, dtype: np.dtype, count: str) -> np.ndarray:
@@ -360,7 +361,14 @@ def _permuted(place: int, n: int, key: int) -> int:
     while True:
         left, right = place >> half, place & mask
         for round in range(ROUNDS):
-            left, right = right, left ^ _key(key, round, right) & mask
+            left, right = right, left ^ _mixed(key + round * GOLDEN ^ right) & mask
         place = left << half | right
         if place < n:  # else go on: what lies outside leads back inside
             return place
+
+
+def _mixed(x: int) -> int:
+    """64 bits each of which hangs on each of x's, as in splitmix64."""
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & WORD
+    x = (x ^ x >> 27) * 0x94D049BB133111EB & WORD
+    return x ^ x >> 31
