@@ -1,6 +1,7 @@
 """Each stage does what it says and no more, the fast rules equal plain ones, copies are found."""
 
 import random
+import sys
 import sysconfig
 from collections import Counter
 from collections.abc import Sequence
@@ -9,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from opennemo.errors import InvalidRequest
+from opennemo.errors import InvalidRequest, OpenNemoError
 from opennemo.train.cleaning import (
     MAX_COMMONEST,
     MAX_REPEATED,
     MAX_REPEATED_LINE_CHARS,
     MAX_REPEATED_LINES,
+    STAGES,
     WORDS,
     Cleaning,
     Document,
@@ -89,6 +91,13 @@ def test_settings_that_make_no_sense_are_refused():
         Cleaning(stages=("nfc", "polish"))
     with pytest.raises(InvalidRequest, match="hold no text"):
         Cleaning(min_chars=9, max_chars=8)
+
+
+@pytest.mark.parametrize("library", ["ftfy", "py3langid", "rensa"])
+def test_a_missing_library_is_one_line(library: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(OpenNemoError, match=f"{library} is missing: .* pip install"):
+        stages(Cleaning(stages=STAGES))
 
 
 def plainly(text: str) -> str:

@@ -31,6 +31,16 @@ PARAGRAPHS = [
 SMALL: dict[str, Any] = {"tokenizer": Path(OWN), "shard_tokens": 5_000, "chunk_bytes": 6_000}
 
 
+# What test_any_number_of_workers_makes_the_same does, in a process of its own.
+PROGRAM = (
+    "import sys; from pathlib import Path\n"
+    "from opennemo.train.parts import *; from opennemo.train.preparation import *\n"
+    "prepare(Plan(inputs=(Path(sys.argv[1]),), out=Path(sys.argv[2]),"
+    f" cleaning=Cleaning(stages={STAGES}), tokenizer=Path({OWN!r}),"
+    f" shard_tokens={SMALL['shard_tokens']}, chunk_bytes={SMALL['chunk_bytes']}), workers=2)"
+)
+
+
 def row(text: str, **fields: str) -> str:
     return json.dumps({"text": text, **fields}) + "\n"
 
@@ -154,14 +164,7 @@ def test_killed_it_goes_on_to_the_same_bytes(
     texts: Path, expected: dict[str, bytes], tmp_path: Path
 ):
     out = tmp_path / "shards"
-    program = (
-        "import sys; from pathlib import Path\n"
-        "from opennemo.train.parts import *; from opennemo.train.preparation import *\n"
-        "prepare(Plan(inputs=(Path(sys.argv[1]),), out=Path(sys.argv[2]),"
-        f" cleaning=Cleaning(stages={STAGES}), tokenizer=Path({OWN!r}),"
-        f" shard_tokens={SMALL['shard_tokens']}, chunk_bytes={SMALL['chunk_bytes']}), workers=2)"
-    )
-    process = subprocess.Popen([sys.executable, "-c", program, texts, out])
+    process = subprocess.Popen([sys.executable, "-c", PROGRAM, texts, out])
     parts = out / "parts"
     deadline = time.monotonic() + 100
     while len(list(parts.glob("*.npz"))) < 3 and process.poll() is None:
@@ -187,36 +190,67 @@ def test_killed_it_goes_on_to_the_same_bytes(
     assert files(out) == expected
 
 
-def command(*arguments: str | Path, limit: int | None = None) -> subprocess.CompletedProcess[str]:
-    """`opennemo tokenize`, where no file may grow beyond `limit` bytes: a disk that is full."""
+def run(*arguments: str | Path, limit: int | None = None) -> subprocess.CompletedProcess[str]:
+    """Python, where no file may grow beyond `limit` bytes: a disk that is full."""
 
     def set_limit() -> None:
         if limit is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
     return subprocess.run(
-        [sys.executable, "-m", "opennemo.cli", "tokenize", *arguments, "--tokenizer", OWN],
+        [sys.executable, *arguments],
         capture_output=True, text=True, timeout=100, preexec_fn=set_limit,
     )  # fmt: skip
 
 
 def test_a_full_disk_is_one_line_and_the_same_command_goes_on(texts: Path, tmp_path: Path):
-    arguments = (texts, "--out", tmp_path / "full", "--shard-tokens", "20000")
-    for workers, limit in (("1", 20_000), ("2", 20_000), ("1", 60_000)):
-        failed = command(*arguments, "--workers", workers, limit=limit)
+    out, undisturbed = tmp_path / "full", tmp_path / "undisturbed"
+    command = ("-m", "opennemo.cli", "tokenize", texts, "--out", out, "--tokenizer", OWN)
+    for workers in ("1", "2"):
+        failed = run(*command, "--workers", workers, limit=20_000)
         assert failed.returncode == 2, failed.stderr
         said = failed.stderr.strip().splitlines()[-1]
         assert said.startswith("opennemo: ") and "no room to write (File too large)" in said
         assert "Traceback" not in failed.stderr
-        assert not list((tmp_path / "full").glob("**/.*")), "half a file is left"
-        assert not (tmp_path / "full" / "index.json").exists()
-    done = command(*arguments)
+        assert [path.name for path in out.rglob("*") if path.is_file()] == ["plan.json"]
+    done = run(*command)
     assert done.returncode == 0, done.stderr
     assert "tokens of" in done.stdout and "left out: empty" in done.stdout
     assert "1 lines were not" in done.stderr
-    undisturbed = tmp_path / "undisturbed"
-    prepare(Plan(inputs=(texts,), out=undisturbed, tokenizer=Path(OWN), shard_tokens=20_000))
-    assert files(tmp_path / "full") == files(undisturbed)
+    prepare(Plan(inputs=(texts,), out=undisturbed, tokenizer=Path(OWN)))
+    assert files(out) == files(undisturbed)
+
+
+def test_the_disk_may_fill_while_shards_are_written(
+    texts: Path, expected: dict[str, bytes], tmp_path: Path
+):
+    largest = max(len(data) for name, data in expected.items() if name.endswith("ids"))
+    failed = run("-c", PROGRAM, texts, tmp_path / "out", limit=largest - 1)
+    assert failed.returncode == 1 and "no room to write" in failed.stderr.splitlines()[-1]
+    left = files(tmp_path / "out")
+    assert "index.json" not in left and len([name for name in left if ".npz" in name]) > 10
+    assert run("-c", PROGRAM, texts, tmp_path / "out").returncode == 0
+    assert files(tmp_path / "out") == expected
+
+
+def test_tables_and_urls(texts: Path, tmp_path: Path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    fsspec = pytest.importorskip("fsspec")
+    rows = [json.loads(line) for line in (texts / "000.jsonl").read_text().splitlines()]
+    table = pyarrow.Table.from_pylist(rows)
+    parquet.write_table(table, tmp_path / "rows.parquet", row_group_size=5)
+    fsspec.filesystem("memory").pipe("/texts/rows.jsonl", (texts / "000.jsonl").read_bytes())
+    made = []
+    for name, source in (
+        ("lines", texts / "000.jsonl"),
+        ("table", tmp_path / "rows.parquet"),
+        ("url", "memory://texts/rows.jsonl"),
+    ):
+        prepare(Plan(inputs=(source,), out=tmp_path / name, **SMALL))
+        made.append(files(tmp_path / name))
+        report = json.loads(made[-1].pop("report.json"))
+        assert [Path(file).name for file, _ in report["inputs"]] == [Path(source).name]
+    assert made[0] == made[1] == made[2]
 
 
 def test_what_is_wrong_with_a_request_is_said_in_one_line(
