@@ -129,17 +129,20 @@ def read_examples(
     Raises:
         InvalidRequest: a file cannot be read at all. Bad lines are in the report.
     """
-    return _read(paths, _Reader(tokenizer, max_tokens), processes)
+    return _read(paths, Reader(tokenizer, max_tokens), processes)
 
 
 def read_pairs(
     paths: Sequence[Path], tokenizer: Tokenizer, *, max_tokens: int, processes: int | None = None
 ) -> tuple[list[Pair], Report]:
-    """All preferences of some files; arguments and errors as for `read_examples`."""
-    return _read(paths, _Reader(tokenizer, max_tokens, pairs=True), processes)
+    """All preferences of some files, both answers of each together at most `max_tokens` long.
+
+    Arguments and errors as for `read_examples`.
+    """
+    return _read(paths, Reader(tokenizer, max_tokens, pairs=True), processes)
 
 
-class _Reader:
+class Reader:
     """What turns lines into examples, or into pairs."""
 
     def __init__(self, tokenizer: Tokenizer, max_tokens: int, *, pairs: bool = False):
@@ -179,6 +182,10 @@ class _Reader:
             # A rejected answer may be wrong in any way.
             conversation = checked([*context, *answer], tools, strict=not sides)
             sides.append(self._encode([*context, *answer], tools))
+        if (n_tokens := sum(len(side.ids) for side in sides)) > self.max_tokens:
+            raise InvalidRequest(
+                f"{n_tokens:,} tokens on both sides, more than max_tokens {self.max_tokens:,}"
+            )
         self._count(report, row, conversation, sides)
         return [Pair(*sides)]
 
@@ -200,9 +207,7 @@ class _Reader:
             report.languages[language] += 1
 
 
-def _read(
-    paths: Sequence[Path], reader: "_Reader", processes: int | None
-) -> tuple[list[Any], Report]:
+def _read(paths: Sequence[Path], reader: Reader, processes: int | None) -> tuple[list[Any], Report]:
     if processes is None:
         large = sum(path.stat().st_size for path in paths if path.is_file()) > WORTH_PROCESSES
         processes = (os.cpu_count() or 1) if large else 1
@@ -224,14 +229,14 @@ def _read(
 
 
 def _read_share(
-    paths: Sequence[Path], reader: "_Reader", rank: int, n_ranks: int
+    paths: Sequence[Path], reader: Reader, rank: int, n_ranks: int
 ) -> list[tuple[list[Any], Report]]:
     """Every nth batch of lines; going through the others, too, costs next to nothing."""
-    mine = (batch for i, batch in enumerate(_batches(paths)) if i % n_ranks == rank)
+    mine = (batch for i, batch in enumerate(batches_of_lines(paths)) if i % n_ranks == rank)
     return [reader.read(file, lines) for file, lines in mine]
 
 
-def _batches(paths: Iterable[Path]) -> Iterator[tuple[str, list[tuple[int, bytes]]]]:
+def batches_of_lines(paths: Iterable[Path]) -> Iterator[tuple[str, list[tuple[int, bytes]]]]:
     """Lines with their numbers, some of a file at a time; of an empty file one empty line."""
     for path in paths:
         if not path.is_file():

@@ -1,0 +1,165 @@
+"""What is wrong in chat files is found, repaired where it can be, and a run's needs are right."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from opennemo.cli import main
+from opennemo.errors import InvalidRequest
+from opennemo.model.attention import Packed
+from opennemo.model.lora import add_lora_
+from opennemo.model.transformer import ModelConfig, Transformer
+from opennemo.tokenizer.ranks import OWN, open_tokenizer
+from opennemo.train.conversations import Report, read_examples, read_pairs
+from opennemo.train.validation import Effort, fix, validate
+
+ASK, SAY = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
+OLD = {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}}
+RESULT = {"role": "tool", "content": "1"}
+# What a line says, and what of its messages is good.
+LINES: list[tuple[dict | str, list[dict] | None]] = [
+    ({"messages": [ASK, SAY], "lang": "en"}, [ASK, SAY]),
+    ({"messages": [ASK, SAY, ASK]}, [ASK, SAY]),
+    ({"messages": [ASK, SAY, ASK, {**SAY, "content": ""}], "lang": "en"}, [ASK, SAY]),
+    ({"messages": [ASK, SAY, RESULT, SAY]}, [ASK, SAY]),
+    ({"messages": [{**ASK, "role": "human"}, {**SAY, "role": "GPT"}]}, [ASK, SAY]),
+    (
+        {"messages": [ASK, OLD, {**RESULT, "role": "function"}, SAY], "functions": [{"name": "f"}]},
+        [ASK, {**CALL, "content": None}, RESULT, SAY],
+    ),
+    ({"messages": [ASK, SAY, ASK, CALL, RESULT, SAY]}, [ASK, SAY]),
+    ({"conversations": [{"from": "gpt", "value": "Hello!"}, {"from": "human", "value": "Hi"}]},
+     [SAY]),
+    ({"messages": [ASK, SAY, ASK, {**SAY, "content": "word " * 500}, ASK, SAY]}, [ASK, SAY]),
+    ({"messages": [ASK, {**SAY, "content": "word " * 500}]}, None),
+    ({"messages": [ASK]}, None),
+    ({"messages": [ASK, {**CALL, "tool_calls": [{"function": {"name": "f", "arguments": "x"}}]}],
+      "tools": [TOOL]}, None),
+    ("{", None),
+    ("[]", None),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return open_tokenizer(Path(OWN))
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "chat.jsonl"
+    lines = (line if isinstance(line, str) else json.dumps(line) for line, _ in LINES)
+    path.write_text("\n".join(lines))
+    return path
+
+
+def test_bad_lines_are_repaired_or_listed(tokenizer, file, tmp_path):
+    report = validate([file], tokenizer, 128)
+    assert [line.line for line in report.bad] == list(range(2, len(LINES) + 1))
+    out = tmp_path / "fixed.jsonl"
+    left_out = fix([file], out, report, tokenizer, 128)
+    good = [messages for _, messages in LINES if messages is not None]
+    assert [line.line for line in left_out] == [
+        i for i, (_, messages) in enumerate(LINES, 1) if messages is None
+    ]
+    fixed = out.read_text().splitlines()
+    assert fixed[0] == json.dumps(LINES[0][0])  # as it was, byte for byte
+    rows = [json.loads(line) for line in fixed]
+    assert [row["messages"] for row in rows] == good
+    assert rows[2]["lang"] == "en" and rows[5]["tools"][0]["function"]["name"] == "f"
+    again = validate([out], tokenizer, 128)
+    assert not again.bad and again.n_conversations == len(good)
+    with pytest.raises(InvalidRequest, match="exists"):
+        fix([file], out, report, tokenizer, 128)
+
+
+def test_preferences_are_known_by_themselves(tokenizer, tmp_path):
+    rows = [
+        {"messages": [ASK], "chosen": "A", "rejected": "B"},
+        {"messages": [{**ASK, "role": "human"}], "chosen": "A", "rejected": "B"},
+        {"messages": [ASK], "chosen": "A", "rejected": "A"},
+    ]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    report = validate([file], tokenizer, 128)
+    assert [line.line for line in report.bad] == [2, 3] and len(report.lengths) == 2
+    left_out = fix([file], tmp_path / "out.jsonl", report, tokenizer, 128)
+    assert [line.line for line in left_out] == [3]
+    pairs, report = read_pairs([tmp_path / "out.jsonl"], tokenizer, max_tokens=128)
+    assert len(pairs) == 2 and not report.bad
+
+
+CONFIG = ModelConfig(
+    dim=96, n_layers=3, n_heads=6, n_kv_heads=2, head_dim=24, hidden_dim=320, vocab_size=300
+)
+
+
+@pytest.mark.parametrize("rank", [None, 8])
+def test_activations_are_what_a_step_keeps(rank: int | None):
+    model, n_tokens = Transformer(CONFIG), 256
+    if rank is not None:
+        add_lora_(model, rank=rank, alpha=rank, generator=torch.Generator())
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        hidden = model(torch.arange(n_tokens), Packed.of(n_tokens // 2, n_tokens // 2))
+    hidden.sum().backward()
+    effort = Effort.of(CONFIG, Report(lengths=[n_tokens]), n_tokens, rank)
+    assert sum(kept.values()) == pytest.approx(effort.n_bytes["activations of 256 tokens"], rel=0.1)
+
+
+def test_operations_are_those_that_pytorch_counts():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model, n_tokens = Transformer(CONFIG), 64
+    with FlopCounterMode(display=False) as counter:
+        # It does not count attention on a CPU; of tokens alone there is hardly any.
+        hidden = model(torch.arange(n_tokens), Packed.of(*[1] * n_tokens))
+        model.output(hidden).sum().backward()
+    report = Report(lengths=[1] * n_tokens, n_trained_tokens=n_tokens)
+    effort = Effort.of(CONFIG, report, n_tokens, None)
+    assert counter.get_total_flops() == pytest.approx(effort.n_operations, rel=0.01)
+    n_weights = sum(map(math.prod, (p.shape for p in model.parameters())))
+    assert effort.n_bytes["weights"] == 4 * n_weights
+    assert effort.n_bytes["what learns"] == 12 * n_weights
+
+
+def run(*arguments: object) -> int:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["opennemo", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit:
+            main()
+    return int(exit.value.code or 0)
+
+
+def test_the_commands(file, tmp_path, capsys):
+    assert run("validate-data", file, "--model", OWN, "--max-tokens", 128) == 1
+    out, err = capsys.readouterr()
+    assert "conversations 1\n" in out and "messages      2, with 0 tool calls" in out
+    assert "line 13: not JSON" in err and "13 bad lines; --fix OUT" in err
+    fixed = tmp_path / "fixed.jsonl"
+    assert run("validate-data", file, "--model", OWN, "--max-tokens", 128, "--fix", fixed) == 0
+    out, err = capsys.readouterr()
+    assert "8 lines repaired, 5 left out" in out and err.count("\n") == 5
+    tools = tmp_path / "tools.jsonl"
+    assert run("make-tool-data", tools, "--n", 5, "--split", "test") == 0
+    assert len(tools.read_text("utf-8").splitlines()) == 5
+    examples, report = read_examples([tools], open_tokenizer(Path(OWN)), max_tokens=8192)
+    assert len(examples) >= 5 and not report.bad
+    assert run("make-tool-data", tools) == 2
+    assert run("make-tool-data", tmp_path / "x", "--split", "both") == 2
+    assert run("validate-data", tmp_path / "nothing.jsonl", "--model", OWN) == 2
+    assert "no such file" in capsys.readouterr().err
