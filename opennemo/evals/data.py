@@ -1,0 +1,88 @@
+"""Where test data come from: the Hugging Face hub, or a folder given with --data.
+
+The folder is laid out like the hub (`cais/mmlu/README.md`, `cais/mmlu/anatomy/test.jsonl`, ...), by
+itself or as `hub/` in a folder that holds other files beside it (`mt_bench/question.jsonl`). With
+that folder as the working directory, the harness's own task files load it unchanged.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from opennemo.errors import InvalidRequest
+from opennemo.evals.runs import digest
+
+
+class Data:
+    """Test data, local or not."""
+
+    def __init__(self, folder: Path | None):
+        """Raises InvalidRequest if there is no such folder."""
+        self.folder = folder and folder.expanduser().resolve()
+        if self.folder and not self.folder.is_dir():
+            raise InvalidRequest(f"--data {folder}: there is no such folder")
+
+    def find(self, name: str, source: str) -> Path:
+        """A file beside the hub's tree; `source` tells where to get it.
+
+        Raises:
+            InvalidRequest: it is not there.
+        """
+        for folder in (self.folder, self.folder and self.folder.parent):
+            if folder and (folder / name).exists():
+                return folder / name
+        where = f"{name} is not in {self.folder}" if self.folder else f"{name} is needed"
+        raise InvalidRequest(f"{where}: get it from {source} and name its folder with --data")
+
+    def lines(self, name: str, source: str) -> list[dict[str, Any]]:
+        """The objects of a JSON lines file."""
+        return read_lines(self.find(name, source))
+
+    @contextmanager
+    def as_hub(self) -> Iterator[None]:
+        """Inside, the harness finds the folder's data sets, and the hub is not asked."""
+        if self.folder is None:
+            yield
+            return
+        import datasets.config
+        import huggingface_hub.constants
+
+        before, root = Path.cwd(), self.folder / "hub"
+        root = root if root.is_dir() else self.folder
+        hub: Any = huggingface_hub.constants
+        local: Any = datasets.config
+        flags = (hub.HF_HUB_OFFLINE, local.HF_HUB_OFFLINE, local.HF_DATASETS_CACHE)
+        hub.HF_HUB_OFFLINE = local.HF_HUB_OFFLINE = True
+        # What it has read once the library takes from its cache by name, whatever files say now.
+        files = [
+            (str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(root.rglob("*.*"))
+        ]
+        local.HF_DATASETS_CACHE = Path(local.HF_DATASETS_CACHE) / f"local-{digest(files)}"
+        os.chdir(root)
+        try:
+            yield
+        finally:
+            os.chdir(before)
+            hub.HF_HUB_OFFLINE, local.HF_HUB_OFFLINE, local.HF_DATASETS_CACHE = flags
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON lines file.
+
+    Raises:
+        InvalidRequest: it cannot be read; names the line.
+    """
+    try:
+        lines = path.read_text("utf-8").split("\n")  # not at U+2028, which texts may hold
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"{path}: {error}") from None
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            found += [json.loads(line)] if line.strip() else []
+        except ValueError as error:
+            raise InvalidRequest(f"{path}, line {number}: not JSON ({error})") from None
+    return found

@@ -1,0 +1,318 @@
+"""Conversations marked by another model: MT-Bench, and WildBench's score (Table 2).
+
+A judge sees a question and an answer and writes a mark; a mark that cannot be found, or does not
+come, is missing and counted, never guessed. Judges are biased (towards what stands first, what is
+long, and themselves), so three controls go with the marks: `repeats` marks each answer more than
+once; `duel` shows two models' answers in both orders and counts a win only if both agree;
+`calibrate` and `agree` say how far a judge can tell right from broken, and how it compares with
+marks that are given.
+
+MT-Bench: arXiv:2306.05685 and FastChat's prompts. WildBench: arXiv:2406.04770, its template v2.
+"""
+
+import random
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from opennemo.errors import OpenNemoError
+from opennemo.evals.data import Data
+from opennemo.evals.endpoint import Speaker
+from opennemo.evals.rows import Row, gather
+from opennemo.evals.runs import Run, digest
+
+FASTCHAT = "github.com/lm-sys/FastChat, fastchat/llm_judge/data"
+TEMPERATURE = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
+WITH_REFERENCE = {"math", "reasoning", "coding"}
+# WildBench's five kinds of tasks by primary tag, and what each weighs in its macro average.
+KINDS = {
+    "Creative Writing": "creative", "Editing": "creative", "Brainstorming": "creative",
+    "Role playing": "creative", "Others": "creative", "Reasoning": "planning",
+    "Planning": "planning", "Math": "maths", "Data Analysis": "maths",
+    "Information seeking": "information", "Advice seeking": "information",
+    "Coding & Debugging": "coding",
+}  # fmt: skip
+WEIGHTS = {"creative": 0.5, "planning": 1.25, "maths": 1.0, "information": 0.75, "coding": 1.25}
+ANNOUNCED = {
+    "MT-Bench": {"Mistral NeMo": 7.84, "Llama 3 8B": 6.85, "Mistral 7B": 6.48},
+    "WildBench": {"Mistral NeMo": 42.57, "Llama 3 8B": 28.77, "Mistral 7B": 25.55},
+}
+NO_MARK = "the judge gave no mark"
+
+
+@dataclass(frozen=True)
+class Judging:
+    """A judge, and where its marks are kept."""
+
+    judge: Speaker
+    run: Run
+    repeats: int = 1
+    seed: int = 0
+
+    def marks(self, prompts: Mapping[str, list[dict[str, Any]] | str], find: Any) -> dict:
+        """What `find` reads out of the judge's answers, by item; a text where there is nothing.
+
+        With repeats an item's mark is their mean. A prompt that is a text says why it is none.
+        """
+        asked = [
+            (item, messages, self.seed + i)
+            for item, messages in prompts.items()
+            if not isinstance(messages, str)
+            for i in range(self.repeats)
+        ]
+        heat = 0.0 if self.repeats == 1 else 0.7  # or each repeat would be the same
+        answers = self.run.ask_all(
+            f"Judging by {self.judge.name}", asked,
+            key=lambda a: digest("judge", self.judge.name, a[1], a[2], heat),
+            ask=lambda a: self.judge.ask(a[1], temperature=heat, max_tokens=2048, seed=a[2]),
+        )  # fmt: skip
+        found: dict[str, list[Any]] = {}
+        for (item, _, _), answer in zip(asked, answers, strict=True):
+            failed = isinstance(answer, OpenNemoError)
+            mark = str(answer) if failed else find(answer.get("content") or "")
+            found.setdefault(item, []).append(NO_MARK if mark is None else mark)
+        marks: dict[str, Any] = {k: v for k, v in prompts.items() if isinstance(v, str)}
+        for item, values in found.items():
+            numbers = [v for v in values if not isinstance(v, str)]
+            marks[item] = sum(numbers) / len(numbers) if numbers else values[0]
+        return marks
+
+
+def rating(text: str) -> float | None:
+    """The first [[number]] of a judgement from 1 to 10, else the first [number]."""
+    found = re.search(r"\[\[(\d+\.?\d*)\]\]", text) or re.search(r"\[(\d+\.?\d*)\]", text)
+    mark = float(found[1]) if found else 0.0
+    return mark if 1 <= mark <= 10 else None
+
+
+def wild_score(text: str) -> float | None:
+    """The "score" of WildBench's JSON, from 1 to 10."""
+    found = re.search(r'"score"\s*:\s*"?\s*(\d+\.?\d*)', text)
+    mark = float(found[1]) if found else 0.0
+    return mark if 1 <= mark <= 10 else None
+
+
+class MTBench:
+    """80 questions of two turns, with GPT-4's answers to those that can be right or wrong."""
+
+    def __init__(self, data: Data, limit: int | None, references: str = "gpt-4"):
+        read = lambda name: data.lines(f"mt_bench/{name}.jsonl", FASTCHAT)  # noqa: E731
+        self.questions = read("question")[:limit]
+        self.prompts = {prompt["name"]: prompt for prompt in read("judge_prompts")}
+        self.references = {
+            line["question_id"]: line["choices"][0]["turns"]
+            for line in read(f"reference_answer_{references}")
+        }
+        self.setting = f"marks of 10, references {references}"
+
+    def answers(self, model: Speaker, run: Run) -> dict[int, list[str] | str]:
+        """Both turns of each conversation, or why there are none."""
+
+        def converse(question: Mapping[str, Any]) -> list[str]:
+            messages, heat = [], TEMPERATURE.get(question["category"], 0.0)
+            for turn in question["turns"]:
+                messages.append({"role": "user", "content": turn})
+                reply = model.ask(messages, temperature=heat, max_tokens=1024, seed=0)
+                messages.append({"role": "assistant", "content": reply["content"] or ""})
+            return [m["content"] for m in messages[1::2]]
+
+        found = run.ask_all(
+            f"Answers of {model.name}", self.questions,
+            key=lambda q: digest("mt-bench", model.name, q["turns"]), ask=converse,
+        )  # fmt: skip
+        return {
+            q["question_id"]: str(a) if isinstance(a, OpenNemoError) else a
+            for q, a in zip(self.questions, found, strict=True)
+        }
+
+    def grade(self, judging: Judging, answers: Mapping[int, list[str] | str]) -> dict[str, Any]:
+        """A mark for each turn, by "question/turn"; a text where there is none."""
+        prompts: dict[str, Any] = {}
+        for question in self.questions:
+            answer = answers.get(question["question_id"], "no answer is given")
+            for turn in (1, 2):
+                item = f"{question['question_id']}/{turn}"
+                whole = answer if isinstance(answer, str) else self._prompt(question, answer, turn)
+                prompts[item] = whole
+        return judging.marks(prompts, rating)
+
+    def _prompt(self, question: Mapping[str, Any], answers: Sequence[str], turn: int) -> list:
+        with_reference = question["category"] in WITH_REFERENCE
+        name = "single-math-v1" if with_reference else "single-v1"
+        fields: dict[str, str] = {"question": question["turns"][0], "answer": answers[0]}
+        if turn == 2:
+            name += "-multi-turn"
+            fields = _numbered("question", question["turns"]) | _numbered("answer", answers)
+        if with_reference:
+            fields |= _numbered("ref_answer", self.references[question["question_id"]])
+        return self._fill(name, fields)
+
+    def _fill(self, name: str, fields: Mapping[str, str]) -> list[dict[str, str]]:
+        prompt = self.prompts[name]
+        text = prompt["prompt_template"].format(**fields)
+        return [{"role": "system", "content": prompt["system_prompt"]},
+                {"role": "user", "content": text}]  # fmt: skip
+
+    def rows(self, marks: Mapping[str, Any], judge: str) -> list[Row]:
+        """The mean of all marks, of each turn, and of each category."""
+        settings = {"setting": f"{self.setting}, judge {judge}", "percent": False}
+        categories = {str(q["question_id"]): q["category"] for q in self.questions}
+        return [
+            *gather("MT-Bench", marks, announced=ANNOUNCED["MT-Bench"], **settings),
+            *gather("MT-Bench", marks, parts=lambda i: f"turn {i.split('/')[1]}", **settings),
+            *gather("MT-Bench", marks, parts=lambda i: categories[i.split("/")[0]], **settings),
+        ]
+
+    def duel(
+        self, judging: Judging, ours: Mapping[int, Any], theirs: Mapping[int, Any], against: str
+    ) -> list[Row]:
+        """The share of questions won against another model, a tie being half.
+
+        Each is judged with our answer first and with theirs first; verdicts that differ are ties.
+        """
+        prompts: dict[str, Any] = {}
+        for question in self.questions:
+            number, category = question["question_id"], question["category"]
+            for order in "ab":
+                pair = [ours[number], theirs.get(number, "the other model gave no answer")]
+                why = next((answer for answer in pair if isinstance(answer, str)), None)
+                name = "pair-math-v1" if category in WITH_REFERENCE else "pair-v2"
+                fields = _numbered("question", question["turns"])
+                for side, answers in zip(order + "ab".replace(order, ""), pair, strict=True):
+                    fields |= _numbered(f"answer_{side}", answers)
+                if category in WITH_REFERENCE:
+                    fields |= _numbered("ref_answer", self.references[number])
+                prompts[f"{number}/{order}"] = why or self._fill(f"{name}-multi-turn", fields)
+        verdicts = judging.marks(prompts, _verdict)
+        values: dict[str, float | str] = {}
+        n_turned = 0
+        for question in self.questions:
+            number = question["question_id"]
+            first, second = verdicts[f"{number}/a"], verdicts[f"{number}/b"]
+            missing = next((v for v in (first, second) if isinstance(v, str)), None)
+            if missing is None:
+                won = first, 1 - second  # in the second order we are B
+                n_turned += won[0] != won[1]
+                missing = won[0] if won[0] == won[1] else 0.5
+            values[str(number)] = missing
+        rows = gather(f"wins against {against}", values, setting="both orders, ties are half")
+        turned = {"verdict changed with the order": n_turned} if n_turned else {}
+        return [Row(**{**vars(row), "trouble": {**row.trouble, **turned}}) for row in rows]
+
+    def calibrate(self, judging: Judging) -> list[Row]:
+        """How often the judge marks a reference answer above the same with its words shuffled."""
+        known = [q for q in self.questions if q["question_id"] in self.references]
+        prompts, rng = {}, random.Random(judging.seed)
+        for question in known:
+            right = self.references[question["question_id"]][0]
+            words = right.split()
+            broken = " ".join(rng.sample(words, len(words)))
+            for name, text in (("right", right), ("broken", broken)):
+                prompts[f"{question['question_id']}/{name}"] = self._prompt(question, [text], 1)
+        marks = judging.marks(prompts, rating)
+        values: dict[str, float | str] = {}
+        for question in known:
+            number = question["question_id"]
+            pair = [marks[f"{number}/{name}"] for name in ("right", "broken")]
+            missing = next((mark for mark in pair if isinstance(mark, str)), None)
+            values[str(number)] = missing or float(pair[0] > pair[1])
+        return gather("judge tells right from broken", values, setting=judging.judge.name)
+
+
+def _numbered(name: str, texts: Sequence[str]) -> dict[str, str]:
+    return {f"{name}_{i}": text for i, text in enumerate(texts, 1)}
+
+
+def _verdict(text: str) -> float | None:
+    found = re.search(r"\[\[([ABC])\]\]", text)
+    return {"A": 1.0, "B": 0.0, "C": 0.5}[found[1]] if found else None
+
+
+def agree(marks: Mapping[str, Any], given: Mapping[str, float]) -> list[Row]:
+    """How a judge's marks compare with given ones of the same answers."""
+    common = [item for item in given if not isinstance(marks.get(item, ""), str)]
+    missing = {"without a mark of both": n} if (n := len(given) - len(common)) else {}
+    near = {item: float(abs(marks[item] - given[item]) <= 1) for item in common}
+    apart = {item: marks[item] - given[item] for item in common}
+    ours, theirs = ([m[item] for item in common] for m in (marks, given))
+    also = {
+        "correlation": correlation(ours, theirs),
+        "of ranks": correlation(*map(ranks, (ours, theirs))),
+    }
+    return [
+        Row(name="agreement", part="within one mark", items=near, also=also, trouble=missing),
+        Row(name="agreement", part="mean difference", items=apart, percent=False),
+    ]
+
+
+def correlation(a: Sequence[float], b: Sequence[float]) -> float:
+    """Pearson's, 0 where one of the two does not vary."""
+    mean_a, mean_b = sum(a) / max(1, len(a)), sum(b) / max(1, len(b))
+    both = sum((x - mean_a) * (y - mean_b) for x, y in zip(a, b, strict=True))
+    spread = sum((x - mean_a) ** 2 for x in a) * sum((y - mean_b) ** 2 for y in b)
+    return both / spread**0.5 if spread else 0.0
+
+
+def ranks(values: Sequence[float]) -> list[float]:
+    """The place of each value, equal ones sharing the mean of theirs."""
+    order = sorted(values)
+    return [order.index(v) + (order.count(v) - 1) / 2 for v in values]
+
+
+def wild_bench(data: Data, model: Speaker, judging: Judging, limit: int | None) -> list[Row]:
+    """WildBench's score; where its tasks are not there, its template over Arena-Hard's questions.
+
+    Tasks are read from `wildbench/tasks.jsonl`, lines of the hub's allenai/WildBench (v2).
+    """
+    source = "github.com/allenai/WildBench, evaluation"
+    template = data.find("wildbench/eval_template.score.v2.md", source).read_text("utf-8")
+    try:
+        tasks, name = (
+            data.lines("wildbench/tasks.jsonl", "the hub's allenai/WildBench"),
+            "WildBench",
+        )
+    except OpenNemoError:
+        name = "Arena-Hard, marked by WildBench's template"
+        lines = data.lines("arena_hard_v0.1/question.jsonl", "github.com/lmarena/arena-hard-auto")
+        tasks = [
+            {
+                "session_id": line["uid"],
+                "conversation_input": [{"role": "user", "content": line["prompt"]}],
+            }
+            for line in lines
+        ]
+    tasks = tasks[:limit]
+    talks = [
+        [{k: m[k] for k in ("role", "content")} for m in t["conversation_input"]] for t in tasks
+    ]
+    answers = judging.run.ask_all(
+        f"Answers of {model.name}", talks, key=lambda t: digest("wildbench", model.name, t),
+        ask=lambda talk: model.ask(talk, temperature=0, max_tokens=4096, seed=0),
+    )  # fmt: skip
+    prompts: dict[str, Any] = {}
+    for task, talk, answer in zip(tasks, talks, answers, strict=True):
+        failed = isinstance(answer, OpenNemoError)
+        text = template
+        for field, value in {
+            "history": "".join(f"{m['role'].upper()}: {m['content']}\n\n" for m in talk[:-1]),
+            "user_query": talk[-1]["content"],
+            "model_output": "" if failed else answer["content"] or "",
+            "checklist": "".join(f"- {point}\n" for point in task.get("checklist") or ()),
+        }.items():
+            text = text.replace(f"{{${field}}}", value)
+        prompts[task["session_id"]] = str(answer) if failed else [{"role": "user", "content": text}]
+    marks = judging.marks(prompts, wild_score)
+    scores = {k: v if isinstance(v, str) else (v - 5) * 20 for k, v in marks.items()}
+    kinds = {t["session_id"]: KINDS.get(str(t.get("primary_tag")), "") for t in tasks}
+    settings = {"setting": f"(mark - 5) x 20, judge {judging.judge.name}", "percent": False}
+    by_kind = (
+        gather(name, scores, parts=kinds.__getitem__, **settings) if any(kinds.values()) else []
+    )
+    known = [
+        (WEIGHTS[row.part], row.score) for row in by_kind if row.score is not None and row.part
+    ]
+    total = sum(weight for weight, _ in known)
+    also = {"macro": sum(weight * score for weight, score in known) / total} if total else {}
+    announced = ANNOUNCED.get(name, {})
+    return [*gather(name, scores, also=also, announced=announced, **settings), *by_kind]

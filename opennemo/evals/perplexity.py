@@ -1,0 +1,55 @@
+"""Perplexity as bits per byte of text, so that models with different tokenizers compare.
+
+A text is cut into windows of the model's context; each token is predicted once, from up to a whole
+window before it (the harness's rolling windows do the same).
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from opennemo.evals.rows import Row
+from opennemo.evals.runs import Run, score_all
+from opennemo.llm import LLM
+from opennemo.tokenizer.texts import Texts
+
+
+def measure(
+    llm: LLM, texts: Sequence[Path], run: Run, limit: int | None, window: int = 2048
+) -> list[Row]:
+    """Bits per byte of files of texts, one row for each language that they name.
+
+    Args:
+        limit: texts of each language.
+        window: tokens of a prediction's context, at most.
+    """
+    documents: dict[str, list[str]] = {}
+    for language, text in Texts(list(texts)):
+        known = documents.setdefault(language or "", [])
+        if text and (limit is None or len(known) < limit):
+            known.append(text)
+    window = min(window, llm.engine.max_context)
+    bos, pairs, owners = llm.tokenizer.bos_id, [], []
+    for language, found in documents.items():
+        for i, text in enumerate(found):
+            ids = [bos, *llm.tokenizer.encode(text)]
+            for start in range(1, len(ids), window):
+                end = min(len(ids), start + window)
+                begin = max(0, end - 1 - window)  # the last window looks back as far as others
+                pairs.append((ids[begin:start], ids[start:end]))
+                owners.append((language, i))
+    scores = score_all(llm, pairs, run)
+    rows = []
+    for language, found in documents.items():
+        names = [f"{language}/{i}" for i in range(len(found))]
+        sizes = {n: float(len(t.encode())) for n, t in zip(names, found, strict=True)}
+        totals = dict.fromkeys(names, 0.0)
+        for (owner, i), (logprob, _) in zip(owners, scores, strict=True):
+            if owner == language:
+                totals[names[i]] -= logprob / math.log(2)
+        items = {key: totals[key] / sizes[key] for key in totals}
+        rows.append(
+            Row(name="bits per byte", part=language, setting=f"windows of {window:,} tokens",
+                items=items, weights=sizes, percent=False)
+        )  # fmt: skip
+    return rows

@@ -1,0 +1,179 @@
+"""Rows as a table in the terminal, as Markdown, CSV and JSON, and as plots.
+
+What was announced for other models stands in columns of its own, under a line that says what the
+two have in common; a number without its standard error, or with trouble, is never shown bare.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from opennemo.evals.rows import Row
+
+Cells = list[list[str]]
+CAVEAT = (
+    "Announced numbers are Mistral's own, made with settings that were not published; other "
+    "laboratories measure up to 5 points more or less on the same weights."
+)
+
+
+def cells(rows: Sequence[Row], model: str) -> Cells:
+    """A head and lines of text: what, how, of how many, the score, what was announced, trouble."""
+    announced = list(dict.fromkeys(name for row in rows for name in row.announced))
+    head = ["benchmark", "setting", "items", model, *(f"{name}, announced" for name in announced)]
+    lines = [[*head, "also", "trouble"]]
+    for row in rows:
+        shown = [_number(row.announced.get(name)) for name in announced]
+        also = ", ".join(f"{name} {value:.1f}" for name, value in row.also.items())
+        trouble = "; ".join(f"{what}: {n}" for what, n in row.trouble.items())
+        lines.append([row.key, row.setting, f"{row.n:,}", score(row), *shown, also, trouble])
+    return _without_empty_columns(lines)
+
+
+def score(row: Row) -> str:
+    """The score with its standard error, or a dash."""
+    if row.score is None:
+        return "-"
+    return f"{row.score:.{_digits(row)}f}" + (
+        "" if row.error is None else f" ± {row.error:.{_digits(row)}f}"
+    )
+
+
+def _digits(row: Row) -> int:
+    return 1 if row.percent else 3 if row.weights else 2
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:g}"
+
+
+def _without_empty_columns(lines: Cells) -> Cells:
+    kept = [i for i in range(len(lines[0])) if any(line[i] for line in lines[1:])]
+    return [[line[i] for i in kept] for line in lines]
+
+
+def show(lines: Cells) -> None:
+    """On standard output: a table in a terminal, else Markdown."""
+    console = Console()
+    if not console.is_terminal:
+        print(markdown(lines), end="")
+        return
+    shown = Table(*lines[0])
+    for line in lines[1:]:
+        shown.add_row(*line)
+    console.print(shown)
+
+
+def markdown(lines: Cells, title: str = "") -> str:
+    head, *rest = [" | ".join(cell.replace("|", "\\|") for cell in line) for line in lines]
+    rule = " | ".join("---" for _ in lines[0])
+    text = "\n".join(f"| {line} |" for line in (head, rule, *rest))
+    return f"{title}\n\n{text}\n" if title else f"{text}\n"
+
+
+def write(folder: Path, rows: Sequence[Row], model: str, notes: Sequence[str] = ()) -> None:
+    """results.json, .md and .csv, and plots where there is something to draw."""
+    if any(row.announced for row in rows):
+        notes = [*notes, CAVEAT]
+    found = {"model": model, "notes": list(notes), "rows": [row.as_json() for row in rows]}
+    (folder / "results.json").write_text(json.dumps(found, indent=1, ensure_ascii=False), "utf-8")
+    text = markdown(cells(rows, model), f"# {model}") + "".join(f"\n{note}\n" for note in notes)
+    (folder / "results.md").write_text(text, "utf-8")
+    file = io.StringIO()
+    out = csv.writer(file)
+    out.writerow(["benchmark", "part", "setting", "items", "score", "standard_error", "trouble"])
+    for row in rows:
+        trouble = sum(row.trouble.values())
+        out.writerow([row.name, row.part, row.setting, row.n, row.score, row.error, trouble])
+    (folder / "results.csv").write_text(file.getvalue(), "utf-8")
+
+
+def read(folder: Path) -> tuple[str, list[Row]]:
+    """The model's name and the rows that a run wrote; FileNotFoundError if it is not done."""
+    found = json.loads((folder / "results.json").read_text("utf-8"))
+    return found["model"], [Row.from_json(row) for row in found["rows"]]
+
+
+def bars(folder: Path, models: Mapping[str, Sequence[Row]]) -> None:
+    """One panel a benchmark, a group of bars a part, a bar a model, with standard errors."""
+    first = next(iter(models.values()))
+    shown: dict[str, dict[str, Row]] = {name: {r.key: r for r in r_} for name, r_ in models.items()}
+    parts: dict[str, list[str]] = {}
+    for row in first:
+        if row.score is not None:
+            parts.setdefault(row.name if row.part else "", []).append(row.key)
+    announced = dict.fromkeys(name for row in first for name in row.announced)
+
+    def draw(axes: Any) -> None:
+        for ax, (title, keys) in zip(axes, parts.items(), strict=True):
+            names = [
+                *models,
+                *(n for n in announced if any(n in shown_first[k].announced for k in keys)),
+            ]
+            width = 0.8 / len(names)
+            for i, name in enumerate(names):
+                places = [x - 0.4 + width * (i + 0.5) for x in range(len(keys))]
+                of = shown.get(name)
+                found = [of.get(key) if of else None for key in keys]
+                heights = [
+                    (row and row.score) if of else shown_first[key].announced.get(name)
+                    for row, key in zip(found, keys, strict=True)
+                ]
+                errors = [row.error or 0 if row else 0 for row in found]
+                label = name if of else f"{name} (announced)"
+                ax.bar(places, [h or 0 for h in heights], width, yerr=errors if of else None,
+                       label=label, color=f"C{i}" if of else f"{0.55 + 0.12 * i:.2f}")  # fmt: skip
+            labels = [shown_first[key].part or key for key in keys]
+            ax.set_xticks(range(len(keys)), labels, rotation=0 if title else 20)
+            ax.set_title(title)
+            ax.set_ylabel("%" if shown_first[keys[0]].percent else "score")
+            ax.legend(fontsize="x-small")
+
+    shown_first = shown[next(iter(models))]
+    if parts:
+        _plot(folder / "scores", len(parts), draw)
+
+
+def heat_map(folder: Path, rows: Sequence[Row], place: Callable[[str], tuple[int, int]]) -> None:
+    """Depth by length for each benchmark; `place` tells (length, depth) of an item."""
+    names = list(dict.fromkeys(row.name for row in rows))
+    grids: dict[str, dict[tuple[int, int], list[float]]] = {name: {} for name in names}
+    for row in rows:
+        for item, value in row.items.items():
+            grids[row.name].setdefault(place(item), []).append(value)
+
+    def draw(axes: Any) -> None:
+        for ax, (name, grid) in zip(axes, grids.items(), strict=True):
+            lengths, depths = (sorted({at[i] for at in grid}) for i in (0, 1))
+            nothing = [float("nan")]
+            shares = [
+                [sum(v := grid.get((n, d), nothing)) / len(v) for n in lengths] for d in depths
+            ]
+            ax.imshow(shares, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+            for y, line in enumerate(shares):
+                for x, share in enumerate(line):
+                    ax.text(x, y, f"{100 * share:.0f}", ha="center", va="center", fontsize="small")
+            ax.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths])
+            ax.set_yticks(range(len(depths)), [f"{d} %" for d in depths])
+            ax.set(title=name, xlabel="tokens", ylabel="depth")
+
+    if any(grids.values()):
+        _plot(folder / "heatmap", len(names), draw)
+
+
+def _plot(path: Path, n_panels: int, draw: Callable[[Any], None]) -> None:
+    """Draw panels below each other, as PNG and SVG."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({"svg.hashsalt": "opennemo"}):
+        figure = Figure(figsize=(9, 3.2 * n_panels), layout="constrained")
+        draw(figure.subplots(n_panels, squeeze=False)[:, 0])
+        figure.savefig(path.with_suffix(".png"), dpi=130)
+        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})

@@ -1,0 +1,195 @@
+"""A run: a folder with what was asked, every answer, and what they add up to.
+
+    config.json    settings, versions, machine       items.jsonl  every answer, with its value
+    answers.jsonl  answers as they came, by key      results.json, .md, .csv, plots
+
+The idea: an answer is on disk the moment it is there, under a key made of all that it depends on.
+A run that was killed is started again by the same command, finds them, and asks for the rest.
+"""
+
+import hashlib
+import json
+import platform
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, TypeVar
+
+from opennemo.engine.scoring import Pair, Score
+from opennemo.errors import InvalidRequest, OpenNemoError
+from opennemo.llm import LLM
+
+T = TypeVar("T")
+PACKAGES = ("opennemo", "torch", "lm_eval", "bfcl-eval", "datasets")
+
+
+def digest(*parts: Any) -> str:
+    """A short name of what was asked: the same for the same, on every machine."""
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=False)
+    return hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=12).hexdigest()
+
+
+def fingerprint(path: Path) -> str:
+    """Of a model's files, so that answers of one are never taken for those of another."""
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    known = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
+    return digest(known)
+
+
+class Run:
+    """A folder of results, new or gone on with."""
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any]):
+        """Take up the folder, if there is one.
+
+        Raises:
+            InvalidRequest: it holds a run of other settings.
+        """
+        self.folder, self.settings = folder.resolve(), json.loads(json.dumps(settings))
+        self.versions = {name: v for name in PACKAGES if (v := _version(name))}
+        self._answers: dict[str, Any] = {}
+        self._lock = threading.Lock()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        config = self.folder / "config.json"
+        if config.exists():
+            self._same(json.loads(config.read_text("utf-8")))
+        else:
+            machine = {"python": platform.python_version(), "machine": platform.platform()}
+            kept = {"settings": self.settings, "versions": self.versions, "machine": machine}
+            config.write_text(json.dumps(kept | {"started": time.time()}, indent=1), "utf-8")
+        self._file = (self.folder / "answers.jsonl").open("a+b")
+        self._read()
+
+    def _same(self, before: Mapping[str, Any]) -> None:
+        now = {"settings": self.settings, "versions": self.versions}
+        for group, values in now.items():
+            for name in sorted({*values, *before[group]}):
+                old, new = before[group].get(name), values.get(name)
+                if old != new:
+                    raise InvalidRequest(
+                        f"{self.folder} holds a run with {name} {old}, not {new}: name another "
+                        "folder with --output, or delete this one"
+                    )
+
+    def _read(self) -> None:
+        """What was answered before; a last line that was cut off by a kill is taken away."""
+        self._file.seek(0)
+        whole = 0
+        for line in self._file:
+            if not line.endswith(b"\n"):
+                break
+            key, value = json.loads(line)
+            self._answers[key] = value
+            whole += len(line)
+        self._file.truncate(whole)
+        self.n_known = len(self._answers)
+
+    def recall(self, key: str) -> Any:
+        """What was noted under a key, or None."""
+        return self._answers.get(key)
+
+    def note(self, key: str, value: Any) -> None:
+        """Write an answer down. Thread-safe."""
+        with self._lock:
+            self._answers[key] = value
+            self._file.write(json.dumps([key, value], ensure_ascii=False).encode() + b"\n")
+            self._file.flush()
+
+    def ask_all(
+        self, what: str, questions: Sequence[T], key: Callable[[T], str], ask: Callable[[T], Any],
+        side_by_side: int = 16,
+    ) -> list[Any]:  # fmt: skip
+        """The answer to each question, remembered or asked for now, some side by side.
+
+        Where a question cannot be answered there is an OpenNemoError in its place, which is not
+        remembered: the next run asks again.
+        """
+        keys = [key(question) for question in questions]
+        answers: list[Any] = [self.recall(k) for k in keys]
+        todo = [i for i, answer in enumerate(answers) if answer is None]
+
+        def work(i: int) -> None:
+            try:
+                answers[i] = ask(questions[i])
+                self.note(keys[i], answers[i])
+            except OpenNemoError as error:
+                answers[i] = error
+
+        with progress(what, len(questions), len(questions) - len(todo)) as advance:
+            pool = ThreadPoolExecutor(side_by_side)
+            try:
+                for done in as_completed([pool.submit(work, i) for i in todo]):
+                    done.result()
+                    advance()
+            finally:
+                pool.shutdown(cancel_futures=True)
+        return answers
+
+    def write_items(self, items: Sequence[Mapping[str, Any]]) -> None:
+        """Every answer with what is needed to understand it, one a line."""
+        lines = (json.dumps(item, ensure_ascii=False, default=str) + "\n" for item in items)
+        (self.folder / "items.jsonl").write_text("".join(lines), "utf-8")
+
+
+def score_all(llm: LLM, pairs: Sequence[Pair], run: Run | None) -> list[tuple[float, bool]]:
+    """Log-probability of each pair's continuation, and whether it is greedy; remembered."""
+    keys = [digest("score", pair) for pair in pairs]
+    found: dict[str, Any] = {key: run and run.recall(key) for key in keys}
+    todo = list({key: i for i, key in enumerate(keys) if not found[key]}.values())
+    with progress("Scoring", len(found), len(found) - len(todo)) as advance:
+
+        def listen(index: int, score: Score) -> None:
+            key = keys[todo[index]]
+            found[key] = [score.logprob, score.greedy]
+            if run:
+                run.note(key, found[key])
+            advance()
+
+        if todo:
+            llm.score([pairs[i] for i in todo], listen)
+    return [(found[key][0], found[key][1]) for key in keys]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+@contextmanager
+def progress(what: str, total: int, done: int = 0) -> Iterator[Callable[[], None]]:
+    """A bar with the time left on standard error; in a pipe, a line at each tenth."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    if done:
+        console.print(f"{what}: {done:,} of {total:,} were answered before", highlight=False)
+    if done == total:
+        yield lambda: None
+    elif console.is_terminal:
+        with Progress(
+            "{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+            console=console, transient=True,
+        ) as bar:  # fmt: skip
+            task = bar.add_task(what, total=total, completed=done)
+            yield lambda: bar.advance(task)
+    else:
+        began, at, said, lock = time.monotonic(), done, 10 * done // total, threading.Lock()
+
+        def advance() -> None:
+            nonlocal at, said
+            with lock:
+                at += 1
+                if 10 * at // total > said:
+                    said = 10 * at // total
+                    left = (time.monotonic() - began) / (at - done) * (total - at)
+                    print(f"{what}: {at:,} of {total:,}, {left:.0f} s left", file=sys.stderr)
+
+        yield advance

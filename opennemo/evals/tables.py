@@ -1,0 +1,149 @@
+"""Runs the harness's tasks over a model, its own or any other of the harness, into rows.
+
+All tasks of a suite go through one call, so that whatever their questions share is computed once. A
+task whose data are missing becomes a row that says so.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from opennemo.evals.data import Data
+from opennemo.evals.rows import MISSING, Row
+from opennemo.evals.suites import Benchmark
+
+SHOTS_SEED = 1234  # the harness's own
+
+
+def measure(
+    lm: Any, benchmarks: Sequence[Benchmark], data: Data, limit: int | None, chat: bool = False
+) -> tuple[list[Row], list[dict[str, Any]]]:
+    """Rows of the benchmarks, and their answers one by one.
+
+    Args:
+        lm: a model of the harness (lm_eval.api.model.LM), ours or another.
+        limit: questions of each benchmark, the first ones; a group's are spread over its tasks.
+        chat: whether questions and examples are turns of a conversation in the model's layout.
+    """
+    from lm_eval.evaluator import evaluate
+
+    _be_quiet()
+    rows, items = [], []
+    with data.as_hub():
+        loaded = [(b, _load(b)) for b in benchmarks]
+        chosen, samples = {}, {}
+        for benchmark, tasks in loaded:
+            if isinstance(tasks, str):
+                continue
+            each = None if limit is None else -(-limit // len(tasks))
+            for name, task in tasks.items():
+                task.set_config(key="num_fewshot", value=benchmark.shots)
+                task.set_fewshot_seed(seed=SHOTS_SEED)
+                chosen[name] = task
+                n = len(task.eval_docs)
+                samples[name] = list(range(n if each is None else min(n, each)))
+        answers: Mapping[str, Any] = {}
+        if chosen:
+            found: Any = evaluate(
+                lm, {"tasks": chosen}, samples=samples, bootstrap_iters=0,
+                apply_chat_template=chat, fewshot_as_multiturn=chat,
+            )  # fmt: skip
+            answers = (found or {}).get("samples") or {}
+        for benchmark, tasks in loaded:
+            if isinstance(tasks, str):
+                rows.append(_row(benchmark, [], lm, {f"{MISSING}: {tasks}": 1}))
+                continue
+            own = [
+                sample | {"task": name}
+                for name in tasks
+                for sample in answers[name]
+                if sample["filter"] == benchmark.filter
+            ]
+            own.sort(key=lambda sample: (sample["task"], sample["doc_id"]))
+            n_cut = sum(
+                any(arguments[0] in getattr(lm, "cut", ()) for arguments in sample["arguments"])
+                for sample in own
+            )
+            rows.append(
+                _row(benchmark, own, lm, {"cut to the model's context": n_cut} if n_cut else {})
+            )
+            items += [_item(benchmark, sample) for sample in own]
+    return rows, items
+
+
+def _load(benchmark: Benchmark) -> dict[str, Any] | str:
+    """Its tasks by name, or why they cannot be had."""
+    from lm_eval.tasks import TaskManager
+
+    spec = find_spec("lm_eval")
+    assert spec is not None and spec.origin is not None
+    folder = Path(spec.origin).parent / "tasks" / benchmark.folder
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    try:
+        return dict(manager.load([benchmark.task])["tasks"])
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+
+
+def _row(
+    benchmark: Benchmark, samples: list[dict[str, Any]], lm: Any, trouble: Mapping[str, int]
+) -> Row:
+    values = {_id(s): float(s[benchmark.metric]) for s in samples}
+    also = {}
+    for metric in benchmark.also if samples else ():
+        found = _pmi(samples, lm) if metric == "pmi" else [float(s[metric]) for s in samples]
+        also[metric] = 100 * sum(found) / len(found)
+    return Row(
+        name=benchmark.name,
+        part=benchmark.part,
+        setting=f"{benchmark.shots}-shot, {benchmark.metric}",
+        items=values,
+        also=also,
+        announced=benchmark.announced,
+        trouble=trouble,
+    )
+
+
+def _pmi(samples: Sequence[Mapping[str, Any]], lm: Any) -> list[float]:
+    """Whether the right choice gains most by the question, against "Answer:" in its place."""
+    from lm_eval.api.instance import Instance
+
+    asked = [("Answer:", choice) for s in samples for _, choice in s["arguments"]]
+    requests = [
+        Instance(request_type="loglikelihood", doc={}, arguments=pair, idx=i)
+        for i, pair in enumerate(asked)
+    ]
+    without = iter(logprob for logprob, _ in lm.loglikelihood(requests))
+    right = []
+    for s in samples:
+        gains = [response[0][0] - next(without) for response in s["resps"]]
+        right.append(float(gains.index(max(gains)) == s["target"]))
+    return right
+
+
+def _id(sample: Mapping[str, Any]) -> str:
+    return f"{sample['task']}/{sample['doc_id']}"
+
+
+def _item(benchmark: Benchmark, sample: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "id": _id(sample),
+        "value": float(sample[benchmark.metric]),
+        "prompt": sample["arguments"][0][0],
+        "choices": [arguments[1] for arguments in sample["arguments"]],
+        "answers": [response[0] for response in sample["resps"]],
+        "target": sample["target"],
+    }
+
+
+def _be_quiet() -> None:
+    """Hide the harness's own bars and notes; ours say what is asked and how long it takes."""
+    import datasets
+    import lm_eval.api.task
+
+    for name in ("lm_eval", "lm-eval", "datasets", "fsspec"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    lm_eval.api.task.tqdm = lambda docs, **_: docs
