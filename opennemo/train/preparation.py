@@ -77,7 +77,7 @@ def _begin(plan: Plan, texts: Texts) -> dict[str, Any]:
         raise InvalidRequest(f"{plan.tokenizer}: has no token that ends a text")
     record = {
         "inputs": [[str(file), n] for file, n in zip(texts.files, texts.sizes, strict=True)],
-        "tokenizer": describe_tokenizer(tokenizer, str(plan.tokenizer)),
+        "tokenizer": describe_tokenizer(tokenizer, plan.tokenizer.name),
         "cleaning": asdict(plan.cleaning),
         "shard_tokens": plan.shard_tokens,
         "chunk_bytes": plan.chunk_bytes,
@@ -112,28 +112,13 @@ def _finish(plan: Plan, record: dict[str, Any], say: Progress) -> dict[str, Any]
     writer = ShardWriter(plan.out, record["tokenizer"], shard_tokens=plan.shard_tokens)
     for path in parts:
         with np.load(path, allow_pickle=False) as part:
-            ids, ends, text_bytes, origin = (
-                part[name] for name in ("ids", "ends", "text_bytes", "origin")
-            )
-            notes = json.loads(part["notes"].tobytes())
+            ids, ends, text_bytes = part["ids"], part["ends"], part["text_bytes"]
+            origin, notes = part["origin"], json.loads(part["notes"].tobytes())
         for row in notes["report"]:
             report.count(*row)
         copy = copies[seen : seen + len(ends)]
-        seen += len(ends)
-        lengths = np.diff(ends, prepend=0)
-        for number, (language, *others) in enumerate(notes["origins"]):
-            here = origin == number
-            for kind, why in ((1, "exact copy"), (2, "near copy")):
-                if n := int((which := here & (copy == kind)).sum()):
-                    report.count("dropped", why, language, n, int(text_bytes[which].sum()))
-            which = here & (copy == 0)
-            counts = int(which.sum()), int(text_bytes[which].sum()), int(lengths[which].sum())
-            for section, name in zip(
-                ("languages", "sources", "licences"), (language, *others), strict=True
-            ):
-                if counts[0] and name:
-                    report.count(section, name, "", *counts)
-        kept = copy == 0
+        lengths, kept, seen = np.diff(ends, prepend=0), copy == 0, seen + len(ends)
+        _count(report, notes["origins"], origin, copy, text_bytes, lengths)
         writer.add(ids[np.repeat(kept, lengths)], np.cumsum(lengths[kept]), text_bytes[kept])
         written += path.stat().st_size
         say("writing shards", written, n_bytes)
@@ -145,6 +130,29 @@ def _finish(plan: Plan, record: dict[str, Any], say: Progress) -> dict[str, Any]
     writer.finish()
     shutil.rmtree(plan.out / "parts")
     return record | content
+
+
+def _count(
+    report: Report,
+    origins: Sequence[tuple[str, str, str]],
+    origin: np.ndarray,
+    copy: np.ndarray,
+    text_bytes: np.ndarray,
+    tokens: np.ndarray,
+) -> None:
+    """Count the documents (S,) of a part by what became of them, and of what origin they are."""
+    for number, (language, source, licence) in enumerate(origins):
+        for kind in range(3):
+            which = (origin == number) & (copy == kind)
+            if not (n := int(which.sum())):
+                continue
+            n_bytes = int(text_bytes[which].sum())
+            if kind:
+                report.count("dropped", ("exact copy", "near copy")[kind - 1], language, n, n_bytes)
+                continue
+            named = {"languages": language, "sources": source, "licences": licence}
+            for section in (section for section, name in named.items() if name):
+                report.count(section, named[section], "", n, n_bytes, int(tokens[which].sum()))
 
 
 def _copies(parts: Sequence[Path], cleaning: Cleaning) -> np.ndarray:
