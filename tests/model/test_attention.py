@@ -1,0 +1,60 @@
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from opennemo.model.attention import traced_attention, varlen_attention
+
+
+def inputs(n_queries: int, n_keys: int, dtype: torch.dtype, learn: bool) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((n_queries, 4, 16), (n_keys, 2, 16), (n_keys, 2, 16))
+    return [
+        torch.randn(shape, generator=generator).to(dtype).requires_grad_(learn) for shape in shapes
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize(
+    ("queries", "keys"),
+    [
+        ([0, 10, 11, 11, 30], [0, 10, 11, 11, 30]),  # a sequence of one token, and one of none
+        ([0, 5, 6, 16], [0, 9, 20, 30]),  # the last queries of longer ones
+    ],
+)
+def test_attention_as_one_operation_equals_its_definition(
+    queries: list[int], keys: list[int], window: int | None, dtype: torch.dtype
+):
+    cu_q, cu_k = torch.tensor(queries).int(), torch.tensor(keys).int()
+    learning = inputs(queries[-1], keys[-1], dtype, True)
+    q, k, v = learning
+    out = varlen_attention(q, k, v, cu_q, cu_k, 30, window=window)
+    q, k, v = inputs(queries[-1], keys[-1], dtype, False)
+    expected = varlen_attention(q, k, v, cu_q, cu_k, 30, window=window)
+    assert torch.equal(out, expected)
+    # The definition's gradients, by plain matrices.
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    found = torch.autograd.grad(out, learning, grad)
+    whole = [x.detach().double().requires_grad_() for x in learning]
+    plain = torch.zeros(out.shape, dtype=torch.float64)
+    pairs = zip(itertools.pairwise(queries), itertools.pairwise(keys), strict=True)
+    for (q0, q1), (k0, k1) in pairs:
+        q, k, v = whole[0][q0:q1], whole[1][k0:k1], whole[2][k0:k1]
+        scores = torch.einsum("qnh,knh->nqk", q, k.repeat_interleave(2, 1)) / 4
+        places = torch.arange(k1 - k0)
+        behind = (places[-1:] - (q1 - q0) + 1 + torch.arange(q1 - q0))[:, None] - places
+        seen = behind >= 0 if window is None else (behind >= 0) & (behind < window)
+        mixed = scores.masked_fill(~seen, -torch.inf).softmax(-1) if q1 > q0 else scores
+        plain[q0:q1] = torch.einsum("nqk,knh->qnh", mixed, v.repeat_interleave(2, 1))
+    rtol, atol = (1e-5, 1e-5) if dtype == torch.float32 else (0.05, 0.1)
+    torch.testing.assert_close(out.double(), plain, rtol=rtol, atol=atol)
+    for a, b in zip(found, torch.autograd.grad(plain, whole, grad.double()), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=rtol, atol=atol)
+
+
+def test_pytorch_finds_the_operation_sound():
+    cu_seqlens = torch.tensor([0, 7, 12], dtype=torch.int32)
+    arguments = (*inputs(12, 12, torch.float32, True), cu_seqlens, cu_seqlens, None)
+    torch.library.opcheck(traced_attention, arguments)
