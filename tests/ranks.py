@@ -40,17 +40,17 @@ def run_ranks(n: int, function: Callable[..., Any], *args: Any, timeout: float =
             theirs.close()
             pipes.append(ours)
         try:
-            results = []
+            answers = []
             for rank, pipe in enumerate(pipes):
                 assert pipe.poll(timeout), f"rank {rank} has not answered in {timeout} seconds"
-                ok, result = torch.load(io.BytesIO(pipe.recv_bytes()), weights_only=False)
-                assert ok, f"rank {rank}:\n{result}"
-                results.append(result)
+                answers.append(torch.load(io.BytesIO(pipe.recv_bytes()), weights_only=False))
+            failed = [f"rank {i}:\n{said}" for i, (ok, said) in enumerate(answers) if not ok]
+            assert not failed, "\n".join(failed)
         finally:
             for process in processes:
                 process.join(0 if sys.exc_info()[0] else 30)
                 process.kill()
-    return results
+    return [result for _, result in answers]
 
 
 def _rank(pipe: Any, store: str, rank: int, n: int, function: Callable, args: tuple) -> None:

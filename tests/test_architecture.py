@@ -28,8 +28,9 @@ BUDGET = {
     "kernels": 750,
     # Three layouts of files with their refusals, and quantised folders, are half of it; the pages
     # of a KV cache in four formats and the fused step for a GPU came later. Adapters learn, over
-    # weights, codes and inside rounding, and are folded in, in 300 more.
-    "model": 3000,
+    # weights, codes and inside rounding, and are folded in, in 300 more. Dividing a model and its
+    # tokens over ranks, rounding and attention included, is four files of 150 lines each.
+    "model": 3700,
     # Checkpoints that any number of ranks writes and reads, and what a run will need, came later.
     # Chat files of four shapes, with what each line is refused for, are 500.
     # So did preparing texts: cleaning, copies, parts that survive a kill, two engines, a report.
