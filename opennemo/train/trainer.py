@@ -196,8 +196,10 @@ class Trainer:
         return values
 
     def unseen(self) -> list[int]:
-        """Ids of the vocabulary that have not occurred so far."""
-        return np.flatnonzero(~self.seen[: self.setup.tokenizer.vocab_size]).tolist()
+        """Ids of the vocabulary, control tokens left out, that have not occurred so far."""
+        tokenizer = self.setup.tokenizer
+        found = np.flatnonzero(~self.seen[: tokenizer.vocab_size]).tolist()
+        return [id for id in found if id not in tokenizer.control_names]
 
     def _batches(self, step: int) -> list[Batch]:
         """What this rank computes in a step, one batch a pass."""
@@ -291,7 +293,7 @@ class Trainer:
                 for answer in self.sample(self.model, self.setup.tokenizer):
                     file.write(json.dumps({"step": step, **answer}, ensure_ascii=False) + "\n")
         if self.step == self.recipe.steps and (unseen := self.unseen()):
-            shown = ", ".join(repr(self.setup.tokenizer.decode([id])) for id in unseen[:5])
+            shown = ", ".join(repr(self.setup.tokenizer.token_bytes(id)) for id in unseen[:5])
             display.say(
                 f"{len(unseen):,} of {self.setup.tokenizer.vocab_size:,} ids never occurred, so "
                 f"their rows are as they were at first: {shown}{' ...' * (len(unseen) > 5)}"

@@ -1,0 +1,156 @@
+"""Losses equal what they are defined to be, whatever is packed with them."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from opennemo.model.attention import Packed
+from opennemo.model.transformer import PRESETS, Transformer
+from opennemo.train import objectives
+from opennemo.train.config import Optim, Preference
+from opennemo.train.conversations import Example, Pair
+from opennemo.train.objectives import distil, next_token, preference, sequence_log_probs
+from opennemo.train.optim import optimizers, rate
+from opennemo.train.packing import (
+    IGNORED,
+    Batch,
+    ExampleRows,
+    collate,
+    first_fit,
+    step_rows,
+)
+
+
+def model(seed: int = 0) -> Transformer:
+    torch.manual_seed(seed)
+    return Transformer(PRESETS["tiny"])
+
+
+def example(length: int, seed: int) -> Example:
+    rng = np.random.default_rng(seed)
+    mask = rng.random(length) < 0.6
+    mask[0], mask[-1] = False, True
+    return Example(rng.integers(0, 320, length).astype(np.uint32), mask)
+
+
+EXAMPLES = [example(length, seed) for seed, length in enumerate([17, 5, 40, 23, 9, 31])]
+
+
+def plain_loss(net: Transformer, e: Example) -> torch.Tensor:
+    """Summed over the ids of the mask, from whole logits of the example alone."""
+    ids = torch.from_numpy(e.ids.astype(np.int64))
+    logits = net.output(net(ids, Packed.of(len(ids))))[:-1]
+    losses = F.cross_entropy(logits, ids[1:], reduction="none")
+    return losses[torch.from_numpy(e.mask[1:])].sum()
+
+
+def batch_of(rows: ExampleRows, references: np.ndarray | None = None) -> Batch:
+    return collate([rows[i] for i in range(len(rows))], None, references)
+
+
+@pytest.mark.parametrize("chunk", [7, 512])
+def test_packed_and_chunked_is_separate_and_whole(chunk, monkeypatch):
+    monkeypatch.setattr(objectives, "CHUNK", chunk)
+    net = model()
+    batch = batch_of(ExampleRows(EXAMPLES, 64, seed=1))
+    loss, _ = next_token(net, batch)
+    loss.backward()
+    found = {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+    net.zero_grad()
+    expected = torch.stack([plain_loss(net, e) for e in EXAMPLES]).sum()
+    expected.backward()
+    assert batch.n_units == sum(int(e.mask[1:].sum()) for e in EXAMPLES)
+    torch.testing.assert_close(loss, expected)
+    for name, parameter in net.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_preferences_are_those_of_the_paper():
+    net, reference = model(), model(1)
+    pairs = [Pair(EXAMPLES[i], EXAMPLES[i + 1]) for i in (0, 2, 4)]
+    rows = ExampleRows(pairs, 64, seed=1)
+    with torch.no_grad():
+        policy, before = (
+            torch.tensor([[-plain_loss(m, p.chosen), -plain_loss(m, p.rejected)] for p in pairs])
+            for m in (net, reference)
+        )
+    margin = 0.3 * ((policy - before)[:, 0] - (policy - before)[:, 1])
+    expected = -0.9 * margin.sigmoid().log() - 0.1 * (-margin).sigmoid().log()
+    n_chosen = torch.tensor([float(p.chosen.mask[1:].sum()) for p in pairs])
+    expected = expected - 0.5 * policy[:, 0] / n_chosen
+    settings = Preference(beta=0.3, label_smoothing=0.1, sft=0.5)
+    batch = batch_of(rows, before.numpy())
+    loss, metrics = preference(net, batch, settings)
+    torch.testing.assert_close(loss, expected.sum(), rtol=1e-4, atol=1e-4)
+    assert batch.n_units == 3 and int(metrics["accuracy"]) == int((margin > 0).sum())
+    lengths = torch.tensor([[p.chosen.mask[1:].sum(), p.rejected.mask[1:].sum()] for p in pairs])
+    per_token = (policy - before) / lengths
+    loss, _ = preference(net, batch, Preference(beta=0.3, length_normalized=True))
+    expected = -(0.3 * (per_token[:, 0] - per_token[:, 1])).sigmoid().log().sum()
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_student_that_is_its_teacher_has_nothing_to_learn():
+    net, batch = model(), batch_of(ExampleRows(EXAMPLES, 64, seed=1))
+    loss, metrics = distil(net, batch, model())
+    assert float(loss) == pytest.approx(0, abs=1e-4)
+    torch.testing.assert_close(metrics["cross_entropy"], next_token(net, batch)[0].detach())
+    with torch.no_grad():
+        found, expected = [], []
+        for e in EXAMPLES:
+            ids = torch.from_numpy(e.ids.astype(np.int64))
+            p, q = (
+                m.output(m(ids, Packed.of(len(ids))))[:-1].log_softmax(-1) for m in (model(1), net)
+            )
+            expected.append((p.exp() * (p - q)).sum(-1)[torch.from_numpy(e.mask[1:])].sum())
+    found, _ = distil(net, batch, model(1))
+    torch.testing.assert_close(found, torch.stack(expected).sum(), rtol=1e-4, atol=1e-4)
+    assert sequence_log_probs(net, batch)[1].sum() == batch.n_units
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=80), st.integers(0, 9))
+def test_rows_hold_every_unit_once_and_never_too_much(sizes, seed):
+    order = np.random.default_rng(seed).permutation(len(sizes))
+    rows = first_fit(np.array(sizes), order, 50)
+    assert sorted(unit for row in rows for unit in row) == list(range(len(sizes)))
+    room = [50 - sum(sizes[unit] for unit in row) for row in rows]
+    assert min(room) >= 0
+    # First fit never leaves two rows that could have been one.
+    assert sum(50 - left < 26 for left in room) <= 1
+
+
+@given(st.integers(0, 5), st.integers(1, 4), st.integers(1, 3))
+def test_ranks_share_the_rows_of_a_step(step, world, share):
+    rows = [row for rank in range(world) for row in step_rows(step, world * share, rank, world)]
+    assert rows == list(range(step * world * share, (step + 1) * world * share))
+
+
+def test_an_epoch_shows_every_example_once_in_a_new_order():
+    rows = ExampleRows(EXAMPLES, 45, seed=3)
+    epochs = [[tuple(rows[e * len(rows) + i].units) for i in range(len(rows))] for e in range(4)]
+    assert all(sorted(epoch) == sorted(epochs[0]) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+    row = rows[0]
+    assert (row.targets[np.cumsum(row.lengths) - 1] == IGNORED).all()
+
+
+def test_the_rate_warms_up_stays_and_decays():
+    wsd = Optim(lr=1.0, warmup=0.1, decay=0.2, final=0.1)
+    course = [rate(step, 100, wsd) for step in range(100)]
+    assert course[0] == pytest.approx(1 / 11) and course[10:80] == [1.0] * 70
+    assert course[90] == pytest.approx(0.55) and min(course[10:]) == course[99]
+    cosine = [rate(s, 100, Optim(lr=1.0, schedule="cosine", warmup=0.0)) for s in range(100)]
+    assert cosine[0] == 1.0 and cosine[50] == pytest.approx(0.5)
+    assert all(math.isfinite(x) and x > 0 for x in cosine)
+
+
+def test_muon_takes_the_matrices_of_blocks_and_norms_do_not_decay():
+    adamw, muon = optimizers(model(), Optim(name="muon"))
+    assert all(p.dim() == 2 for group in muon.param_groups for p in group["params"])
+    assert sum(len(g["params"]) for g in muon.param_groups) == 14
+    assert [group["weight_decay"] for group in adamw.param_groups] == [0.0]
