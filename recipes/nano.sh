@@ -32,7 +32,7 @@ fi
 for part in train valid; do
     run tokenize "$out/$part.jsonl" --tokenizer "$out/tokenizer" --out "$out/shards/$part"
 done
-run train "$here/nano-$size.toml" --run "$out/base" --set "model.tokenizer=$out/tokenizer" \
+run train "$here/nano-$size.toml" --out "$out/base" --set "model.tokenizer=$out/tokenizer" \
     --set "data.train=[{path='$out/shards/train'}]" --set "data.valid=[{path='$out/shards/valid'}]" \
     "${settings[@]}"
 
@@ -40,7 +40,7 @@ if [ -z "${CHATS:-}" ]; then
     CHATS="$out/chats.jsonl"
     [ -e "$CHATS" ] || run make-tool-data "$CHATS" --n $n_chats
 fi
-run train "$here/nano-$size-instruct.toml" --run "$out/instruct" \
+run train "$here/nano-$size-instruct.toml" --out "$out/instruct" \
     --set "model.path=$out/base/model" --set "data.train=[{path='$CHATS'}]" \
     "${settings[@]}"
 run plot "$out/base" "$out/instruct" -o "$out/curves.png"

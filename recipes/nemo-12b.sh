@@ -11,5 +11,5 @@ for recipe in nemo-12b nemo-12b-long; do
     [ "$dry" = --dry-run ] && continue
     torchrun --nnodes "${NODES:?}" --nproc-per-node "${GPUS_A_NODE:-8}" --max-restarts 100 \
         --rdzv-backend c10d --rdzv-endpoint "${HEAD:?host:port of the first machine}" \
-        -m opennemo train "$here/$recipe.toml" --run "runs/$recipe"
+        -m opennemo train "$here/$recipe.toml" --out "runs/$recipe"
 done

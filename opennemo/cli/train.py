@@ -16,7 +16,7 @@ app = typer.Typer()
 def train(
     recipe: Annotated[Path, typer.Argument(help="A recipe in TOML; recipes/ has some.")],
     run: Annotated[
-        Path, typer.Option("--run", help="The run's folder; one that was stopped goes on.")
+        Path, typer.Option("--out", help="The run's folder; one that was stopped goes on.")
     ],
     set: Annotated[
         list[str] | None,

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from opennemo.errors import InvalidRequest
+from opennemo.model.parallel import Mesh, head_weight, share
 from opennemo.model.quantization import fake_kv
 from opennemo.model.transformer import Transformer
 from opennemo.train.config import Preference
@@ -27,11 +29,15 @@ Objective = Callable[[Transformer, Batch], tuple[Tensor, dict[str, Tensor]]]
 CHUNK = 512
 
 
-def hidden_of_targets(model: Transformer, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states (T', D) of tokens that have a target, the targets (T',), and places (T',)."""
-    hidden = model(batch.tokens, fake_kv(model, batch.attend()))
-    places = (batch.targets != IGNORED).nonzero().squeeze(-1)
-    return hidden[places], batch.targets[places], places
+def hidden_of_targets(
+    model: Transformer, batch: Batch, mesh: Mesh | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of this rank's tokens with a target: hidden states (T', D), targets (T',), places (T',)."""
+    part = share(mesh, batch.cu_seqlens, batch.max_seqlen, batch.window)
+    hidden = model(batch.tokens[part.inputs], fake_kv(model, part.attend))
+    targets = batch.targets[part.outputs]
+    wanted = targets != IGNORED
+    return hidden[wanted], targets[wanted], part.outputs[wanted]
 
 
 def head_losses(
@@ -39,13 +45,15 @@ def head_losses(
 ) -> Tensor:
     """Cross-entropy of hidden states (T', D) with their targets (T',), in nats, head included."""
     options = nn.LinearCrossEntropyOptions(batch_chunk_size=CHUNK)
-    weight = model.output.weight
+    weight = head_weight(model)
     return F.linear_cross_entropy(hidden, weight, targets, reduction=reduction, options=options)
 
 
-def next_token(model: Transformer, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+def next_token(
+    model: Transformer, batch: Batch, mesh: Mesh | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Learn every target of the batch; of conversations those are the assistant's words alone."""
-    hidden, targets, _ = hidden_of_targets(model, batch)
+    hidden, targets, _ = hidden_of_targets(model, batch, mesh)
     return head_losses(model, hidden, targets), {}
 
 
@@ -97,18 +105,33 @@ def distil(
         aim = F.linear(wanted, teacher.output.weight).float().log_softmax(-1)
         return F.kl_div(found, aim, reduction="sum", log_target=True)
 
+    weight = head_weight(model)
     parts = [
-        checkpoint(divergence, h, model.output.weight, w, use_reentrant=False)
+        checkpoint(divergence, h, weight, w, use_reentrant=False)
         for h, w in zip(hidden.split(CHUNK), wanted.split(CHUNK), strict=True)
     ]
     return torch.stack(parts).sum(), {"cross_entropy": losses}
 
 
-def objective(name: str, settings: Preference, teacher: Transformer | None = None) -> Objective:
-    """The objective that a recipe names."""
+def objective(
+    name: str,
+    settings: Preference,
+    teacher: Transformer | None = None,
+    mesh: Mesh | None = None,
+) -> Objective:
+    """The objective that a recipe names.
+
+    Raises:
+        InvalidRequest: it needs sequences whole, and the mesh divides them.
+    """
+    if name in ("text", "chat"):
+        return partial(next_token, mesh=mesh)
+    if mesh is not None and mesh.context.size() * mesh.tensor.size() > 1:
+        raise InvalidRequest(
+            f"objective {name} goes with data_parallel alone, not with context_parallel or "
+            "tensor_parallel"
+        )
     if name == "preference":
         return partial(preference, settings=settings)
-    if name == "distil":
-        assert teacher is not None
-        return partial(distil, teacher=teacher)
-    return next_token
+    assert teacher is not None
+    return partial(distil, teacher=teacher)

@@ -13,12 +13,15 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
 
 from opennemo.errors import InvalidRequest
 from opennemo.model.checkpoint import save
 from opennemo.model.companions import copy_companions
 from opennemo.model.export import Calibration, quantize
 from opennemo.model.lora import save_adapter
+from opennemo.model.parallel import whole
 from opennemo.model.quantization import KVRounding, observers
 from opennemo.model.transformer import Transformer
 from opennemo.tokenizer.export import save_huggingface
@@ -44,9 +47,10 @@ def train(
     setup = Setup.make(recipe, device)
     if _is_first():
         same_data(run / "data.json", setup.data)
-    trainer = Trainer(recipe, run, setup, sample=sample, quiet=quiet)
+    trainer = Trainer(recipe, run, setup, device, sample=sample, quiet=quiet)
     if trainer.step < recipe.steps:
         trainer.train()
+    gather_(setup.model)
     return export(recipe, run, setup) if _is_first() else {}
 
 
@@ -74,6 +78,18 @@ def open_run(recipe: Recipe, run: Path) -> None:
         saved.write_text(to_json(recipe), "utf-8")
     except OSError as error:
         raise InvalidRequest(f"{run}: cannot be written: {error.strerror}") from None
+
+
+def gather_(model: Transformer) -> None:
+    """Give the first rank the whole of weights that ranks share; the others let go of theirs."""
+    gathered: dict[int, nn.Parameter] = {}  # a tied head is the embedding
+    for module in model.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            if isinstance(weight, DTensor):
+                if id(weight) not in gathered:
+                    full = whole(weight.detach()).cpu()
+                    gathered[id(weight)] = nn.Parameter(full if _is_first() else full.new_empty(0))
+                module.register_parameter(name, gathered[id(weight)])
 
 
 def export(recipe: Recipe, run: Path, setup: Setup) -> dict[str, Path]:

@@ -43,7 +43,7 @@ class Setup:
 
     @classmethod
     def make(cls, recipe: Recipe, device: torch.device) -> "Setup":
-        """Everything that a recipe names, on the device.
+        """Everything that a recipe names; the model still on the CPU, the teacher on the device.
 
         Raises:
             CheckpointError: a model or a folder of shards cannot be used.
@@ -76,7 +76,7 @@ class Setup:
         token_bytes[: len(sizes)] = sizes
         token_bytes[list(tokenizer.control.values())] = 0  # they stand for no text
         return cls(
-            model=model.to(device), teacher=teacher, tokenizer=tokenizer,
+            model=model, teacher=teacher, tokenizer=tokenizer,
             tokenizer_path=tokenizer_path, train=train, valid=valid, token_bytes=token_bytes,
             data={"train": data, "valid": valid_data},
         )  # fmt: skip

@@ -29,8 +29,10 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.fsdp import FSDPModule
 
-from opennemo.errors import OpenNemoError
+from opennemo.errors import InvalidRequest, OpenNemoError
+from opennemo.model.parallel import data_rank, make_mesh, shard_
 from opennemo.model.quantization import observers, set_qat_
 from opennemo.model.transformer import Transformer
 from opennemo.tokenizer.tokenizer import Tokenizer
@@ -57,8 +59,8 @@ class Trainer:
     """One run: make one, call `train`."""
 
     def __init__(
-        self, recipe: Recipe, run: Path, setup: Setup, *, sample: Sample | None = None,
-        quiet: bool = False,
+        self, recipe: Recipe, run: Path, setup: Setup, device: torch.device, *,
+        sample: Sample | None = None, quiet: bool = False,
     ):  # fmt: skip
         """Continue the run in this folder from its last checkpoint, or begin it.
 
@@ -66,13 +68,33 @@ class Trainer:
             sample: answers for the log, made at evaluations by whoever has an engine.
         """
         self.recipe, self.run, self.setup, self.sample = recipe, run, setup, sample
-        self.rank, self.world = (
+        self.rank, self.n_ranks = (
             (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         )
-        self.model = setup.model
-        self.device = self.model.tok_embeddings.weight.device
+        if sample is not None and self.n_ranks > 1:
+            raise InvalidRequest("evaluation.prompts: samples are drawn by one process alone")
+        self.model, self.device, parallel = setup.model, device, recipe.parallel
+        self.mesh = make_mesh(
+            device.type,
+            data_parallel_replicate=parallel.data_parallel_replicate,
+            data_parallel_shard=parallel.data_parallel_shard,
+            tensor_parallel=parallel.tensor_parallel,
+            context_parallel=parallel.context_parallel,
+        )
+        self.data_rank, self.n_data_ranks = data_rank(self.mesh)
+        if recipe.data.rows % self.n_data_ranks:
+            raise InvalidRequest(
+                f"data.rows is {recipe.data.rows}, which {self.n_data_ranks} ranks cannot share"
+            )
+        if self.mesh is None:
+            self.model.to(device)
+        shard_(
+            self.model, self.mesh, compile=parallel.compile,
+            activation_checkpointing=parallel.activation_checkpointing,
+            compute_dtype=torch.bfloat16 if device.type == "cuda" else None,
+        )  # fmt: skip
         self.quiet = quiet or self.rank > 0
-        self.objective = objective(recipe.objective, recipe.preference, setup.teacher)
+        self.objective = objective(recipe.objective, recipe.preference, setup.teacher, self.mesh)
         self.optimizers = optimizers(self.model, recipe.optim)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.seen = np.zeros(self.model.config.vocab_size, bool)  # ids that occurred
@@ -94,7 +116,7 @@ class Trainer:
         if self.recipe.objective == "preference":
             self._compute_references()
         log = None if self.rank else Log(self.run, self.step)
-        peak = matmul_flops(self.device, self._dtype) * self.world
+        peak = matmul_flops(self.device, self._dtype)
         display = Display(self.recipe.steps, self.step, quiet=self.quiet)
         skipped_in_a_row = 0
         with self._stop_on_signal(), display, ThreadPoolExecutor(1) as loader:
@@ -108,9 +130,10 @@ class Trainer:
                 skipped_in_a_row = skipped_in_a_row + 1 if values["skipped"] else 0
                 self.step = step + 1
                 seconds = time.perf_counter() - started
-                n_tokens = self.world * sum(len(batch.tokens) for batch in batches)
-                values["tokens_per_second"] = n_tokens / seconds
-                values["mfu"] = self._flops(batches) * self.world / seconds / peak
+                n_tokens = sum(len(batch.tokens) for batch in batches)
+                values["tokens_per_second"] = self.n_data_ranks * n_tokens / seconds
+                share = self.n_data_ranks / self.n_ranks  # of a rank in what its group computes
+                values["mfu"] = self._flops(batches) * share / seconds / peak
                 values["waited_for_data"] = waited / seconds
                 if self._is_due(self.recipe.evaluation.every) and self.setup.valid is not None:
                     values |= self.evaluate(self.setup.valid)
@@ -142,17 +165,17 @@ class Trainer:
                 self.model, rounds=share >= recipe.qat.start, observe=share < recipe.qat.freeze
             )
         self.model.train()
+        # Ranks that divide sequences among them see the same units.
         units = float(self._sum(torch.tensor(float(sum(b.n_units for b in batches)))))
+        units *= self.n_data_ranks / self.n_ranks
         totals: dict[str, Tensor] = {}
         for batch in batches:
             batch = batch.to(self.device)
             with self._precision():
                 loss, sums = self.objective(self.model, batch)
-            # Ranks average their gradients; together they are to be the sum over all units.
-            (loss * (self.world / units)).backward()
+            (loss / units).backward()
             for name, value in {"loss": loss, **sums}.items():
                 totals[name] = totals.get(name, 0) + value.detach()
-        self._average_gradients()
         norm = clip(self.parameters, recipe.optim.clip)
         values = {name: float(self._sum(total)) / units for name, total in totals.items()}
         lr = rate(step, recipe.steps, recipe.optim)
@@ -174,20 +197,24 @@ class Trainer:
         """Losses on held-out rows, named `valid_...`."""
         model, recipe = self.model.eval(), self.recipe
         n_rows = min(recipe.data.valid_rows, getattr(rows, "__len__", lambda: 1 << 30)())
+        copies = self.n_ranks // self.n_data_ranks  # of each row
         totals: dict[str, float] = {}
-        for index in range(self.rank, n_rows, self.world):
+        # All ranks take as many rows, for they gather weights together.
+        for index in range(self.data_rank, max(1, n_rows // self.n_data_ranks) * self.n_data_ranks,
+                           self.n_data_ranks):  # fmt: skip
             batch = self._collate(rows, [index]).to(self.device)
             with self._precision():
                 loss, sums = (
                     self.objective(model, batch)
                     if recipe.objective == "preference"
-                    else next_token(model, batch)
+                    else next_token(model, batch, self.mesh)
                 )
             targets = batch.targets[batch.targets != IGNORED].cpu().numpy()
-            found = {"loss": loss, **sums, "units": batch.n_units}
-            found["bytes"] = int(self.setup.token_bytes[targets].sum())
+            found = {"loss": loss, **sums, "units": batch.n_units / copies}
+            found["bytes"] = int(self.setup.token_bytes[targets].sum()) / copies
             for name, value in found.items():
                 totals[name] = totals.get(name, 0.0) + float(value)
+        self._part_weights()
         totals = {name: float(self._sum(torch.tensor(v).double())) for name, v in totals.items()}
         units, n_bytes = totals.pop("units"), totals.pop("bytes")
         values = {f"valid_{name}": value / units for name, value in totals.items()}
@@ -204,7 +231,7 @@ class Trainer:
     def _batches(self, step: int) -> list[Batch]:
         """What this rank computes in a step, one batch a pass."""
         data = self.recipe.data
-        rows = step_rows(step, data.rows, self.rank, self.world)
+        rows = step_rows(step, data.rows, self.data_rank, self.n_data_ranks)
         size = min(data.micro_rows, len(rows))
         parts = [rows[i : i + size] for i in range(0, len(rows), size)]
         batches = [self._collate(self.setup.train, part) for part in parts]
@@ -248,6 +275,13 @@ class Trainer:
                 np.save(partial, found)
                 partial.rename(file)
             self.references[id(rows)] = found
+        self._part_weights()
+
+    def _part_weights(self) -> None:
+        """Let go of weights gathered for a pass forward that no pass backward followed."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def _settle_scales(self, step: int) -> None:
         """Bring ranks' static scales together, and let them forget a little."""
@@ -256,10 +290,12 @@ class Trainer:
         if not found or step / self.recipe.steps >= qat.freeze:
             return
         with torch.no_grad():
-            for largest in found.values():
-                if self.world > 1:
-                    dist.all_reduce(largest, dist.ReduceOp.MAX)
-                largest.mul_(FORGET)
+            together = torch.cat([largest.flatten() for largest in found.values()])
+            if self.n_ranks > 1:
+                dist.all_reduce(together, dist.ReduceOp.MAX)
+            parts = together.mul_(FORGET).split([largest.numel() for largest in found.values()])
+            for largest, part in zip(found.values(), parts, strict=True):
+                largest.copy_(part.view_as(largest))
 
     def _state(self) -> dict[str, Any]:
         """All that a checkpoint holds, as references to what is there."""
@@ -320,22 +356,14 @@ class Trainer:
         return torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
     def _precision(self) -> Any:
-        """bf16 on a GPU; on a CPU, where that is emulated, float32."""
-        if self.device.type == "cuda":
+        """bf16 on a GPU, unless weights are gathered in it; float32 on a CPU, which emulates it."""
+        if self.device.type == "cuda" and self.mesh is None:
             return torch.autocast("cuda", torch.bfloat16)
         return nullcontext()
 
-    def _average_gradients(self) -> None:
-        """Where nothing else does."""
-        if self.world > 1:
-            for parameter in self.parameters:
-                if parameter.grad is not None:
-                    dist.all_reduce(parameter.grad)
-                    parameter.grad /= self.world
-
     def _sum(self, value: Tensor) -> Tensor:
         """Over all ranks."""
-        if self.world > 1:
+        if self.n_ranks > 1:
             value = value.to(self.device)
             dist.all_reduce(value)
         return value

@@ -23,6 +23,8 @@ from opennemo.train.run import train
 from opennemo.train.setup import Setup
 from opennemo.train.trainer import Trainer
 
+CPU = torch.device("cpu")
+
 
 def weights(run: Path, name: str = "model") -> dict[str, torch.Tensor]:
     return dict(load(run / name).named_parameters())
@@ -89,11 +91,9 @@ def test_resumed_is_uninterrupted_bit_for_bit(make_recipe, tmp_path, case, monke
 def test_what_was_learned_in_fp8_is_what_is_stored(make_recipe, tmp_path):
     """Logits of the training model equal those of the folder, read back, in float32."""
     recipe = recipe_of("qat", make_recipe)
-    setup = Setup.make(recipe, torch.device("cpu"))
-    Trainer(recipe, tmp_path, setup, quiet=True)
     made = train(recipe, tmp_path / "run", quiet=True)
-    setup = Setup.make(recipe, torch.device("cpu"))
-    trainer = Trainer(recipe, tmp_path / "run", setup, quiet=True)
+    setup = Setup.make(recipe, CPU)
+    trainer = Trainer(recipe, tmp_path / "run", setup, CPU, quiet=True)
     assert trainer.step == recipe.steps
     tokens = torch.arange(64) * 5 % 320
     trained = setup.model.eval()(tokens, Packed.of(40, 24))
@@ -128,7 +128,7 @@ def start(folder: Path, recipe_file: Path) -> subprocess.Popen:
         "opennemo.cli",
         "train",
         str(recipe_file),
-        "--run",
+        "--out",
         str(folder),
     ]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -217,9 +217,9 @@ def test_a_run_keeps_to_its_recipe_and_its_data(make_recipe, tmp_path):
 
 def test_ids_that_never_occur_are_told(make_recipe, tmp_path, capsys):
     recipe = make_recipe(steps=2)
-    setup = Setup.make(recipe, torch.device("cpu"))
+    setup = Setup.make(recipe, CPU)
     (tmp_path / "run").mkdir()
-    trainer = Trainer(recipe, tmp_path / "run", setup)
+    trainer = Trainer(recipe, tmp_path / "run", setup, CPU)
     trainer.train()
     unseen = trainer.unseen()
     assert unseen and 64 + ord("e") not in unseen
@@ -228,11 +228,11 @@ def test_ids_that_never_occur_are_told(make_recipe, tmp_path, capsys):
 
 def test_a_run_that_only_diverges_ends_with_a_reason(make_recipe, tmp_path, monkeypatch):
     recipe = make_recipe(steps=40)
-    setup = Setup.make(recipe, torch.device("cpu"))
+    setup = Setup.make(recipe, CPU)
     setup.model.get_parameter("norm.weight").data.fill_(float("nan"))
     (tmp_path / "run").mkdir()
     with pytest.raises(OpenNemoError, match="in a row"):
-        Trainer(recipe, tmp_path / "run", setup, quiet=True).train()
+        Trainer(recipe, tmp_path / "run", setup, CPU, quiet=True).train()
 
 
 def test_samples_are_drawn_at_evaluations_by_who_passes_the_function(make_recipe, tmp_path):
