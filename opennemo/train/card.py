@@ -76,7 +76,8 @@ def _data(found: dict[str, Any]) -> list[str]:
     if "sources" in found:
         return [
             f"- {source['path']}: {source['tokens']:,} tokens in {source['documents']:,} "
-            f"documents, {source['share']:.0%} of what was drawn; index SHA-256 {source['index_sha256'][:16]}"
+            f"documents, {source['share']:.0%} of what was drawn; index SHA-256 "
+            f"{source['index_sha256'][:16]}"
             for source in found["sources"]
         ]
     lines = [f"- {name}" for name in found["files"]]
