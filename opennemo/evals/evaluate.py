@@ -82,10 +82,17 @@ def evaluate(request: Request, formats: Sequence[str]) -> tuple[list[Path], repo
         folder = parent / format if format and len(formats) > 1 else parent
         shown = f"{name} {format}" if format else name
         run = Run(folder, settings | {"format": format})
-        with _speaker(request, format) as model:
-            rows, items, notes = SUITES[request.suite](request, model, run)
-        run.write_items(items)
+        try:
+            with _speaker(request, format) as model:
+                rows, items, notes = SUITES[request.suite](request, model, run)
+            run.write_items(items)
+        finally:
+            run.close()
         report.write(run.folder, rows, shown, notes)
+        if request.suite == "long":
+            report.heat_map(run.folder, rows)
+        else:
+            report.bars(run.folder, {shown: rows})
         folders.append(folder)
         found[shown] = rows
     if len(found) == 1:
@@ -140,7 +147,6 @@ def _tables(request: Request, model: Speaker, run: Run) -> Found:
         print("Data that are not in the cache yet are fetched from the Hugging Face hub.")
     lm = OpenNemoLM(llm, run=run)
     rows, items = measure(lm, chosen, data, request.limit, chat=request.chat)
-    report.bars(run.folder, {llm.name: rows})
     return rows, items, [f"{b.name}: {b.why}." for b in chosen if b.why]
 
 
@@ -174,7 +180,6 @@ def _long(request: Request, model: Speaker, run: Run) -> Found:
     rows, items = long_context.measure(
         llm, run, made, request.lengths, request.depths, request.limit or 10, request.chat
     )
-    report.heat_map(run.folder, rows, lambda item: tuple(map(int, item.split("/")[1:3])))  # pyright: ignore
     return rows, items, []
 
 

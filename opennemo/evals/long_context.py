@@ -132,7 +132,7 @@ def variable_tracking(rng: random.Random, n: int, depth: float, hops: int = 4) -
         )
         begins = (
             "Answer: According to the chain(s) of variable assignment in the text above, "
-            f"{hops + 1} variables are assigned the value {number}, they are:"
+            f"{hops + 1} variables are assgined the value {number}, they are:"  # sic
         )
         return question, begins, names
 

@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from opennemo.errors import InvalidRequest
 from opennemo.evals.rows import Row
 
 Cells = list[list[str]]
@@ -95,8 +96,15 @@ def write(folder: Path, rows: Sequence[Row], model: str, notes: Sequence[str] = 
 
 
 def read(folder: Path) -> tuple[str, list[Row]]:
-    """The model's name and the rows that a run wrote; FileNotFoundError if it is not done."""
-    found = json.loads((folder / "results.json").read_text("utf-8"))
+    """The model's name and the rows that a run wrote.
+
+    Raises:
+        InvalidRequest: there is no run, or it is not done.
+    """
+    try:
+        found = json.loads((folder / "results.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        raise InvalidRequest(f"{folder}: no run that is done (it has no results.json)") from None
     return found["model"], [Row.from_json(row) for row in found["rows"]]
 
 
@@ -140,13 +148,14 @@ def bars(folder: Path, models: Mapping[str, Sequence[Row]]) -> None:
         _plot(folder / "scores", len(parts), draw)
 
 
-def heat_map(folder: Path, rows: Sequence[Row], place: Callable[[str], tuple[int, int]]) -> None:
-    """Depth by length for each benchmark; `place` tells (length, depth) of an item."""
+def heat_map(folder: Path, rows: Sequence[Row]) -> None:
+    """Depth by length for each benchmark; items are named "benchmark/length/depth/number"."""
     names = list(dict.fromkeys(row.name for row in rows))
     grids: dict[str, dict[tuple[int, int], list[float]]] = {name: {} for name in names}
     for row in rows:
         for item, value in row.items.items():
-            grids[row.name].setdefault(place(item), []).append(value)
+            length, depth = map(int, item.split("/")[1:3])
+            grids[row.name].setdefault((length, depth), []).append(value)
 
     def draw(axes: Any) -> None:
         for ax, (name, grid) in zip(axes, grids.items(), strict=True):

@@ -7,6 +7,7 @@ The idea: an answer is on disk the moment it is there, under a key made of all t
 A run that was killed is started again by the same command, finds them, and asks for the rest.
 """
 
+import fcntl
 import hashlib
 import json
 import platform
@@ -18,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from opennemo.engine.scoring import Pair, Score
 from opennemo.errors import InvalidRequest, OpenNemoError
@@ -45,7 +46,7 @@ class Run:
     """A folder of results, new or gone on with."""
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]):
-        """Take up the folder, if there is one.
+        """Take up the folder, if there is one; a new one is made with the first answer.
 
         Raises:
             InvalidRequest: it holds a run of other settings.
@@ -54,16 +55,25 @@ class Run:
         self.versions = {name: v for name in PACKAGES if (v := _version(name))}
         self._answers: dict[str, Any] = {}
         self._lock = threading.Lock()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        config = self.folder / "config.json"
-        if config.exists():
+        self._file: BinaryIO | None = None
+        if (config := self.folder / "config.json").exists():
             self._same(json.loads(config.read_text("utf-8")))
-        else:
+            self._read()
+        self.n_known = len(self._answers)
+
+    def _begin(self) -> None:
+        if self._file is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
             machine = {"python": platform.python_version(), "machine": platform.platform()}
             kept = {"settings": self.settings, "versions": self.versions, "machine": machine}
-            config.write_text(json.dumps(kept | {"started": time.time()}, indent=1), "utf-8")
-        self._file = (self.folder / "answers.jsonl").open("a+b")
-        self._read()
+            text = json.dumps(kept | {"started": time.time()}, indent=1)
+            (self.folder / "config.json").write_text(text, "utf-8")
+            self._read()
+
+    def close(self) -> None:
+        """Let another process go on with it."""
+        if self._file is not None:
+            self._file.close()
 
     def _same(self, before: Mapping[str, Any]) -> None:
         now = {"settings": self.settings, "versions": self.versions}
@@ -78,6 +88,11 @@ class Run:
 
     def _read(self) -> None:
         """What was answered before; a last line that was cut off by a kill is taken away."""
+        self._file = (self.folder / "answers.jsonl").open("a+b")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InvalidRequest(f"{self.folder}: another process is at work there") from None
         self._file.seek(0)
         whole = 0
         for line in self._file:
@@ -87,7 +102,6 @@ class Run:
             self._answers[key] = value
             whole += len(line)
         self._file.truncate(whole)
-        self.n_known = len(self._answers)
 
     def recall(self, key: str) -> Any:
         """What was noted under a key, or None."""
@@ -96,6 +110,8 @@ class Run:
     def note(self, key: str, value: Any) -> None:
         """Write an answer down. Thread-safe."""
         with self._lock:
+            self._begin()
+            assert self._file is not None
             self._answers[key] = value
             self._file.write(json.dumps([key, value], ensure_ascii=False).encode() + b"\n")
             self._file.flush()
@@ -132,6 +148,7 @@ class Run:
 
     def write_items(self, items: Sequence[Mapping[str, Any]]) -> None:
         """Every answer with what is needed to understand it, one a line."""
+        self._begin()
         lines = (json.dumps(item, ensure_ascii=False, default=str) + "\n" for item in items)
         (self.folder / "items.jsonl").write_text("".join(lines), "utf-8")
 

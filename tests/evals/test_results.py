@@ -106,9 +106,7 @@ def test_plots_are_written_as_png_and_svg(tmp_path):
     rows = [row([1.0, 0.0], part=part, announced={"NeMo": 60.0}) for part in ("fr", "de")]
     report.bars(tmp_path, {"one": rows, "two": [replace(r, items={"0": 1.0}) for r in rows]})
     cells = {f"X/{n}/{d}/0": float(d > 0) for n in (512, 1024) for d in (0, 50, 100)}
-    report.heat_map(
-        tmp_path, gather("X", cells), lambda i: (int(i.split("/")[1]), int(i.split("/")[2]))
-    )
+    report.heat_map(tmp_path, gather("X", cells))
     report.bars(tmp_path / "nothing", {"one": [row([])]})  # nothing to draw
     for name in ("scores", "heatmap"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -122,9 +120,13 @@ def test_a_run_remembers_answers_and_drops_a_torn_line(tmp_path):
     run.note("é", "text\nof two lines")
     with (tmp_path / "run" / "answers.jsonl").open("ab") as file:
         file.write(b'["c", "cut o')  # a kill in the middle of a line
+    with pytest.raises(InvalidRequest, match="another process"):
+        Run(tmp_path / "run", {"limit": 3})
+    run.close()
     again = Run(tmp_path / "run", {"limit": 3})
     assert (again.n_known, again.recall("a"), again.recall("c")) == (2, [1.5, True], None)
     again.note("c", "whole")
+    again.close()
     assert Run(tmp_path / "run", {"limit": 3}).recall("c") == "whole"
     with pytest.raises(InvalidRequest, match="limit 3, not 4"):
         Run(tmp_path / "run", {"limit": 4})
@@ -143,6 +145,7 @@ def test_questions_are_asked_once_and_failures_again(tmp_path):
         run = Run(tmp_path, {})
         assert run.n_known == known
         answers = run.ask_all("Asking", [1, 2, 3, 4], key=lambda q: digest(q), ask=ask)
+        run.close()
         assert [a for a in answers if not isinstance(a, OpenNemoError)] == (
             [10, 20, 30, 40] if known else [10, 30, 40]
         )
