@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from opennemo.cli import adapt, data, evals, tokenizer, train
+from opennemo.cli import adapt, data, evals, plan, tokenizer, train
 from opennemo.cli.options import given, standard_input
 from opennemo.errors import InvalidRequest, OpenNemoError
 
@@ -28,6 +28,7 @@ app = typer.Typer(
 app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(evals.app, name="eval")
 app.add_typer(train.app)
+app.add_typer(plan.app)
 app.add_typer(data.app)
 app.add_typer(adapt.app)
 

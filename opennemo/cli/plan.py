@@ -1,0 +1,58 @@
+"""`opennemo plan`: what a recipe will need, before it is run."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer()
+
+
+@app.command()
+def plan(
+    recipe: Annotated[Path, typer.Argument(help="A recipe in TOML; recipes/ has some.")],
+    gpus: Annotated[
+        str,
+        typer.Option(help="Of a machine: 8xH100; H200, B200, A100-80, L40S, 4090; or 1xcpu."),
+    ] = "1xcpu",
+    nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
+    shape: Annotated[
+        str | None, typer.Option(help="Of a model that is not there yet: mistral-nemo-12b.")
+    ] = None,
+    stored: Annotated[
+        str | None,
+        typer.Option(help="How its frozen weights are: bf16, fp8, fp8-static, int8, int4."),
+    ] = None,
+    share_of_peak: Annotated[
+        float | None,
+        typer.Option(min=0.01, max=1, help="Of the card's operations a second, while computing."),
+    ] = None,
+    set: Annotated[
+        list[str] | None,
+        typer.Option(help="Override a setting, such as data.micro_rows=1; repeatable."),
+    ] = None,
+) -> None:
+    """Memory of a rank, tokens a second and days of a recipe, with the arithmetic.
+
+    Exit code 1 if it does not fit; the last lines say why, and what would make it fit.
+    """
+    from opennemo.train.config import read_recipe
+    from opennemo.train.machines import GIB, parse_machines
+    from opennemo.train.plan import plan as work_out
+    from opennemo.train.plan import resolve_shape
+
+    settings = read_recipe(recipe, set or ())
+    machines = parse_machines(gpus, nodes)
+    config, stored = resolve_shape(settings, shape, stored)
+    made = work_out(settings, config, machines, stored=stored, share_of_peak=share_of_peak)
+    room, ranks = machines.card.memory / GIB, f"{machines.n_ranks:,} x {machines.name}"
+    for what, how, size in made.memory:
+        print(f"{what:<30}{size / GIB:8.2f} GiB  {how}")
+    if made.memory:
+        print(f"{'a rank needs':<30}{made.total / GIB:8.2f} GiB  of {room:.1f}; {ranks}")
+    for what, how in made.speed:
+        print(f"{what:<30}{how}")
+    for problem in made.problems:
+        print(f"Does not fit: {problem}")
+    if made.problems:
+        raise typer.Exit(1)
