@@ -263,3 +263,18 @@ def test_an_adapter_is_learned_and_read_back(make_recipe, tmp_path):
     assert len(adapter.weights) == 7 * model.config.n_layers
     assert any(b.any() for _, b in adapter.weights.values())
     assert "LoRA of rank 4" in (made["adapter"] / "README.md").read_text()
+
+
+def losses(recipe, folder: Path) -> list[float]:
+    train(recipe, folder, quiet=True)
+    return [r["loss"] for r in read_metrics(folder)]
+
+
+@pytest.mark.parametrize(
+    "how", ["activation_checkpointing", pytest.param("compile", marks=pytest.mark.slow)]
+)
+def test_recomputed_or_compiled_it_learns_the_same_under_rounding(make_recipe, tmp_path, how):
+    changes = {"steps": 4, "qat": {"format": "fp8-static", "kv": True, "start": 0.3}}
+    plain = losses(make_recipe(**changes), tmp_path / "plain")
+    changed = losses(make_recipe(parallel={how: True}, **changes), tmp_path / how)
+    np.testing.assert_allclose(changed, plain, rtol=1e-4 if how == "compile" else 1e-6)
