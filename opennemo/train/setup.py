@@ -54,7 +54,9 @@ class Setup:
         if at is None and recipe.model.tokenizer != OWN:
             tokenizer_path = locate(recipe.model.tokenizer or "")
         tokenizer = open_tokenizer(tokenizer_path)
-        model = make_model(recipe, at)
+        # What is frozen stays as it is stored where bf16 is at home: it is most of the memory.
+        frozen = recipe.lora is not None and device.type == "cuda"
+        model = make_model(recipe, at, None if frozen else torch.float32)
         if tokenizer.vocab_size > model.config.vocab_size:
             raise InvalidRequest(
                 f"model.tokenizer has {tokenizer.vocab_size:,} ids, and the model only "
@@ -82,8 +84,10 @@ class Setup:
         )  # fmt: skip
 
 
-def make_model(recipe: Recipe, path: Path | None) -> Transformer:
-    """The model in float32, as it is before training, on the CPU."""
+def make_model(
+    recipe: Recipe, path: Path | None, dtype: torch.dtype | None = torch.float32
+) -> Transformer:
+    """The model as it is before training, on the CPU; None for the type that it is stored in."""
     wanted = {
         name: value
         for name in ("rope_theta", "max_position_embeddings")
@@ -99,7 +103,7 @@ def make_model(recipe: Recipe, path: Path | None) -> Transformer:
             f"model.path is stored as {checkpoint.format}, whose codes cannot learn: adapt it "
             "with a [lora] table, or name what it was made from"
         )
-    model = load(checkpoint, dtype=torch.float32)
+    model = load(checkpoint, dtype=dtype)
     model.config = replace(model.config, **wanted)
     return model
 
