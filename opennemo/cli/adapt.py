@@ -28,6 +28,9 @@ def validate_data(
     rank: Annotated[
         int, typer.Option(min=0, help="Of the LoRA to estimate; 0 for training all weights.")
     ] = 16,
+    gpus: Annotated[
+        str, typer.Option(help="To estimate for, as in `opennemo plan`: 1x4090, or 1xcpu.")
+    ] = "1xcpu",
     fix: Annotated[
         Path | None, typer.Option(help="Write a copy with bad lines repaired or left out.")
     ] = None,
@@ -38,10 +41,10 @@ def validate_data(
     """
     from rich.console import Console
 
-    from opennemo.model.checkpoint import open_checkpoint
     from opennemo.model.hub import locate
     from opennemo.tokenizer.ranks import OWN, open_tokenizer
-    from opennemo.train.validation import Effort, operations_per_second, validate
+    from opennemo.train.machines import parse_machines
+    from opennemo.train.validation import epoch, validate
     from opennemo.train.validation import fix as write_fixed
 
     path, console = Path(OWN) if model == OWN else locate(model), Console(highlight=False)
@@ -61,16 +64,16 @@ def validate_data(
     for name, value in rows.items():
         console.print(f"{name:<13} {value or 'not given'}", soft_wrap=True)
     if path.is_dir() or path.suffix == ".gguf":
-        effort = Effort.of(open_checkpoint(path).config, report, max_tokens, rank or None)
-        seconds = effort.n_operations / (0.5 * operations_per_second())
+        made = epoch(files, report, path, parse_machines(gpus, 1), width=max_tokens, rank=rank)
+        what = f"a LoRA of rank {rank}" if rank else "all weights"
         console.print(
-            f"an epoch      {effort.n_rows:,} rows of {max_tokens:,} tokens, "
-            f"{effort.n_operations:.1e} operations: about {_duration(seconds)} on this CPU at half "
-            "its speed of multiplying",
+            f"an epoch      about {_duration(made.seconds)} on {gpus} for {what}, "
+            f"{made.total / 2**30:.1f} GiB with {max_tokens:,} tokens at once; "
+            "`opennemo plan RECIPE` shows the arithmetic",
             soft_wrap=True,
         )
-        for what, size in effort.n_bytes.items():
-            console.print(f"memory        {size / 2**30:.1f} GiB {what}", soft_wrap=True)
+        for problem in made.problems:
+            console.print(f"              does not fit: {problem}", soft_wrap=True)
     bad = report.bad
     if fix is not None:
         left_out = write_fixed(files, fix, report, tokenizer, max_tokens)

@@ -3,27 +3,22 @@
 Repairing has one rule: a conversation is cut back to its last answer up to which it is good.
 That takes care of questions without an answer, results without a call, calls to no tool and
 conversations that are too long; whoever speaks under another name is renamed first. What has no
-good beginning is left out, and listed. What a run would take (`Effort`) is arithmetic over the
-model's shape, and the speed of this machine at multiplying matrices.
+good beginning is left out, and listed. What a run would take is the business of plan.py.
 
 Like `utils/validate_data.py` and `utils/reformat_data.py` of mistral-finetune.
 """
 
 import json
 import math
-import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from opennemo.errors import InvalidRequest
-from opennemo.model.checkpoint import weight_shapes
-from opennemo.model.transformer import ModelConfig
+from opennemo.model.checkpoint import open_checkpoint
 from opennemo.tokenizer import Tokenizer
 from opennemo.tokenizer.messages import Message
+from opennemo.train.config import Data, Lora, Model, Recipe, Source
 from opennemo.train.conversations import (
     BadLine,
     Reader,
@@ -32,57 +27,9 @@ from opennemo.train.conversations import (
     read_examples,
     read_pairs,
 )
-from opennemo.train.objectives import CHUNK
+from opennemo.train.machines import Machines
+from opennemo.train.plan import Plan, plan
 from opennemo.train.shapes import SPEAKERS, conversation_of, parse_line
-
-
-@dataclass(frozen=True, kw_only=True)
-class Effort:
-    """What an epoch over some files takes, everything in float32."""
-
-    n_rows: int  # of `max_tokens`, packed
-    n_operations: float
-    n_bytes: dict[str, int]  # by what needs them
-
-    @classmethod
-    def of(cls, config: ModelConfig, report: Report, max_tokens: int, rank: int | None) -> "Effort":
-        """For a LoRA of a rank on every matrix, or, without one, for all weights."""
-        shapes = weight_shapes(config)
-        matrices = [s for name, s in shapes.items() if "layers." in name and len(s) == 2]
-        n_weights, in_blocks = sum(map(math.prod, shapes.values())), sum(map(math.prod, matrices))
-        n_learning = n_weights if rank is None else sum(rank * sum(shape) for shape in matrices)
-        heads, kv_heads = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-        # Two operations for a token and a weight, and as many for the gradient of the input, and
-        # again for that of the weight where it learns. Only what is learned meets the head.
-        passes = 6 if rank is None else 4
-        head = config.dim * config.vocab_size
-        scores = 6 * config.n_layers * heads * sum(n * n for n in report.lengths)
-        operations = passes * (in_blocks * report.n_tokens + head * report.n_trained_tokens)
-        # Of each token a block keeps the inputs of its norms, matrices, attention and SwiGLU.
-        kept = 4 * config.dim + 4 * config.hidden_dim + 3 * heads + 2 * kv_heads
-        kept += 0 if rank is None else rank * 7
-        return cls(
-            n_rows=math.ceil(report.n_tokens / max_tokens),
-            n_operations=operations + scores,
-            n_bytes={
-                "weights": 4 * n_weights,
-                # Adapters are weights, too; then gradients and AdamW's two averages.
-                "what learns": 4 * n_learning * (3 if rank is None else 4),
-                f"activations of {max_tokens:,} tokens": 4 * max_tokens * config.n_layers * kept,
-                "some logits at a time, and their gradient": 2 * 4 * CHUNK * config.vocab_size,
-            },
-        )
-
-
-def operations_per_second(seconds: float = 0.3) -> float:
-    """What this machine reaches at multiplying matrices, in float32."""
-    a = torch.randn(1024, 1024)
-    torch.mm(a, a)
-    n, start = 0, time.perf_counter()
-    while time.perf_counter() - start < seconds:
-        torch.mm(a, a)
-        n += 1
-    return n * 2 * 1024**3 / (time.perf_counter() - start)
 
 
 def validate(paths: Sequence[Path], tokenizer: Tokenizer, max_tokens: int) -> Report:
@@ -96,6 +43,27 @@ def validate(paths: Sequence[Path], tokenizer: Tokenizer, max_tokens: int) -> Re
         read = read_pairs if _holds_pairs(path) else read_examples
         report.add(read([path], tokenizer, max_tokens=max_tokens)[1])
     return report
+
+
+def epoch(
+    paths: Sequence[Path], report: Report, model: Path, machines: Machines, *, width: int, rank: int
+) -> Plan:
+    """What one pass over the files takes, packed into rows of `width` tokens, one a step.
+
+    Args:
+        rank: of a LoRA; 0 for training all weights.
+    """
+    checkpoint = open_checkpoint(model)
+    recipe = Recipe(
+        objective="chat",
+        steps=max(1, math.ceil(report.n_tokens / width)),
+        model=Model(path=str(model)),
+        data=Data(
+            train=tuple(Source(path=path) for path in paths), window=width, rows=1, micro_rows=1
+        ),
+        lora=Lora(rank=rank) if rank else None,
+    )
+    return plan(recipe, checkpoint.config, machines, stored=checkpoint.format or "bf16")
 
 
 def fix(

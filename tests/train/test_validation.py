@@ -1,21 +1,19 @@
-"""What is wrong in chat files is found, repaired where it can be, and a run's needs are right."""
+"""What is wrong in chat files is found, and repaired where it can be."""
 
 import json
-import math
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from opennemo.cli import main
 from opennemo.errors import InvalidRequest
-from opennemo.model.attention import Packed
-from opennemo.model.lora import add_lora_
-from opennemo.model.transformer import ModelConfig, Transformer
+from opennemo.model.checkpoint import save
+from opennemo.model.transformer import PRESETS, Transformer
 from opennemo.tokenizer.ranks import OWN, open_tokenizer
-from opennemo.train.conversations import Report, read_examples, read_pairs
-from opennemo.train.validation import Effort, fix, validate
+from opennemo.train.conversations import read_examples, read_pairs
+from opennemo.train.machines import parse_machines
+from opennemo.train.validation import epoch, fix, validate
 
 ASK, SAY = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
@@ -95,46 +93,17 @@ def test_preferences_are_known_by_themselves(tokenizer, tmp_path):
     assert len(pairs) == 2 and not report.bad
 
 
-CONFIG = ModelConfig(
-    dim=96, n_layers=3, n_heads=6, n_kv_heads=2, head_dim=24, hidden_dim=320, vocab_size=300
-)
-
-
-@pytest.mark.parametrize("rank", [None, 8])
-def test_activations_are_what_a_step_keeps(rank: int | None):
-    model, n_tokens = Transformer(CONFIG), 256
-    if rank is not None:
-        add_lora_(model, rank=rank, alpha=rank, generator=torch.Generator())
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, int] = {}
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        hidden = model(torch.arange(n_tokens), Packed.of(n_tokens // 2, n_tokens // 2))
-    hidden.sum().backward()
-    effort = Effort.of(CONFIG, Report(lengths=[n_tokens]), n_tokens, rank)
-    assert sum(kept.values()) == pytest.approx(effort.n_bytes["activations of 256 tokens"], rel=0.1)
-
-
-def test_operations_are_those_that_pytorch_counts():
-    from torch.utils.flop_counter import FlopCounterMode
-
-    model, n_tokens = Transformer(CONFIG), 64
-    with FlopCounterMode(display=False) as counter:
-        # It does not count attention on a CPU; of tokens alone there is hardly any.
-        hidden = model(torch.arange(n_tokens), Packed.of(*[1] * n_tokens))
-        model.output(hidden).sum().backward()
-    report = Report(lengths=[1] * n_tokens, n_trained_tokens=n_tokens)
-    effort = Effort.of(CONFIG, report, n_tokens, None)
-    assert counter.get_total_flops() == pytest.approx(effort.n_operations, rel=0.01)
-    n_weights = sum(map(math.prod, (p.shape for p in model.parameters())))
-    assert effort.n_bytes["weights"] == 4 * n_weights
-    assert effort.n_bytes["what learns"] == 12 * n_weights
+def test_an_epoch_is_planned(tokenizer, file, tmp_path):
+    save(Transformer(PRESETS["tiny"]), tmp_path / "model")
+    report = validate([file], tokenizer, 128)
+    machines = parse_machines("1x4090", 1)
+    full, lora = (
+        epoch([file], report, tmp_path / "model", machines, width=128, rank=rank) for rank in (0, 4)
+    )
+    for made in (full, lora):
+        assert not made.problems and made.seconds > 0
+        assert made.tokens_per_second == pytest.approx(128 / made.seconds)  # one row
+    assert lora.total < full.total
 
 
 def run(*arguments: object) -> int:
