@@ -168,8 +168,9 @@ class Scoring:
 def _look_up(logits: Tensor, rows: list[int], tokens: list[int]) -> tuple[list, list]:
     """Log-probability of each token in its row of (R, V), and whether it is the likeliest."""
     own = logits[torch.tensor(rows, dtype=torch.int64), torch.tensor(tokens, dtype=torch.int64)]
-    # Some rows at a time, which stay in the processor's cache.
-    parts = [(part.amax(-1), part.logsumexp(-1)) for part in logits.split(32)]
+    # On a CPU some rows at a time, which stay in the processor's cache.
+    height = 32 if logits.device.type == "cpu" else max(1, len(logits))
+    parts = [(part.amax(-1), part.logsumexp(-1)) for part in logits.split(height)]
     top, total = (torch.cat(x)[rows] for x in zip(*parts, strict=True)) if rows else (own, own)
     if not total.isfinite().all():
         raise OpenNemoError("the model computed a number that is not finite")

@@ -5,6 +5,7 @@ task whose data are missing becomes a row that says so.
 """
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -84,7 +85,10 @@ def _load(benchmark: Benchmark) -> dict[str, Any] | str:
     try:
         return dict(manager.load([benchmark.task])["tasks"])
     except (OSError, ValueError, KeyError, ImportError) as error:
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+        said = str(error).strip().splitlines()[0]
+        if "OfflineMode" in said and (named := re.search("'([^']+/[^']+)'", said)):
+            return f"{named[1]} is not in the folder"
+        return f"{type(error).__name__}: {said[:200]}"
 
 
 def _row(

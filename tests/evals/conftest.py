@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,13 +21,11 @@ CHAT = (
 )
 
 
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory) -> Path:
-    """In Hugging Face's layout, so that other implementations read it, too."""
+def tiny_folder(path: Path, **changes: Any) -> Path:
+    """A model in Hugging Face's layout, so that other implementations read it, too."""
     transformers = pytest.importorskip("transformers")
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    path = tmp_path_factory.mktemp("model") / "tiny"
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {letter: i for i, letter in enumerate([*MARKED, *alphabet, "ĠA", "in", "er"])}
     merges = [("Ġ", "A"), ("i", "n"), ("e", "r")]
@@ -34,18 +33,25 @@ def folder(tmp_path_factory) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(name, special=True) for name in MARKED])
+    shape: dict[str, Any] = {
+        "vocab_size": len(vocabulary), "hidden_size": 48, "intermediate_size": 96,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "max_position_embeddings": 1024, "initializer_range": 0.2, "bos_token_id": 1,
+        "eos_token_id": 2, "tie_word_embeddings": False,
+    }  # fmt: skip
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=len(vocabulary), hidden_size=48, intermediate_size=96, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024,
-        initializer_range=0.2, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False,
-    )  # fmt: skip
+    config = transformers.LlamaConfig(**shape | changes)
     transformers.LlamaForCausalLM(config).save_pretrained(path)
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=MARKED[1], eos_token=MARKED[2], pad_token=MARKED[2],
         chat_template=CHAT,
     ).save_pretrained(path)  # fmt: skip
     return path
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> Path:
+    return tiny_folder(tmp_path_factory.mktemp("model") / "tiny")
 
 
 @pytest.fixture(scope="session")
