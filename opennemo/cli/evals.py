@@ -66,6 +66,9 @@ def run(
     ] = None,
     references: Annotated[str, typer.Option(help="chat: gpt-4 or gpt-4-0125-preview.")] = "gpt-4",
     grammar: Annotated[bool, typer.Option(help="tools: hold answers to valid calls.")] = True,
+    required: Annotated[
+        bool, typer.Option("--required", help="tools: every answer must be a call.")
+    ] = False,
     model_name: Annotated[str | None, typer.Option(help="Its name at its server.")] = None,
     key_env: Annotated[
         str, typer.Option(help="The variable that holds a server's key.")
@@ -99,8 +102,8 @@ def run(
         )  # fmt: skip
         request = Request(
             model=model, suite=suite, tasks=tuple(tasks.split(",")) if tasks else (), chat=chat,
-            repeats=repeats, references=references, grammar=grammar, run_code=run_code,
-            texts=tuple(texts or ()), key=os.environ.get(key_env, "none"),
+            repeats=repeats, references=references, grammar=grammar, required=required,
+            run_code=run_code, texts=tuple(texts or ()), key=os.environ.get(key_env, "none"),
             judge_key=os.environ.get(judge_key_env, "none"), **settings,
         )  # fmt: skip
         folders, lines = evaluate(request, format or [])

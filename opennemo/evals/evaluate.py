@@ -48,6 +48,7 @@ class Request:
     agreement: Path | None = None
     references: str = "gpt-4"
     grammar: bool = True
+    required: bool = False
     run_code: bool = False
     texts: tuple[Path, ...] = ()
     lengths: tuple[int, ...] = (4096, 8192, 16384, 32768, 65536, 131072)
@@ -168,7 +169,10 @@ def _tools(request: Request, model: Speaker, run: Run) -> Found:
     chosen = request.tasks or CATEGORIES
     if unknown := set(chosen) - set(CATEGORIES):
         raise InvalidRequest(f"--tasks {', '.join(unknown)}: there are {', '.join(CATEGORIES)}")
-    rows, items = measure(model, run, chosen, request.limit, request.grammar)
+    how = {"grammar": request.grammar, "required": request.required}
+    if request.required and not request.grammar:
+        raise InvalidRequest("--required needs the grammar, which --no-grammar leaves out")
+    rows, items = measure(model, run, chosen, request.limit, **how)
     return rows, items, []
 
 

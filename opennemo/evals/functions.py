@@ -29,17 +29,29 @@ TYPES |= {name: name for name in ("string", "integer", "number", "boolean", "arr
 
 
 def measure(
-    model: Speaker, run: Run, categories: Sequence[str], limit: int | None, grammar: bool
+    model: Speaker,
+    run: Run,
+    categories: Sequence[str],
+    limit: int | None,
+    *,
+    grammar: bool = True,
+    required: bool = False,
 ) -> tuple[list[Row], list[dict[str, Any]]]:
-    """Share of questions whose calls are right, by category, and the calls one by one."""
+    """Share of questions whose calls are right, by category, and the calls one by one.
+
+    Args:
+        grammar: whether calls are held to the tools and their arguments.
+        required: whether an answer must be a call; BFCL leaves it to the model.
+    """
+    choice = {"tool_choice": "required"} if required else {}
     check, questions = _checker(), []
     for category in categories:
         questions += [(category, q) for q in _questions(category)[:limit]]
     asked = [(q["question"][0], [_tool(f) for f in q["function"]]) for _, q in questions]
     answers = run.ask_all(
         f"Calls of {model.name}", asked,
-        key=lambda a: digest("tools", model.name, grammar, a),
-        ask=lambda a: model.ask(a[0], a[1], grammar, temperature=0.0, max_tokens=512),
+        key=lambda a: digest("tools", model.name, grammar, required, a),
+        ask=lambda a: model.ask(a[0], a[1], grammar, temperature=0.0, max_tokens=512, **choice),
     )  # fmt: skip
     values: dict[str, float | str] = {}
     items = []
@@ -51,7 +63,7 @@ def measure(
         why = verdict(check, category, question, answer)
         values[key] = float(why is None)
         items.append({"id": key, "value": values[key], "answer": answer, "wrong": why})
-    setting = "with grammar" if grammar else "without grammar"
+    setting = ("with grammar" if grammar else "without grammar") + ", a call required" * required
     return gather("BFCL", values, parts=lambda i: i.split("/")[0], setting=setting), items
 
 

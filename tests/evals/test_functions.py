@@ -89,11 +89,16 @@ def test_with_and_without_a_grammar_in_this_process_and_on_our_server(folder, tm
         for where, model in (("here", Local(llm)), ("there", remote)):
             for grammar in (True, False):
                 run = Run(tmp_path / f"{where}{grammar}", {})
-                rows, items = measure(model, run, ("simple_python",), 2, grammar)
+                rows, items = measure(model, run, ("simple_python",), 2, grammar=grammar)
                 assert rows[0].n + sum(rows[0].trouble.values()) == 2
                 results[where, grammar] = [
                     (i["id"], i["wrong"], i["answer"].get("content")) for i in items
                 ]
+        rows, items = measure(
+            remote, Run(tmp_path / "required", {}), ("multiple",), 3, required=True
+        )
+        assert rows[0].setting == "with grammar, a call required"
+        assert not any(item["wrong"] == "no call" for item in items)
     for grammar in (True, False):  # greedy answers do not depend on who carries them
         assert results["here", grammar] == results["there", grammar]
     with pytest.raises(InvalidRequest, match="--tokenizer"):
