@@ -4,6 +4,7 @@ Each suite is a function of what was asked and of who answers, to rows and items
 their names and which of a request's settings decide an answer, and so name a run.
 """
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -71,20 +72,17 @@ def evaluate(request: Request, formats: Sequence[str]) -> tuple[list[Path], repo
     if request.suite not in SUITES:
         raise InvalidRequest(f"--suite {request.suite}: there are {', '.join(SUITES)}")
     settings = {k: v for k, v in asdict(request).items() if k not in WHERE}
-    settings |= {
-        "weights": "server" if _is_server(request.model) else fingerprint(locate(request.model))
-    }
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}
-    settings["texts"] = [str(path) for path in request.texts]
-    name = request.model.rstrip("/").rsplit("/", 1)[-1].removesuffix(".gguf")
+    settings |= {"weights": _weights(request.model), "judge_weights": _weights(request.judge)}
+    settings = json.loads(json.dumps(settings, default=str))
+    name = request.model_name or Path(request.model.rstrip("/")).name.removesuffix(".gguf")
     parent = request.output or Path("runs") / f"{name}-{request.suite}-{digest(settings)[:8]}"
     folders, found = [], {}
     for format in formats or (None,):
         folder = parent / format if format and len(formats) > 1 else parent
-        shown = f"{name} {format}" if format else name
         run = Run(folder, settings | {"format": format})
         try:
             with _speaker(request, format) as model:
+                shown = f"{model.name} {format or ''}".strip()
                 rows, items, notes = SUITES[request.suite](request, model, run)
             run.write_items(items)
         finally:
@@ -120,6 +118,11 @@ def _speaker(request: Request, format: str | None) -> Iterator[Speaker]:
     config = EngineConfig(kv_format=request.kv_format, kv_scale=request.kv_scale)
     with LLM.load(request.model, device=request.device, config=config, format=format) as llm:
         yield Local(llm)
+
+
+def _weights(model: str | None) -> str | None:
+    """Which weights a name stands for now, as far as can be told."""
+    return None if model is None or _is_server(model) else fingerprint(locate(model))
 
 
 def _is_server(model: str) -> bool:
