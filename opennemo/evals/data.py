@@ -31,11 +31,18 @@ class Data:
         Raises:
             InvalidRequest: it is not there.
         """
-        for folder in (self.folder, self.folder and self.folder.parent):
-            if folder and (folder / name).exists():
-                return folder / name
+        if found := self._look(name):
+            return found
         where = f"{name} is not in {self.folder}" if self.folder else f"{name} is needed"
         raise InvalidRequest(f"{where}: get it from {source} and name its folder with --data")
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a file."""
+        return self._look(name) is not None
+
+    def _look(self, name: str) -> Path | None:
+        folders = (self.folder, self.folder.parent) if self.folder else ()
+        return next((folder / name for folder in folders if (folder / name).exists()), None)
 
     def lines(self, name: str, source: str) -> list[dict[str, Any]]:
         """The objects of a JSON lines file."""

@@ -234,6 +234,9 @@ def _chat(request: Request, model: Speaker, run: Run) -> Found:
             rows += agree(bench.grade(judging, turns), known)
         if "wildbench" in wanted:
             rows += wild_bench(data, model, judging, request.limit)
+        if judging.spreads:
+            spread = sum(judging.spreads) / len(judging.spreads)
+            notes.append(f"Repeated marks of one answer have a standard deviation of {spread:.2f}.")
     return rows, items, notes
 
 

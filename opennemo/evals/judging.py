@@ -13,7 +13,8 @@ MT-Bench: arXiv:2306.05685 and FastChat's prompts. WildBench: arXiv:2406.04770, 
 import random
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from statistics import stdev
 from typing import Any
 
 from opennemo.errors import OpenNemoError
@@ -41,7 +42,7 @@ ANNOUNCED = {
 NO_MARK = "the judge gave no mark"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Judging:
     """A judge, and where its marks are kept."""
 
@@ -49,6 +50,7 @@ class Judging:
     run: Run
     repeats: int = 1
     seed: int = 0
+    spreads: list[float] = field(default_factory=list)  # between an answer's repeated marks
 
     def marks(self, prompts: Mapping[str, list[dict[str, Any]] | str], find: Any) -> dict:
         """What `find` reads out of the judge's answers, by item; a text where there is nothing.
@@ -76,6 +78,7 @@ class Judging:
         for item, values in found.items():
             numbers = [v for v in values if not isinstance(v, str)]
             marks[item] = sum(numbers) / len(numbers) if numbers else values[0]
+            self.spreads += [stdev(numbers)] if len(numbers) > 1 else []
         return marks
 
 
@@ -267,22 +270,17 @@ def wild_bench(data: Data, model: Speaker, judging: Judging, limit: int | None) 
     """
     source = "github.com/allenai/WildBench, evaluation"
     template = data.find("wildbench/eval_template.score.v2.md", source).read_text("utf-8")
-    try:
-        tasks, name = (
-            data.lines("wildbench/tasks.jsonl", "the hub's allenai/WildBench"),
-            "WildBench",
-        )
-    except OpenNemoError:
+    name = "WildBench"
+    if data.has("wildbench/tasks.jsonl"):
+        tasks = data.lines("wildbench/tasks.jsonl", "")[:limit]
+    else:
         name = "Arena-Hard, marked by WildBench's template"
         lines = data.lines("arena_hard_v0.1/question.jsonl", "github.com/lmarena/arena-hard-auto")
+        turns = [{"role": "user", "content": line["prompt"]} for line in lines[:limit]]
         tasks = [
-            {
-                "session_id": line["uid"],
-                "conversation_input": [{"role": "user", "content": line["prompt"]}],
-            }
-            for line in lines
+            {"session_id": line["uid"], "conversation_input": [turn]}
+            for line, turn in zip(lines, turns, strict=False)
         ]
-    tasks = tasks[:limit]
     talks = [
         [{k: m[k] for k in ("role", "content")} for m in t["conversation_input"]] for t in tasks
     ]
@@ -293,26 +291,21 @@ def wild_bench(data: Data, model: Speaker, judging: Judging, limit: int | None) 
     prompts: dict[str, Any] = {}
     for task, talk, answer in zip(tasks, talks, answers, strict=True):
         failed = isinstance(answer, OpenNemoError)
-        text = template
-        for field, value in {
+        fields = {
             "history": "".join(f"{m['role'].upper()}: {m['content']}\n\n" for m in talk[:-1]),
             "user_query": talk[-1]["content"],
             "model_output": "" if failed else answer["content"] or "",
             "checklist": "".join(f"- {point}\n" for point in task.get("checklist") or ()),
-        }.items():
-            text = text.replace(f"{{${field}}}", value)
+        }
+        text = re.sub(r"\{\$(\w+)\}", lambda found, fields=fields: fields[found[1]], template)
         prompts[task["session_id"]] = str(answer) if failed else [{"role": "user", "content": text}]
     marks = judging.marks(prompts, wild_score)
     scores = {k: v if isinstance(v, str) else (v - 5) * 20 for k, v in marks.items()}
     kinds = {t["session_id"]: KINDS.get(str(t.get("primary_tag")), "") for t in tasks}
     settings = {"setting": f"(mark - 5) x 20, judge {judging.judge.name}", "percent": False}
-    by_kind = (
-        gather(name, scores, parts=kinds.__getitem__, **settings) if any(kinds.values()) else []
-    )
-    known = [
-        (WEIGHTS[row.part], row.score) for row in by_kind if row.score is not None and row.part
-    ]
+    by_kind = gather(name, scores, parts=kinds.__getitem__, **settings)
+    known = [(WEIGHTS[r.part], r.score) for r in by_kind if r.part and r.score is not None]
     total = sum(weight for weight, _ in known)
     also = {"macro": sum(weight * score for weight, score in known) / total} if total else {}
-    announced = ANNOUNCED.get(name, {})
-    return [*gather(name, scores, also=also, announced=announced, **settings), *by_kind]
+    whole = gather(name, scores, also=also, announced=ANNOUNCED.get(name, {}), **settings)
+    return [*whole, *(row for row in by_kind if row.part)]

@@ -31,7 +31,7 @@ def cells(rows: Sequence[Row], model: str) -> Cells:
     lines = [[*head, "also", "trouble"]]
     for row in rows:
         shown = [_number(row.announced.get(name)) for name in announced]
-        also = ", ".join(f"{name} {value:.1f}" for name, value in row.also.items())
+        also = ", ".join(f"{name} {value:.3g}" for name, value in row.also.items())
         trouble = "; ".join(f"{what}: {n}" for what, n in row.trouble.items())
         lines.append([row.key, row.setting, f"{row.n:,}", score(row), *shown, also, trouble])
     return _without_empty_columns(lines)
@@ -110,40 +110,35 @@ def read(folder: Path) -> tuple[str, list[Row]]:
 
 def bars(folder: Path, models: Mapping[str, Sequence[Row]]) -> None:
     """One panel a benchmark, a group of bars a part, a bar a model, with standard errors."""
-    first = next(iter(models.values()))
-    shown: dict[str, dict[str, Row]] = {name: {r.key: r for r in r_} for name, r_ in models.items()}
+    shown = {name: {row.key: row for row in rows} for name, rows in models.items()}
+    base = next(iter(shown.values()))
     parts: dict[str, list[str]] = {}
-    for row in first:
+    for row in base.values():
         if row.score is not None:
             parts.setdefault(row.name if row.part else "", []).append(row.key)
-    announced = dict.fromkeys(name for row in first for name in row.announced)
 
     def draw(axes: Any) -> None:
         for ax, (title, keys) in zip(axes, parts.items(), strict=True):
-            names = [
-                *models,
-                *(n for n in announced if any(n in shown_first[k].announced for k in keys)),
-            ]
+            names = [*models, *dict.fromkeys(name for k in keys for name in base[k].announced)]
             width = 0.8 / len(names)
             for i, name in enumerate(names):
                 places = [x - 0.4 + width * (i + 0.5) for x in range(len(keys))]
                 of = shown.get(name)
                 found = [of.get(key) if of else None for key in keys]
                 heights = [
-                    (row and row.score) if of else shown_first[key].announced.get(name)
+                    (row and row.score) if of else base[key].announced.get(name)
                     for row, key in zip(found, keys, strict=True)
                 ]
                 errors = [row.error or 0 if row else 0 for row in found]
                 label = name if of else f"{name} (announced)"
                 ax.bar(places, [h or 0 for h in heights], width, yerr=errors if of else None,
                        label=label, color=f"C{i}" if of else f"{0.55 + 0.12 * i:.2f}")  # fmt: skip
-            labels = [shown_first[key].part or key for key in keys]
+            labels = [base[key].part or key for key in keys]
             ax.set_xticks(range(len(keys)), labels, rotation=0 if title else 20)
             ax.set_title(title)
-            ax.set_ylabel("%" if shown_first[keys[0]].percent else "score")
+            ax.set_ylabel("%" if base[keys[0]].percent else "score")
             ax.legend(fontsize="x-small")
 
-    shown_first = shown[next(iter(models))]
     if parts:
         _plot(folder / "scores", len(parts), draw)
 

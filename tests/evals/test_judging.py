@@ -168,7 +168,7 @@ def test_repeats_are_asked_with_other_seeds_and_averaged(data, tmp_path):
     with serving(lambda body: f"[[{body['seed'] + 4}]]") as (url, heard):
         judging = Judging(Remote(url, "judge"), Run(tmp_path / "run", {}), repeats=3)
         marks = MTBench(data, 1).grade(judging, ANSWERS)
-    assert marks == {"1/1": 5.0, "1/2": 5.0}
+    assert marks == {"1/1": 5.0, "1/2": 5.0} and judging.spreads == [1.0, 1.0]
     assert len(heard) == 6 and all(body["temperature"] > 0 for body in heard)
 
 
@@ -240,6 +240,9 @@ def test_wildbench_weighs_its_kinds_and_its_stand_in_has_another_name(data, tmp_
     assert rows["WildBench"].score == 30
     assert rows["WildBench"].also["macro"] == pytest.approx((80 * 1.25 - 20) / 2.25)
     judged = [asked(b) for b in heard if "- Does it run?" in str(b)]
+    (tmp_path / "wildbench" / "tasks.jsonl").write_text("{broken\n", "utf-8")
+    with pytest.raises(InvalidRequest, match=r"tasks\.jsonl, line 1"):  # no stand-in for it
+        wild_bench(data, model, judging, None)
     assert judged and judged[0].startswith("USER: hello\n\nASSISTANT: hi\n\n|code|")
 
 
