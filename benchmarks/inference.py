@@ -1,7 +1,7 @@
 """The CPU engine against llama.cpp and transformers, side by side on the same weights.
 
-    python benchmarks/inference.py [--model M] [--peers llama.cpp transformers] [--threads 1 2]
-                                   [--formats int8 fp8] [--json FILE]
+    python benchmarks/inference.py [--model M] [--peers llama.cpp transformers openvino]
+                                   [--threads 1 2] [--formats int8 fp8] [--json FILE]
 
 One row a case: a step that decodes 1, 8 or 32 sequences with 128 tokens behind each, a step over a
 prompt of 512 or 2,048, loading, and the most memory while decoding 32. Beside the speed stands what
@@ -12,7 +12,8 @@ weights of a step came to, and `layer` measures that for a layer as wide as Mist
 weights fit no cache.
 
 llama.cpp runs in a process of its own, in the environment of `--llama-python` (this one unless
-given; `pip install llama-cpp-python`), and is left out where there is none. Ours and a peer take
+given; `pip install llama-cpp-python`), and is left out where there is none; so is OpenVINO, which
+reads the same file (`--openvino-python`, `pip install openvino-genai`). Ours and a peer take
 turns, case by case; a number is the median of the rounds, a ratio the median of the rounds' ratios.
 A busy machine spoils clock times, so every ratio comes twice: of the clock, and of processor time.
 With two threads processor time counts waiting too and is only a hint.
@@ -21,6 +22,7 @@ With two threads processor time counts waiting too and is only a hint.
 import argparse
 import itertools
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -202,11 +204,12 @@ def as_q8_0(source: Path, target: Path) -> None:
     writer.close()
 
 
-class LlamaCpp:
-    """llama.cpp in a process of its own."""
+class Worker:
+    """llama.cpp or OpenVINO in a process of its own."""
 
-    def __init__(self, python: str, model: Path):
-        worker = Path(__file__).with_name("llama_cpp_worker.py")
+    def __init__(self, kind: str, python: str, model: Path):
+        worker = Path(__file__).with_name(f"{kind}_worker.py")
+        self.kind = kind
         self.process = subprocess.Popen(
             [python, str(worker), str(model)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
@@ -215,9 +218,11 @@ class LlamaCpp:
     def ask(self, **question: object) -> dict:
         assert self.process.stdin and self.process.stdout
         print(json.dumps(question), file=self.process.stdin, flush=True)
-        line = self.process.stdout.readline()
+        # OpenVINO writes of its own to standard output, too.
+        while (line := self.process.stdout.readline()) and not line.startswith("{"):
+            continue
         if not line:
-            raise SystemExit("llama.cpp's process has ended")
+            raise SystemExit(f"{self.kind}'s process has ended")
         return json.loads(line)
 
     def run(self, case: Case, threads: int) -> Times:
@@ -296,14 +301,18 @@ def speed(model: Path, peers: list[Peer], scored: Tensor, reference: Tensor,
             _, attend, _ = inputs_of(Case("score", 1, 0, len(scored), 1), config)
             cost = divergence(reference, step(scored, attend, torch.arange(len(scored))))
             for peer, case in itertools.product(peers, CASES):
-                # transformers is several times slower: once is enough to say so.
-                if "llama" in peer.name or threads == max(options.threads):
+                # transformers is several times slower: once is enough to say so. OpenVINO answers
+                # one prompt at a time here.
+                alone = case.sequences == 1 or "OpenVINO" not in peer.name
+                if alone and ("llama" in peer.name or threads == max(options.threads)):
                     name = f"{format}, {case.name}, {threads} thread{'s' * (threads > 1)}"
                     mine, theirs, ratio, processor = compare(
                         f"{name} to {peer.name}", case, partial(run_step, step, config, case),
                         partial(peer.run, case, threads), options.rounds,
                     )  # fmt: skip
                     goal = GOALS[case.name] if "llama" in peer.name and threads > 1 else None
+                    if "OpenVINO" in peer.name and case.context == 0 and format == "int8":
+                        goal = 1.0
                     if goal and format == "fp8":
                         goal = 1.0 if case.name.startswith("decode") else None
                     share = mine * n_bytes / bandwidth if case.name == "decode 1" else None
@@ -355,7 +364,7 @@ def start_up(model: Path, q8_0: Path, format: str, scratch: Path,
         command = [sys.executable, __file__, "--start", str(folder), "--threads", str(threads)]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         mine.append(json.loads(done.stdout.splitlines()[-1]))
-        peer = LlamaCpp(options.llama_python, q8_0)
+        peer = Worker("llama_cpp", options.llama_python, q8_0)
         theirs.append(peer.ask(start=threads))
         peer.run(CASES[2], threads)
         theirs[-1]["peak"] = peer.ask(peak=True)["peak"]
@@ -390,6 +399,17 @@ def show(rows: list[Row]) -> None:
     Console(width=140).print(table)
 
 
+def has(peer: str, python: str, module: str, options: argparse.Namespace) -> bool:
+    """Whether a peer was asked for and is there."""
+    if peer not in options.peers:
+        return False
+    probe = [python, "-c", f"import {module}"]
+    found = not subprocess.run(probe, capture_output=True, check=False).returncode
+    if not found:
+        print(f"{peer} is left out: {python} has no {module}", file=sys.stderr)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", type=Path, help="a .gguf file; by default the built-in model")
@@ -398,6 +418,7 @@ def main() -> None:
     parser.add_argument("--peers", nargs="*", default=["llama.cpp", "transformers"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--llama-python", default=sys.executable, metavar="PYTHON")
+    parser.add_argument("--openvino-python", default=sys.executable, metavar="PYTHON")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
     parser.add_argument("--start", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -414,21 +435,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         scratch, peers = Path(name), []
         q8_0 = scratch / "q8_0.gguf"
-        probe = [options.llama_python, "-c", "import llama_cpp"]
-        has_llama = (
-            "llama.cpp" in options.peers
-            and not subprocess.run(probe, capture_output=True, check=False).returncode
-        )
-        if has_llama:
-            as_q8_0(model, q8_0)
+        as_q8_0(model, q8_0)
+        if has("llama.cpp", options.llama_python, "llama_cpp", options):
             for format in options.formats:
                 rows += start_up(model, q8_0, format, scratch, options)
-            llama = LlamaCpp(options.llama_python, q8_0)
+            llama = Worker("llama_cpp", options.llama_python, q8_0)
             llama.ask(start=1)
             cost = divergence(reference, llama.logits(scored.tolist(), scratch))
             peers.append(Peer("llama.cpp Q8_0", llama.run, cost))
-        elif "llama.cpp" in options.peers:
-            print("llama.cpp is left out: pip install llama-cpp-python", file=sys.stderr)
+        if has("openvino", options.openvino_python, "openvino_genai", options):
+            openvino = Worker("openvino", options.openvino_python, q8_0)
+            peers.append(Peer("OpenVINO Q8_0", openvino.run, math.nan))
         if "transformers" in options.peers:
             peers.append(Peer("transformers fp32", transformers(model), 0.0))
         rows += speed(model, peers, scored, reference, options)
