@@ -18,6 +18,7 @@ from torch import Tensor
 from opennemo.model.pages import Pages
 
 FUSED_PAGE_SIZE = 256  # FlashAttention-2 in PyTorch 2.13 takes pages of multiples of this
+MASK = 1 << 24  # numbers of a mask at once, where attention on a CPU needs one
 
 
 @dataclass
@@ -158,14 +159,14 @@ def _traced_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor,
     cu_q: Tensor, cu_k: Tensor, window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    grads = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    grads = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for queries, keys, causal, mask in _sequences(q, cu_q, cu_k, window):
         parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             _heads(grad, queries), _heads(q, queries), _heads(k, keys), _heads(v, keys),
             _heads(out, queries), sums[None, :, queries], 0.0, causal, attn_mask=mask,
         )  # fmt: skip
         for whole, place, part in zip(grads, (queries, keys, keys), parts, strict=True):
-            whole[place] = part[0].transpose(0, 1)
+            whole[place] += part[0].transpose(0, 1)
     return grads
 
 
@@ -194,18 +195,27 @@ traced_attention.register_autograd(_pass_back, setup_context=_keep)
 def _sequences(
     q: Tensor, cu_q: Tensor, cu_k: Tensor, window: int | None
 ) -> Iterator[tuple[slice, slice, bool, Tensor | None]]:
-    """Queries and keys of each sequence, and its mask: causal, one to add, or none."""
+    """Queries and keys of each sequence, and its mask: causal, one to add, or none.
+
+    Where a mask is needed queries come a few at a time, so that it stays small.
+    """
     pairs = [list(itertools.pairwise(bounds.tolist())) for bounds in (cu_q, cu_k)]
     for (q_start, q_end), (k_start, k_end) in zip(*pairs, strict=True):
         new, length = q_end - q_start, k_end - k_start
-        if not new:
+        if window is None and new == length:
+            if new:
+                yield slice(q_start, q_end), slice(k_start, k_end), True, None
             continue
-        causal = window is None and new == length
-        mask = None
-        if not causal and not (window is None and new == 1):
-            seen = visible(new, length, window, q)
-            mask = torch.zeros(new, length, dtype=q.dtype).masked_fill(~seen, -torch.inf)
-        yield slice(q_start, q_end), slice(k_start, k_end), causal, mask
+        few = max(1, MASK // max(1, length))
+        for start in range(q_start, q_end, few):
+            end = min(start + few, q_end)
+            keys = slice(k_start, k_end - (q_end - end))  # the last query sees the last key
+            length, mask = keys.stop - k_start, None
+            if window is not None or end - start > 1:
+                seen = visible(end - start, length, window, q)
+                mask = torch.zeros(end - start, length, dtype=q.dtype)
+                mask.masked_fill_(~seen, -torch.inf)
+            yield slice(start, end), keys, False, mask
 
 
 def _sums(q: Tensor) -> Tensor:

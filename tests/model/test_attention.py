@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from opennemo.model import attention
 from opennemo.model.attention import traced_attention, varlen_attention
 
 
@@ -24,16 +25,20 @@ def inputs(n_queries: int, n_keys: int, dtype: torch.dtype, learn: bool) -> list
         ([0, 5, 6, 16], [0, 9, 20, 30]),  # the last queries of longer ones
     ],
 )
+@pytest.mark.parametrize("mask", [1 << 24, 45])  # of some queries at a time
 def test_attention_as_one_operation_equals_its_definition(
-    queries: list[int], keys: list[int], window: int | None, dtype: torch.dtype
-):
+    queries: list[int], keys: list[int], window: int | None, dtype: torch.dtype, mask: int,
+    monkeypatch: pytest.MonkeyPatch,
+):  # fmt: skip
+    monkeypatch.setattr(attention, "MASK", mask)
     cu_q, cu_k = torch.tensor(queries).int(), torch.tensor(keys).int()
     learning = inputs(queries[-1], keys[-1], dtype, True)
     q, k, v = learning
     out = varlen_attention(q, k, v, cu_q, cu_k, 30, window=window)
     q, k, v = inputs(queries[-1], keys[-1], dtype, False)
     expected = varlen_attention(q, k, v, cu_q, cu_k, 30, window=window)
-    assert torch.equal(out, expected)
+    if mask == 1 << 24:  # all queries at a time
+        assert torch.equal(out, expected)
     # The definition's gradients, by plain matrices.
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     found = torch.autograd.grad(out, learning, grad)
