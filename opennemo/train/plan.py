@@ -194,10 +194,6 @@ def _count_memory(made: Plan, work: _Work, stored: str) -> None:
     _count_activations(add, work)
     if recipe.objective == "distil":
         add("teacher", f"{work.n_weights:,} x {number} B", work.n_weights * number)
-    head = CHUNK * config.vocab_size * 4
-    add("logits", f"{CHUNK} rows x {config.vocab_size:,} x 4 B", head)
-    if not recipe.lora and not many:
-        add("head's gradient", f"{work.table:,} x 4 B, while it is summed", 4 * work.table)
     overhead = machines.card.overhead
     add("everything else", "PyTorch, its libraries' buffers, fragments (assumed)", overhead)
 
@@ -253,23 +249,32 @@ def _count_activations(add, work: _Work) -> None:
     n, layers = work.tokens, config.n_layers
     of_block = n * kept * number
     rounded = work.block / work.tp * number if recipe.qat else 0.0
+    again = 0.0
     if recipe.parallel.activation_checkpointing:
-        stream = n * config.dim * number / work.tp
         how = f"{layers} x {n:,} tokens x {config.dim:,} x {number} B{_by(work.tp)}"
-        add("inputs of blocks", how, layers * stream)
-        add("one block again", f"{n:,} tokens x {kept:,.0f} x {number} B", of_block)
-        layers = 1
+        add("inputs of blocks", how, layers * n * config.dim * number / work.tp)
+        layers, again = 1, of_block
     else:
         how = f"{layers} x {n:,} tokens x {kept:,.0f} x {number} B"
         add("activations", how, layers * of_block)
     if rounded:
         how = f"{layers} x {work.block:,} x {number} B{_by(work.tp)}"
         add("rounded weights", how, layers * rounded)
-    passing = 3 * config.hidden_dim / work.tp
-    how = f"{n:,} tokens x 3 x {config.hidden_dim:,} x {number} B{_by(work.tp)}"
-    add("passing gradients", how, n * passing * number)
-    how = f"{n:,} tokens x 3 x {config.dim:,} x {number} B{_by(work.tp)}"
-    add("into and out of the head", how, n * 3 * config.dim / work.tp * number)
+    # First the head computes and goes back, then block after block does: the larger counts.
+    width = (2 * config.hidden_dim + config.dim) / work.tp
+    block = again + n * width * number
+    logits, states = CHUNK * config.vocab_size * 4, 3 * n * config.dim / work.tp * number
+    summed = 0 if recipe.lora or work.machines.n_ranks > 1 else 4 * work.table
+    head = logits + states + summed
+    if head > block:
+        how = f"{CHUNK} x {config.vocab_size:,} x 4 B logits + {states / GIB:.2f} GiB into and out"
+        also = f" + {work.table:,} x 4 B while gradients are summed" if summed else ""
+        add("the head's way back", how + also, head)
+        return
+    then = f"(the head's before: {head / GIB:.2f} GiB)"
+    if again:
+        add("one block again", f"{n:,} tokens x {kept:,.0f} x {number} B", again)
+    add("a block's way back", f"{n:,} tokens x {width:,.0f} x {number} B {then}", block - again)
 
 
 def _count_time(made: Plan, work: _Work, share_of_peak: float) -> None:
