@@ -41,17 +41,25 @@ def measure(
 
     Args:
         grammar: whether calls are held to the tools and their arguments.
-        required: whether an answer must be a call; BFCL leaves it to the model.
+        required: whether an answer must be a call, and but one where one is asked for; BFCL
+            leaves both to the model.
     """
-    choice = {"tool_choice": "required"} if required else {}
+
+    def settings(category: str) -> dict[str, Any]:
+        only = {"tool_choice": "required", "parallel_tool_calls": "parallel" in category}
+        return {"temperature": 0.0, "max_tokens": 512} | (only if required else {})
+
     check, questions = _checker(), []
     for category in categories:
         questions += [(category, q) for q in _questions(category)[:limit]]
-    asked = [(q["question"][0], [_tool(f) for f in q["function"]]) for _, q in questions]
+    asked = [
+        (q["question"][0], [_tool(f) for f in q["function"]], settings(category))
+        for category, q in questions
+    ]
     answers = run.ask_all(
         f"Calls of {model.name}", asked,
-        key=lambda a: digest("tools", model.name, grammar, required, a),
-        ask=lambda a: model.ask(a[0], a[1], grammar, temperature=0.0, max_tokens=512, **choice),
+        key=lambda a: digest("tools", model.name, grammar, a),
+        ask=lambda a: model.ask(a[0], a[1], grammar, **a[2]),
     )  # fmt: skip
     values: dict[str, float | str] = {}
     items = []
