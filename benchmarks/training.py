@@ -200,7 +200,8 @@ def flops(shape: ModelConfig) -> float:
 def pairs(mine: Step, theirs: Step, rounds: int) -> tuple[list[float], list[float]]:
     """In turns, after two steps each that do not count."""
     for _ in range(2):
-        mine(), theirs()
+        mine()
+        theirs()
     seconds = [(mine(), theirs()) for _ in range(rounds)]
     return [a for a, _ in seconds], [b for _, b in seconds]
 

@@ -21,8 +21,8 @@ BUDGET = {
     "errors": 60,
     # Chat layouts and templates, learning a vocabulary and measuring one turned out to be five
     # subjects beside the tokenizers themselves.
-    # Learning merges, chat templates for other libraries, and texts in tables, at URLs and in pieces
-    # for other processes came later, and a second library for who encodes a lot.
+    # Learning merges, chat templates for other libraries, and texts in tables, at URLs and in
+    # pieces for other processes came later, and a second library for who encodes a lot.
     "tokenizer": 3380,
     # The GPU's kernels are six, and take more lines than calling the CPU's, which is C++.
     "kernels": 750,
