@@ -85,7 +85,8 @@ def validate_data(
         print(line, file=sys.stderr)
     if fix is None and bad:
         more = f" ({len(bad) - SHOWN:,} more than shown)" if len(bad) > SHOWN else ""
-        print(f"{len(bad):,} bad lines{more}; --fix OUT writes a copy without", file=sys.stderr)
+        lines = "line" if len(bad) == 1 else "lines"
+        print(f"{len(bad):,} bad {lines}{more}; --fix OUT writes a copy without", file=sys.stderr)
         raise typer.Exit(1)
 
 

@@ -129,7 +129,7 @@ def draw_api(
             break
     pool = [Argument(name, tables["arguments"][name]) for name in of["arguments"]]
     pool = [a for a in pool if a.speaks(language)]
-    chosen = rng.sample(pool, min(len(pool), rng.choice((1, 2, 2, 3, 3, 4))))
+    chosen = rng.sample(pool, min(len(pool), rng.choice((1, 2, 3, 3, 4, 4, 5))))
     if all(a.kind == "boolean" for a in chosen):
         chosen.append(rng.choice([a for a in pool if a.kind != "boolean"]))
     firm = [a.name for a in chosen if a.kind != "boolean"]
@@ -138,8 +138,8 @@ def draw_api(
         key=(verb, noun),
         wishes=_wishes(tables["verbs"][verb], of["nouns"][noun]),
         arguments=tuple(chosen),
-        required=tuple(rng.sample(firm, rng.randint(1, len(firm)))),
-        described=rng.random() < 0.7,
+        required=tuple(rng.sample(firm, rng.randint(1, -(-len(firm) // 2)))),
+        described=rng.random() < 0.5,
     )
 
 

@@ -19,7 +19,14 @@ from opennemo.tokenizer.messages import Message, hash_id, json_or_text
 from opennemo.train.toolapis import Api, Split, draw_api, draw_value, execute, join, parts
 
 ENGLISH = 0.8  # share of conversations; the other languages share the rest
-KINDS = {"single": 9, "parallel": 3, "none": 2, "missing": 3}  # of turns, and how often
+# What may happen in a turn, and how often. To ask back is hard to learn, and practised more.
+KINDS = {
+    "train": {"single": 8, "parallel": 4, "none": 3, "missing": 5},
+    "test": {"single": 9, "parallel": 3, "none": 2, "missing": 3},
+}
+# How many turns and tools a conversation has: many turns, for tools take most of its tokens.
+N_TURNS = {"train": (2, 3, 4, 5), "test": (1, 1, 1, 2, 3)}
+N_TOOLS = {"train": (1, 2, 2, 3), "test": (1, 2, 2, 3, 4)}
 
 
 def conversations(split: Split, n: int, seed: int) -> Iterator[dict[str, Any]]:
@@ -77,15 +84,15 @@ class _Conversation:
         self.apis: list[Api] = []
         # Half of the time tools are of one domain, and hard to tell apart.
         self.domain = rng.choice([*parts()[split]["domains"]]) if rng.random() < 0.5 else None
-        for _ in range(rng.choice((1, 2, 2, 3, 3, 4))):
+        for _ in range(rng.choice(N_TOOLS[split])):
             self.apis.append(self._draw_api(self.domain))
 
     def make(self) -> dict[str, Any]:
         rng = self.rng
-        n_turns = rng.choice((1, 2, 3, 4) if self.split == "train" else (1, 1, 1, 2, 3))
+        n_turns, kinds = rng.choice(N_TURNS[self.split]), KINDS[self.split]
         kind = ""
         for turn in range(n_turns):
-            kind = rng.choices([*KINDS], [*KINDS.values()])[0]
+            kind = rng.choices([*kinds], [*kinds.values()])[0]
             getattr(self, f"_{kind}")()
             if self.split == "train" or turn < n_turns - 1:
                 self._conclude()
@@ -218,7 +225,7 @@ class _Conversation:
 
     def _draw_arguments(self, api: Api) -> dict[str, Any]:
         """All that is required, and some of the rest."""
-        wanted = [a for a in api.arguments if a.name in api.required or self.rng.random() < 0.6]
+        wanted = [a for a in api.arguments if a.name in api.required or self.rng.random() < 0.4]
         return {a.name: self._draw_value(api, a.name) for a in wanted}
 
     def _draw_value(self, api: Api, name: str) -> Any:

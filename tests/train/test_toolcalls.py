@@ -51,7 +51,7 @@ def test_the_splits_share_no_name():
 
 def test_there_are_thousands_of_apis_of_all_types():
     found = {json.dumps(function) for function in functions(TRAIN)}
-    assert len(found) > 900  # of some 1,000 in 400 conversations
+    assert len(found) > 0.95 * len(functions(TRAIN)) > 700
     types = Counter(
         "enum" if "enum" in schema else schema["type"]
         for function in functions(TRAIN)
