@@ -106,8 +106,8 @@ def run(
             run_code=run_code, texts=tuple(texts or ()), key=os.environ.get(key_env, "none"),
             judge_key=os.environ.get(judge_key_env, "none"), **settings,
         )  # fmt: skip
-        folders, lines = evaluate(request, format or [])
-    show(lines)
+        folders, lines, notes = evaluate(request, format or [])
+        show(lines, notes)
     for folder in folders:
         print(f"Wrote {folder}")
 

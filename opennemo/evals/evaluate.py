@@ -61,10 +61,12 @@ class Request:
 WHERE = {"data", "output", "device", "key", "judge_key"}
 
 
-def evaluate(request: Request, formats: Sequence[str]) -> tuple[list[Path], report.Cells]:
+def evaluate(
+    request: Request, formats: Sequence[str]
+) -> tuple[list[Path], report.Cells, list[str]]:
     """Measure a model, in several number formats one after the other if so many are named.
 
-    -> the folders of results, and a table of them.
+    -> the folders of results, a table of them, and what must be said beside it.
 
     Raises:
         InvalidRequest: the suite is unknown, or something that it needs is missing.
@@ -95,8 +97,8 @@ def evaluate(request: Request, formats: Sequence[str]) -> tuple[list[Path], repo
         folders.append(folder)
         found[shown] = rows
     if len(found) == 1:
-        return folders, report.cells(rows, shown)
-    return folders, compare(parent, found)
+        return folders, report.cells(rows, shown), report.remarks(rows)
+    return folders, compare(parent, found), []
 
 
 def compare(folder: Path | None, runs: dict[str, list[Row]]) -> report.Cells:

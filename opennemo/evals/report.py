@@ -59,16 +59,18 @@ def _without_empty_columns(lines: Cells) -> Cells:
     return [[line[i] for i in kept] for line in lines]
 
 
-def show(lines: Cells) -> None:
-    """On standard output: a table in a terminal, else Markdown."""
-    console = Console()
-    if not console.is_terminal:
-        print(markdown(lines), end="")
-        return
-    shown = Table(*lines[0])
-    for line in lines[1:]:
-        shown.add_row(*line)
-    console.print(shown)
+def show(lines: Cells, notes: Sequence[str] = ()) -> None:
+    """On standard output: a table in a terminal, else Markdown; then notes."""
+    console = Console(highlight=False)
+    if console.is_terminal:
+        shown = Table(*lines[0])
+        for line in lines[1:]:
+            shown.add_row(*line)
+        console.print(shown)
+    else:
+        print(markdown(lines))
+    for note in notes:
+        console.print(note, soft_wrap=True, markup=False)
 
 
 def markdown(lines: Cells, title: str = "") -> str:
@@ -78,10 +80,14 @@ def markdown(lines: Cells, title: str = "") -> str:
     return f"{title}\n\n{text}\n" if title else f"{text}\n"
 
 
+def remarks(rows: Sequence[Row]) -> list[str]:
+    """What must be said beside these rows."""
+    return [CAVEAT] if any(row.announced for row in rows) else []
+
+
 def write(folder: Path, rows: Sequence[Row], model: str, notes: Sequence[str] = ()) -> None:
-    """results.json, .md and .csv, and plots where there is something to draw."""
-    if any(row.announced for row in rows):
-        notes = [*notes, CAVEAT]
+    """results.json, .md and .csv."""
+    notes = [*notes, *remarks(rows)]
     found = {"model": model, "notes": list(notes), "rows": [row.as_json() for row in rows]}
     (folder / "results.json").write_text(json.dumps(found, indent=1, ensure_ascii=False), "utf-8")
     text = markdown(cells(rows, model), f"# {model}") + "".join(f"\n{note}\n" for note in notes)

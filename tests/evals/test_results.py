@@ -195,6 +195,7 @@ def test_a_killed_evaluation_goes_on_where_it_was(folder, llm, hub, tmp_path):
     out, error = again.communicate()
     assert again.returncode == 0, error
     assert "| HellaSwag | 0-shot, acc_norm | 5 |" in out and "| 83.5 |" in out
+    assert report.CAVEAT in out
     assert n_before > 0 and "were answered before" in error
     wanted = [benchmark for benchmark in TABLE1 if benchmark.name in tasks]
     assert report.read(tmp_path)[1] == measure(OpenNemoLM(llm), wanted, Data(hub), None)[0]

@@ -59,7 +59,7 @@ def test_formats_are_compared_with_the_first_in_one_command(folder, tmp_path):
     write_lines(tmp_path / "texts.jsonl", [{"text": text} for text in TEXTS if text])
     asked = Request(model=str(folder), suite="ppl", texts=(tmp_path / "texts.jsonl",),
                     output=tmp_path / "out")  # fmt: skip
-    folders, lines = evaluate(asked, ["fp32", "bf16", "fp8"])
+    folders, lines, _ = evaluate(asked, ["fp32", "bf16", "fp8"])
     assert [f.name for f in folders] == ["fp32", "bf16", "fp8"]
     assert lines[0][:4] == ["benchmark", "items", "tiny fp32", "tiny bf16"]
     assert lines[1][4].startswith(("+0.", "-0.")) and "±" in lines[1][4]
