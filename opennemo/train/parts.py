@@ -227,7 +227,7 @@ def on_ray(
 ) -> Iterator[tuple[int, int]]:
     """Run on Ray Data: a task reads a group of files, tasks that it feeds make the parts."""
     try:
-        import ray.data
+        import ray.data  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise OpenNemoError(
             "--engine ray needs Ray Data; in the checkout: pip install -e '.[scale]'"
