@@ -1,6 +1,6 @@
 """Memory that training steps take, against what `opennemo plan` says they take, on a CPU.
 
-    python benchmarks/memory.py         one layer at 131,072 tokens, alone and shared by two ranks
+    python benchmarks/memory.py         one layer at 131,072 tokens, and a quarter for two ranks
     python benchmarks/memory.py --nemo  an adapter's step of two layers as wide as NeMo's, too
 
 Each step runs in a process of its own, and its peak is what Linux tells. 131,072 tokens are ten
@@ -115,15 +115,16 @@ def main() -> None:
     print(
         f"{'GiB, of the rank that takes most':<58}{'peak':>8}{'planned':>9}{'':>8}{'s a step':>9}"
     )
-    n = options.tokens
-    data = {"train": [{"path": "x"}], "window": n, "rows": 1, "micro_rows": 1}
-    base = {"steps": 1, "model": {"path": "x"}, "data": data}
-    for name, parallel in (
-        ("", {}),
-        (", activations recomputed", {"activation_checkpointing": True}),
-        (", shared by two ranks", {"context_parallel": 2}),
+    data: dict[str, Any] = {"train": [{"path": "x"}], "rows": 1, "micro_rows": 1}
+    base = {"steps": 1, "model": {"path": "x"}}
+    for name, n, parallel in (
+        ("", options.tokens, {}),
+        (", activations recomputed", options.tokens, {"activation_checkpointing": True}),
+        ("", options.tokens // 4, {}),
+        (", shared by two ranks", options.tokens // 4, {"context_parallel": 2}),
     ):
-        case = {"config": "narrow", "recipe": base | {"parallel": parallel}, "steps": 1,
+        recipe = base | {"data": data | {"window": n}, "parallel": parallel}
+        case = {"config": "narrow", "recipe": recipe, "steps": 1,
                 "ranks": parallel.get("context_parallel", 1)}  # fmt: skip
         measure(f"one layer, {n:,} tokens{name}", case)
     if options.nemo:
