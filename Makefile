@@ -59,7 +59,7 @@ fix: .venv/installed-dev ## mend what lint and format can mend
 	$(BIN)/ruff format .
 
 # The 12B model is left to those who ask for it: it writes 13 GB; so are those that take half an hour.
-BENCHMARKS = $(filter-out %_worker.py %/measure.py %/nemo12b.py %/qat.py %/memory.py,$(wildcard benchmarks/*.py))
+BENCHMARKS = $(filter-out %_worker.py %/measure.py %/nemo12b.py %/qat.py %/memory.py %/evaluation.py,$(wildcard benchmarks/*.py))
 bench: .venv/installed-dev ## the benchmarks, ours and the peers in turns
 	for file in $(BENCHMARKS); do $(BIN)/python $$file || exit 1; done
 
