@@ -172,7 +172,7 @@ from pathlib import Path
 from opennemo.train.checkpoints import Checkpoints
 checkpoints = Checkpoints(Path(sys.argv[1]), keep=1)
 for step in (1, 2):
-    checkpoints.save(step, {"x": torch.full((30_000_000,), float(step))}, wait=True)
+    checkpoints.save(step, {"x": torch.full((10_000_000,), float(step))}, wait=True)
 """
 
 
@@ -185,7 +185,7 @@ def test_a_kill_in_the_middle_of_a_save_leaves_the_checkpoint_before(tmp_path: P
     assert saver.wait() == -signal.SIGKILL
     assert partial.exists(), "the kill came too late to be in the middle of the save"
     checkpoints = Checkpoints(tmp_path, keep=1)
-    state = {"x": torch.zeros(30_000_000)}
+    state = {"x": torch.zeros(10_000_000)}
     assert checkpoints.load(state) == 1 and state["x"].eq(1).all()
     checkpoints.save(2, {"x": torch.zeros(3)}, wait=True)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
