@@ -124,7 +124,8 @@ def read_examples(
     for each answer, for there the tools stand before the last question only (`split_at_answers`).
 
     Args:
-        processes: how many read side by side; by default one, or for large files one a core.
+        processes: how many read side by side; by default one, or for large files one a core. They
+            are spawned: a script that calls this does so under `if __name__ == "__main__"`.
 
     Raises:
         InvalidRequest: a file cannot be read at all. Bad lines are in the report.
