@@ -19,7 +19,7 @@ endif
 # What the chat page shows markdown with, out of npm packages that web/package-lock.json pins.
 VENDOR := opennemo/serve/web/vendor
 
-.PHONY: help chat serve test browser wheel slow clients check fix bench figure2 clean
+.PHONY: help chat serve test browser wheel slow chaos clients check fix bench figure2 clean
 
 help:
 	@sed -n 's/^\([a-z0-9]*\):.*## /\1\t/p' Makefile
@@ -45,6 +45,9 @@ wheel: .venv/python $(VENDOR)/LICENSES.txt ## a wheel with the chat page, into d
 
 slow: .venv/installed-dev ## the tests that take longer
 	$(BIN)/pytest -m slow
+
+chaos: .venv/installed-dev ## the tests under fire for longer: kills, full disks, fuzzing
+	$(BIN)/pytest -m chaos
 
 clients: .venv/installed-dev ## the real clients of eight SDKs against our server, each in its own environment
 	$(BIN)/python tests/clients/run.py

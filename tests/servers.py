@@ -1,0 +1,81 @@
+"""Servers in processes of their own, which tests may kill, starve and look into."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx2
+
+CHAT = "/v1/chat/completions"
+KEY = "a-key-for-abuse"
+
+
+@dataclass
+class Server:
+    process: subprocess.Popen
+    port: int
+    log: Path
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def status(self, path: str) -> int:
+        try:
+            return httpx2.get(self.url + path, timeout=20).status_code
+        except httpx2.TransportError:
+            return 0
+
+    def metric(self, name: str) -> float:
+        lines = httpx2.get(f"{self.url}/metrics", timeout=20).text.splitlines()
+        return next(float(s.split()[-1]) for s in lines if s.startswith(f"opennemo_{name}{{"))
+
+    @property
+    def is_idle(self) -> bool:
+        names = ("requests_running", "requests_waiting", "kv_cache_pages_used")
+        return not any(self.metric(name) for name in names)
+
+    @property
+    def resident_bytes(self) -> int:
+        pages = Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]
+        return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+    @property
+    def n_descriptors(self) -> int:
+        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+
+    def events(self) -> list[dict]:
+        lines = self.log.read_text().splitlines()
+        return [json.loads(line) for line in lines if line.startswith("{")]
+
+
+def wait_until(condition, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.02)
+
+
+@contextmanager
+def serving(folder: Path, tmp_path: Path, *options: str) -> Iterator[Server]:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "opennemo.cli", "serve", str(folder), "--port", str(port)]
+    command += ["--state-dir", str(tmp_path / "state"), "--api-key", KEY, *options]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, stderr=log)
+    server = Server(process, port, tmp_path / "log")
+    try:
+        wait_until(lambda: process.poll() is not None or server.status("/health") == 200, 240)
+        assert process.poll() is None, server.log.read_text()[-2000:]
+        yield server
+    finally:
+        process.kill()
+        process.wait()
