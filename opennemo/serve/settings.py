@@ -81,6 +81,7 @@ class Settings(BaseSettings):
         None, gt=0, le=2**20, description="For fp8 where the model brings no scales, such as 1."
     )
     enable_prefix_caching: bool = True
+    share_prefix_cache: bool = Field(False, description="Between keys, who then trust each other.")
     num_speculative_tokens: int = Field(0, ge=0, le=64, description="Guessed by prompt lookup.")
     override_generation_config: dict[str, float] = Field(
         {}, description='Defaults of requests, e.g. {"temperature": 0.3}.'

@@ -46,7 +46,9 @@ class Worker:
         # requests. How many lines run at once is for `Slots` alone to say.
         gatekeeper = service.gatekeeper
         self._clients = {
-            owner_of(c): Client(f"{c.name} (batches)", replace(c.limits, max_concurrent=0))
+            owner_of(c): Client(
+                f"{c.name} (batches)", replace(c.limits, max_concurrent=0), c.digest
+            )
             for c in gatekeeper.clients or [gatekeeper.anonymous]
         }
 
