@@ -121,6 +121,7 @@ class Engine:
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
         self._stopping = False
+        self.failed = False  # its thread ended without being told to
         self._masks = ThreadPoolExecutor(1, "opennemo-grammar")
 
     def submit(
@@ -271,7 +272,7 @@ class Engine:
     def start(self) -> None:
         """Run steps on a thread of the engine's own until `stop`."""
         assert self._thread is None, "the engine is running already"
-        self._stopping = False
+        self._stopping = self.failed = False
         self._thread = threading.Thread(target=self._loop, name="opennemo-engine", daemon=True)
         self._thread.start()
 
@@ -284,10 +285,19 @@ class Engine:
             self._thread.join()
             self._thread = None
         self._read_inbox()
-        for request_id in list(self._sequences):
-            self._cancel(request_id)
+        self._finish_all("cancelled")
 
     def _loop(self) -> None:
+        try:
+            self._step_until_stopped()
+        except BaseException:  # not even an exit in some library may leave anybody waiting
+            log.critical("the engine's thread has ended", exc_info=True)
+            with self._wake:
+                self.failed = self._stopping = True  # from now on `call` refuses
+            self._read_inbox()
+            self._finish_all("error", "the engine has ended; its log tells more")
+
+    def _step_until_stopped(self) -> None:
         while True:
             with self._wake:
                 if self._stopping:
@@ -296,8 +306,7 @@ class Engine:
                 busy = self.step()
             except Exception:  # a defect of ours: nobody may be left waiting for an answer
                 log.exception("a step failed")
-                for sequence in [s for alive in self._sequences.values() for s in alive]:
-                    self._finish(sequence, "error", "the engine failed; its log tells more")
+                self._finish_all("error", "the engine failed; its log tells more")
                 busy = True
             if not busy:
                 with self._wake:
@@ -422,6 +431,10 @@ class Engine:
                 n_cached_tokens=sequence.n_cached,
             )
         )
+
+    def _finish_all(self, reason: FinishReason, error: str | None = None) -> None:
+        for sequence in [s for alive in self._sequences.values() for s in alive]:
+            self._finish(sequence, reason, error)
 
     def _forget(self, sequence: Sequence) -> None:
         sequence.finished = True

@@ -26,7 +26,7 @@ LICENSE = {
 @router.get("/v1/health/live")
 async def live(service: TheService) -> Response:
     """200 while the process runs and its engine moves."""
-    return _health(service.is_alive, "Service is live.", "Service hangs.")
+    return _health(service.is_alive, "Service is live.", "Service hangs, or its engine has ended.")
 
 
 @router.get("/health")

@@ -117,13 +117,19 @@ class Service:
 
     @property
     def is_ready(self) -> bool:
-        return self._llm is not None and not self.draining and not self.asleep
+        return not (self._llm is None or self.draining or self.asleep or self.is_broken)
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether the engine has ended, so that only a restart helps."""
+        return self._llm is not None and self._llm.engine.failed
 
     @property
     def llm(self) -> LLM:
         """The model. Raises: Refusal, 503, while it cannot answer."""
-        if self._llm is None or self.draining or self.asleep:
+        if self._llm is None or not self.is_ready:
             what = "shutting down" if self.draining else "asleep" if self.asleep else "loading"
+            what = "broken" if self.is_broken else what
             raise Refusal(
                 503, f"the server is {what}", "service_unavailable", code=what.replace(" ", "_"),
                 retry_after=5,
@@ -176,8 +182,9 @@ class Service:
         adapter, llm = self.adapter(body.model), self.llm
         ignored = body.ignored(strict=self.settings.strict_params)
         self.gatekeeper.admit(client)
-        # Between keys no pages are shared: timing would tell one what the other asked.
-        own = client.name if len(self.gatekeeper.clients) > 1 else ""
+        # Between keys no pages are shared: timing would tell one what the other asked. Two keys may
+        # go by one name, so it is the key itself that counts.
+        own = "" if self.settings.share_prefix_cache else client.digest.hex()
         options = {"adapter": adapter, "salt": f"{own}/{salt or ''}".encode()}
         task = asyncio.create_task(asyncio.to_thread(ask, llm, options))
         try:
@@ -246,9 +253,10 @@ class Service:
 
     @property
     def is_alive(self) -> bool:
-        """False while a step has been taking longer than `watchdog_timeout` seconds."""
+        """False once the engine has ended, or while a step takes over `watchdog_timeout` s."""
         engine = None if self._llm is None else self._llm.engine
-        return engine is None or engine.seconds_in_step < self.settings.watchdog_timeout
+        hangs = engine and engine.seconds_in_step >= self.settings.watchdog_timeout
+        return not (hangs or self.is_broken)
 
     def close(self) -> None:
         if self._llm is not None and not self.asleep:
