@@ -1,24 +1,23 @@
 """Who asks, and how much they may: API keys, hashed at rest, each with limits of its own.
 
 Keys are random and long, so SHA-256 is enough; every known key is compared with each time, in
-constant time, so that timing tells nothing. Limits are the library `limits`' moving windows.
+constant time, so that timing tells nothing. Limits are windows that move with a clock nobody can
+set: by the time of day, a clock put back would lock a key out.
 """
 
 import hashlib
 import hmac
 import re
 import time
+from collections import deque
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-
-from limits import RateLimitItemPerMinute
-from limits.storage import MemoryStorage
-from limits.strategies import MovingWindowRateLimiter
 
 from opennemo.errors import InvalidRequest
 from opennemo.serve.errors import Refusal
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+MINUTE = 60  # seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +29,26 @@ class Limits:
     max_concurrent: int = 0
 
 
+class Window:
+    """How much was used within the last minute."""
+
+    def __init__(self) -> None:
+        self._used: deque[tuple[float, int]] = deque()  # when, and how much
+        self._total = 0
+
+    def add(self, n: int) -> None:
+        self._used.append((time.monotonic(), n))
+        self._total += n
+
+    def wait(self, limit: int) -> float:
+        """Seconds until less than `limit` is used; 0 if it is, or if there is no limit."""
+        begins = time.monotonic() - MINUTE
+        while self._used and self._used[0][0] <= begins:
+            self._total -= self._used.popleft()[1]
+        is_full = limit and self._total >= limit
+        return self._used[0][0] - begins if is_full else 0
+
+
 @dataclass(eq=False)
 class Client:
     """Somebody with a key, or everybody where none is asked for."""
@@ -38,6 +57,8 @@ class Client:
     limits: Limits
     digest: bytes = b""
     n_running: int = field(default=0, init=False)
+    requests: Window = field(default_factory=Window, init=False)
+    tokens: Window = field(default_factory=Window, init=False)
 
 
 class Gatekeeper:
@@ -47,7 +68,6 @@ class Gatekeeper:
         self.clients = clients
         self.anonymous = Client("anonymous", limits)
         self.admin_digest = hash_key(admin_key) if admin_key else None
-        self._window = MovingWindowRateLimiter(MemoryStorage())
 
     def identify(self, headers: dict[bytes, bytes]) -> Client:
         """The client whose key stands in `Authorization: Bearer` or `x-api-key`.
@@ -79,30 +99,17 @@ class Gatekeeper:
         limits = client.limits
         if limits.max_concurrent and client.n_running >= limits.max_concurrent:
             raise _too_much(f"{limits.max_concurrent} requests at the same time", 1)
-        if limits.tokens_per_minute:
-            item = RateLimitItemPerMinute(limits.tokens_per_minute)
-            if not self._window.test(item, "tokens", client.name):
-                raise _too_much(
-                    f"{item.amount} tokens a minute", self._wait(item, "tokens", client)
-                )
-        if limits.requests_per_minute:
-            item = RateLimitItemPerMinute(limits.requests_per_minute)
-            if not self._window.hit(item, "requests", client.name):
-                wait = self._wait(item, "requests", client)
-                raise _too_much(f"{item.amount} requests a minute", wait)
+        if wait := client.tokens.wait(limits.tokens_per_minute):
+            raise _too_much(f"{limits.tokens_per_minute} tokens a minute", wait)
+        if wait := client.requests.wait(limits.requests_per_minute):
+            raise _too_much(f"{limits.requests_per_minute} requests a minute", wait)
+        client.requests.add(1)
         client.n_running += 1
 
     def release(self, client: Client, n_tokens: int) -> None:
         """Count a request out, with the tokens that it used."""
         client.n_running -= 1
-        if client.limits.tokens_per_minute and n_tokens:
-            item = RateLimitItemPerMinute(client.limits.tokens_per_minute)
-            # A window takes no more than its size; one long answer fills it.
-            left = self._window.get_window_stats(item, "tokens", client.name).remaining
-            self._window.hit(item, "tokens", client.name, cost=max(1, min(n_tokens, left)))
-
-    def _wait(self, item: RateLimitItemPerMinute, what: str, client: Client) -> float:
-        return self._window.get_window_stats(item, what, client.name).reset_time - time.time()
+        client.tokens.add(n_tokens)
 
 
 def hash_key(key: str) -> bytes:
