@@ -109,9 +109,11 @@ def read(folder: Path) -> tuple[str, list[Row]]:
     """
     try:
         found = json.loads((folder / "results.json").read_text("utf-8"))
-    except (OSError, ValueError):
+        return found["model"], [Row.from_json(row) for row in found["rows"]]
+    except OSError:
         raise InvalidRequest(f"{folder}: no run that is done (it has no results.json)") from None
-    return found["model"], [Row.from_json(row) for row in found["rows"]]
+    except (ValueError, TypeError, KeyError):
+        raise InvalidRequest(f"{folder / 'results.json'}: not what a run writes") from None
 
 
 def bars(folder: Path, models: Mapping[str, Sequence[Row]]) -> None:

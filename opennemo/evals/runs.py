@@ -49,7 +49,7 @@ class Run:
         """Take up the folder, if there is one; a new one is made with the first answer.
 
         Raises:
-            InvalidRequest: it holds a run of other settings.
+            InvalidRequest: it holds a run of other settings, or its files are damaged.
         """
         self.folder, self.settings = folder.resolve(), json.loads(json.dumps(settings))
         self.versions = {name: v for name in PACKAGES if (v := _version(name))}
@@ -57,7 +57,7 @@ class Run:
         self._lock = threading.Lock()
         self._file: BinaryIO | None = None
         if (config := self.folder / "config.json").exists():
-            self._same(json.loads(config.read_text("utf-8")))
+            self._same(_object(config))
             self._read()
         self.n_known = len(self._answers)
 
@@ -67,7 +67,9 @@ class Run:
             machine = {"python": platform.python_version(), "machine": platform.platform()}
             kept = {"settings": self.settings, "versions": self.versions, "machine": machine}
             text = json.dumps(kept | {"started": time.time()}, indent=1)
-            (self.folder / "config.json").write_text(text, "utf-8")
+            draft = self.folder / "config.json.new"
+            draft.write_text(text, "utf-8")
+            draft.replace(self.folder / "config.json")  # whole, or not there
             self._read()
 
     def close(self) -> None:
@@ -95,10 +97,15 @@ class Run:
             raise InvalidRequest(f"{self.folder}: another process is at work there") from None
         self._file.seek(0)
         whole = 0
-        for line in self._file:
+        for number, line in enumerate(self._file, 1):
             if not line.endswith(b"\n"):
                 break
-            key, value = json.loads(line)
+            try:
+                key, value = json.loads(line)
+            except (ValueError, TypeError):
+                raise InvalidRequest(
+                    f"{self._file.name}, line {number}: damaged; delete the line to go on"
+                ) from None
             self._answers[key] = value
             whole += len(line)
         self._file.truncate(whole)
@@ -170,6 +177,14 @@ def score_all(llm: LLM, pairs: Sequence[Pair], run: Run | None) -> list[tuple[fl
         if todo:
             llm.score([pairs[i] for i in todo], listen)
     return [(found[key][0], found[key][1]) for key in keys]
+
+
+def _object(config: Path) -> dict[str, dict[str, Any]]:
+    try:
+        found = json.loads(config.read_text("utf-8"))
+        return {group: dict(found[group]) for group in ("settings", "versions")}
+    except (ValueError, TypeError, KeyError):
+        raise InvalidRequest(f"{config}: not what a run writes; delete its folder") from None
 
 
 def _version(package: str) -> str | None:

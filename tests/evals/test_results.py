@@ -132,6 +132,24 @@ def test_a_run_remembers_answers_and_drops_a_torn_line(tmp_path):
         Run(tmp_path / "run", {"limit": 4})
 
 
+def test_a_damaged_run_is_named_and_kept(tmp_path):
+    run = Run(tmp_path, {"limit": 3})
+    run.note("a", 1)
+    run.close()
+    answers, config = tmp_path / "answers.jsonl", tmp_path / "config.json"
+    answers.write_bytes(answers.read_bytes() + b'["b", \n')
+    with pytest.raises(InvalidRequest, match=r"answers.jsonl, line 2: damaged"):
+        Run(tmp_path, {"limit": 3})
+    for text in ("", '{"settings": {', "[1]", '{"settings": {}}'):
+        config.write_text(text, "utf-8")
+        with pytest.raises(InvalidRequest, match=r"config.json: not what a run writes"):
+            Run(tmp_path, {"limit": 3})
+        (tmp_path / "results.json").write_text(text, "utf-8")
+        with pytest.raises(InvalidRequest, match=r"results.json: not what a run writes"):
+            report.read(tmp_path)
+    assert answers.read_bytes().startswith(b'["a", 1]')
+
+
 def test_questions_are_asked_once_and_failures_again(tmp_path):
     asked = []
 
