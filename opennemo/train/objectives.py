@@ -46,6 +46,9 @@ def head_losses(
     """Cross-entropy of hidden states (T', D) with their targets (T',), in nats, head included."""
     options = nn.LinearCrossEntropyOptions(batch_chunk_size=CHUNK)
     weight = head_weight(model)
+    if reduction == "sum" and hidden.dtype in (torch.bfloat16, torch.float16):
+        # A sum in bf16 has three digits. One by one costs another pass over the head's forward.
+        return head_losses(model, hidden, targets, reduction="none").float().sum()
     return F.linear_cross_entropy(hidden, weight, targets, reduction=reduction, options=options)
 
 

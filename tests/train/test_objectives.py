@@ -70,6 +70,16 @@ def test_packed_and_chunked_is_separate_and_whole(chunk, monkeypatch):
         torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-4)
 
 
+def test_a_sum_of_losses_in_bf16_is_not_rounded_to_three_digits():
+    net = model().bfloat16()
+    torch.manual_seed(0)
+    hidden, targets = torch.randn(700, 48).bfloat16(), torch.randint(0, 320, (700,))
+    found = objectives.head_losses(net, hidden, targets)
+    wanted = F.cross_entropy(net.output(hidden).float(), targets, reduction="sum")
+    assert found.dtype == torch.float32
+    assert float(found) == pytest.approx(float(wanted), rel=3e-4)
+
+
 def test_preferences_are_those_of_the_paper():
     net, reference = model(), model(1)
     pairs = [Pair(EXAMPLES[i], EXAMPLES[i + 1]) for i in (0, 2, 4)]
