@@ -1,22 +1,28 @@
-"""One step of LoRA against peft on transformers: speed and memory, same shapes, same targets.
+"""A step of LoRA against peft on transformers: speed and memory, same shapes, same targets.
 
     python benchmarks/finetune.py [--model smollm2-135m-instruct] [--tokens 1024] [--rounds 8]
                                   [--threads 2] [--json FILE]
 
-Rank 16 on all seven linear layers of each block, float32 on a CPU: forward, loss, backward, AdamW.
-One sequence of so many tokens, of which every third is a target, as in chats, where the assistant
-says a third or less. Each side runs in a process of its own, so that its peak of memory is its own,
-and they take turns, step by step; ratios are medians of neighbours' ratios. The memory that is
-compared is what comes on top of the loaded model, and the whole.
+Rank 16 on all seven linear layers of each block, float32 on a CPU: forward, loss, backward, AdamW;
+every third token is a target, as in chats, where the assistant says a third or less. Two cases: one
+sequence of so many tokens, and eight conversations whose lengths are quantiles of a chat file's.
+Those are packed here; peft takes them as its users have it, padded to the longest, or one after the
+other with gradients added up.
+
+Each side runs in a process of its own, so that its peak of memory is its own, and they take turns,
+step by step; ratios are medians of neighbours' ratios. The memory that is compared is what comes on
+top of the loaded model, and the whole.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +34,8 @@ from rich.table import Table
 from opennemo.model.hub import locate
 
 RANK, ALPHA = 16, 32
+# The middles of eight equal parts of 296 conversations without tools, by SmolLM2's tokenizer.
+CONVERSATIONS = (52, 70, 97, 128, 162, 210, 304, 755)
 GOAL_SPEED, GOAL_MEMORY = 1.5, 1 / 0.7
 
 
@@ -37,7 +45,7 @@ def ids_and_targets(n_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, targets
 
 
-def ours(model: str, n_tokens: int) -> Callable[[], Any]:
+def ours(model: str, lengths: Sequence[int]) -> Callable[[], Any]:
     from opennemo.model.checkpoint import load
     from opennemo.model.lora import add_lora_
     from opennemo.train.config import Optim
@@ -47,11 +55,13 @@ def ours(model: str, n_tokens: int) -> Callable[[], Any]:
 
     net = load(locate(model), dtype=torch.float32).train()
     add_lora_(net, rank=RANK, alpha=ALPHA, generator=torch.Generator().manual_seed(0))
-    ids, targets = ids_and_targets(n_tokens)
-    shifted = torch.cat((targets[1:], torch.tensor([-100])))
+    ids, targets = zip(*map(ids_and_targets, lengths), strict=True)
+    end = torch.tensor([-100])
+    shifted = torch.cat([torch.cat((t[1:], end)) for t in targets])
     batch = Batch(
-        tokens=ids, targets=shifted, cu_seqlens=torch.tensor([0, n_tokens]).int(),
-        max_seqlen=n_tokens, window=None, n_units=int((shifted != -100).sum()),
+        tokens=torch.cat(ids), targets=shifted,
+        cu_seqlens=torch.tensor([0, *itertools.accumulate(lengths)]).int(),
+        max_seqlen=max(lengths), window=None, n_units=int((shifted != -100).sum()),
     )  # fmt: skip
     found = optimizers(net, Optim())
     parameters = [p for p in net.parameters() if p.requires_grad]
@@ -67,8 +77,9 @@ def ours(model: str, n_tokens: int) -> Callable[[], Any]:
     return step
 
 
-def peft(model: str, n_tokens: int) -> Callable[[], Any]:
+def peft(model: str, lengths: Sequence[int], *, padded: bool = False) -> Callable[[], Any]:
     from peft import LoraConfig, get_peft_model  # pyright: ignore[reportMissingImports]
+    from torch.nn.utils.rnn import pad_sequence
     from transformers import AutoModelForCausalLM
 
     path = locate(model)
@@ -78,12 +89,23 @@ def peft(model: str, n_tokens: int) -> Callable[[], Any]:
     )  # fmt: skip
     names = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
     net = get_peft_model(net, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=names)).train()
-    ids, targets = ids_and_targets(n_tokens)
+    ids, targets = zip(*map(ids_and_targets, lengths), strict=True)
+    batches = [{"input_ids": i[None], "labels": t[None]} for i, t in zip(ids, targets, strict=True)]
+    if padded:
+        batches = [
+            {
+                "input_ids": pad_sequence([*ids], batch_first=True),
+                "labels": pad_sequence([*targets], batch_first=True, padding_value=-100),
+                "attention_mask": pad_sequence([i > 0 for i in ids], batch_first=True).long(),
+            }
+        ]
+    n_targets = sum(int((t[1:] != -100).sum()) for t in targets)
     parameters = [p for p in net.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, 3e-4, fused=True)
 
     def step() -> None:
-        net(input_ids=ids[None], labels=targets[None]).loss.backward()
+        for batch in batches:
+            net(**batch, num_items_in_batch=n_targets).loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -91,10 +113,15 @@ def peft(model: str, n_tokens: int) -> Callable[[], Any]:
     return step
 
 
-def worker(side: str, model: str, n_tokens: int, threads: int) -> None:
+SIDES: dict[str, Callable[..., Callable[[], Any]]] = {
+    "ours": ours, "peft": peft, "peft, padded": partial(peft, padded=True),
+}  # fmt: skip
+
+
+def worker(side: str, model: str, lengths: Sequence[int], threads: int) -> None:
     """Reads a line, does a step, says what it took."""
     torch.set_num_threads(threads)
-    step = {"ours": ours, "peft": peft}[side](model, n_tokens)
+    step = SIDES[side](model, lengths)
     status = Path("/proc/self/status").read_text("utf-8")
     loaded = 1024 * int(status.split("VmRSS:")[1].split()[0])
     print(json.dumps({"loaded": loaded}), flush=True)
@@ -109,12 +136,13 @@ def worker(side: str, model: str, n_tokens: int, threads: int) -> None:
 
 
 class Worker:
-    def __init__(self, side: str, options: argparse.Namespace):
+    def __init__(self, side: str, lengths: Sequence[int], options: argparse.Namespace):
         command = [sys.executable, __file__, "--worker", side, "--model", options.model]
-        command += ["--tokens", str(options.tokens), "--threads", str(options.threads)]
+        command += ["--lengths", *map(str, lengths), "--threads", str(options.threads)]
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            text=True,
+        )  # fmt: skip
         self.loaded = self._answer()["loaded"]
 
     def step(self) -> dict[str, float]:
@@ -122,6 +150,11 @@ class Worker:
         self.process.stdin.write("\n")
         self.process.stdin.flush()
         return self._answer()
+
+    def close(self) -> None:
+        assert self.process.stdin
+        self.process.stdin.close()
+        self.process.wait()
 
     def _answer(self) -> dict[str, float]:
         assert self.process.stdout
@@ -131,6 +164,37 @@ class Worker:
         return json.loads(line)
 
 
+def compare(name: str, lengths: Sequence[int], options: argparse.Namespace) -> list[Row]:
+    names = [side for side in SIDES if len(lengths) > 1 or side != "peft, padded"]
+    sides = {side: Worker(side, lengths, options) for side in names}
+    for side in sides.values():
+        side.step()
+    rounds = [{side: w.step() for side, w in sides.items()} for _ in range(options.rounds)]
+    for side in sides.values():
+        side.close()
+    rows, n_tokens = [], sum(lengths)
+    for peer in names[1:]:
+        for what in ("clock", "processor"):
+            mine, theirs = ([r[side][what] for r in rounds] for side in ("ours", peer))
+            rows.append(
+                Row(
+                    name=f"{name}, by the {what}",
+                    ours=n_tokens / statistics.median(mine),
+                    peer=n_tokens / statistics.median(theirs), peer_name=peer,
+                    ratio=statistics.median(b / a for a, b in zip(mine, theirs, strict=True)),
+                    goal=GOAL_SPEED,
+                )
+            )  # fmt: skip
+        peak = {side: rounds[-1][side]["peak"] for side in names}
+        for what, less in (("peak memory", 0), ("peak memory over the model", 1)):
+            mine, theirs = (peak[s] - less * sides[s].loaded for s in ("ours", peer))
+            rows.append(
+                Row(name=f"{name}, {what}", ours=mine / 1e6, peer=theirs / 1e6, peer_name=peer,
+                    unit="MB", ratio=theirs / mine, goal=GOAL_MEMORY)
+            )  # fmt: skip
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("--model", default="smollm2-135m-instruct")
@@ -138,43 +202,20 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--worker", choices=("ours", "peft"), help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--lengths", nargs="+", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        worker(options.worker, options.model, options.tokens, options.threads)
+        worker(options.worker, options.model, options.lengths, options.threads)
         return
-    sides = {side: Worker(side, options) for side in ("ours", "peft")}
-    for side in sides.values():
-        side.step()
-    rounds = [{name: side.step() for name, side in sides.items()} for _ in range(options.rounds)]
-    rows = []
-    for what in ("clock", "processor"):
-        mine, theirs = ([r[side][what] for r in rounds] for side in ("ours", "peft"))
-        rows.append(
-            Row(
-                name=f"a LoRA step of {options.tokens} tokens, by the {what}",
-                ours=options.tokens / statistics.median(mine),
-                peer=options.tokens / statistics.median(theirs), peer_name="peft",
-                ratio=statistics.median(b / a for a, b in zip(mine, theirs, strict=True)),
-                goal=GOAL_SPEED,
-            )
-        )  # fmt: skip
-    peak = {name: rounds[-1][name]["peak"] for name in sides}
-    for name, less in (("peak memory", 0), ("peak memory over the loaded model", 1)):
-        mine, theirs = (peak[s] - less * sides[s].loaded for s in ("ours", "peft"))
-        rows.append(
-            Row(name=name, ours=mine / 1e6, peer=theirs / 1e6, peer_name="peft", unit="MB",
-                ratio=theirs / mine, goal=GOAL_MEMORY)
-        )  # fmt: skip
-    for side in sides.values():
-        assert side.process.stdin
-        side.process.stdin.close()
-        side.process.wait()
-    table = Table("case", "ours", "peft", "", "ratio", "goal")
+    rows = compare(f"one sequence of {options.tokens:,}", [options.tokens], options)
+    rows += compare("eight conversations", CONVERSATIONS, options)
+    table = Table("case", "ours", "peer", "", "", "ratio", "goal")
     for r in rows:
         table.add_row(
-            r.name, f"{r.ours:,.0f}", f"{r.peer:,.0f}", r.unit, f"{r.ratio:.2f}", f"{r.goal:.2f}"
-        )
+            r.name, f"{r.ours:,.0f}", r.peer_name, f"{r.peer:,.0f}", r.unit, f"{r.ratio:.2f}",
+            f"{r.goal:.2f}",
+        )  # fmt: skip
     Console().print(table)
     write_rows(rows, options.json)
 
