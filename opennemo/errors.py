@@ -3,7 +3,8 @@
     OpenNemoError
     ├── InvalidRequest          the request is wrong: what, where, and what is allowed (HTTP 400)
     │   └── ContextTooLong      more tokens than the model has positions; names both numbers
-    ├── Overloaded              too much is waiting already; try again later (HTTP 503)
+    ├── Unavailable             whoever was answering is lost; ask again (HTTP 503)
+    │   └── Overloaded          too much is waiting already; try again later (HTTP 503)
     └── CheckpointError         a model folder, or a file of one, cannot be used
 
 The command line prints one as a single line and exits with code 2; the server answers with its
@@ -30,7 +31,11 @@ class ContextTooLong(InvalidRequest):
         self.n_tokens, self.max_tokens = n_tokens, max_tokens
 
 
-class Overloaded(OpenNemoError):
+class Unavailable(OpenNemoError):
+    """What was answering, or would have, is gone for now; the request itself is right."""
+
+
+class Overloaded(Unavailable):
     """The queue of requests is full."""
 
 

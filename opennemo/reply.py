@@ -51,7 +51,8 @@ class Answer:
         self.n_cached_tokens = event.n_cached_tokens
         if event.error:
             self.finish_reason = "error"
-            raise OpenNemoError(event.error)
+            error = event.error
+            raise OpenNemoError(error) if isinstance(error, str) else error
         text = ""
         if event.token is not None:
             self.ids.append(event.token)

@@ -36,6 +36,8 @@ from opennemo.engine.sequence import (
     SamplingParams,
     Sequence,
     TokenLogprobs,
+    check_ids,
+    check_request,
 )
 from opennemo.errors import ContextTooLong, InvalidRequest, OpenNemoError, Overloaded
 from opennemo.model.attention import FUSED_PAGE_SIZE
@@ -60,7 +62,6 @@ class EngineConfig:
     max_batched_tokens: int = 512  # computed in one step
     max_sequences: int = 64  # that run at the same time
     max_queued: int = 1024  # that wait; one more is refused
-    max_answers: int = 16  # n of one request
     prefix_caching: bool = True
     n_draft_tokens: int = 0  # guessed by prompt lookup and checked in one step; 0: off
     adapters: bool = False  # whether requests may name one; on a CPU this keeps weights twice
@@ -107,7 +108,7 @@ class Engine:
             model, self.max_context, page_size, make_pages(1)
         )
         self.max_context = min(self.max_context, n_pages * page_size)
-        self.vocab_size = model.config.vocab_size
+        self.model_config, self.vocab_size = model.config, model.config.vocab_size
         self.cache = KVCache(n_pages, page_size, config.prefix_caching)
         self.scheduler = Scheduler(
             self.cache, config.max_batched_tokens, config.max_sequences, config.n_draft_tokens
@@ -145,23 +146,9 @@ class Engine:
             InvalidRequest: an empty prompt, an id outside the vocabulary, too many answers.
             Overloaded: the queue is full.
         """
-        if not prompt_ids:
-            raise InvalidRequest("the prompt is empty: at least one token is needed")
-        self._check_ids(prompt_ids)
-        named: dict[str, Iterable[int]] = {
-            "logit_bias": params.logit_bias,
-            "stop_ids": params.stop_ids,
-            "allowed_ids": params.allowed_ids or (),
-            "bad_words": itertools.chain(*params.bad_words),
-        }
-        for name, ids in named.items():
-            if any(not 0 <= id < self.vocab_size for id in ids):
-                raise InvalidRequest(f"{name} names an id outside 0 to {self.vocab_size - 1}")
-        if not 1 <= n <= self.config.max_answers:
-            raise InvalidRequest(f"n is {n}, allowed is 1 to {self.config.max_answers}")
-        room = self.max_context - len(prompt_ids)
-        if room < 1:
-            raise ContextTooLong(len(prompt_ids) + 1, self.max_context)
+        room = check_request(
+            prompt_ids, params, n, max_context=self.max_context, vocab_size=self.vocab_size
+        )
         if len(self.scheduler.waiting) + len(self._inbox) >= self.config.max_queued:
             raise Overloaded(
                 f"{self.config.max_queued} requests are waiting already; try again later"
@@ -198,7 +185,7 @@ class Engine:
                 raise InvalidRequest("a context and a continuation need at least one token each")
             if len(ids) - 1 > self.max_context:
                 raise ContextTooLong(len(ids) - 1, self.max_context)
-            self._check_ids(ids)
+            check_ids(ids, self.vocab_size)
         max_tokens = min(self.config.max_batched_tokens, max(64, MAX_LOGITS // self.vocab_size))
         scoring = Scoring(pairs, self.cache, self.runner, max_tokens, on_score)
         done = Future[list[Score]]()
@@ -233,11 +220,18 @@ class Engine:
             self._inbox.append(function)
             self._wake.notify()
 
-    def _check_ids(self, ids: list[int]) -> None:
-        if not 0 <= min(ids) <= max(ids) < self.vocab_size:
-            raise InvalidRequest(
-                f"a token id is outside the vocabulary (0 to {self.vocab_size - 1})"
-            )
+    def stats(self) -> dict[str, float]:
+        """What happens now and has happened since the start, in numbers that are kept anyway."""
+        scheduler, cache = self.scheduler, self.cache
+        return {
+            "requests_running": len(scheduler.running),
+            "requests_waiting": len(scheduler.waiting),
+            "kv_cache_pages": cache.n_pages,
+            "kv_cache_pages_used": cache.n_used,
+            "prefix_cache_queries": cache.n_asked_tokens,
+            "prefix_cache_hits": cache.n_hit_tokens,
+            "preemptions": scheduler.n_preemptions,
+        }
 
     @property
     def seconds_in_step(self) -> float:

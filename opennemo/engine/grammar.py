@@ -57,8 +57,9 @@ class Matcher:
 class Grammar:
     """A compiled grammar, to be shared by any number of answers."""
 
-    def __init__(self, matcher: LLMatcher):
+    def __init__(self, matcher: LLMatcher, kind: Kind, source: str):
         self._matcher = matcher
+        self.definition = kind, source  # to compile it elsewhere
 
     def start(self) -> Matcher:
         return Matcher(self._matcher.deep_copy())
@@ -110,7 +111,7 @@ class GrammarCompiler:
         )
         if matcher.is_error():
             raise InvalidRequest(f"the {kind} is not valid: {_first_line(matcher.get_error())}")
-        return Grammar(matcher)
+        return Grammar(matcher, kind, source)
 
 
 def tool_call_grammar(

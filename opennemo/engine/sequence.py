@@ -6,17 +6,20 @@ drafted tokens are then one thing: compute some of the tokens that are pending. 
 no tensors.
 """
 
+import itertools
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
 from opennemo.engine.grammar import Grammar, Matcher
-from opennemo.errors import InvalidRequest
+from opennemo.errors import ContextTooLong, InvalidRequest, OpenNemoError
 from opennemo.model.lora import Adapter
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+MAX_ANSWERS = 16  # n of one request
 
 _BOUNDS: dict[str, tuple[float, float]] = {
     "max_tokens": (1, 2**31),
@@ -107,7 +110,7 @@ class Event:
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None  # with the first token
     finish_reason: FinishReason | None = None
-    error: str | None = None
+    error: str | OpenNemoError | None = None
     n_cached_tokens: int = 0  # prompt tokens that came from the prefix cache
 
 
@@ -181,3 +184,37 @@ class Chunk:
         if self.sequence.params.prompt_logprobs is not None and self.sequence.n_output == 0:
             return self.n_new
         return 1 + len(self.draft) if self.reaches_end else 0
+
+
+def check_request(
+    prompt_ids: list[int], params: SamplingParams, n: int, *, max_context: int, vocab_size: int
+) -> int:
+    """How many tokens of context a prompt leaves for each of n answers.
+
+    Raises:
+        ContextTooLong: none.
+        InvalidRequest: an empty prompt, an id outside the vocabulary, too many answers.
+    """
+    if not prompt_ids:
+        raise InvalidRequest("the prompt is empty: at least one token is needed")
+    check_ids(prompt_ids, vocab_size)
+    named: dict[str, Iterable[int]] = {
+        "logit_bias": params.logit_bias,
+        "stop_ids": params.stop_ids,
+        "allowed_ids": params.allowed_ids or (),
+        "bad_words": itertools.chain(*params.bad_words),
+    }
+    for name, ids in named.items():
+        if any(not 0 <= id < vocab_size for id in ids):
+            raise InvalidRequest(f"{name} names an id outside 0 to {vocab_size - 1}")
+    if not 1 <= n <= MAX_ANSWERS:
+        raise InvalidRequest(f"n is {n}, allowed is 1 to {MAX_ANSWERS}")
+    if len(prompt_ids) >= max_context:
+        raise ContextTooLong(len(prompt_ids) + 1, max_context)
+    return max_context - len(prompt_ids)
+
+
+def check_ids(ids: list[int], vocab_size: int) -> None:
+    """Raises: InvalidRequest, one of some ids (at least one) is not in the vocabulary."""
+    if not 0 <= min(ids) <= max(ids) < vocab_size:
+        raise InvalidRequest(f"a token id is outside the vocabulary (0 to {vocab_size - 1})")

@@ -15,6 +15,7 @@ from opennemo.errors import (
     InvalidRequest,
     OpenNemoError,
     Overloaded,
+    Unavailable,
 )
 
 MESSAGES = "/v1/messages"  # paths that begin so speak Anthropic's protocol
@@ -62,6 +63,8 @@ def refusal(error: OpenNemoError) -> Refusal:
         return Refusal(400, message, "invalid_request_error", param=param)
     if isinstance(error, Overloaded):
         return Refusal(503, message, "overloaded_error", code="overloaded", retry_after=1)
+    if isinstance(error, Unavailable):
+        return Refusal(503, message, "service_unavailable", code="replica_lost", retry_after=1)
     return Refusal(500, message, "internal_server_error")
 
 

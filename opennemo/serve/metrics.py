@@ -35,6 +35,16 @@ VLLM = {  # ours, without prefix -> vLLM's
 }
 FAST = (0.001, 0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.25, 0.5, 1, 2.5, 5, 10, 40, 160, 640, 2560)
 SLOW = (0.3, 0.5, 1, 1.5, 2.5, 5, 10, 20, 40, 60, 120, 480, 1920, 7680)
+ENGINE = {  # what Engine.stats tells; many replicas add theirs up
+    "replicas": (GaugeMetricFamily, "Engines that answer"),
+    "requests_running": (GaugeMetricFamily, "Answers being computed"),
+    "requests_waiting": (GaugeMetricFamily, "Answers waiting for their turn"),
+    "kv_cache_usage": (GaugeMetricFamily, "Share of pages in use"),
+    "kv_cache_pages_used": (GaugeMetricFamily, "Pages of the KV cache in use"),
+    "prefix_cache_queries": (CounterMetricFamily, "Prompt tokens looked up"),
+    "prefix_cache_hits": (CounterMetricFamily, "Prompt tokens found in the cache"),
+    "preemptions": (CounterMetricFamily, "Answers that gave their pages back"),
+}
 SIZES = (1, 10, 50, 100, 500, 1000, 5000, 10_000, 50_000, 100_000)
 
 
@@ -101,26 +111,12 @@ class _EngineState(Collector):
         self._llm, self._model = llm, name
 
     def collect(self) -> Iterator[Metric]:
-        scheduler, cache = self._llm.engine.scheduler, self._llm.engine.cache
-        gauges = {
-            "requests_running": (len(scheduler.running), "Answers being computed"),
-            "requests_waiting": (len(scheduler.waiting), "Answers waiting for their turn"),
-            "kv_cache_usage": (cache.n_used / cache.n_pages, "Share of pages in use"),
-            "kv_cache_pages_used": (cache.n_used, "Pages of the KV cache in use"),
-        }
-        for name, (value, help) in gauges.items():
-            family = GaugeMetricFamily(PREFIX + name, help, labels=["model_name"])
-            family.add_metric([self._model], value)
-            yield family
-        counters = {
-            "prefix_cache_queries": (cache.n_asked_tokens, "Prompt tokens looked up"),
-            "prefix_cache_hits": (cache.n_hit_tokens, "Prompt tokens found in the cache"),
-            "preemptions": (scheduler.n_preemptions, "Answers that gave their pages back"),
-        }
-        for name, (value, help) in counters.items():
-            family = CounterMetricFamily(PREFIX + name, help, labels=["model_name"])
-            family.add_metric([self._model], value)
-            yield family
+        stats = self._llm.engine.stats()
+        stats["kv_cache_usage"] = stats["kv_cache_pages_used"] / stats["kv_cache_pages"]
+        for name, (family, help) in ENGINE.items():
+            metric = family(PREFIX + name, help, labels=["model_name"])
+            metric.add_metric([self._model], stats.get(name, 1))
+            yield metric
 
 
 class _Renamed(Collector):

@@ -82,7 +82,7 @@ async def metadata(service: TheService) -> Response:
 @router.get("/v1/manifest")
 async def manifest(service: TheService) -> Response:
     """The one profile that is served."""
-    config = service.llm.engine.runner.model.config
+    config = service.llm.engine.model_config
     return Json(
         {
             "model": service.names[0],

@@ -102,7 +102,7 @@ class Service:
         except TypeError as error:
             raise InvalidRequest(f"--override-generation-config: {error}") from None
         llm.complete([llm.tokenizer.bos_id], max_tokens=1).finish()
-        config = llm.engine.runner.model.config
+        config = llm.engine.model_config
         is_nemo = (config.dim, config.n_layers, config.vocab_size) == (5120, 40, 131072)
         is_instruct = llm.tokenizer.instruct_version is not None
         known = NEMO_NAMES if is_nemo and is_instruct else ()

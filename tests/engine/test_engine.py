@@ -157,7 +157,7 @@ def test_sampling_follows_the_softmax(model):
     with torch.inference_mode():
         logits = model.output(model(torch.tensor(prompt), Packed.of(3))[-1])
     probs = (logits / 2).softmax(-1)
-    engine = Engine(deepcopy(model), [], EngineConfig(max_answers=16, max_queued=5000))
+    engine = Engine(deepcopy(model), [], EngineConfig(max_queued=5000))
     counts = torch.zeros(320)
     requests = [
         (prompt, SamplingParams(temperature=2.0, max_tokens=1, seed=i)) for i in range(4000)
