@@ -39,6 +39,7 @@ from opennemo.serve.worker import Worker
 
 ERRORS = {400, 401, 403, 404, 405, 413, 422, 429, 500, 501, 503}
 MAX_HEADERS = 64 * 1024  # bytes
+DESCRIPTORS = 16 * 1024
 FORM = 64 * 1024  # bytes that an upload has besides its file
 WEB = Path(__file__).parent / "web"
 # Nothing inline and nobody else's; HTML only through the sanitizer's Trusted Types policy.
@@ -248,12 +249,15 @@ async def _on_http(request: Request, error: Exception) -> Response:
 
 
 class BoundedHeaders(HttpToolsProtocol):
-    """uvicorn's protocol with a bound on headers, which would fill the memory without one.
+    """uvicorn's protocol with bounds on headers, in bytes and in time, and on standing still.
 
-    What is no HTTP gets the body that every error has.
+    Without them headers would fill the memory, and who never finishes a request, or never reads an
+    answer, would keep what it holds for ever. What is no HTTP gets the body that every error has.
     """
 
     _n_head: int | None = None  # bytes of the headers being read
+    _reading: asyncio.TimerHandle | None = None  # until a head is whole, or a body goes on
+    _writing: asyncio.TimerHandle | None = None  # until the client has taken some of what waits
 
     def send_400_response(self, msg: str) -> None:
         body = dumps(error_body(Refusal(400, msg, "invalid_request_error"), "")).encode()
@@ -261,8 +265,15 @@ class BoundedHeaders(HttpToolsProtocol):
         self.transport.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
         self.transport.close()
 
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._reading = self._later(self._still_reading)
+
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
+        for timer in (self._reading, self._writing):
+            if timer:
+                timer.cancel()
         # Else the timer of a connection that was reset keeps it, and its body, for 75 seconds.
         self._unset_keepalive_if_required()
 
@@ -276,12 +287,46 @@ class BoundedHeaders(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
+        if self.transport.is_closing():
+            return
         if self._n_head is not None:
             self._n_head += len(data)
-            if self._n_head > MAX_HEADERS and not self.transport.is_closing():
+            if self._n_head > MAX_HEADERS:
                 head = b"HTTP/1.1 431 Request Header Fields Too Large\r\n"
                 self.transport.write(head + b"connection: close\r\ncontent-length: 0\r\n\r\n")
                 self.transport.close()
+        is_asked = self.cycle is not None and not self.cycle.response_complete
+        if self._reading and is_asked and self._n_head is None:
+            self._reading.cancel()
+            self._reading = None
+        if not self._reading and (not is_asked or self.cycle.more_body):
+            self._reading = self._later(self._still_reading)
+
+    def _later(self, call: Callable[[], None]) -> asyncio.TimerHandle:
+        return self.loop.call_later(self.timeout_keep_alive, call)
+
+    def _still_reading(self) -> None:
+        if self.flow.read_paused:  # it is we who do not read on
+            self._reading = self._later(self._still_reading)
+        else:
+            self.transport.abort()
+
+    def timeout_keep_alive_handler(self) -> None:
+        self.transport.abort()  # `close` would wait for who does not read the last answer
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._writing = self._later(self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._writing:
+            self._writing.cancel()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.transport.is_closing():
+            self._writing = self._later(self.transport.abort)
 
 
 class Server(uvicorn.Server):
@@ -312,6 +357,7 @@ def serve(settings: Settings) -> None:
         OpenNemoError: the model cannot be loaded, or the port is taken.
     """
     configure_logs(settings.log_level)
+    _raise_descriptors()
     service = Service(settings)
     app = create_app(service, load=service.load)
     config = uvicorn.Config(
@@ -342,10 +388,42 @@ def serve(settings: Settings) -> None:
         raise failure[0]
 
 
+def _raise_descriptors() -> None:
+    """Let the process open more than the usual 1,024 files: idle connections are such, too."""
+    with suppress(ImportError, ValueError, OSError):  # Windows; or a system that does not want to
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(DESCRIPTORS, hard)
+        if soft < wanted:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+class LogStream:
+    """Standard error; a full disk ends no request, and is told of when it has room again."""
+
+    def __init__(self) -> None:
+        self._file, self._failure = sys.stderr, None
+
+    def write(self, text: str) -> None:
+        try:
+            if self._failure:
+                lost = {"event": "lines of log are missing", "why": str(self._failure)}
+                self._file.write(f"{dumps(lost)}\n")
+            self._file.write(text)
+            self._file.flush()
+            self._failure = None
+        except OSError as error:
+            self._failure = error
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+
 def configure_logs(level: str) -> None:
     """One JSON object a line, on standard error; strings are escaped, so nothing can forge one."""
-    number = logging.getLevelName(level.upper())
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
+    number, stream = logging.getLevelName(level.upper()), LogStream()
+    logging.basicConfig(level=logging.WARNING, stream=stream, format="%(message)s")
     structlog.configure(
         processors=[
             structlog.processors.add_log_level,
@@ -354,5 +432,5 @@ def configure_logs(level: str) -> None:
             structlog.processors.JSONRenderer(),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(number),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=structlog.WriteLoggerFactory(stream),  # pyright: ignore[reportArgumentType]
     )

@@ -1,9 +1,13 @@
 """A server under what befalls servers: an engine dies, clocks jump, clients idle, stall, vanish."""
 
 import json
+import resource
+import socket
+import struct
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import httpx2
 import pytest
@@ -116,3 +120,106 @@ def test_a_clock_that_jumps_ends_no_answer_and_no_batch(running, tiny_llm, monke
         assert statuses == [200] * 49 + [429] * 6
         wait_until(lambda: http.get(batch).json()["status"] == "completed")
         assert http.get(batch).json()["request_counts"]["completed"] == 40
+
+
+# Connections
+
+
+def raw_request(server, body: dict, path: str = CHAT) -> bytes:
+    data = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    key = f"authorization: Bearer {server.key}\r\n" if server.key else ""
+    return f"{head}{key}content-length: {len(data)}\r\n\r\n".encode() + data
+
+
+def connect(server, receive_buffer: int | None = None) -> socket.socket:
+    raw = socket.socket()
+    if receive_buffer:
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+    raw.settimeout(60)
+    raw.connect(("127.0.0.1", int(server.url.rsplit(":", 1)[1])))
+    return raw
+
+
+def is_clean(server) -> bool:
+    """Nothing is held for anybody: no answers, no sequences, no pages."""
+    engine, gate = server.llm.engine, server.service.gatekeeper
+    clients = (gate.anonymous, *gate.clients)
+    return not (
+        server.service.active or engine._sequences or engine.scheduler.running
+        or engine.scheduler.waiting or engine.cache.n_used or any(c.n_running for c in clients)
+    )  # fmt: skip
+
+
+def raise_descriptors(n: int) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < n:
+        pytest.skip(f"a process may have {hard} open files here, and the test needs {n}")
+    if soft < n:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (n, hard))
+
+
+def test_a_thousand_idle_connections_keep_nobody_out_and_are_closed(running, tiny_llm):
+    raise_descriptors(2500)  # both ends are in this process
+    with running(tiny_llm(), keep_alive=3) as server, server.client() as http:
+        whole = raw_request(server, BODY)
+        sent = (b"", b"\r\n", whole[:30], whole[:-5], whole[: whole.index(b"\r\n\r\n") + 4])
+        idle = []
+        for i in range(1000):
+            idle.append(connect(server))
+            idle[-1].sendall(sent[i % len(sent)])
+        assert http.get("/health").status_code == 200 and post(http).status_code == 200
+        for raw in idle:
+            with raw, suppress(ConnectionResetError):
+                assert raw.recv(1) == b""  # within its timeout
+        assert post(http).status_code == 200 and is_clean(server)
+
+
+def test_who_reads_nothing_is_let_go_and_who_reads_slowly_is_not(running, tiny_llm):
+    body = {**LONG, "n": 4, "logprobs": True, "top_logprobs": 20, "stream": True}
+    with running(tiny_llm(), keep_alive=1) as server:
+        still, slow = connect(server, 4096), connect(server, 4096)
+        still.sendall(raw_request(server, body))
+        slow.sendall(raw_request(server, {**body, "max_tokens": 60, "n": 2}))
+        data = b""
+        while not data.endswith(b"0\r\n\r\n"):
+            data += slow.recv(3000)
+            time.sleep(0.002)
+        assert data.count(b"data: [DONE]") == 1
+        wait_until(lambda: is_clean(server))  # though `still` has not gone
+        got = b""
+        with still, suppress(ConnectionResetError):
+            while data := still.recv(2**20):
+                got += data
+        assert b"[DONE]" not in got
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/messages", "/v1/responses", "/v1/completions"])
+@pytest.mark.parametrize("step", [97, pytest.param(1, marks=pytest.mark.chaos)])
+def test_clients_that_vanish_at_every_point_leave_nothing(running, tiny_llm, path, step):
+    body = {**BODY, "input": "Hi", "prompt": "Hi", "max_output_tokens": 8, "stream": True}
+    if path in ("/v1/responses", "/v1/completions"):
+        del body["messages"]
+    with running(tiny_llm(), api_key=KEYS) as server:
+        request = raw_request(server, body, path)
+        with connect(server) as raw:
+            raw.sendall(request)
+            answer = b""
+            while not answer.endswith(b"0\r\n\r\n"):
+                answer += raw.recv(65536)
+        assert answer.startswith(b"HTTP/1.1 200")
+        for n in range(0, len(request), step):  # in the middle of asking
+            with connect(server) as raw:
+                raw.sendall(request[:n])
+        for n in range(1, len(answer), step):  # in the middle of the answer; by a reset or an end
+            with connect(server) as raw:
+                if n // step % 2:
+                    linger = struct.pack("ii", 1, 0)
+                    raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                raw.sendall(request)
+                left = n
+                while left > 0 and (data := raw.recv(min(left, 4096))):
+                    left -= len(data)
+        wait_until(lambda: is_clean(server))
+        with server.client() as http:
+            assert post(http).status_code == 200

@@ -60,8 +60,11 @@ class Running:
 
 
 @contextlib.contextmanager
-def run_server(llm: LLM, **settings) -> Iterator[Running]:
-    """Serve a model on loopback, in a thread that ends with the context."""
+def run_server(llm: LLM, *, keep_alive: int = 5, **settings) -> Iterator[Running]:
+    """Serve a model on loopback, in a thread that ends with the context.
+
+    `keep_alive` is how many seconds a connection may stand still.
+    """
     import uvicorn
 
     own = contextlib.ExitStack()
@@ -72,7 +75,7 @@ def run_server(llm: LLM, **settings) -> Iterator[Running]:
     app = create_app(service)
     config = uvicorn.Config(
         app, port=0, http=BoundedHeaders, ws="none", log_config=None, access_log=False,
-        timeout_graceful_shutdown=2,
+        timeout_graceful_shutdown=2, timeout_keep_alive=keep_alive,
     )  # fmt: skip
     server = Server(config)
     server.service = service
