@@ -152,7 +152,7 @@ class _Conversation:
         if self.rng.random() < 0.3:
             words = argument.say(value, self.language, self.rng)
         self._say("user", self._phrase("given").format(words))
-        self._call((api, arguments))
+        self._call((api, {**known, name: value}))
 
     def _conclude(self) -> None:
         """Let the APIs answer the calls that were made last, and the assistant tell the user."""
@@ -211,21 +211,23 @@ class _Conversation:
         return f"{wish} {details}".strip()
 
     def _details(self, api: Api, arguments: Mapping[str, Any]) -> str:
-        said = [
-            a.say(arguments[a.name], self.language, self.rng)
-            for a in api.arguments
-            if a.name in arguments
-        ]
-        self.rng.shuffle(said)
-        return " ".join(said)
+        return " ".join(
+            api.argument(name).say(value, self.language, self.rng)
+            for name, value in arguments.items()
+        )
 
     def _draw_api(self, domain: str | None) -> Api:
         taken = {api.key for api in self.apis}
         return draw_api(self.rng, self.split, self.language, exclude=taken, domain=domain)
 
     def _draw_arguments(self, api: Api) -> dict[str, Any]:
-        """All that is required, and some of the rest."""
+        """All that is required, and some of the rest, in the order in which they will be said.
+
+        A call that follows the words is easier to learn than one that follows the schema: what was
+        said last time tells what comes next, and what nobody said does not come up.
+        """
         wanted = [a for a in api.arguments if a.name in api.required or self.rng.random() < 0.4]
+        self.rng.shuffle(wanted)
         return {a.name: self._draw_value(api, a.name) for a in wanted}
 
     def _draw_value(self, api: Api, name: str) -> Any:
