@@ -245,12 +245,19 @@ class Trainer:
 
     @torch.no_grad()
     def _compute_references(self) -> None:
-        """What the model thought of each pair before it learned; kept in the run's folder."""
+        """What the model thought, before it learned, of each pair that the run will come to.
+
+        Kept in the run's folder.
+        """
         self.model.eval()
         if self.recipe.qat is not None:
             set_qat_(self.model, rounds=False, observe=False)
-        named = {"train": self.setup.train, "valid": self.setup.valid}
-        for name, rows in named.items():
+        data = self.recipe.data
+        named = {
+            "train": (self.setup.train, self.recipe.steps * data.rows),
+            "valid": (self.setup.valid, data.valid_rows),
+        }
+        for name, (rows, n_visited) in named.items():
             if not isinstance(rows, ExampleRows):
                 continue
             file = self.run / f"reference-{name}.npy"
@@ -260,10 +267,11 @@ class Trainer:
             if self.step:
                 raise OpenNemoError(f"{file} is missing, and the model has changed since")
             found = np.zeros((len(rows.units), 2), np.float32)
-            display = Display(len(rows), 0, quiet=self.quiet)
-            display.say(f"Reference log-probabilities of {len(rows.units):,} pairs")
+            n_rows = min(len(rows), n_visited)
+            display = Display(n_rows, 0, quiet=self.quiet)
+            display.say(f"Reference log-probabilities of {n_rows:,} rows of pairs")
             with display:
-                for index in range(len(rows)):
+                for index in range(n_rows):
                     row = rows[index]
                     batch = collate([row], self.model.config.sliding_window).to(self.device)
                     with self._precision():
