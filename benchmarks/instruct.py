@@ -145,6 +145,7 @@ def main() -> None:
     for model in options.models:
         with LLM.load(model, config=EngineConfig(adapters=True)) as llm:
             measured[model] = measure(llm, cases, options, None)
+            print(json.dumps({model: measured[model]}), flush=True)
             if options.adapter and model == options.models[0]:
                 llm.load_adapter("adapter", options.adapter)
                 measured[str(options.adapter)] = measure(llm, cases, options, "adapter")
