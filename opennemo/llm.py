@@ -10,9 +10,9 @@ import json
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Many
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -25,6 +25,7 @@ from opennemo.engine.grammar import (
     text_without,
     tool_call_grammar,
 )
+from opennemo.engine.ranks import Ranks
 from opennemo.engine.scoring import Pair, Score
 from opennemo.errors import InvalidRequest
 from opennemo.model.checkpoint import load, open_checkpoint
@@ -32,6 +33,7 @@ from opennemo.model.companions import read_generation_config
 from opennemo.model.hub import locate
 from opennemo.model.lora import Adapter, load_adapter
 from opennemo.model.quantization import FORMATS, quantize_, quantize_head_
+from opennemo.model.tensor_parallel import check_divides, load_share
 from opennemo.model.transformer import Transformer
 from opennemo.reply import TAG, Reply, TextStream
 from opennemo.tokenizer import Tokenizer, load_tokenizer
@@ -86,15 +88,7 @@ class LLM:
         """
         path = locate(model)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        tokenizer = load_tokenizer(path)
-        said = read_generation_config(path)
-        nemo = tokenizer.instruct_version == "v3-tekken"
-        defaults = SamplingParams(
-            temperature=said.get("temperature", NEMO_TEMPERATURE if nemo else 0.0),
-            top_p=said.get("top_p", 1.0),
-            top_k=said.get("top_k", 0),
-        )
-        eos_ids = {tokenizer.eos_id, *said.get("eos_token_ids", ())}
+        tokenizer, defaults, eos_ids = _text_side(path)
         checkpoint = open_checkpoint(path)
         in_codes, on_cpu = checkpoint.format is not None, device == "cpu"
         if format is not None and (format not in FORMATS or FORMATS[format].static or in_codes):
@@ -105,7 +99,16 @@ class LLM:
             dtype = FORMATS[format].weights.dtype
         if dtype is None and not (in_codes and on_cpu and checkpoint.dtype == torch.bfloat16):
             dtype = torch.float32 if on_cpu else torch.bfloat16
-        net = load(checkpoint, device=device, dtype=dtype)
+        config, ranks = config or EngineConfig(), None
+        if config.tensor_parallel_size > 1:
+            if config.adapters or format not in (None, "fp32", "bf16"):
+                raise InvalidRequest("tensor_parallel_size above 1 takes no adapters and no codes")
+            check_divides(checkpoint.config, config.tensor_parallel_size)
+            share = partial(_share, path, dtype, config.tensor_parallel_size)
+            ranks = Ranks(config.tensor_parallel_size, share, device)
+            net = ranks.model
+        else:
+            net = load(checkpoint, device=device, dtype=dtype)
         if format not in (None, "fp32", "bf16"):
             quantize_(net, FORMATS[format])
             in_codes = True
@@ -113,13 +116,24 @@ class LLM:
             # A quarter of a small model's time is its head. Codes of 8 bits cost it next to nothing
             # (docs/log.md), and it is what llama.cpp does, too; folders keep it whole for others.
             quantize_head_(net, FORMATS["int8"])
-        engine = Engine(net, eos_ids, config, checkpoint.read_kv_scale())
+        engine = Engine(net, eos_ids, config, checkpoint.read_kv_scale(), ranks)
         engine.start()
+        return cls(_name(path, model), tokenizer, engine, defaults)
+
+    @classmethod
+    def around(cls, model: str, engine: Engine) -> Self:
+        """The text side of a model alone, around an engine that has the rest of it elsewhere.
+
+        Raises:
+            CheckpointError: there is no such model, or it has no tokenizer.
+        """
+        path = locate(model)
+        tokenizer, defaults, _ = _text_side(path)
         return cls(_name(path, model), tokenizer, engine, defaults)
 
     def close(self) -> None:
         """Stop the engine; answers that are not finished are cancelled."""
-        self.engine.stop()
+        self.engine.close()
 
     def __enter__(self) -> "LLM":
         return self
@@ -215,6 +229,10 @@ class LLM:
         """
         self.adapters[name] = load_adapter(folder, self.engine.runner.model)
 
+    def unload_adapter(self, name: str) -> bool:
+        """Forget an adapter; answers that follow it end as they began. False if there is none."""
+        return self.adapters.pop(name, None) is not None
+
     def reset_prefix_cache(self) -> None:
         """Forget all cached prompts, before the next step."""
         self.engine.call(self.engine.cache.reset)
@@ -283,6 +301,26 @@ def answer_all(
     with LLM("", tokenizer, engine, SamplingParams(temperature=0.0)) as llm:
         replies = [llm.chat(m, tools=tools or None, **sampling) for m, tools in conversations]
         return [reply.message for reply in replies]
+
+
+def _share(
+    path: Path, dtype: torch.dtype | None, n_ranks: int, rank: int, device: str
+) -> Transformer:
+    """What a rank loads, in a process of its own; see Ranks."""
+    return load_share(open_checkpoint(path), rank, n_ranks, device=device, dtype=dtype)
+
+
+def _text_side(path: Path) -> tuple[Tokenizer, SamplingParams, set[int]]:
+    """A model's tokenizer, its own sampling settings, and the ids that end an answer."""
+    tokenizer = load_tokenizer(path)
+    said = read_generation_config(path)
+    nemo = tokenizer.instruct_version == "v3-tekken"
+    defaults = SamplingParams(
+        temperature=said.get("temperature", NEMO_TEMPERATURE if nemo else 0.0),
+        top_p=said.get("top_p", 1.0),
+        top_k=said.get("top_k", 0),
+    )
+    return tokenizer, defaults, {tokenizer.eos_id, *said.get("eos_token_ids", ())}
 
 
 def _closed(tool: Tool) -> Tool:

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,23 +21,23 @@ HELP = """\
 /exit         leave, as Ctrl-D does; Ctrl-C stops an answer"""
 
 
-def answer(
-    text: str, model: str, system: str | None, device: str | None, sampling: dict[str, Any]
-) -> None:
+def answer(text: str, system: str | None, load: Callable[[], LLM], sampling: Any) -> None:
     """Answer one message on standard output, bare, so that the command works in a pipe."""
-    with LLM.load(model, device=device) as llm:
+    with load() as llm:
         for piece in llm.chat([*_start(system), {"role": "user", "content": text}], **sampling):
             print(piece, end="", flush=True)
     print()
 
 
-def converse(model: str, system: str | None, device: str | None, sampling: dict[str, Any]) -> None:
+def converse(
+    model: str, system: str | None, load: Callable[[], LLM], sampling: dict[str, Any]
+) -> None:
     """Load a model and talk to it until the user has had enough."""
     console = Console()
     with suppress(ImportError):
         import readline  # noqa: F401  arrow keys and history in input()
     with console.status(f"Loading {escape(model)} ..."):
-        llm = LLM.load(model, device=device)
+        llm = load()
     with llm:
         console.print(
             f"[bold]{escape(llm.name)}[/bold], {llm.engine.max_context:,} tokens of context. "

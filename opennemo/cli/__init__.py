@@ -42,6 +42,9 @@ Model = Annotated[
     ),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; by default a GPU if there is one.")]
+Ranks = Annotated[
+    int, typer.Option("--tensor-parallel-size", min=1, help="Processes, or GPUs, that share it.")
+]
 Temperature = Annotated[
     float | None, typer.Option(help="0 is greedy; by default the model's own, 0.3 for NeMo.")
 ]
@@ -84,6 +87,7 @@ def chat(
     seed: Seed = None,
     max_tokens: MaxTokens = 2048,
     device: Device = None,
+    ranks: Ranks = 1,
 ) -> None:
     """Talk to a model. Without a terminal, answer what stands on standard input, once."""
     sampling = given(
@@ -92,10 +96,20 @@ def chat(
     text = None if sys.stdin.isatty() else standard_input()
     from opennemo.terminal import answer, converse
 
+    def load() -> Any:
+        return _load(model, device, ranks)
+
     if text is None:
-        converse(model, system, device, sampling)
+        converse(model, system, load, sampling)
     else:
-        answer(text, model, system, device, sampling)
+        answer(text, system, load, sampling)
+
+
+def _load(model: str, device: str | None, ranks: int) -> Any:
+    from opennemo.engine import EngineConfig
+    from opennemo.llm import LLM
+
+    return LLM.load(model, device=device, config=EngineConfig(tensor_parallel_size=ranks))
 
 
 @app.command()
@@ -114,17 +128,16 @@ def generate(
     seed: Seed = None,
     max_tokens: MaxTokens = 256,
     device: Device = None,
+    ranks: Ranks = 1,
 ) -> None:
     """Continue a text as it stands, without a chat layout."""
-    from opennemo.llm import LLM
-
     if (prompt is None) == (file is None):
         raise InvalidRequest("give a prompt or --file FILE, one of the two")
     text = prompt if file is None else _read(file)
     sampling = given(
         temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, max_tokens=max_tokens
     )
-    with LLM.load(model, device=device) as llm:
+    with _load(model, device, ranks) as llm:
         for piece in llm.complete(text or "", stop=tuple(stop or ()), **sampling):
             print(piece, end="", flush=True)
         print()
@@ -278,6 +291,7 @@ def batch(
         list[str] | None, typer.Option(help="What bodies may call the model; repeatable.")
     ] = None,
     device: Device = None,
+    tensor_parallel_size: Ranks = 1,
 ) -> None:
     """Answer a file of requests, many at once. After a kill, the same command goes on.
 
@@ -290,7 +304,10 @@ def batch(
         from opennemo.serve.settings import read_settings
 
     named = [f"--served-model-name={name}" for name in served_model_name or ()]
-    chosen = given(max_num_seqs=max_num_seqs, max_model_len=max_model_len, device=device)
+    chosen = given(
+        max_num_seqs=max_num_seqs, max_model_len=max_model_len, device=device,
+        tensor_parallel_size=tensor_parallel_size,
+    )  # fmt: skip
     options = [f"--{name.replace('_', '-')}={value}" for name, value in chosen.items()]
     # Nothing is listened on, whatever the environment says of hosts and keys.
     if not run_batch(requests, output, read_settings([model, "--insecure", *options, *named])):

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from opennemo.engine.kv_cache import KVCache
+from opennemo.engine.ranks import Ranks
 from opennemo.engine.runner import Runner
 from opennemo.engine.sampler import bias_, sample, token_logprobs
 from opennemo.engine.scheduler import Scheduler
@@ -65,14 +66,18 @@ class EngineConfig:
     prefix_caching: bool = True
     n_draft_tokens: int = 0  # guessed by prompt lookup and checked in one step; 0: off
     adapters: bool = False  # whether requests may name one; on a CPU this keeps weights twice
+    tensor_parallel_size: int = 1  # ranks that share every layer
 
 
-def _affordable_pages(model: Transformer, max_context: int, page_size: int, one: Pages) -> int:
+def _affordable_pages(
+    model: Transformer, max_context: int, page_size: int, one: Pages, n_ranks: int
+) -> int:
     """Pages for one sequence of `max_context` and 64 more, or as many as memory has room for."""
     weight = model.tok_embeddings.weight
     device = f"cuda:{weight.device.index or 0}" if weight.is_cuda else "cpu"
     weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
-    room = int(USABLE * machine_memory()[device]) - weights
+    share = 1 if weight.is_cuda else n_ranks  # on a CPU all ranks are in one memory
+    room = int(USABLE * machine_memory()[device]) // share - weights
     return max(1, min(-(-max_context // page_size) + 64, room // one.nbytes))
 
 
@@ -85,8 +90,11 @@ class Engine:
         eos_ids: Iterable[int],
         config: EngineConfig | None = None,
         kv_scale: Tensor | None = None,
+        ranks: Ranks | None = None,
     ):
         """`kv_scale` (L, 2) are the scales of keys and of values, for a cache in fp8.
+
+        With `ranks` the model is the share of rank 0.
 
         Raises:
             InvalidRequest: the KV cache's format is unknown, or fp8 and without scales.
@@ -101,11 +109,12 @@ class Engine:
         if kv_scale is None and config.kv_scale is not None:
             kv_scale = torch.full((model.config.n_layers, 2), config.kv_scale)
         page_size = config.page_size or (FUSED_PAGE_SIZE if weight.is_cuda else 16)
+        format = config.kv_format or own
         make_pages = lambda n: Pages.empty(  # noqa: E731
-            model.config, n, page_size, config.kv_format or own, weight.device, kv_scale
+            model.config, n, page_size, format, weight.device, kv_scale
         )
         n_pages = config.n_pages or _affordable_pages(
-            model, self.max_context, page_size, make_pages(1)
+            model, self.max_context, page_size, make_pages(1), config.tensor_parallel_size
         )
         self.max_context = min(self.max_context, n_pages * page_size)
         self.model_config, self.vocab_size = model.config, model.config.vocab_size
@@ -114,7 +123,10 @@ class Engine:
             self.cache, config.max_batched_tokens, config.max_sequences, config.n_draft_tokens
         )
         n_spare = 1 if weight.is_cuda else 0  # a page that belongs to nobody: model/gpu.py
-        self.runner = Runner(model, partial(make_pages, n_pages + n_spare), config.adapters)
+        self.ranks, n = ranks, n_pages + n_spare
+        if ranks is not None:
+            ranks.begin(n, page_size, format, kv_scale)
+        self.runner = Runner(model, partial(make_pages, n), config.adapters, ranks)
         self._ids = itertools.count(1)
         self._sequences: dict[int, list[Sequence]] = {}  # alive, by request
         self._inbox: deque[Callable[[], None]] = deque()  # what to do before the next step
@@ -259,6 +271,7 @@ class Engine:
             log.exception("a step of %d sequences failed", len(chunks))
             for chunk in chunks:
                 self._finish(chunk.sequence, "error", f"the model failed: {error}")
+            self.failed = self.failed or self.runner.is_broken
             return True
         self._advance(chunks, logits, masks.result())
         return True
@@ -280,6 +293,12 @@ class Engine:
             self._thread = None
         self._read_inbox()
         self._finish_all("cancelled")
+
+    def close(self) -> None:
+        """Stop for good; other ranks end."""
+        self.stop()
+        if self.ranks is not None:
+            self.ranks.close()
 
     def _loop(self) -> None:
         try:

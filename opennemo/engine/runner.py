@@ -6,7 +6,10 @@ Rows that follow an adapter take PyTorch's path through the same pages, beside t
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +22,27 @@ from opennemo.model.step import Step, TorchStep, compile_step
 from opennemo.model.transformer import Transformer
 
 
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Chunks laid end to end, in plain numbers, as other ranks are told of them."""
+
+    tokens: list[int]
+    positions: list[int]
+    slots: list[int]
+    rows: list[int]  # of which logits are wanted
+    lengths: list[int]  # of each chunk
+    context_lens: list[int]
+    page_table: list[list[int]]
+
+
+class Together(Protocol):
+    """Who else computes what a runner computes: see ranks.py."""
+
+    failure: str | None
+
+    def told(self, verb: str, *args: Any) -> AbstractContextManager[None]: ...
+
+
 class Runner:
     """A model and the pages of its KV cache.
 
@@ -26,16 +50,31 @@ class Runner:
     keeps its own, packed copy; PyTorch cannot run the model afterwards.
     """
 
-    def __init__(self, model: Transformer, make_pages: Callable[[], Pages], adapters: bool = False):
-        self.model, self._make_pages = model.eval(), make_pages
+    def __init__(
+        self,
+        model: Transformer,
+        make_pages: Callable[[], Pages],
+        adapters: bool = False,
+        ranks: Together | None = None,
+    ):
+        self.model, self._make_pages, self._ranks = model.eval(), make_pages, ranks
         self._step: Step | None = compile_step(model, release=not adapters)
         self._adapted_step = TorchStep(model) if adapters else None
         self.device = model.tok_embeddings.weight.device
         self.pages = make_pages()
         self.page_size = self.pages.codes.shape[3]
 
+    @property
+    def is_broken(self) -> bool:
+        """Whether nothing will be computed any more, since another rank has ended."""
+        return self._ranks is not None and self._ranks.failure is not None
+
     def sleep(self) -> None:
         """Give back the pages' memory, on a GPU the weights' too; nothing runs until `wake`."""
+        with self._together("sleep"):
+            self._sleep()
+
+    def _sleep(self) -> None:
         self.pages = Pages(torch.empty(0))
         if self.device.type != "cpu":
             self._step = None  # it holds the weights too, side by side
@@ -44,38 +83,48 @@ class Runner:
 
     def wake(self) -> None:
         """The opposite of `sleep`; the pages are empty."""
-        if self._step is None:
-            self._step = compile_step(self.model.to(self.device))
-        self.pages = self._make_pages()
+        with self._together("wake"):
+            if self._step is None:
+                self._step = compile_step(self.model.to(self.device))
+            self.pages = self._make_pages()
 
     def copy_page(self, source: int, target: int) -> None:
         """Copy the keys and values of a page, all layers', into another."""
         pages = self.pages
-        pages.codes[:, :, target] = pages.codes[:, :, source]
-        if pages.scale is not None and pages.scale.dim() > 2:
-            pages.scale[:, :, target] = pages.scale[:, :, source]
+        with self._together("copy_page", source, target):
+            pages.codes[:, :, target] = pages.codes[:, :, source]
+            if pages.scale is not None and pages.scale.dim() > 2:
+                pages.scale[:, :, target] = pages.scale[:, :, source]
 
     @torch.inference_mode()
     def run(self, chunks: list[Chunk]) -> Tensor:
         """Compute the chunks -> logits (rows, V) in float32, `Chunk.n_rows` each, in order."""
-        assert self._step is not None, "the runner sleeps"
         plain = [chunk for chunk in chunks if chunk.sequence.adapter is None]
         if len(plain) == len(chunks):
-            return self._step(*self._inputs(chunks))
+            return self.compute(self._lay_out(chunks))
         if self._adapted_step is None:
             raise RuntimeError("this engine was not made for adapters")
         others = [chunk for chunk in chunks if chunk.sequence.adapter is not None]
         logits = []
         if plain:
-            logits += self._step(*self._inputs(plain)).split([c.n_rows for c in plain])
+            logits += self.compute(self._lay_out(plain)).split([c.n_rows for c in plain])
         with adapted(self.model, self._rows_by_adapter(others)):
-            inputs = self._inputs(others)
+            inputs = self._place(self._lay_out(others))
             logits += self._adapted_step(*inputs).split([c.n_rows for c in others])
         of_chunk = dict(zip(map(id, (*plain, *others)), logits, strict=True))
         return torch.cat([of_chunk[id(chunk)] for chunk in chunks])
 
-    def _inputs(self, chunks: list[Chunk]) -> tuple[Tensor, Paged, Tensor]:
-        """The chunks laid end to end: tokens (T,), where they stand, rows wanted (R,)."""
+    @torch.inference_mode()
+    def compute(self, layout: Layout) -> Tensor:
+        """The step itself, on all ranks -> logits (R, V) in float32."""
+        assert self._step is not None, "the runner sleeps"
+        with self._together("compute", layout):
+            return self._step(*self._place(layout))
+
+    def _together(self, verb: str, *args: Any) -> AbstractContextManager[None]:
+        return nullcontext() if self._ranks is None else self._ranks.told(verb, *args)
+
+    def _lay_out(self, chunks: list[Chunk]) -> Layout:
         tokens, positions, slots, rows, context_lens = [], [], [], [], []
         for chunk in chunks:
             start, new = chunk.sequence.n_computed, chunk.tokens
@@ -91,18 +140,25 @@ class Runner:
         lengths = [len(chunk.tokens) for chunk in chunks]
         width = max(-(-n // self.page_size) for n in context_lens)
         page_table = [c.sequence.pages[:width] for c in chunks]
-        page_table = [pages + [0] * (width - len(pages)) for pages in page_table]
+        return Layout(
+            tokens=tokens, positions=positions, slots=slots, rows=rows, lengths=lengths,
+            context_lens=context_lens,
+            page_table=[pages + [0] * (width - len(pages)) for pages in page_table],
+        )  # fmt: skip
+
+    def _place(self, layout: Layout) -> tuple[Tensor, Paged, Tensor]:
+        """A layout on the device: tokens (T,), where they stand, rows wanted (R,)."""
         attend = Paged(
             pages=self.pages,
-            positions=self._tensor(positions),
-            slots=self._tensor(slots, torch.int64),
-            cu_seqlens=self._tensor([0, *accumulate(lengths)]),
-            max_seqlen=max(lengths),
-            context_lens=self._tensor(context_lens),
-            page_table=self._tensor(page_table),
+            positions=self._tensor(layout.positions),
+            slots=self._tensor(layout.slots, torch.int64),
+            cu_seqlens=self._tensor([0, *accumulate(layout.lengths)]),
+            max_seqlen=max(layout.lengths),
+            context_lens=self._tensor(layout.context_lens),
+            page_table=self._tensor(layout.page_table),
             window=self.model.config.sliding_window,
         )
-        return self._tensor(tokens), attend, self._tensor(rows, torch.int64)
+        return self._tensor(layout.tokens), attend, self._tensor(layout.rows, torch.int64)
 
     def _rows_by_adapter(self, chunks: list[Chunk]) -> list[tuple[Adapter, Tensor]]:
         rows: dict[Adapter, list[int]] = {}

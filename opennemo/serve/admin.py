@@ -33,7 +33,7 @@ async def load_adapter(body: AdapterRequest, service: TheService) -> Response:
 @router.post("/v1/unload_lora_adapter")
 async def unload_adapter(body: AdapterRequest, service: TheService) -> Response:
     """Forget an adapter; answers that follow it end as they began."""
-    if service.llm.adapters.pop(body.lora_name, None) is None:
+    if not service.llm.unload_adapter(body.lora_name):
         raise Refusal(404, f"there is no adapter {body.lora_name!r}", "invalid_model")
     return Json({"message": f"Success: LoRA adapter {body.lora_name} removed."})
 
@@ -43,6 +43,15 @@ async def reset_prefix_cache(service: TheService) -> Response:
     """Forget all cached prompts."""
     await asyncio.to_thread(service.llm.reset_prefix_cache)
     return Json({"message": "The prefix cache is empty."})
+
+
+@router.post("/restart_replicas")
+async def restart_replicas(service: TheService) -> Response:
+    """Replace all replicas, one after the other, with the model as it is on disk now."""
+    if not service.settings.replicas:
+        raise InvalidRequest("the server was started without --replicas")
+    await asyncio.to_thread(service.llm.restart_replicas)  # pyright: ignore
+    return Json({"message": "All replicas are new."})
 
 
 @router.post("/sleep")

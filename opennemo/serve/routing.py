@@ -54,7 +54,7 @@ class Router:
     def choose(
         self, request: str, ids: list[int], salt: bytes = b"", among: Iterable[str] | None = None
     ) -> str:
-        """The replica for a request, which counts as its work until `finish`.
+        """The replica for a request, which counts as its work until `finish`; "" if there is none.
 
         Choosing again for the same request moves it. Replicas share no pages between salts.
         """
@@ -68,6 +68,8 @@ class Router:
             return replica.work - found.get(name, 0), len(replica.kept)
 
         names = self._replicas if among is None else [n for n in among if n in self._replicas]
+        if not names:
+            return ""
         name = min(names, key=cost)
         work = len(ids) - found.get(name, 0) + self._sequence
         self._replicas[name].work += work

@@ -62,30 +62,15 @@ class Service:
         """Load the model and see it compute a token; slow, for a thread of its own.
 
         Raises:
-            CheckpointError: it cannot be loaded.
-            InvalidRequest: an adapter is not named as NAME=FOLDER.
+            OpenNemoError: it cannot be loaded, or there is no Ray where there are to be replicas.
         """
-        settings = self.settings
-        config = EngineConfig(
-            max_context=settings.max_model_len,
-            page_size=settings.block_size,
-            kv_format=KV_FORMATS[settings.kv_cache_dtype],
-            kv_scale=settings.kv_scale,
-            max_batched_tokens=settings.max_num_batched_tokens,
-            max_sequences=settings.max_num_seqs,
-            max_queued=settings.max_num_queued_reqs,
-            prefix_caching=settings.enable_prefix_caching,
-            n_draft_tokens=settings.num_speculative_tokens,
-            adapters=bool(settings.lora_modules or settings.lora_root),
-        )
-        dtype = None if settings.dtype == "auto" else getattr(torch, settings.dtype)
-        llm = LLM.load(settings.model, device=settings.device, dtype=dtype, config=config)
+        if self.settings.replicas:
+            from opennemo.serve.fleet import open_fleet  # one machine never starts Ray
+
+            llm = open_fleet(self.settings)
+        else:
+            llm = load_model(self.settings)
         try:
-            for module in settings.lora_modules:
-                name, equals, folder = module.partition("=")
-                if not equals:
-                    raise InvalidRequest(f"--lora-modules {module} is not NAME=FOLDER")
-                llm.load_adapter(name, Path(folder))
             self.use(llm)
         except OpenNemoError:
             llm.close()
@@ -261,6 +246,49 @@ class Service:
     def close(self) -> None:
         if self._llm is not None and not self.asleep:
             self._llm.close()
+
+
+def load_model(settings: Settings) -> LLM:
+    """The model that settings name, in an engine of this process, with its adapters.
+
+    Raises:
+        CheckpointError: it cannot be loaded.
+        InvalidRequest: an adapter is not named as NAME=FOLDER.
+    """
+    modules = adapters_of(settings)
+    config = EngineConfig(
+        max_context=settings.max_model_len,
+        page_size=settings.block_size,
+        kv_format=KV_FORMATS[settings.kv_cache_dtype],
+        kv_scale=settings.kv_scale,
+        max_batched_tokens=settings.max_num_batched_tokens,
+        max_sequences=settings.max_num_seqs,
+        max_queued=settings.max_num_queued_reqs,
+        prefix_caching=settings.enable_prefix_caching,
+        n_draft_tokens=settings.num_speculative_tokens,
+        adapters=bool(modules or settings.lora_root),
+        tensor_parallel_size=settings.tensor_parallel_size,
+    )
+    dtype = None if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    llm = LLM.load(settings.model, device=settings.device, dtype=dtype, config=config)
+    try:
+        for name, folder in modules.items():
+            llm.load_adapter(name, folder)
+    except OpenNemoError:
+        llm.close()
+        raise
+    return llm
+
+
+def adapters_of(settings: Settings) -> dict[str, Path]:
+    """The folders of `--lora-modules`, by name. Raises: InvalidRequest, one is not NAME=FOLDER."""
+    modules = {}
+    for module in settings.lora_modules:
+        name, equals, folder = module.partition("=")
+        if not equals:
+            raise InvalidRequest(f"--lora-modules {module} is not NAME=FOLDER")
+        modules[name] = Path(folder)
+    return modules
 
 
 def service_of(request: Request) -> Service:

@@ -57,6 +57,24 @@ class Settings(BaseSettings):
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on.")
     device: str | None = Field(None, description="cpu or cuda; by default a GPU if there is one.")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    tensor_parallel_size: int = Field(
+        1, ge=1, le=64, description="Processes, or GPUs, that share every layer of the model."
+    )
+    replicas: int = Field(
+        0, ge=0, le=4096, description="Engines, over Ray Serve; 0: one, in this process, no Ray."
+    )
+    max_replicas: int | None = Field(
+        None, ge=1, le=4096, description="Ray adds replicas up to here as requests queue."
+    )
+    ray_address: str | None = Field(
+        None, description="HOST:PORT or auto, of a cluster; by default one for this server alone."
+    )
+    replica_cpus: int | None = Field(
+        None, ge=1, le=1024, description="Threads of a replica; by default its share of this host."
+    )
+    replica_gpus: float | None = Field(
+        None, ge=0, le=64, description="Or a fraction; by default one for each rank."
+    )
     config: Path | None = Field(None, description="A TOML file with any of these settings.")
 
     api_key: Names = Field([], description="A key that clients must show; repeatable.")
@@ -134,6 +152,10 @@ class Settings(BaseSettings):
     def _closed_by_default(self) -> "Settings":
         if not (self.is_loopback or self.api_key or self.api_key_file or self.insecure):
             raise ValueError(f"listening on {self.host} needs --api-key, or --insecure")
+        if not self.replicas and (self.max_replicas or self.ray_address):
+            raise ValueError("--max-replicas and --ray-address need --replicas")
+        if self.max_replicas and self.max_replicas < self.replicas:
+            raise ValueError("--max-replicas is below --replicas")
         if any(len(key) < 8 for key in (*self.api_key, self.admin_key or "long enough")):
             raise ValueError("keys have at least 8 characters")
         return self

@@ -1,0 +1,166 @@
+"""The other ranks of a model that is divided: processes that compute what the engine computes.
+
+Rank 0 is the engine. It alone knows of requests: it lays out each step, tells the others over a
+pipe (plain lists of numbers), and all compute it, each with its share of heads and channels; what
+they must know of each other they sum up inside the model (model/tensor_parallel.py), by gloo on
+CPUs and NCCL on GPUs. The others end with the process that started them. When one of them ends, or
+does not keep up, the model is broken for good, and says so: nobody waits for it.
+"""
+
+import multiprocessing
+import os
+import signal
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from functools import partial
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from opennemo.engine.runner import Runner
+from opennemo.errors import OpenNemoError
+from opennemo.model.pages import Pages
+from opennemo.model.transformer import Transformer
+
+PATIENCE = timedelta(minutes=5)  # with a rank that does not join in
+Load = Callable[[int, str], Transformer]  # a rank's share, by its number and its device
+
+
+class Ranks:
+    """Those besides this process, which is rank 0.
+
+    Attributes:
+        model: the share of rank 0.
+        failure: why nothing can be computed any more.
+    """
+
+    def __init__(self, n_ranks: int, load: Load, device: str):
+        """Start n_ranks - 1 processes, which unpickle `load`, and load everybody's share.
+
+        Raises:
+            OpenNemoError: a rank could not begin, or what `load` raises.
+        """
+        self.failure: str | None = None
+        self._pipes: list[Connection] = []
+        self._processes: list[Any] = []
+        self._folder = tempfile.TemporaryDirectory(prefix="opennemo-ranks-")
+        n_threads = max(1, torch.get_num_threads() // n_ranks)
+        spawn = multiprocessing.get_context("spawn")  # this process may have threads, and CUDA
+        place = (f"file://{self._folder.name}/store", n_ranks, device, n_threads)
+        for rank in range(1, n_ranks):
+            ours, theirs = spawn.Pipe()
+            process = spawn.Process(target=follow, args=(theirs, load, rank, *place), daemon=True)
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._processes.append(process)
+        try:
+            self._hear()  # that all are there
+            _join(0, *place)
+            self.model = load(0, _device(device, 0))
+            self._hear()  # that all have loaded
+        except BaseException:
+            self.close()
+            raise
+
+    def begin(self, n_pages: int, page_size: int, format: str, kv_scale: Tensor | None) -> None:
+        """Tell the others the size of the KV cache, and its format as Pages.empty takes it."""
+        with self.told("begin", n_pages, page_size, format, kv_scale):
+            pass
+
+    @contextmanager
+    def told(self, verb: str, *args: Any) -> Iterator[None]:
+        """The other ranks' runners do the same as this one does in the block.
+
+        Raises:
+            RuntimeError: a rank has ended, now or before, or this one failed alone.
+        """
+        if self.failure:
+            raise RuntimeError(self.failure)
+        try:
+            for pipe in self._pipes:
+                pipe.send((verb, args))
+            yield
+        except (RuntimeError, OSError) as error:
+            self.failure = self._who_ended() or f"rank 0 failed: {error}"
+            self._kill()  # they wait for a sum that will not come
+            raise RuntimeError(self.failure) from error
+
+    def close(self) -> None:
+        """End the other ranks."""
+        self.failure = self.failure or "the other ranks have been told to end"
+        for pipe in self._pipes:
+            pipe.close()
+        for process in self._processes:
+            process.join(5)
+        self._kill()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        self._folder.cleanup()
+
+    def _hear(self) -> None:
+        """Wait for a word of each."""
+        for pipe, process in zip(self._pipes, self._processes, strict=True):
+            wait([pipe, process.sentinel], PATIENCE.total_seconds())
+            said = "did not answer"
+            with suppress(EOFError):
+                said = pipe.recv() if pipe.poll() else said
+            if said:
+                raise OpenNemoError(self._who_ended() or f"{process.name}: {said}")
+
+    def _who_ended(self) -> str | None:
+        wait([process.sentinel for process in self._processes], 1)  # the news may be younger
+        for rank, process in enumerate(self._processes, 1):
+            if process.exitcode is not None:
+                n = len(self._processes) + 1
+                return f"rank {rank} of {n} has ended (exit code {process.exitcode}); start again"
+        return None
+
+    def _kill(self) -> None:
+        for process in self._processes:
+            process.kill()
+
+
+def follow(
+    pipe: Connection, load: Load, rank: int, store: str, n_ranks: int, device: str, n_threads: int
+) -> None:
+    """The life of another rank: do as rank 0 says, until it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 hears it, too
+    try:
+        pipe.send("")
+        _join(rank, store, n_ranks, device, n_threads)
+        model = load(rank, _device(device, rank))
+        pipe.send("")
+    except Exception as error:  # noqa: BLE001  rank 0 is to hear of it
+        pipe.send(str(error) or type(error).__name__)
+        return
+    with suppress(EOFError, OSError):  # rank 0 has ended
+        _, (n_pages, page_size, format, kv_scale) = pipe.recv()
+        pages = (n_pages, page_size, format, _device(device, rank), kv_scale)
+        runner = Runner(model, partial(Pages.empty, model.config, *pages))
+        while True:
+            verb, args = pipe.recv()
+            getattr(runner, verb)(*args)
+
+
+def _join(rank: int, store: str, n_ranks: int, device: str, n_threads: int) -> None:
+    torch.set_num_threads(n_threads)
+    # All ranks are on this machine, so nothing need listen to others.
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        if os.path.exists("/sys/class/net/lo"):
+            os.environ.setdefault(name, "lo")
+    options: dict[str, Any] = {"backend": "gloo"}
+    if device != "cpu":
+        options = {"backend": "nccl", "device_id": torch.device(_device(device, rank))}
+    dist.init_process_group(
+        init_method=store, rank=rank, world_size=n_ranks, timeout=PATIENCE, **options
+    )
+
+
+def _device(device: str, rank: int) -> str:
+    return device if device == "cpu" else f"cuda:{rank}"

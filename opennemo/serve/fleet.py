@@ -1,0 +1,367 @@
+"""Many replicas of a model on Ray Serve, behind a door that looks like one engine.
+
+    Service -> LLM -> Fleet.submit -> Ray's handle, routed by prefix -> Replica, an LLM of its own
+                      Fleet's loop <- events, as many as have come <-
+
+The application with its gate, limits and protocols stays in the process that was started, as it is
+with one engine; what goes out is token ids, what comes back is the engine's events. Ray places the
+replicas, watches and replaces them, adds some as requests queue, and lets one that is to end answer
+what it has. A request whose replica is lost is put to another one if nothing has been heard of it;
+else it fails, and says so: what a client has seen is never answered anew.
+"""
+
+import asyncio
+import itertools
+import logging
+import os
+import secrets
+import threading
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import structlog
+import torch
+
+from opennemo.engine import EngineConfig, Event, SamplingParams
+from opennemo.engine.sequence import Listener, check_request
+from opennemo.errors import OpenNemoError, Overloaded, Unavailable
+from opennemo.llm import LLM
+from opennemo.serve.replica import Replica
+from opennemo.serve.service import adapters_of
+from opennemo.serve.settings import Settings
+
+APP = "opennemo"
+TRIES = 3  # replicas that may be lost under one request before it is given up
+STATS = 2.0  # seconds between looks at what the replicas count
+log = structlog.get_logger("opennemo.serve")
+
+
+def open_fleet(settings: Settings) -> "FleetLLM":
+    """Start the replicas, and wait until they are loaded.
+
+    Raises:
+        OpenNemoError: Ray is missing, there is no cluster, or a replica cannot be started.
+    """
+    fleet: Any = Fleet(settings)  # does for an Engine
+    llm = FleetLLM.around(settings.model, fleet)  # what is wrong with the model is told at once
+    llm.adapters |= {n: Remote(n, str(f.absolute())) for n, f in adapters_of(settings).items()}
+    try:
+        llm.engine.start()
+    except BaseException:
+        llm.close()
+        raise
+    return llm
+
+
+class Remote(tuple[str, str]):
+    """An adapter that replicas have: its name and its folder, which each can load it from."""
+
+    def __new__(cls, name: str, folder: str) -> "Remote":
+        return super().__new__(cls, (name, folder))
+
+
+class FleetLLM(LLM):
+    """The model that many replicas have."""
+
+    engine: "Fleet"  # pyright: ignore[reportIncompatibleVariableOverride]
+    adapters: dict[str, Remote]  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def load_adapter(self, name: str, folder: Path) -> None:
+        """Load it on all replicas; those that come later load it when it is first asked for."""
+        adapter = Remote(name, str(folder.absolute()))
+        self.engine.broadcast("load_adapter", tuple(adapter))
+        self.adapters[name] = adapter
+
+    def reset_prefix_cache(self) -> None:
+        self.engine.broadcast("reset_prefix_cache")
+
+    def sleep(self) -> None:
+        self.engine.broadcast("sleep")
+
+    def wake(self) -> None:
+        self.engine.broadcast("wake")
+
+    def restart_replicas(self) -> None:
+        """Replace them one after the other; each ends only when it has answered what it has."""
+        self.engine.deploy()
+
+
+class Fleet:
+    """What an LLM and its replies need of an engine, over all replicas."""
+
+    failed, seconds_in_step = False, 0.0  # of one replica Ray learns, and acts
+
+    def __init__(self, settings: Settings):
+        self._settings, self._generation = settings, 0
+        self.config = EngineConfig(
+            max_sequences=settings.max_num_seqs, max_queued=settings.max_num_queued_reqs
+        )
+        self._per_replica = settings.max_num_seqs + settings.max_num_queued_reqs
+        self._ids = itertools.count(1)
+        self._running: dict[int, _Running] = {}
+        self._stats: list[dict[str, float]] = []
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(
+            target=self._loop.run_forever, name="opennemo-fleet", daemon=True
+        )
+        self._ray: Any = None
+
+    def start(self) -> None:
+        """Join or start a cluster, and deploy."""
+        self._ray, settings = _start_ray(self._settings), self._settings
+        self._thread.start()
+        self.deploy()
+        (described, *_) = self.broadcast("describe")
+        for name, value in described.items():
+            setattr(self, name, value)
+        self._watch = asyncio.run_coroutine_threadsafe(self._look(), self._loop)
+        log.info("replicas", n=settings.replicas, cluster=settings.ray_address or "own")
+
+    eos_ids: frozenset[int]
+    vocab_size: int
+    max_context: int
+    model_config: Any
+
+    def deploy(self) -> None:
+        """Start the replicas, or replace those that run; waits until the last is ready.
+
+        Raises:
+            OpenNemoError: one cannot be started; those that ran go on.
+        """
+        from ray import serve
+
+        from opennemo.serve.prefixes import Prefixes
+
+        settings, self._generation = self._settings, self._generation + 1
+        n_most = settings.max_replicas or settings.replicas
+        scaling: dict[str, Any] = {"num_replicas": settings.replicas}
+        if n_most > settings.replicas:
+            scaling = {
+                "autoscaling_config": {
+                    "min_replicas": settings.replicas,
+                    "max_replicas": n_most,
+                    # Beyond it answers are not computed side by side, but wait.
+                    "target_ongoing_requests": settings.max_num_seqs,
+                }
+            }
+        deployment = serve.deployment(
+            Replica,
+            name="engine",
+            max_ongoing_requests=self._per_replica,
+            ray_actor_options={"num_cpus": _cpus(settings), "num_gpus": _gpus(settings)},
+            request_router_config={
+                "request_router_class": Prefixes,
+                "request_routing_stats_period_s": STATS,
+            },
+            health_check_period_s=2,
+            graceful_shutdown_wait_loop_s=0.5,
+            graceful_shutdown_timeout_s=settings.shutdown_timeout,
+            max_constructor_retry_count=2,
+            logging_config={"log_level": "WARNING", "enable_access_log": False},
+            **scaling,
+        )
+        kept = {"api_key": [], "api_key_file": None, "admin_key": None}
+        kept["replica_cpus"] = _cpus(settings)
+        # Keys stay here.
+        replica = deployment.bind(settings.model_copy(update=kept), self._generation)
+        try:
+            handle = serve.run(replica, name=APP, route_prefix=None)
+        except RuntimeError as error:
+            raise OpenNemoError(f"the replicas cannot be started: {_told(error)}") from None
+        self._handle, self._asked = handle, handle.options(method_name="answer", stream=True)
+
+    def submit(
+        self, prompt_ids: list[int], params: SamplingParams, on_event: Listener, *, n: int = 1,
+        adapter: Remote | None = None, salt: bytes = b"",
+    ) -> int:  # fmt: skip
+        """As Engine.submit; events come on the fleet's thread."""
+        check_request(
+            prompt_ids, params, n, max_context=self.max_context, vocab_size=self.vocab_size
+        )
+        if len(self._running) >= self._per_replica * max(1, len(self._stats)):
+            raise Overloaded(f"{len(self._running)} requests are under way; try again later")
+        fields = vars(params) | {"logit_bias": dict(params.logit_bias)}
+        fields["grammar"] = params.grammar and params.grammar.definition
+        request_id = next(self._ids)
+        running = self._running[request_id] = _Running(request_id, n, on_event)
+        call = (prompt_ids, salt, fields, n, adapter and tuple(adapter))
+        self._loop.call_soon_threadsafe(self._begin, running, call)
+        return request_id
+
+    def cancel(self, request_id: int, index: int | None = None) -> None:
+        """As Engine.cancel; of several answers the replica goes on with one that is given up."""
+        self._loop.call_soon_threadsafe(self._cancel, request_id, index)
+
+    def broadcast(self, method: str, *args: Any) -> list[Any]:
+        """Have all replicas do something; what each returns.
+
+        Raises:
+            OpenNemoError: as one of them did, or one is lost.
+        """
+        from ray.exceptions import RayError
+
+        try:
+            return self._handle.broadcast(method, *args).results(timeout_s=600)
+        except OpenNemoError as error:
+            raise getattr(error, "cause", error) from None
+        except (RayError, TimeoutError) as error:
+            raise Unavailable(f"a replica did not {method.replace('_', ' ')}") from error
+
+    def stats(self) -> dict[str, float]:
+        """As Engine.stats, of all replicas, a moment ago."""
+        found = self._stats
+        total = {name: sum(stats[name] for stats in found) for name in (found or [{}])[0]}
+        return {"kv_cache_pages": 1, "kv_cache_pages_used": 0, **total, "replicas": len(found)}
+
+    def close(self) -> None:
+        """End the replicas, and the cluster if it is ours; what runs is cancelled."""
+        if self._ray is None:
+            return
+        from ray import serve
+
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(lambda: [self._cancel(id) for id in [*self._running]])
+            self._watch.cancel() if hasattr(self, "_watch") else None
+        with suppress(Exception):  # whatever Ray has to say to that, it is over
+            serve.delete(APP) if self._settings.ray_address else serve.shutdown()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(10)
+        self._ray.shutdown()
+        self._ray = None
+
+    def _begin(self, running: "_Running", call: tuple) -> None:
+        if not running.finished:
+            running.task = self._loop.create_task(self._answer(running, call))
+
+    async def _answer(self, running: "_Running", call: tuple) -> None:
+        from ray.exceptions import RayActorError
+        from ray.serve.exceptions import RayServeException
+
+        failure: Any = "the replica ended without a word"
+        for _ in range(TRIES):
+            stream: Any = self._asked.remote(*call)
+            try:
+                async for events in stream:
+                    for event in events:
+                        running.tell(event)
+            except asyncio.CancelledError:
+                stream.cancel()
+                break
+            except (RayActorError, RayServeException):
+                failure = Unavailable("the replica that was answering is lost; ask again")
+                log.warning("replica lost", request=running.id, heard=running.heard)
+                if not running.heard:
+                    continue
+            except Exception as error:  # its own errors come wrapped in Ray's
+                failure = getattr(error, "cause", error)
+                if not isinstance(failure, OpenNemoError):
+                    log.error("defect", exc_info=error)
+                    failure = "a replica has a defect; its log tells"
+            break
+        running.end("error", failure)
+        self._running.pop(running.id, None)
+
+    def _cancel(self, request_id: int, index: int | None = None) -> None:
+        running = self._running.get(request_id)
+        if running is None:
+            return
+        running.end("cancelled", index=index)
+        if running.finished:
+            self._running.pop(request_id)
+            if running.task:
+                running.task.cancel()
+
+    async def _look(self) -> None:
+        """Keep what the replicas count at hand."""
+        while True:
+            with suppress(Exception):  # one that is being lost; the next look is soon
+                self._stats = await self._handle.broadcast("stats").results_async(timeout_s=30)
+            await asyncio.sleep(STATS)
+
+
+class _Running:
+    """A request that is being answered."""
+
+    def __init__(self, id: int, n: int, listener: Listener):
+        self.id, self.heard = id, False
+        self.task: asyncio.Task | None = None
+        self._open, self._listener = set(range(n)), listener
+
+    @property
+    def finished(self) -> bool:
+        return not self._open
+
+    def tell(self, event: Event) -> None:
+        self.heard = True
+        if event.index in self._open:
+            if event.finish_reason:
+                self._open.discard(event.index)
+            self._listener(replace(event, request_id=self.id))
+
+    def end(self, reason: Any, error: Any = None, index: int | None = None) -> None:
+        for i in sorted(self._open):
+            if index in (None, i):
+                self.tell(Event(request_id=self.id, index=i, finish_reason=reason, error=error))
+
+
+def _start_ray(settings: Settings) -> Any:
+    """Ray, joined or started for this process: on loopback, with a token, without a dashboard."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # it would tell its makers
+    n = settings.max_replicas or settings.replicas
+    options: dict[str, Any] = {"address": settings.ray_address}
+    if settings.ray_address is None:
+        # Ray reads these as it is imported: an address of this host alone, even on Linux, and a
+        # secret, since whoever may talk to Ray may run code.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
+        n_cpus = max(os.cpu_count() or 1, _cpus(settings) * n)
+        options = {
+            "num_cpus": n_cpus, "include_dashboard": False, "object_store_memory": 2**28,
+        }  # fmt: skip
+    try:
+        import ray
+        from ray import serve
+    except ImportError as error:
+        raise OpenNemoError(
+            f"{error.name} is missing: --replicas needs Ray Serve; in the checkout: "
+            "pip install -e '.[scale]'"
+        ) from None
+    for name in ("ray", "ray.serve"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
+    try:
+        try:
+            ray.init(**options, **quiet)
+        except Exception:  # of no kind of its own: on a busy machine Ray gives up too soon
+            if settings.ray_address:
+                raise
+            ray.shutdown()
+            ray.init(**options, **quiet)
+        serve.start(proxy_location="Disabled")
+    except Exception as error:  # Ray has many kinds, and bare ones
+        ray.shutdown()
+        where = settings.ray_address or "a cluster of its own"
+        raise OpenNemoError(f"--replicas: cannot use {where}: {_told(error)}") from error
+    return ray
+
+
+def _cpus(settings: Settings) -> int:
+    """Threads of a replica: by default its share of this host's, of a cluster's one."""
+    n = settings.max_replicas or settings.replicas
+    share = 1 if settings.ray_address else max(1, (os.cpu_count() or 1) // n)
+    return settings.replica_cpus or share
+
+
+def _gpus(settings: Settings) -> float:
+    if settings.replica_gpus is not None:
+        return settings.replica_gpus
+    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return 0.0 if device == "cpu" else float(settings.tensor_parallel_size)
+
+
+def _told(error: BaseException) -> str:
+    """The last line of what Ray says, which is the reason, where it says why."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines or [type(error).__name__])[-1][:300]

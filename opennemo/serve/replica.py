@@ -1,0 +1,106 @@
+"""One engine of many, in a process that Ray watches: what it is asked, and what it tells.
+
+It is asked for answers, and sends the engine's events, as many at a time as have come; what the
+application needs for all replicas alike (adapters, an empty cache, sleep) each does for itself. Ray
+asks whether it is well and lets it end when it has answered what it has. Text is not known here.
+"""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from opennemo.engine import Event, SamplingParams
+from opennemo.errors import OpenNemoError
+from opennemo.serve.service import adapters_of, load_model
+from opennemo.serve.settings import Settings
+
+
+class Replica:
+    """One engine, in a process that Ray watches."""
+
+    def __init__(self, settings: Settings, generation: int):
+        # A new generation is what Ray takes for new code, and replaces the old one by.
+        if settings.replica_cpus:
+            torch.set_num_threads(settings.replica_cpus)
+        self._llm = load_model(settings)
+        self._folders = {n: str(f.absolute()) for n, f in adapters_of(settings).items()}
+        self._loading = threading.Lock()
+        self._stale = settings.watchdog_timeout
+
+    async def answer(
+        self, ids: list[int], salt: bytes, params: dict[str, Any], n: int,
+        adapter: tuple[str, str] | None,
+    ) -> AsyncIterator[list[Event]]:  # fmt: skip
+        """Answer a prompt: lists of events as they come. Closing it frees the pages."""
+        loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
+
+        def begin() -> int:
+            if adapter:
+                self.load_adapter(adapter)
+            lora = self._llm.adapters[adapter[0]] if adapter else None
+            if params["grammar"]:
+                params["grammar"] = self._llm.grammars.compile(*params["grammar"])
+
+            def listen(event: Event) -> None:
+                with suppress(RuntimeError):  # the loop is closed
+                    loop.call_soon_threadsafe(events.put_nowait, event)
+
+            asked = SamplingParams(**params)
+            return self._llm.engine.submit(ids, asked, listen, n=n, adapter=lora, salt=salt)
+
+        request_id = await asyncio.to_thread(begin)
+        try:
+            n_open = n
+            while n_open:
+                news = [await events.get()]
+                while not events.empty():
+                    news.append(events.get_nowait())
+                n_open -= sum(event.finish_reason is not None for event in news)
+                yield news
+        finally:
+            with suppress(OpenNemoError):  # the engine has stopped
+                self._llm.engine.cancel(request_id)
+
+    def load_adapter(self, adapter: tuple[str, str]) -> None:
+        name, folder = adapter
+        with self._loading:
+            if self._folders.get(name) != folder:
+                self._llm.load_adapter(name, Path(folder))
+                self._folders[name] = folder
+
+    def reset_prefix_cache(self) -> None:
+        self._llm.reset_prefix_cache()
+
+    def sleep(self) -> None:
+        self._llm.sleep()
+
+    def wake(self) -> None:
+        self._llm.wake()
+
+    def describe(self) -> dict[str, Any]:
+        """What whoever asks it must know of the engine."""
+        engine = self._llm.engine
+        names = ("eos_ids", "vocab_size", "max_context", "model_config")
+        return {name: getattr(engine, name) for name in names}
+
+    def stats(self) -> dict[str, float]:
+        return self._llm.engine.stats()
+
+    def record_routing_stats(self) -> dict[str, int]:
+        """Told to Ray, for `Prefixes`."""
+        cache = self._llm.engine.cache
+        return {"n_tokens": cache.n_pages * cache.page_size}
+
+    def check_health(self) -> None:
+        """Asked by Ray, which replaces a replica that raises."""
+        if self._llm.engine.failed or self._llm.engine.seconds_in_step > self._stale:
+            raise RuntimeError("the engine has ended, or hangs")
+
+    def __del__(self) -> None:
+        if hasattr(self, "_llm"):
+            self._llm.close()
