@@ -5,6 +5,8 @@ import re
 from copy import deepcopy
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from opennemo.engine import Engine, SamplingParams
 from opennemo.engine.grammar import ANY_TEXT, GrammarCompiler, tool_call_grammar
@@ -99,6 +101,44 @@ def test_a_required_tool_call_is_always_a_valid_call(model, compiler, parallel):
             if call["name"] == "add":
                 assert call["arguments"]["kind"] in ("a", "bc")
     assert parallel or numbers == {1}
+
+
+@given(st.permutations(["a", "b", "c", "d"]), st.integers(0, 5), st.booleans())
+def test_arguments_come_in_any_order_each_once_and_none_is_missing(compiler, names, n, twice):
+    values = {"a": 1, "b": "x", "c": [True, False], "d": {"e": None}}
+    kinds = [{"type": t} for t in ("integer", "string", "array", "object")]
+    schema = {
+        "type": "object", "properties": dict(zip(values, kinds, strict=True)),
+        "required": ["b", "d"], "additionalProperties": False,
+    }  # fmt: skip
+    tool = {"function": {"name": "f", "parameters": schema}}
+    said = [*names[:n], *(names[:1] if twice else [])]
+    pairs = ", ".join(f"{json.dumps(name)}: {json.dumps(values[name])}" for name in said)
+    call = f'[{{"name": "f", "arguments": {{{pairs}}}}}]'
+    matcher = compiler.compile("lark", tool_call_grammar([tool])).start()
+    taken = [matcher.advance(id) is None for id in (9, *(64 + byte for byte in call.encode()))]
+    right = len({*said}) == len(said) and {"b", "d"} <= {*said}
+    assert (all(taken) and matcher.advance(2) is None) == right
+
+
+def test_what_a_schema_says_beyond_its_properties_holds(compiler):
+    """Then arguments come in the order of the schema, as its compiler has it."""
+    tool = {
+        "function": {
+            "name": "f",
+            "parameters": {
+                "type": "object",
+                "properties": {"a": {"$ref": "#/$defs/few"}, "b": {"type": "integer"}},
+                "$defs": {"few": {"enum": ["x"]}},
+                "additionalProperties": False,
+            },
+        }
+    }
+    for arguments, right in (('{"a": "x", "b": 1}', True), ('{"a": "y"}', False)):
+        matcher = compiler.compile("lark", tool_call_grammar([tool])).start()
+        call = f'[{{"name": "f", "arguments": {arguments}}}]'.encode()
+        taken = [matcher.advance(id) is None for id in (9, *(64 + byte for byte in call))]
+        assert all(taken) == right
 
 
 def test_any_json_object_and_text_or_calls_can_be_walked(compiler):
