@@ -257,7 +257,8 @@ def _weight_files(folder: Path, layout: FolderLayout) -> list[Path]:
     names = sorted(set(map(str, weight_map.values()))) if isinstance(weight_map, dict) else []
     if not names or any(Path(name).name != name for name in names):
         raise CheckpointError(f"{index}: its weight_map does not name files of this folder")
-    if missing := [name for name in names if not (folder / name).exists()]:
+    there = {path.name for path in folder.iterdir()}  # no name is tried that could be too long
+    if missing := [layouts.short(name).strip("'") for name in names if name not in there]:
         raise CheckpointError(f"{folder}: files missing: {_first_five(missing)}; fetch it again")
     return [folder / name for name in names]
 

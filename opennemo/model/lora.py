@@ -10,7 +10,6 @@ those of PEFT: `adapter_config.json` and `adapter_model.safetensors`.
 """
 
 import itertools
-import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 from opennemo.errors import CheckpointError, InvalidRequest
 from opennemo.model.checkpoint import weight_shapes
 from opennemo.model.companions import write_json
-from opennemo.model.layouts import COLUMN, WEIGHTS, halves_to_pairs, pairs_to_halves, spell
+from opennemo.model.layouts import COLUMN, WEIGHTS, halves_to_pairs, pairs_to_halves, short, spell
 from opennemo.model.quantization import (
     Format,
     QATLinear,
@@ -36,6 +35,7 @@ from opennemo.model.quantization import (
 )
 from opennemo.model.tensor_files import write_safetensors
 from opennemo.model.transformer import ModelConfig, Transformer
+from opennemo.tokenizer.huggingface import read_json
 
 # Linear layers of a block, from Hugging Face's names to ours.
 LAYERS = {names[COLUMN["hf"]]: ours for ours, names in WEIGHTS.items() if ".w" in ours}
@@ -78,7 +78,7 @@ def read_adapter(
             (DoRA, biases, ranks by pattern), or its shapes do not match; the first five are named.
     """
     settings = _read_config(folder / "adapter_config.json")
-    rank, alpha = settings["r"], settings.get("lora_alpha", settings["r"])
+    rank, alpha = settings["r"], settings["lora_alpha"]
     scale = alpha / (rank**0.5 if settings.get("use_rslora") else rank)
     halves: dict[str, dict[str, Tensor]] = {}
     path = folder / "adapter_model.safetensors"
@@ -350,20 +350,22 @@ def save_adapter(model: Transformer, folder: Path, *, base_model_name: str) -> N
 
 
 def _read_config(path: Path) -> dict:
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: {error}") from None
+    config = read_json(path)
     odd = [
         name
         for name in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias")
         if config.get(name)
     ]
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or odd:
-        found = odd or [config.get("peft_type"), f"bias {config.get('bias')}"]
+        found = odd or short([config.get("peft_type"), f"bias {config.get('bias')}"])
         raise CheckpointError(f"{path}: only plain LoRA without biases is supported, not {found}")
     if not isinstance(config.get("r"), int) or not 0 < config["r"] <= 1024:
-        raise CheckpointError(f"{path}: r is {config.get('r')}, allowed is 1 to 1024")
+        raise CheckpointError(f"{path}: r is {short(config.get('r'))}, allowed is 1 to 1024")
+    alpha = config.setdefault("lora_alpha", config["r"])
+    if type(alpha) not in (int, float) or not 0 < alpha <= 2**20:
+        raise CheckpointError(
+            f"{path}: lora_alpha is {short(alpha)}, allowed is a number up to {2**20:,}"
+        )
     return config
 
 

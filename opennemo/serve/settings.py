@@ -212,5 +212,5 @@ def read_settings(arguments: list[str]) -> Settings:
         raise InvalidRequest(
             (f"--{where}: " if where else "") + first["msg"].removeprefix("Value error, ")
         ) from None
-    except (SettingsError, ValueError) as error:
+    except (SettingsError, ValueError, RecursionError) as error:
         raise InvalidRequest(str(error).splitlines()[0]) from None

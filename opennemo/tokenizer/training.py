@@ -65,7 +65,7 @@ def read_settings(file: Path, **changes: int | float | str) -> VocabularySetting
     """
     try:
         settings: dict[str, Any] = tomllib.loads(file.read_text("utf-8")) | changes
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InvalidRequest(f"{file}: cannot be read as TOML ({error})") from error
     defaults = asdict(VocabularySettings())
     for name, value in settings.items():
@@ -77,7 +77,7 @@ def read_settings(file: Path, **changes: int | float | str) -> VocabularySetting
                 f"{file}: {name} is {value!r}, but must be of the type of {defaults[name]!r}"
             )
     for language, weight in settings.get("weights", {}).items():
-        if not isinstance(weight, int | float):
+        if not isinstance(weight, int | float) or not 0 <= weight < math.inf:
             raise InvalidRequest(f"{file}: the weight of {language} is {weight!r}, not a number")
     return VocabularySettings(**settings)
 

@@ -11,6 +11,7 @@ All ranks must see the same folder. This file does not know what a model, an opt
 """
 
 import json
+import math
 import os
 import re
 import shutil
@@ -158,7 +159,7 @@ class Checkpoints:
             )
         except CheckpointException as error:
             rank, (cause, _) = min(error.failures.items())
-            if not isinstance(cause, OSError | SafetensorError):
+            if not isinstance(cause, OSError | SafetensorError | RuntimeError):
                 raise cause from error
             raise CheckpointError(f"{path}: damaged ({cause}), says rank {rank}") from None
         for name, (holder, key) in leaves.items():
@@ -374,10 +375,31 @@ def _read_index(path: Path) -> dict[str, Any]:
             found = (path / Path(name).name).stat().st_size
             if found != size:
                 raise CheckpointError(f"{path / name}: damaged: has {found:,} of {size:,} bytes")
-        return {"tensors": index["tensors"], "values": index["values"]}
+        for tensor in index["tensors"].values():
+            _check_parts(tensor, index["files"])
+        return {"tensors": dict(index["tensors"]), "values": dict(index["values"])}
     except OSError as error:
         raise CheckpointError(
             f"{error.filename}: {error.strerror}; not a whole checkpoint"
         ) from None
-    except (ValueError, TypeError, LookupError, AttributeError) as error:
-        raise CheckpointError(f"{path / INDEX}: damaged ({error!r})") from None
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        what = repr(error)[:300]
+        raise CheckpointError(f"{path / INDEX}: damaged ({what})") from None
+
+
+def _check_parts(tensor: dict[str, Any], files: dict[str, int]) -> None:
+    """Raises ValueError, or whatever looking raises, unless a tensor's parts can make it up."""
+    shape, n_numbers = tensor["shape"], 0
+    if not isinstance(getattr(torch, tensor["dtype"]), torch.dtype):
+        raise ValueError("an unknown type of numbers")
+    for part in tensor["chunks"]:
+        if part["file"] not in files:
+            raise ValueError("a part lies in a file that is not listed")
+        for start, length, size in zip(part["offsets"], part["shape"], shape, strict=True):
+            if any(type(n) is not int for n in (start, length, size)):
+                raise ValueError("a place is no whole number")
+            if not 0 <= start <= start + length <= size:
+                raise ValueError("a part lies outside its tensor")
+        n_numbers += math.prod(part["shape"])
+    if n_numbers != math.prod(shape):
+        raise ValueError("the parts of a tensor do not make it up")

@@ -173,7 +173,7 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         tree = tomllib.loads(path.read_text("utf-8"))
     except OSError as error:
         raise InvalidRequest(f"{path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidRequest(f"{path}: not TOML: {error}") from None
     for override in overrides:
         _override(tree, override)
