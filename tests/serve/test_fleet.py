@@ -3,6 +3,7 @@
 One cluster for all of them, since it takes ten seconds to start; each test leaves two replicas.
 """
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -70,6 +71,10 @@ def chat(http, **fields) -> dict:
 
 
 def texts(body: dict) -> list:
+    """What was said, but for the names of calls, which are random."""
+    for choice in body["choices"]:
+        for call in choice["message"].get("tool_calls") or []:
+            del call["id"]
     return [(c["message"], c["finish_reason"], c.get("logprobs")) for c in body["choices"]]
 
 
@@ -80,11 +85,12 @@ def user(text: str) -> list[dict]:
 def replica_pids() -> list[int]:
     import psutil
 
-    return [
-        process.pid
-        for process in psutil.Process().children(recursive=True)
-        if "ServeReplica" in " ".join(process.cmdline())
-    ]
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            if "ServeReplica" in " ".join(process.cmdline()):
+                found.append(process.pid)
+    return found
 
 
 def wait_until(condition: Callable[[], object], seconds: float = 60) -> None:
