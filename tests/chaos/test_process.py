@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import random
 import resource
 import socket
@@ -9,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import httpx2
 import pytest
@@ -74,6 +76,19 @@ def answers_of(server: Server, batch: dict) -> Counter:
     url = f"{server.url}/v1/files/{batch['output_file_id']}/content"
     lines = httpx2.get(url, headers=HEADERS, timeout=60).text.splitlines()
     return Counter(json.loads(line)["custom_id"] for line in lines)
+
+
+@needs_prlimit  # and Linux's /proc
+def test_it_listens_at_one_port_only(server):
+    proc = Path(f"/proc/{server.process.pid}")
+    own = {os.readlink(fd) for fd in (proc / "fd").iterdir()}
+    listening = set()
+    for name in ("tcp", "tcp6"):
+        for line in (proc / "net" / name).read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and f"socket:[{fields[9]}]" in own:
+                listening.add((fields[1].split(":")[0], int(fields[1].split(":")[1], 16)))
+    assert listening == {("0100007F", server.port)}  # 127.0.0.1
 
 
 @needs_prlimit

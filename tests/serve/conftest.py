@@ -115,15 +115,18 @@ def http(server: Running) -> Iterator[httpx2.Client]:
         yield client
 
 
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory) -> Path:
+def make_tiny_folder(folder: Path) -> Path:
     """A tiny random model as a folder, for processes of their own."""
-    folder = tmp_path_factory.mktemp("model") / "tiny-folder"
     torch.manual_seed(0)
     shape = replace(PRESETS["tiny"], max_position_embeddings=4096)
     save(Transformer(shape), folder, layout="mistral")
     VOCABULARY.save(folder / "tekken.json")
     return folder
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> Path:
+    return make_tiny_folder(tmp_path_factory.mktemp("model") / "tiny-folder")
 
 
 @pytest.fixture(scope="session")
