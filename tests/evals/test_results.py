@@ -103,8 +103,10 @@ def test_reports_hold_the_same_numbers_in_every_form(tmp_path):
 
 def test_plots_are_written_as_png_and_svg(tmp_path):
     pytest.importorskip("matplotlib", reason="the extra `eval` is not installed")
-    rows = [row([1.0, 0.0], part=part, announced={"NeMo": 60.0}) for part in ("fr", "de")]
-    report.bars(tmp_path, {"one": rows, "two": [replace(r, items={"0": 1.0}) for r in rows]})
+    announced = {"NeMo": 60.0, "Gemma": 50.0, "Llama": 40.0}
+    rows = [row([1.0, 0.0], part=part, announced=announced) for part in ("fr", "de")]
+    other = [replace(r, items={"0": 1.0}) for r in rows]
+    report.bars(tmp_path, {"one": rows, "two": other, "three": other})
     cells = {f"X/{n}/{d}/0": float(d > 0) for n in (512, 1024) for d in (0, 50, 100)}
     report.heat_map(tmp_path, gather("X", cells))
     report.bars(tmp_path / "nothing", {"one": [row([])]})  # nothing to draw
