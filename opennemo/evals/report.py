@@ -139,8 +139,9 @@ def bars(folder: Path, models: Mapping[str, Sequence[Row]]) -> None:
                 ]
                 errors = [row.error or 0 if row else 0 for row in found]
                 label = name if of else f"{name} (announced)"
+                color = f"C{i}" if of else str(0.6 + 0.1 * (i - len(models)))
                 ax.bar(places, [h or 0 for h in heights], width, yerr=errors if of else None,
-                       label=label, color=f"C{i}" if of else str(0.6 + 0.1 * (i - len(models))))  # fmt: skip
+                       label=label, color=color)  # fmt: skip
             labels = [base[key].part or key for key in keys]
             ax.set_xticks(range(len(keys)), labels, rotation=0 if title else 20)
             ax.set_title(title)
