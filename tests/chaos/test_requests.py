@@ -76,7 +76,7 @@ FAILURES = (500, 501, 502, 503, 504)
 @pytest.fixture(scope="module")
 def server(running, tiny_llm):
     # A mutation may ask for thousands of tokens: the context bounds what an answer can take.
-    with running(tiny_llm(max_context=320), strict_params=False) as server:
+    with running(tiny_llm(max_context=1200), strict_params=False) as server:
         yield server
 
 
