@@ -15,6 +15,7 @@ import itertools
 import logging
 import os
 import secrets
+import socket
 import threading
 from contextlib import suppress
 from dataclasses import replace
@@ -32,7 +33,6 @@ from opennemo.serve.replica import Replica
 from opennemo.serve.service import adapters_of
 from opennemo.serve.settings import Settings
 
-APP = "opennemo"
 TRIES = 3  # replicas that may be lost under one request before it is given up
 STATS = 2.0  # seconds between looks at what the replicas count
 log = structlog.get_logger("opennemo.serve")
@@ -95,6 +95,8 @@ class Fleet:
 
     def __init__(self, settings: Settings):
         self._settings, self._generation = settings, 0
+        # Servers that share a cluster have replicas of their own, and take them up again.
+        self._app = f"opennemo-{socket.gethostname()}-{settings.port}"
         self.config = EngineConfig(
             max_sequences=settings.max_num_seqs, max_queued=settings.max_num_queued_reqs
         )
@@ -110,7 +112,10 @@ class Fleet:
 
     def start(self) -> None:
         """Join or start a cluster, and deploy."""
-        self._ray, settings = _start_ray(self._settings), self._settings
+        from ray import serve
+
+        self._ray, settings = start_ray(self._settings), self._settings
+        serve.start(proxy_location="Disabled")
         self._thread.start()
         self.deploy()
         (described, *_) = self.broadcast("describe")
@@ -150,7 +155,7 @@ class Fleet:
             Replica,
             name="engine",
             max_ongoing_requests=self._per_replica,
-            ray_actor_options={"num_cpus": _cpus(settings), "num_gpus": _gpus(settings)},
+            ray_actor_options={"num_cpus": cpus_of(settings), "num_gpus": gpus_of(settings)},
             request_router_config={
                 "request_router_class": Prefixes,
                 "request_routing_stats_period_s": STATS,
@@ -163,11 +168,11 @@ class Fleet:
             **scaling,
         )
         kept = {"api_key": [], "api_key_file": None, "admin_key": None}
-        kept["replica_cpus"] = _cpus(settings)
+        kept["replica_cpus"] = cpus_of(settings)
         # Keys stay here.
         replica = deployment.bind(settings.model_copy(update=kept), self._generation)
         try:
-            handle = serve.run(replica, name=APP, route_prefix=None)
+            handle = serve.run(replica, name=self._app, route_prefix=None)
         except RuntimeError as error:
             raise OpenNemoError(f"the replicas cannot be started: {_told(error)}") from None
         self._handle, self._asked = handle, handle.options(method_name="answer", stream=True)
@@ -225,7 +230,7 @@ class Fleet:
             self._loop.call_soon_threadsafe(lambda: [self._cancel(id) for id in [*self._running]])
             self._watch.cancel() if hasattr(self, "_watch") else None
         with suppress(Exception):  # whatever Ray has to say to that, it is over
-            serve.delete(APP) if self._settings.ray_address else serve.shutdown()
+            serve.delete(self._app) if self._settings.ray_address else serve.shutdown()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10)
         self._ray.shutdown()
@@ -306,7 +311,7 @@ class _Running:
                 self.tell(Event(request_id=self.id, index=i, finish_reason=reason, error=error))
 
 
-def _start_ray(settings: Settings) -> Any:
+def start_ray(settings: Settings) -> Any:
     """Ray, joined or started for this process: on loopback, with a token, without a dashboard."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # it would tell its makers
     n = settings.max_replicas or settings.replicas
@@ -316,13 +321,13 @@ def _start_ray(settings: Settings) -> Any:
         # secret, since whoever may talk to Ray may run code.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
-        n_cpus = max(os.cpu_count() or 1, _cpus(settings) * n)
+        n_cpus = max(os.cpu_count() or 1, cpus_of(settings) * n)
         options = {
             "num_cpus": n_cpus, "include_dashboard": False, "object_store_memory": 2**28,
         }  # fmt: skip
     try:
         import ray
-        from ray import serve
+        import ray.serve  # what it needs may be missing, too
     except ImportError as error:
         raise OpenNemoError(
             f"{error.name} is missing: --replicas needs Ray Serve; in the checkout: "
@@ -339,7 +344,6 @@ def _start_ray(settings: Settings) -> Any:
                 raise
             ray.shutdown()
             ray.init(**options, **quiet)
-        serve.start(proxy_location="Disabled")
     except Exception as error:  # Ray has many kinds, and bare ones
         ray.shutdown()
         where = settings.ray_address or "a cluster of its own"
@@ -347,14 +351,14 @@ def _start_ray(settings: Settings) -> Any:
     return ray
 
 
-def _cpus(settings: Settings) -> int:
+def cpus_of(settings: Settings) -> int:
     """Threads of a replica: by default its share of this host's, of a cluster's one."""
     n = settings.max_replicas or settings.replicas
     share = 1 if settings.ray_address else max(1, (os.cpu_count() or 1) // n)
     return settings.replica_cpus or share
 
 
-def _gpus(settings: Settings) -> float:
+def gpus_of(settings: Settings) -> float:
     if settings.replica_gpus is not None:
         return settings.replica_gpus
     device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -244,7 +244,7 @@ class Service:
         return not (hangs or self.is_broken)
 
     def close(self) -> None:
-        if self._llm is not None and not self.asleep:
+        if self._llm is not None:  # asleep or not: there may be replicas, or ranks
             self._llm.close()
 
 
