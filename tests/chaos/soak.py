@@ -85,7 +85,7 @@ def soak(server: Server, seconds: float, *, n_samples: int = 20) -> tuple[list[S
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Eight clients at one server.")
     parser.add_argument("--minutes", type=float, default=1)
     minutes = parser.parse_args().minutes
     with tempfile.TemporaryDirectory() as scratch:
