@@ -70,7 +70,7 @@ def trees(good: Any) -> st.SearchStrategy[Any]:
                     del place[key]
                 case "double" if isinstance(place, dict):
                     place[Same(key)] = draw(odd_values())
-                case "double":
+                case "double" if isinstance(place, list):
                     place.insert(key, inner)
                 case "rename" if isinstance(place, dict):
                     place[draw(st.sampled_from(["", "x", key + " ", *place]))] = place.pop(key)
