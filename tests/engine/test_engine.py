@@ -318,7 +318,7 @@ def test_a_defect_in_a_step_leaves_nobody_waiting(model, monkeypatch):
     monkeypatch.setattr(engine.runner, "run", sometimes)
     engine.start()
     engine.submit([1], SamplingParams(max_tokens=1), heard.put)
-    assert "engine failed" in (heard.get(timeout=60).error or "")
+    assert "engine failed" in str(heard.get(timeout=60).error)
     engine.submit([1], SamplingParams(max_tokens=1), heard.put)
     assert heard.get(timeout=60).finish_reason == "length"
     engine.stop()
