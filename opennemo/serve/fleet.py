@@ -10,6 +10,8 @@ what it has. A request whose replica is lost is put to another one if nothing ha
 else it fails, and says so: what a client has seen is never answered anew.
 """
 
+# Few have Ray, which is an extra.
+# pyright: reportMissingImports=false
 import asyncio
 import itertools
 import logging
@@ -112,9 +114,9 @@ class Fleet:
 
     def start(self) -> None:
         """Join or start a cluster, and deploy."""
-        from ray import serve
-
         self._ray, settings = start_ray(self._settings), self._settings
+        from ray import serve  # not before: Ray reads its settings as it is imported
+
         serve.start(proxy_location="Disabled")
         self._thread.start()
         self.deploy()

@@ -5,6 +5,8 @@ has ended. What Ray does itself (it notices lost replicas, keeps those that are 
 being replaced out, and holds calls while there is none) stays Ray's.
 """
 
+# Few have Ray, which is an extra.
+# pyright: reportMissingImports=false
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from opennemo.serve.routing import Router

@@ -3,6 +3,8 @@
 One cluster for all of them, since it takes ten seconds to start; each test leaves two replicas.
 """
 
+# Few have Ray, which is an extra.
+# pyright: reportMissingImports=false
 import contextlib
 import importlib.util
 import json
