@@ -372,6 +372,9 @@ def serve(settings: Settings) -> None:
     failure: list[BaseException] = []
 
     def loaded(task: asyncio.Task) -> None:
+        if settings.replicas:  # Ray's own handler ends the process 3 seconds after a signal
+            for sig in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(sig, server.handle_exit)
         if error := task.exception():
             failure.append(error)
             server.should_exit = True
