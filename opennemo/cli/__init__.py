@@ -292,10 +292,18 @@ def batch(
     ] = None,
     device: Device = None,
     tensor_parallel_size: Ranks = 1,
+    engine: Annotated[
+        str, typer.Option(help="process, or ray: --replicas engines, on many machines.")
+    ] = "process",
+    replicas: Annotated[int, typer.Option(min=1, help="ray: engines.")] = 2,
+    ray_address: Annotated[
+        str | None, typer.Option(help="ray: HOST:PORT or auto; by default this machine.")
+    ] = None,
 ) -> None:
     """Answer a file of requests, many at once. After a kill, the same command goes on.
 
-    Each line of the output holds custom_id, response and error, in the order in which they end;
+    Each line of the output holds custom_id, response and error, in the order in which they end
+    (with --engine ray, in that of the input);
     lines that cannot be answered say why. Exit code 0: all are answered; 1: some with an error;
     2: stopped by what the last line says.
     """
@@ -309,6 +317,11 @@ def batch(
         tensor_parallel_size=tensor_parallel_size,
     )  # fmt: skip
     options = [f"--{name.replace('_', '-')}={value}" for name, value in chosen.items()]
+    if _one_of("--engine", engine, ("process", "ray")) == "ray":
+        from opennemo.serve.parts import run_in_parts as run_batch
+
+        options += [f"--replicas={replicas}"]
+        options += [f"--ray-address={ray_address}"] if ray_address else []
     # Nothing is listened on, whatever the environment says of hosts and keys.
     if not run_batch(requests, output, read_settings([model, "--insecure", *options, *named])):
         raise typer.Exit(1)

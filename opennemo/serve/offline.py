@@ -44,7 +44,7 @@ def run_batch(source: Path, target: Path, settings: Settings) -> bool:
         raise InvalidRequest(f"{target}: is the input, too; give another -o")
     try:
         with source.open("rb") as input, _Output(target) as output:
-            places = list(_places(input))
+            places = list(places_in(input))
             todo = [place for place in places if place[0] not in output.ids]
             if foreign := output.ids - {id for id, *_ in places}:
                 raise InvalidRequest(
@@ -83,7 +83,7 @@ def _answer(
                 report(len(answers), sum(answer.n_tokens for answer in answers))
 
             slots = Slots(settings.max_num_seqs + SPARE)
-            lines, client = _lines(input, todo, service.names[0]), service.gatekeeper.anonymous
+            lines, client = lines_at(input, todo, service.names[0]), service.gatekeeper.anonymous
             asyncio.run(run(lines, create_app(service), client, slots, save))
     except KeyboardInterrupt:
         print(
@@ -95,7 +95,7 @@ def _answer(
         service.close()
 
 
-def _places(input: BinaryIO) -> Iterator[Place]:
+def places_in(input: BinaryIO) -> Iterator[Place]:
     """Where the lines are; empty ones are left out."""
     seen, times, offset = set(), Counter[bytes](), 0
     for number, raw in enumerate(input, 1):
@@ -112,7 +112,7 @@ def _places(input: BinaryIO) -> Iterator[Place]:
         offset += len(raw)
 
 
-def _lines(input: BinaryIO, todo: list[Place], model: str) -> Iterator[Line | Answer]:
+def lines_at(input: BinaryIO, todo: list[Place], model: str) -> Iterator[Line | Answer]:
     """Requests; where a line is none, the answer that says so. `model` is meant by default."""
     for id, number, offset, is_new in todo:
         input.seek(offset)

@@ -1,0 +1,170 @@
+"""`opennemo batch --engine ray`: a file of requests in parts, answered by engines on many machines.
+
+A part is some lines that follow one another, and its answers a file that takes its name when all of
+them are there. Parts are all the state there is: after a kill the same command makes those that are
+missing. In the end they become the output, in the order of the input, by another renaming; so the
+output is there with every line answered once, or it is not there. The input, the model and the
+folder of the output must be at the same path on every machine. Which machines there are Ray knows.
+"""
+
+import asyncio
+import hashlib
+import json
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from opennemo.errors import InvalidRequest, OpenNemoError
+from opennemo.serve.app import configure_logs, create_app
+from opennemo.serve.batch import Answer, Slots, run
+from opennemo.serve.offline import SPARE, Place, lines_at, places_in
+from opennemo.serve.service import Service
+from opennemo.serve.settings import Settings
+
+LINES = 64  # of a part: what a kill may cost an engine
+Part = tuple[str, list[Place]]  # its file, and where its lines are
+
+
+def run_in_parts(source: Path, target: Path, settings: Settings, engine: str = "ray") -> bool:
+    """Answer the lines of a file, the parts by engines side by side; whether none had an error.
+
+    Raises:
+        OpenNemoError: a file cannot be used, or an engine; parts that were made stay.
+    """
+    source, target = source.absolute(), target.absolute()
+    folder = target.with_name(f"{target.name}.parts")
+    if target.exists():
+        raise InvalidRequest(f"{target}: exists already; give another -o, or remove it")
+    try:
+        with source.open("rb") as input:
+            places = list(places_in(input))
+        if not places:
+            raise InvalidRequest(f"{source}: holds no requests")
+        parts = [_part(places[i : i + LINES]) for i in range(0, len(places), LINES)]
+        folder.mkdir(parents=True, exist_ok=True)
+        made = {path.name for path in folder.glob("*.jsonl")}
+        if foreign := made - {name for name, _ in parts}:
+            raise InvalidRequest(f"{folder}: {len(foreign)} parts in it are of another input")
+        todo = [part for part in parts if part[0] not in made]
+        n_done = len(places) - sum(len(lines) for _, lines in todo)
+        if n_done:
+            print(f"{n_done:,} of {len(places):,} lines are answered already")
+        for n_lines in ENGINES[engine](source, folder, todo, settings):
+            n_done += n_lines
+            print(f"{n_done:,} of {len(places):,} lines", file=sys.stderr)
+        n_failed = _merge(folder, [name for name, _ in parts], target)
+    except OSError as error:
+        raise InvalidRequest(f"{error.filename or target}: {error.strerror}") from None
+    print(f"Wrote {target}: {len(places):,} lines, {n_failed:,} of them with an error")
+    return n_failed == 0
+
+
+class Answerer:
+    """An engine, and the application around it, for one part after the other."""
+
+    def __init__(self, source: Path, folder: Path, settings: Settings):
+        configure_logs("error")
+        self._source, self._folder, self._settings = source, folder, settings
+        self._service = Service(settings.model_copy(update={"replicas": 0}))
+        self._service.load()
+        self._app = create_app(self._service)
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Make a part: {"part", "places" in JSON} -> {"n_lines", "error"}."""
+        places = [(id, number, at, new) for id, number, at, new in json.loads(row["places"])]
+        answers: list[Answer] = []
+        slots = Slots(self._settings.max_num_seqs + SPARE)
+        try:
+            with self._source.open("rb") as input:
+                lines = lines_at(input, places, self._service.names[0])
+                client = self._service.gatekeeper.anonymous
+                asyncio.run(run(lines, self._app, client, slots, answers.extend))
+            partial = self._folder / f"{row['part']}.{os.getpid()}.tmp"
+            with partial.open("wb") as file:
+                file.writelines(a.data for a in sorted(answers, key=lambda a: a.number))
+                file.flush()
+                os.fsync(file.fileno())
+            partial.rename(self._folder / row["part"])
+        except (OSError, OpenNemoError) as error:  # as a row: Ray would make pages of it
+            return {"n_lines": 0, "error": str(error)}
+        return {"n_lines": len(answers), "error": ""}
+
+    def close(self) -> None:
+        self._service.close()
+
+
+def here(source: Path, folder: Path, parts: list[Part], settings: Settings) -> Iterator[int]:
+    """One engine, in this process: what Ray's must equal."""
+    if not parts:
+        return
+    answerer = Answerer(source, folder, settings)
+    try:
+        for row in _rows(parts):
+            yield _checked(answerer(row))
+    finally:
+        answerer.close()
+
+
+def on_ray(source: Path, folder: Path, parts: list[Part], settings: Settings) -> Iterator[int]:
+    """As many engines as there are replicas, where Ray finds room for them."""
+    from opennemo.serve.fleet import cpus_of, gpus_of, start_ray
+
+    if not parts:
+        return
+    ray = start_ray(settings)
+    try:
+        import ray.data as data  # pyright: ignore[reportMissingImports]
+
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        data.DataContext.get_current().enable_progress_bars = False
+        made = data.from_items(_rows(parts), override_num_blocks=len(parts)).map(
+            Answerer,  # pyright: ignore[reportArgumentType]  (a class is made once an engine)
+            fn_constructor_args=(source, folder, settings),
+            concurrency=min(settings.replicas, len(parts)),
+            num_cpus=cpus_of(settings),
+            num_gpus=gpus_of(settings),
+        )
+        for row in made.iter_rows():
+            yield _checked(row)
+    finally:
+        ray.shutdown()
+
+
+ENGINES: dict[str, Callable[[Path, Path, list[Part], Settings], Iterator[int]]]
+ENGINES = {"here": here, "ray": on_ray}
+
+
+def _part(places: list[Place]) -> Part:
+    """Named by its first line's number and all lines' ids, which follow from their text."""
+    digest = hashlib.sha256("".join(id for id, *_ in places).encode()).hexdigest()[:16]
+    return f"{places[0][1]:010d}-{digest}.jsonl", places
+
+
+def _rows(parts: list[Part]) -> list[dict[str, str]]:
+    return [{"part": name, "places": json.dumps(places)} for name, places in parts]
+
+
+def _checked(row: dict[str, Any]) -> int:
+    if row["error"]:
+        raise OpenNemoError(row["error"])
+    return row["n_lines"]
+
+
+def _merge(folder: Path, names: list[str], target: Path) -> int:
+    """The parts, one after the other, under the output's name; how many lines have an error."""
+    n_failed, partial = 0, folder / "whole.tmp"
+    with partial.open("wb") as whole:
+        for name in names:
+            with (folder / name).open("rb") as part:
+                for line in part:
+                    n_failed += json.loads(line)["error"] is not None
+                    whole.write(line)
+        whole.flush()
+        os.fsync(whole.fileno())
+    partial.rename(target)
+    shutil.rmtree(folder)
+    return n_failed

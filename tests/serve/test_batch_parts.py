@@ -1,0 +1,65 @@
+"""A batch in parts: whatever ended the run before, each line is answered once, in order."""
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from opennemo.errors import InvalidRequest
+from opennemo.serve import parts
+from opennemo.serve.settings import Settings
+
+N = 150
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 3, "temperature": 0}
+    lines = [json.dumps({"custom_id": f"{i}", "body": body}) for i in range(N)]
+    lines[7] = "no JSON"
+    path = tmp_path / "in.jsonl"
+    path.write_text("\n".join(lines), "utf-8")
+    return path
+
+
+def test_parts_that_were_made_stay_as_they_are(source: Path, folder: Path, tmp_path: Path):
+    settings = Settings(model=str(folder), device="cpu")  # pyright: ignore
+    target, made = tmp_path / "out.jsonl", tmp_path / "out.jsonl.parts"
+
+    def break_off(*work):
+        for n in parts.here(*work):
+            yield n
+            raise KeyboardInterrupt
+
+    parts.ENGINES["broken off"] = break_off
+    with pytest.raises(KeyboardInterrupt):
+        parts.run_in_parts(source, target, settings, "broken off")
+    (first,) = made.glob("*.jsonl")
+    before = first.read_bytes()
+    (made / f"{first.name}.1.tmp").write_bytes(b"half a part")
+    assert not target.exists()
+    assert parts.run_in_parts(source, target, settings, "here") is False  # line 8 has an error
+    answers = [json.loads(line) for line in target.read_bytes().splitlines()]
+    assert target.read_bytes().startswith(before)
+    assert [a["custom_id"] for a in answers] == [None if i == 7 else f"{i}" for i in range(N)]
+    assert [i for i, a in enumerate(answers) if a["error"]] == [7]
+    assert not made.exists()
+    with pytest.raises(InvalidRequest, match="exists already"):
+        parts.run_in_parts(source, target, settings, "here")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not find_spec("ray"), reason="needs Ray Data: pip install -e '.[scale]'")
+def test_ray_makes_the_same(source: Path, folder: Path, tmp_path: Path):
+    said = {}
+    for engine in ("here", "ray"):
+        settings = Settings(model=str(folder), device="cpu", replicas=2)  # pyright: ignore
+        target = tmp_path / f"{engine}.jsonl"
+        parts.run_in_parts(source, target, settings, engine)
+        lines = [json.loads(line) for line in target.read_bytes().splitlines()]
+        said[engine] = [
+            (a["id"], a["custom_id"], a["response"] and a["response"]["body"]["choices"])
+            for a in lines
+        ]
+    assert said["here"] == said["ray"]
