@@ -295,7 +295,7 @@ def batch(
     engine: Annotated[
         str, typer.Option(help="process, or ray: --replicas engines, on many machines.")
     ] = "process",
-    replicas: Annotated[int, typer.Option(min=1, help="ray: engines.")] = 2,
+    replicas: Annotated[int | None, typer.Option(min=1, help="ray: engines; 2 by default.")] = None,
     ray_address: Annotated[
         str | None, typer.Option(help="ray: HOST:PORT or auto; by default this machine.")
     ] = None,
@@ -320,8 +320,10 @@ def batch(
     if _one_of("--engine", engine, ("process", "ray")) == "ray":
         from opennemo.serve.parts import run_in_parts as run_batch
 
-        options += [f"--replicas={replicas}"]
+        options += [f"--replicas={replicas or 2}"]
         options += [f"--ray-address={ray_address}"] if ray_address else []
+    elif ray_address is not None or replicas is not None:
+        raise InvalidRequest("--replicas and --ray-address need --engine ray")
     # Nothing is listened on, whatever the environment says of hosts and keys.
     if not run_batch(requests, output, read_settings([model, "--insecure", *options, *named])):
         raise typer.Exit(1)

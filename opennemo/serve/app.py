@@ -378,8 +378,8 @@ def serve(settings: Settings) -> None:
         if error := task.exception():
             failure.append(error)
             server.should_exit = True
-        else:
-            log.info("ready", names=service.names, context=service.llm.engine.max_context)
+        elif llm := service.loaded:  # none, if the server is to end already
+            log.info("ready", names=service.names, context=llm.engine.max_context)
 
     app.state.loaded = loaded
     log.info("loading", model=settings.model, host=settings.host, port=settings.port)

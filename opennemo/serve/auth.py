@@ -45,8 +45,14 @@ class Window:
         begins = time.monotonic() - MINUTE
         while self._used and self._used[0][0] <= begins:
             self._total -= self._used.popleft()[1]
-        is_full = limit and self._total >= limit
-        return self._used[0][0] - begins if is_full else 0
+        too_many = self._total - limit  # 0 is one too many as well
+        if not limit or too_many < 0:
+            return 0
+        for at, n in self._used:
+            too_many -= n
+            if too_many < 0:
+                return at - begins
+        raise AssertionError("what was used makes up the total")
 
 
 @dataclass(eq=False)

@@ -19,6 +19,7 @@ import os
 import secrets
 import socket
 import threading
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -111,6 +112,7 @@ class Fleet:
             target=self._loop.run_forever, name="opennemo-fleet", daemon=True
         )
         self._ray: Any = None
+        self._watch: Future | None = None
 
     def start(self) -> None:
         """Join or start a cluster, and deploy."""
@@ -230,7 +232,8 @@ class Fleet:
 
         if self._thread.is_alive():
             self._loop.call_soon_threadsafe(lambda: [self._cancel(id) for id in [*self._running]])
-            self._watch.cancel() if hasattr(self, "_watch") else None
+            if self._watch is not None:
+                self._watch.cancel()
         with suppress(Exception):  # whatever Ray has to say to that, it is over
             serve.delete(self._app) if self._settings.ray_address else serve.shutdown()
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -323,6 +326,8 @@ def start_ray(settings: Settings) -> Any:
         # secret, since whoever may talk to Ray may run code.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
+        # In milliseconds; with its own 15 seconds it gives up on a machine that is busy.
+        os.environ |= {"RAY_agent_register_timeout_ms": "100000"}
         n_cpus = max(os.cpu_count() or 1, cpus_of(settings) * n)
         options = {
             "num_cpus": n_cpus, "include_dashboard": False, "object_store_memory": 2**28,
@@ -339,13 +344,7 @@ def start_ray(settings: Settings) -> Any:
         logging.getLogger(name).setLevel(logging.ERROR)
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
     try:
-        try:
-            ray.init(**options, **quiet)
-        except Exception:  # of no kind of its own: on a busy machine Ray gives up too soon
-            if settings.ray_address:
-                raise
-            ray.shutdown()
-            ray.init(**options, **quiet)
+        ray.init(**options, **quiet)
     except Exception as error:  # Ray has many kinds, and bare ones
         ray.shutdown()
         where = settings.ray_address or "a cluster of its own"

@@ -27,10 +27,14 @@ from opennemo.serve.settings import Settings
 
 LINES = 64  # of a part: what a kill may cost an engine
 Part = tuple[str, list[Place]]  # its file, and where its lines are
+# (input, folder, parts to make, settings) -> how many lines each has, as it is made.
+Make = Callable[[Path, Path, list[Part], Settings], Iterator[int]]
 
 
-def run_in_parts(source: Path, target: Path, settings: Settings, engine: str = "ray") -> bool:
+def run_in_parts(source: Path, target: Path, settings: Settings, make: Make | None = None) -> bool:
     """Answer the lines of a file, the parts by engines side by side; whether none had an error.
+
+    `make` makes the parts that are missing, by default `on_ray`.
 
     Raises:
         OpenNemoError: a file cannot be used, or an engine; parts that were made stay.
@@ -53,7 +57,7 @@ def run_in_parts(source: Path, target: Path, settings: Settings, engine: str = "
         n_done = len(places) - sum(len(lines) for _, lines in todo)
         if n_done:
             print(f"{n_done:,} of {len(places):,} lines are answered already")
-        for n_lines in ENGINES[engine](source, folder, todo, settings):
+        for n_lines in (make or on_ray)(source, folder, todo, settings):
             n_done += n_lines
             print(f"{n_done:,} of {len(places):,} lines", file=sys.stderr)
         n_failed = _merge(folder, [name for name, _ in parts], target)
@@ -132,10 +136,6 @@ def on_ray(source: Path, folder: Path, parts: list[Part], settings: Settings) ->
             yield _checked(row)
     finally:
         ray.shutdown()
-
-
-ENGINES: dict[str, Callable[[Path, Path, list[Part], Settings], Iterator[int]]]
-ENGINES = {"here": here, "ray": on_ray}
 
 
 def _part(places: list[Place]) -> Part:

@@ -50,7 +50,8 @@ class Prefixes(RequestRouter):
     ) -> None:
         if pending_request.args:  # it may have gone to one of the others
             request, ids, salt = _parts(pending_request)
-            self._router.choose(request, ids, salt, among=[replica_id.unique_id])
+            if self._router.place(request) != replica_id.unique_id:
+                self._router.choose(request, ids, salt, among=[replica_id.unique_id])
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
         self._router.finish(internal_request_id)

@@ -25,9 +25,9 @@ class Replica:
     """One engine, in a process that Ray watches."""
 
     def __init__(self, settings: Settings, generation: int):
+        """A new `generation` is what Ray takes for new code, and replaces the old one by."""
         if settings.ray_address is None:
             _listen_on_loopback()
-        # A new generation is what Ray takes for new code, and replaces the old one by.
         if settings.replica_cpus:
             torch.set_num_threads(settings.replica_cpus)
         self._llm = load_model(settings)

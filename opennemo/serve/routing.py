@@ -77,6 +77,10 @@ class Router:
         self._remember(name, keys)
         return name
 
+    def place(self, request: str) -> str:
+        """Where a request is under way; "" if it is not."""
+        return self._under_way.get(request, ("", 0))[0]
+
     def finish(self, request: str) -> None:
         """A request has ended, however; unknown ones are ignored."""
         if request in self._under_way:

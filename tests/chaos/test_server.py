@@ -97,6 +97,13 @@ def test_limits_follow_a_clock_that_nobody_sets(monkeypatch):
         with pytest.raises(Refusal, match="100 tokens a minute") as refused:
             gate.admit(client)
         assert refused.value.retry_after == 40
+        gate.release(client, 5)  # an answer that was under way all the time
+        now += 20
+        gate.release(client, 99)
+        with pytest.raises(Refusal, match="100 tokens a minute") as refused:
+            gate.admit(client)
+        # When the first of these is a minute old, and then the second, there are 99 left.
+        assert refused.value.retry_after == 40
 
 
 @pytest.mark.parametrize("jump", [-400 * 86400.0, 3600 * 20.0])

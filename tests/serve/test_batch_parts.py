@@ -32,33 +32,32 @@ def test_parts_that_were_made_stay_as_they_are(source: Path, folder: Path, tmp_p
             yield n
             raise KeyboardInterrupt
 
-    parts.ENGINES["broken off"] = break_off
     with pytest.raises(KeyboardInterrupt):
-        parts.run_in_parts(source, target, settings, "broken off")
+        parts.run_in_parts(source, target, settings, break_off)
     (first,) = made.glob("*.jsonl")
     before = first.read_bytes()
     (made / f"{first.name}.1.tmp").write_bytes(b"half a part")
     assert not target.exists()
-    assert parts.run_in_parts(source, target, settings, "here") is False  # line 8 has an error
+    assert parts.run_in_parts(source, target, settings, parts.here) is False  # line 8 has an error
     answers = [json.loads(line) for line in target.read_bytes().splitlines()]
     assert target.read_bytes().startswith(before)
     assert [a["custom_id"] for a in answers] == [None if i == 7 else f"{i}" for i in range(N)]
     assert [i for i, a in enumerate(answers) if a["error"]] == [7]
     assert not made.exists()
     with pytest.raises(InvalidRequest, match="exists already"):
-        parts.run_in_parts(source, target, settings, "here")
+        parts.run_in_parts(source, target, settings, parts.here)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not find_spec("ray"), reason="needs Ray Data: pip install -e '.[scale]'")
 def test_ray_makes_the_same(source: Path, folder: Path, tmp_path: Path):
     said = {}
-    for engine in ("here", "ray"):
+    for name, make in (("here", parts.here), ("ray", parts.on_ray)):
         settings = Settings(model=str(folder), device="cpu", replicas=2)  # pyright: ignore
-        target = tmp_path / f"{engine}.jsonl"
-        parts.run_in_parts(source, target, settings, engine)
+        target = tmp_path / f"{name}.jsonl"
+        parts.run_in_parts(source, target, settings, make)
         lines = [json.loads(line) for line in target.read_bytes().splitlines()]
-        said[engine] = [
+        said[name] = [
             (a["id"], a["custom_id"], a["response"] and a["response"]["body"]["choices"])
             for a in lines
         ]
