@@ -325,7 +325,8 @@ def start_ray(settings: Settings) -> Any:
         # Ray reads these as it is imported: an address of this host alone, even on Linux, and a
         # secret, since whoever may talk to Ray may run code.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # one for each process
         # In milliseconds; with its own 15 seconds it gives up on a machine that is busy.
         os.environ |= {"RAY_agent_register_timeout_ms": "100000"}
         n_cpus = max(os.cpu_count() or 1, cpus_of(settings) * n)
