@@ -14,7 +14,16 @@ from typing import Annotated, Any
 import typer
 
 from opennemo.cli import adapt, data, evals, plan, tokenizer, train
-from opennemo.cli.options import given, standard_input
+from opennemo.cli.options import (
+    Engines,
+    RayAddress,
+    Replicas,
+    given,
+    on_engines,
+    one_of,
+    serving,
+    standard_input,
+)
 from opennemo.errors import InvalidRequest, OpenNemoError
 
 app = typer.Typer(
@@ -160,8 +169,8 @@ def convert(
     from opennemo.model.checkpoint import convert as convert_checkpoint
     from opennemo.model.hub import locate
 
-    layout = _one_of("--to", to, ("hf", "mistral"))
-    name = None if dtype is None else _one_of("--dtype", dtype, ("bfloat16", "float16", "float32"))
+    layout = one_of("--to", to, ("hf", "mistral"))
+    name = None if dtype is None else one_of("--dtype", dtype, ("bfloat16", "float16", "float32"))
     with _progress("Converting") as progress:
         convert_checkpoint(
             locate(source),
@@ -199,11 +208,11 @@ def quantize(
     from opennemo.tokenizer.texts import Texts
 
     name, layout = (
-        _one_of("--format", format, tuple(SCHEMES)),
-        _one_of("--to", to, ("hf", "mistral")),
+        one_of("--format", format, tuple(SCHEMES)),
+        one_of("--to", to, ("hf", "mistral")),
     )
     if kv is not None:
-        _one_of("--kv", kv, ("fp8",))
+        one_of("--kv", kv, ("fp8",))
     path, calibration = locate(source), None
     if FORMATS[name].static or kv:
         if not calibrate:
@@ -267,7 +276,7 @@ def info(model: Model) -> None:
 )
 def serve(context: typer.Context) -> None:
     """Serve a model to OpenAI's, Mistral's, Anthropic's and NIM's clients; --help lists options."""
-    with _serving():
+    with serving():
         from opennemo.serve.app import serve as run
         from opennemo.serve.settings import read_settings
 
@@ -292,13 +301,9 @@ def batch(
     ] = None,
     device: Device = None,
     tensor_parallel_size: Ranks = 1,
-    engine: Annotated[
-        str, typer.Option(help="process, or ray: --replicas engines, on many machines.")
-    ] = "process",
-    replicas: Annotated[int | None, typer.Option(min=1, help="ray: engines; 2 by default.")] = None,
-    ray_address: Annotated[
-        str | None, typer.Option(help="ray: HOST:PORT or auto; by default this machine.")
-    ] = None,
+    engine: Engines = "process",
+    replicas: Replicas = None,
+    ray_address: RayAddress = None,
 ) -> None:
     """Answer a file of requests, many at once. After a kill, the same command goes on.
 
@@ -307,7 +312,7 @@ def batch(
     lines that cannot be answered say why. Exit code 0: all are answered; 1: some with an error;
     2: stopped by what the last line says.
     """
-    with _serving():
+    with serving():
         from opennemo.serve.offline import run_batch
         from opennemo.serve.settings import read_settings
 
@@ -317,34 +322,13 @@ def batch(
         tensor_parallel_size=tensor_parallel_size,
     )  # fmt: skip
     options = [f"--{name.replace('_', '-')}={value}" for name, value in chosen.items()]
-    if _one_of("--engine", engine, ("process", "ray")) == "ray":
+    if spread := on_engines(engine, replicas, ray_address):
         from opennemo.serve.parts import run_in_parts as run_batch
-
-        options += [f"--replicas={replicas or 2}"]
-        options += [f"--ray-address={ray_address}"] if ray_address else []
-    elif ray_address is not None or replicas is not None:
-        raise InvalidRequest("--replicas and --ray-address need --engine ray")
     # Nothing is listened on, whatever the environment says of hosts and keys.
-    if not run_batch(requests, output, read_settings([model, "--insecure", *options, *named])):
+    if not run_batch(
+        requests, output, read_settings([model, "--insecure", *options, *spread, *named])
+    ):
         raise typer.Exit(1)
-
-
-@contextmanager
-def _serving() -> Iterator[None]:
-    """Around imports of the server, whose packages may be missing."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        raise OpenNemoError(
-            f"{error.name} is missing: the server needs more packages; run `make serve`, or in the "
-            "checkout: pip install -e '.[serve]'"
-        ) from None
-
-
-def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> Any:
-    if value not in allowed:
-        raise InvalidRequest(f"{option} is {value}, allowed are {', '.join(allowed)}")
-    return value
 
 
 def _size(n_bytes: float) -> str:

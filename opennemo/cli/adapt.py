@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from opennemo.cli.options import one_of
 from opennemo.errors import InvalidRequest
 
 app = typer.Typer()
@@ -105,10 +106,9 @@ def make_tool_data(
     """
     import json
 
-    from opennemo.cli import _one_of
     from opennemo.train.toolcalls import conversations
 
-    rows = conversations(_one_of("--split", split, ("train", "test")), n, seed)
+    rows = conversations(one_of("--split", split, ("train", "test")), n, seed)
     try:
         with output.open("x", encoding="utf-8") as file:
             for row in rows:
@@ -130,11 +130,11 @@ def merge(
     """Fold an adapter into the weights of a model, in the layout that it has."""
     import torch
 
-    from opennemo.cli import _one_of, _progress
+    from opennemo.cli import _progress
     from opennemo.model.export import merge as fold
     from opennemo.model.hub import locate
 
-    name = None if dtype is None else _one_of("--dtype", dtype, ("bfloat16", "float16", "float32"))
+    name = None if dtype is None else one_of("--dtype", dtype, ("bfloat16", "float16", "float32"))
     with _progress("Merging") as progress:
         fold(
             locate(model), adapter, folder,

@@ -1,13 +1,14 @@
 """`opennemo eval MODEL --suite NAME`, and `opennemo eval compare RUN RUN ...`."""
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from opennemo.cli.options import given
+from opennemo.cli.options import Engines, RayAddress, Replicas, given, on_engines, serving
 from opennemo.errors import InvalidRequest, OpenNemoError
 
 
@@ -87,8 +88,12 @@ def run(
     ] = None,
     kv_scale: Annotated[float | None, typer.Option(help="For fp8, where a model has none.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
+    engine: Engines = "process",
+    replicas: Replicas = None,
+    ray_address: RayAddress = None,
 ) -> None:
     """Measure a model and write a folder of results; the same command goes on after a kill."""
+    spread = on_engines(engine, replicas, ray_address)
     with _packages():
         from opennemo.evals.evaluate import Request, evaluate
         from opennemo.evals.report import show
@@ -106,10 +111,31 @@ def run(
             run_code=run_code, texts=tuple(texts or ()), key=os.environ.get(key_env, "none"),
             judge_key=os.environ.get(judge_key_env, "none"), **settings,
         )  # fmt: skip
-        folders, lines, notes = evaluate(request, format or [])
+        folders, lines, notes = evaluate(
+            request, format or [], partial(_load_replicas, spread) if spread else None,
+            n_engines=(replicas or 2) if spread else 1,
+        )  # fmt: skip
         show(lines, notes)
     for folder in folders:
         print(f"Wrote {folder}")
+
+
+def _load_replicas(spread: list[str], request: Any, format: str | None) -> Any:
+    """Many engines that look like one, as `serve --replicas` has them."""
+    with serving():
+        from opennemo.serve.app import configure_logs
+        from opennemo.serve.fleet import open_fleet
+        from opennemo.serve.settings import read_settings
+
+    configure_logs("warning")
+    chosen = given(
+        quantization=None if format in ("fp32", "bf16") else format, device=request.device,
+        kv_cache_dtype=request.kv_format, kv_scale=request.kv_scale,
+        dtype={"fp32": "float32", "bf16": "bfloat16"}.get(format or ""),
+    )  # fmt: skip
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in chosen.items()]
+    # Nothing is listened on; without a port they are apart from those of a server here.
+    return open_fleet(read_settings([request.model, "--insecure", "--port=0", *spread, *options]))
 
 
 @app.command()

@@ -1,9 +1,21 @@
 """What commands do with what they are given."""
 
 import sys
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
 
-from opennemo.errors import InvalidRequest
+import typer
+
+from opennemo.errors import InvalidRequest, OpenNemoError
+
+Engines = Annotated[
+    str, typer.Option(help="process, or ray: --replicas engines, on many machines.")
+]
+Replicas = Annotated[int | None, typer.Option(min=1, help="ray: engines; 2 by default.")]
+RayAddress = Annotated[
+    str | None, typer.Option(help="ray: HOST:PORT or auto; by default this machine.")
+]
 
 
 def given(**options: Any) -> dict[str, Any]:
@@ -24,3 +36,31 @@ def standard_input() -> str:
     if not text:
         raise InvalidRequest("standard input is empty: write a text to it")
     return text
+
+
+def on_engines(engine: str, replicas: int | None, ray_address: str | None) -> list[str]:
+    """What the server's settings say of an `--engine`; nothing for one in this process."""
+    if one_of("--engine", engine, ("process", "ray")) == "ray":
+        address = [f"--ray-address={ray_address}"] if ray_address else []
+        return [f"--replicas={replicas or 2}", *address]
+    if ray_address is not None or replicas is not None:
+        raise InvalidRequest("--replicas and --ray-address need --engine ray")
+    return []
+
+
+def one_of(option: str, value: str, allowed: tuple[str, ...]) -> Any:
+    if value not in allowed:
+        raise InvalidRequest(f"{option} is {value}, allowed are {', '.join(allowed)}")
+    return value
+
+
+@contextmanager
+def serving() -> Iterator[None]:
+    """Around imports of the server, whose packages may be missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise OpenNemoError(
+            f"{error.name} is missing: the server needs more packages; run `make serve`, or in the "
+            "checkout: pip install -e '.[serve]'"
+        ) from None

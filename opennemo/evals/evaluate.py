@@ -59,14 +59,18 @@ class Request:
 
 
 WHERE = {"data", "output", "device", "key", "judge_key"}
+Load = Callable[[Request, str | None], LLM]  # in a number format, if one is named
 
 
 def evaluate(
-    request: Request, formats: Sequence[str]
+    request: Request, formats: Sequence[str], load: Load | None = None, n_engines: int = 1
 ) -> tuple[list[Path], report.Cells, list[str]]:
     """Measure a model, in several number formats one after the other if so many are named.
 
     -> the folders of results, a table of them, and what must be said beside it.
+
+    Args:
+        load: for a model that is not in this process, and has so many engines.
 
     Raises:
         InvalidRequest: the suite is unknown, or something that it needs is missing.
@@ -81,9 +85,9 @@ def evaluate(
     folders, found = [], {}
     for format in formats or (None,):
         folder = parent / format if format and len(formats) > 1 else parent
-        run = Run(folder, settings | {"format": format})
+        run = Run(folder, settings | {"format": format}, n_engines)
         try:
-            with _speaker(request, format) as model:
+            with _speaker(request, format, load or _load) as model:
                 shown = f"{model.name} {format or ''}".strip()
                 rows, items, notes = SUITES[request.suite](request, model, run)
             run.write_items(items)
@@ -111,14 +115,18 @@ def compare(folder: Path | None, runs: dict[str, list[Row]]) -> report.Cells:
     return lines
 
 
+def _load(request: Request, format: str | None) -> LLM:
+    config = EngineConfig(kv_format=request.kv_format, kv_scale=request.kv_scale)
+    return LLM.load(request.model, device=request.device, config=config, format=format)
+
+
 @contextmanager
-def _speaker(request: Request, format: str | None) -> Iterator[Speaker]:
+def _speaker(request: Request, format: str | None, load: Load) -> Iterator[Speaker]:
     if _is_server(request.model):
         own = load_tokenizer(locate(request.tokenizer)) if request.tokenizer else None
         yield Remote.connect(request.model, request.model_name, request.key, own)
         return
-    config = EngineConfig(kv_format=request.kv_format, kv_scale=request.kv_scale)
-    with LLM.load(request.model, device=request.device, config=config, format=format) as llm:
+    with load(request, format) as llm:
         yield Local(llm)
 
 
@@ -209,7 +217,7 @@ def _chat(request: Request, model: Speaker, run: Run) -> Found:
     wanted = request.tasks or ("mt-bench", "wildbench")
     asked = Request(model=request.judge, suite="chat", model_name=request.judge_name,
                     key=request.judge_key, device=request.device)  # fmt: skip
-    with _speaker(asked, None) as judge:
+    with _speaker(asked, None, _load) as judge:
         judging = Judging(judge, run, request.repeats)
         if judge.name == model.name:
             notes.append(f"{judge.name} judges itself, which is known to favour it.")

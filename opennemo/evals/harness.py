@@ -150,8 +150,9 @@ class OpenNemoLM(TemplateLM):
         todo = list({keys[i]: i for i in range(len(asked)) if found[keys[i]] is None}.values())
         todo.sort(key=lambda i: asked[i][0])  # neighbours share the beginning of their prompts
         with progress("Answering", len(found), len(found) - len(todo)) as advance:
-            for start in range(0, len(todo), IN_FLIGHT):
-                replies = {i: self._answer(*asked[i]) for i in todo[start : start + IN_FLIGHT]}
+            step = IN_FLIGHT * (self.run.n_engines if self.run else 1)
+            for start in range(0, len(todo), step):
+                replies = {i: self._answer(*asked[i]) for i in todo[start : start + step]}
                 for i, reply in replies.items():
                     found[keys[i]] = reply.text
                     self._note(keys[i], reply.text)

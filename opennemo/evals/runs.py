@@ -45,13 +45,16 @@ def fingerprint(path: Path) -> str:
 class Run:
     """A folder of results, new or gone on with."""
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any]):
+    def __init__(self, folder: Path, settings: Mapping[str, Any], n_engines: int = 1):
         """Take up the folder, if there is one; a new one is made with the first answer.
+
+        How many engines answer, which may be asked that many times more at once, is not noted.
 
         Raises:
             InvalidRequest: it holds a run of other settings, or its files are damaged.
         """
         self.folder, self.settings = folder.resolve(), json.loads(json.dumps(settings))
+        self.n_engines = n_engines
         self.versions = {name: v for name in PACKAGES if (v := _version(name))}
         self._answers: dict[str, Any] = {}
         self._lock = threading.Lock()
@@ -127,7 +130,7 @@ class Run:
         self, what: str, questions: Sequence[T], key: Callable[[T], str], ask: Callable[[T], Any],
         side_by_side: int = 16,
     ) -> list[Any]:  # fmt: skip
-        """The answer to each question, remembered or asked for now, some side by side.
+        """The answer to each question, remembered or asked for now, some of an engine at once.
 
         Where a question cannot be answered there is an OpenNemoError in its place, which is not
         remembered: the next run asks again.
@@ -144,7 +147,7 @@ class Run:
                 answers[i] = error
 
         with progress(what, len(questions), len(questions) - len(todo)) as advance:
-            pool = ThreadPoolExecutor(side_by_side)
+            pool = ThreadPoolExecutor(side_by_side * self.n_engines)
             try:
                 for done in as_completed([pool.submit(work, i) for i in todo]):
                     done.result()

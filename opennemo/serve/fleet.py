@@ -19,6 +19,8 @@ import os
 import secrets
 import socket
 import threading
+from collections.abc import Callable
+from collections.abc import Sequence as Many
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import replace
@@ -29,6 +31,7 @@ import structlog
 import torch
 
 from opennemo.engine import EngineConfig, Event, SamplingParams
+from opennemo.engine.scoring import Pair, Score
 from opennemo.engine.sequence import Listener, check_request
 from opennemo.errors import OpenNemoError, Overloaded, Unavailable
 from opennemo.llm import LLM
@@ -37,6 +40,7 @@ from opennemo.serve.service import adapters_of
 from opennemo.serve.settings import Settings
 
 TRIES = 3  # replicas that may be lost under one request before it is given up
+PART = 256  # continuations that a replica scores at a time, at most
 STATS = 2.0  # seconds between looks at what the replicas count
 log = structlog.get_logger("opennemo.serve")
 
@@ -99,7 +103,9 @@ class Fleet:
     def __init__(self, settings: Settings):
         self._settings, self._generation = settings, 0
         # Servers that share a cluster have replicas of their own, and take them up again.
-        self._app = f"opennemo-{socket.gethostname()}-{settings.port}"
+        port = settings.port or f"process-{os.getpid()}"
+        self._app = f"opennemo-{socket.gethostname()}-{port}"
+        self.n_most = settings.max_replicas or settings.replicas
         self.config = EngineConfig(
             max_sequences=settings.max_num_seqs, max_queued=settings.max_num_queued_reqs
         )
@@ -144,13 +150,12 @@ class Fleet:
         from opennemo.serve.prefixes import Prefixes
 
         settings, self._generation = self._settings, self._generation + 1
-        n_most = settings.max_replicas or settings.replicas
         scaling: dict[str, Any] = {"num_replicas": settings.replicas}
-        if n_most > settings.replicas:
+        if self.n_most > settings.replicas:
             scaling = {
                 "autoscaling_config": {
                     "min_replicas": settings.replicas,
-                    "max_replicas": n_most,
+                    "max_replicas": self.n_most,
                     # Beyond it answers are not computed side by side, but wait.
                     "target_ongoing_requests": settings.max_num_seqs,
                 }
@@ -199,6 +204,34 @@ class Fleet:
         self._loop.call_soon_threadsafe(self._begin, running, call)
         return request_id
 
+    def score(
+        self, pairs: Many[Pair], on_score: Callable[[int, Score], None] | None = None
+    ) -> list[Score]:
+        """As Engine.score, by parts of neighbours; `on_score` is called on the fleet's thread."""
+        order = sorted(range(len(pairs)), key=lambda i: pairs[i])
+        # Each replica gets some parts, so that they end together; within one nothing is twice.
+        size = min(PART, max(16, -(-len(pairs) // (4 * self.n_most))))
+        parts = [order[start : start + size] for start in range(0, len(order), size)]
+        scores, free = [Score(0.0, True)] * len(pairs), asyncio.Semaphore(2 * self.n_most)
+
+        async def score(part: list[int]) -> None:
+            async with free:
+                found = await self._score([pairs[i] for i in part])
+            for i, scores[i] in zip(part, found, strict=True):
+                if on_score:
+                    on_score(i, scores[i])
+
+        async def score_all() -> None:
+            async with asyncio.TaskGroup() as group:
+                for part in parts:
+                    group.create_task(score(part))
+
+        try:
+            asyncio.run_coroutine_threadsafe(score_all(), self._loop).result()
+        except ExceptionGroup as group:
+            raise group.exceptions[0] from None
+        return scores
+
     def cancel(self, request_id: int, index: int | None = None) -> None:
         """As Engine.cancel; of several answers the replica goes on with one that is given up."""
         self._loop.call_soon_threadsafe(self._cancel, request_id, index)
@@ -228,14 +261,15 @@ class Fleet:
         """End the replicas, and the cluster if it is ours; what runs is cancelled."""
         if self._ray is None:
             return
-        from ray import serve
-
         if self._thread.is_alive():
             self._loop.call_soon_threadsafe(lambda: [self._cancel(id) for id in [*self._running]])
             if self._watch is not None:
                 self._watch.cancel()
-        with suppress(Exception):  # whatever Ray has to say to that, it is over
-            serve.delete(self._app) if self._settings.ray_address else serve.shutdown()
+        if self._settings.ray_address:  # else they end with the cluster
+            from ray import serve
+
+            with suppress(Exception):  # whatever Ray has to say to that, it is over
+                serve.delete(self._app)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10)
         self._ray.shutdown()
@@ -272,6 +306,19 @@ class Fleet:
             break
         running.end("error", failure)
         self._running.pop(running.id, None)
+
+    async def _score(self, pairs: list[Pair]) -> list[Score]:
+        from ray.exceptions import RayActorError
+        from ray.serve.exceptions import RayServeException
+
+        for _ in range(TRIES):
+            try:
+                return await self._handle.score.remote(pairs[0][0], b"", pairs)
+            except (RayActorError, RayServeException):
+                log.warning("replica lost", n_continuations=len(pairs))
+            except OpenNemoError as error:
+                raise getattr(error, "cause", error) from None
+        raise Unavailable(f"{TRIES} replicas were lost one after the other")
 
     def _cancel(self, request_id: int, index: int | None = None) -> None:
         running = self._running.get(request_id)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from opennemo.engine import Event, SamplingParams
+from opennemo.engine.scoring import Pair, Score
 from opennemo.errors import OpenNemoError
 from opennemo.serve.service import adapters_of, load_model
 from opennemo.serve.settings import Settings
@@ -68,6 +69,10 @@ class Replica:
         finally:
             with suppress(OpenNemoError):  # the engine has stopped
                 self._llm.engine.cancel(request_id)
+
+    async def score(self, ids: list[int], salt: bytes, pairs: list[Pair]) -> list[Score]:
+        """As Engine.score; what is before `pairs` is for the router."""
+        return await asyncio.to_thread(self._llm.score, pairs)
 
     def load_adapter(self, adapter: tuple[str, str]) -> None:
         name, folder = adapter

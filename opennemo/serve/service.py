@@ -270,7 +270,10 @@ def load_model(settings: Settings) -> LLM:
         tensor_parallel_size=settings.tensor_parallel_size,
     )
     dtype = None if settings.dtype == "auto" else getattr(torch, settings.dtype)
-    llm = LLM.load(settings.model, device=settings.device, dtype=dtype, config=config)
+    llm = LLM.load(
+        settings.model, device=settings.device, dtype=dtype, config=config,
+        format=settings.quantization,
+    )  # fmt: skip
     try:
         for name, folder in modules.items():
             llm.load_adapter(name, folder)

@@ -57,6 +57,9 @@ class Settings(BaseSettings):
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on.")
     device: str | None = Field(None, description="cpu or cuda; by default a GPU if there is one.")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    quantization: Literal["fp8", "int8", "int4"] | None = Field(
+        None, description="Round the weights to it as they are loaded."
+    )
     tensor_parallel_size: int = Field(
         1, ge=1, le=64, description="Processes, or GPUs, that share every layer of the model."
     )

@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from opennemo.errors import InvalidRequest
 from opennemo.llm import LLM
 from opennemo.model.checkpoint import load
 from opennemo.model.lora import add_lora_, save_adapter
@@ -301,3 +302,29 @@ def test_a_cluster_of_our_own_is_closed_to_others(replicas):
     assert "InvalidAuthToken" in said.stderr
     with socket.socket() as dashboard:
         assert dashboard.connect_ex(("127.0.0.1", 8265)) != 0
+
+
+@pytest.mark.slow
+def test_scores_are_those_of_one_engine_and_come_once_whoever_is_killed(replicas, folder: Path):
+    generator = torch.Generator().manual_seed(0)
+    numbers = lambda n: torch.randint(200, (n,), generator=generator).tolist()  # noqa: E731
+    questions = [[1, *numbers(n)] for n in range(100, 500)]
+    pairs = [(question, numbers(n)) for question in questions for n in (1, 2, 9)]
+    heard: list[int] = []
+
+    def listen(index: int, score: object) -> None:
+        heard.append(index)
+        if len(heard) == 1:
+            os.kill(replica_pids()[0], signal.SIGKILL)
+
+    wait_until(lambda: len(replica_pids()) == 2)
+    ours = replicas.llm.score(pairs, listen)
+    assert sorted(heard) == list(range(len(pairs)))
+    with LLM.load(str(folder), device="cpu") as alone:
+        theirs = alone.score(pairs)
+    assert [s.greedy for s in ours] == [s.greedy for s in theirs]
+    expected = pytest.approx([s.logprob for s in theirs], abs=1e-3)
+    assert [s.logprob for s in ours] == expected
+    with pytest.raises(InvalidRequest, match="at least one token"):
+        replicas.llm.score([*pairs, ([], [1])])
+    wait_until(lambda: len(replica_pids()) == 2)

@@ -3,7 +3,9 @@
 import pytest
 
 from opennemo.errors import InvalidRequest
+from opennemo.model.quantization import FORMATS, QuantizedLinear
 from opennemo.serve.auth import Limits, hash_key, read_clients
+from opennemo.serve.service import load_model
 from opennemo.serve.settings import read_settings
 
 
@@ -59,3 +61,12 @@ def test_key_files_hold_hashes_and_limits(tmp_path):
         file.write_text(line)
         with pytest.raises(InvalidRequest, match="line 1"):
             read_clients([], file, Limits())
+
+
+def test_weights_are_rounded_as_they_are_loaded(folder):
+    with load_model(read_settings([str(folder), "--quantization", "fp8"])) as llm:
+        modules = dict(llm.engine.runner.model.named_modules())
+        layers = {n: m for n, m in modules.items() if n.endswith((".wq", ".w2"))}
+        assert layers
+        for layer in layers.values():
+            assert isinstance(layer, QuantizedLinear) and layer.format == FORMATS["fp8"]
