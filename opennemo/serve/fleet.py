@@ -21,7 +21,6 @@ import socket
 import threading
 from collections.abc import Callable
 from collections.abc import Sequence as Many
-from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -118,7 +117,6 @@ class Fleet:
             target=self._loop.run_forever, name="opennemo-fleet", daemon=True
         )
         self._ray: Any = None
-        self._watch: Future | None = None
 
     def start(self) -> None:
         """Join or start a cluster, and deploy."""
@@ -131,7 +129,7 @@ class Fleet:
         (described, *_) = self.broadcast("describe")
         for name, value in described.items():
             setattr(self, name, value)
-        self._watch = asyncio.run_coroutine_threadsafe(self._look(), self._loop)
+        asyncio.run_coroutine_threadsafe(self._look(), self._loop)
         log.info("replicas", n=settings.replicas, cluster=settings.ray_address or "own")
 
     eos_ids: frozenset[int]
@@ -262,9 +260,8 @@ class Fleet:
         if self._ray is None:
             return
         if self._thread.is_alive():
-            self._loop.call_soon_threadsafe(lambda: [self._cancel(id) for id in [*self._running]])
-            if self._watch is not None:
-                self._watch.cancel()
+            with suppress(TimeoutError):
+                asyncio.run_coroutine_threadsafe(self._end(), self._loop).result(10)
         if self._settings.ray_address:  # else they end with the cluster
             from ray import serve
 
@@ -274,6 +271,14 @@ class Fleet:
         self._thread.join(10)
         self._ray.shutdown()
         self._ray = None
+
+    async def _end(self) -> None:
+        for request_id in [*self._running]:
+            self._cancel(request_id)
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     def _begin(self, running: "_Running", call: tuple) -> None:
         if not running.finished:

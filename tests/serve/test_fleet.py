@@ -18,14 +18,16 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx2
 import pytest
 import torch
 
-from opennemo.errors import InvalidRequest
+from opennemo.errors import InvalidRequest, Unavailable
 from opennemo.llm import LLM
 from opennemo.model.checkpoint import load
 from opennemo.model.lora import add_lora_, save_adapter
 from opennemo.serve.settings import Settings
+from tests.servers import CHAT, KEY, serving
 
 KEYS = ["first-key-of-two", "second-key-of-two"]
 ADMIN = "the-admin-key-for-tests"
@@ -94,6 +96,13 @@ def replica_pids() -> list[int]:
             if "ServeReplica" in " ".join(process.cmdline()):
                 found.append(process.pid)
     return found
+
+
+def two_answer(replicas) -> bool:
+    """A process is there long before the model in it is."""
+    with contextlib.suppress(Unavailable):
+        return len(replica_pids()) == len(replicas.llm.engine.broadcast("stats")) == 2
+    return False
 
 
 def wait_until(condition: Callable[[], object], seconds: float = 60) -> None:
@@ -199,7 +208,7 @@ def test_an_adapter_is_on_all_replicas_also_on_later_ones(replicas, adapter_root
         loud = ask("hi")
         assert loud != plain == texts(chat(http, messages=user("hi"), temperature=0))
         os.kill(replica_pids()[0], signal.SIGKILL)
-        wait_until(lambda: len(replica_pids()) == 2)
+        wait_until(lambda: two_answer(replicas))
         with ThreadPoolExecutor(8) as pool:  # so many at once go to both
             assert all(answer == loud for answer in pool.map(ask, ["hi"] * 16))
         assert admin.post("/v1/unload_lora_adapter", json={"lora_name": "loud"}).status_code == 200
@@ -209,7 +218,7 @@ def test_an_adapter_is_on_all_replicas_also_on_later_ones(replicas, adapter_root
 def test_a_killed_replica_is_replaced_and_nothing_is_answered_twice_or_lost(replicas, folder):
     with LLM.load(str(folder), device="cpu") as llm:
         right = llm.chat(user("count"), temperature=0.0, max_tokens=400, min_tokens=400).text
-    wait_until(lambda: len(replica_pids()) == 2)
+    wait_until(lambda: two_answer(replicas))
     body = {"model": "tiny-folder", "messages": user("count"), "max_tokens": 400,
             "min_tokens": 400, "temperature": 0}  # fmt: skip
 
@@ -238,13 +247,16 @@ def test_a_killed_replica_is_replaced_and_nothing_is_answered_twice_or_lost(repl
             return "whole"
 
     with ThreadPoolExecutor(12) as pool:
-        asked = [pool.submit(ask, i) for i in range(36)]
-        wait_until(lambda: sum(future.done() for future in asked) > 6)
-        os.kill(replica_pids()[0], signal.SIGKILL)
+        asked = []
+        for i in range(36):
+            asked.append(pool.submit(ask, i))
+            time.sleep(0.1)  # else those of one replica end, and others begin, all at once
+            if i == 18:
+                os.kill(replica_pids()[0], signal.SIGKILL)
         ends = [future.result(120) for future in asked]
     print({end: ends.count(end) for end in sorted(set(ends))})
     assert 0 < len(ends) - ends.count("whole") <= 12  # those that were under way there, no other
-    wait_until(lambda: len(replica_pids()) == 2)
+    wait_until(lambda: two_answer(replicas))
     assert [ask(i) for i in range(4)] == ["whole"] * 4
 
 
@@ -270,7 +282,7 @@ def test_replicas_are_replaced_under_load_without_a_lost_request(replicas):
         n_answered = sum(future.result() for future in asked)  # raises, if one was not a 200
     print(n_answered, "answers")
     assert n_answered > 50
-    wait_until(lambda: len(replica_pids()) == 2)
+    wait_until(lambda: two_answer(replicas))
     assert not before & set(replica_pids())
 
 
@@ -317,7 +329,7 @@ def test_scores_are_those_of_one_engine_and_come_once_whoever_is_killed(replicas
         if len(heard) == 1:
             os.kill(replica_pids()[0], signal.SIGKILL)
 
-    wait_until(lambda: len(replica_pids()) == 2)
+    wait_until(lambda: two_answer(replicas))
     ours = replicas.llm.score(pairs, listen)
     assert sorted(heard) == list(range(len(pairs)))
     with LLM.load(str(folder), device="cpu") as alone:
@@ -327,4 +339,33 @@ def test_scores_are_those_of_one_engine_and_come_once_whoever_is_killed(replicas
     assert [s.logprob for s in ours] == expected
     with pytest.raises(InvalidRequest, match="at least one token"):
         replicas.llm.score([*pairs, ([], [1])])
-    wait_until(lambda: len(replica_pids()) == 2)
+    wait_until(lambda: two_answer(replicas))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("ray"), reason="needs Ray Serve: .[scale]")
+def test_a_replica_is_added_as_requests_queue(folder: Path, tmp_path: Path):
+    """A whole server, on a cluster of its own; Ray waits half a minute before it adds one."""
+    options = ["--replicas", "1", "--max-replicas", "2", "--max-num-seqs", "2"]
+    with serving(folder, tmp_path, *options) as server:
+        wait_until(lambda: server.metric("replicas") == 1)
+        body = {"model": "tiny-folder", "messages": user("long"), "max_tokens": 3000,
+                "min_tokens": 3000}  # fmt: skip
+        stop = False
+
+        def ask_on() -> list[int]:
+            found = []
+            while not stop:
+                with httpx2.Client(headers={"Authorization": f"Bearer {KEY}"}) as http:
+                    answer = http.post(f"{server.url}{CHAT}", json=body, timeout=300)
+                found.append(answer.status_code)
+            return found
+
+        with ThreadPoolExecutor(8) as pool:
+            asked = [pool.submit(ask_on) for _ in range(8)]
+            try:
+                wait_until(lambda: server.metric("replicas") == 2, 180)
+            finally:
+                stop = True
+            statuses = [status for future in asked for status in future.result()]
+        assert statuses and set(statuses) == {200}
