@@ -30,6 +30,7 @@ from opennemo.tokenizer.tokenizer import Tokenizer, mistral_version, repair_surr
 # GPT-2's alphabet: printable bytes of Latin-1 stand for themselves, the others for U+0100 on.
 UNPRINTABLE = (*range(33), *range(127, 161), 173)
 SPELLED = {byte: 256 + i for i, byte in enumerate(UNPRINTABLE)}
+LONG = MANY_CHARS // 4  # characters that fastokens saves more time for than it takes to build
 MAX_IDS = 1 << 24  # the largest known vocabularies have a quarter of a million
 METASPACE_STEPS = {"ByteFallback", "Metaspace", "Replace", "Fuse", "Strip"}
 BYTE_OF = {chr(SPELLED.get(byte, byte)): byte for byte in range(256)}
@@ -126,6 +127,10 @@ class HuggingFace(Tokenizer):
         if self._fast is not None:
             return self._fast.encode(text, add_special_tokens=False).ids
         before, self._chars_left = self._chars_left, self._chars_left - len(text)
+        if len(text) > LONG and 0 <= before < math.inf:
+            self._chars_left = -1
+            self._build()
+            return self.encode(text)
         if self._chars_left < 0 <= before:
             # Not a daemon: killing a thread inside native code at exit can abort the process.
             threading.Thread(target=self._build, name="build fastokens").start()
