@@ -17,7 +17,9 @@ import itertools
 import logging
 import os
 import secrets
+import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable
 from collections.abc import Sequence as Many
@@ -402,6 +404,16 @@ def start_ray(settings: Settings) -> Any:
         ray.shutdown()
         where = settings.ray_address or "a cluster of its own"
         raise OpenNemoError(f"--replicas: cannot use {where}: {_told(error)}") from error
+    if threading.current_thread() is threading.main_thread():  # Ray's own prints pages
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    there = ray.cluster_resources()
+    for kind, each in (("CPU", cpus_of(settings)), ("GPU", gpus_of(settings))):
+        if each * settings.replicas > (n_there := there.get(kind, 0)):
+            told = f"{settings.replicas} replicas need {each:g} {kind}s each, there are {n_there:g}"
+            if settings.ray_address is None:
+                ray.shutdown()
+                raise OpenNemoError(f"--replicas: {told}")
+            log.warning("waiting for machines", reason=told)  # a cluster may grow
     return ray
 
 

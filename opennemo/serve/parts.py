@@ -119,6 +119,7 @@ def on_ray(source: Path, folder: Path, parts: list[Part], settings: Settings) ->
 
     if not parts:
         return
+    configure_logs("warning")
     ray = start_ray(settings)
     try:
         import ray.data as data  # pyright: ignore[reportMissingImports]
