@@ -13,6 +13,7 @@ import json
 import logging
 import multiprocessing
 import os
+import secrets
 import signal
 import threading
 from collections import deque
@@ -226,6 +227,10 @@ def on_ray(
     plan: Plan, files: dict[int, list[Path | str]], workers: int
 ) -> Iterator[tuple[int, int]]:
     """Run on Ray Data: a task reads a group of files, tasks that it feeds make the parts."""
+    if "RAY_ADDRESS" not in os.environ:  # else it joins that cluster, as Ray itself does
+        # Read as Ray is imported: on loopback alone, and closed, as whoever talks to it runs code.
+        os.environ |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     try:
         import ray.data  # pyright: ignore[reportMissingImports]
     except ImportError:
@@ -256,7 +261,7 @@ def on_ray(
         return {"group": row["group"], "n_read": row["n_read"], "error": error}
 
     if not ray.is_initialized():
-        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.target_max_block_size, context.enable_progress_bars = plan.chunk_bytes, False
