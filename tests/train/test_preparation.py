@@ -1,5 +1,6 @@
 """Shards hold what the texts say, whoever made them and however often they were interrupted."""
 
+import importlib
 import json
 import os
 import resource
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -298,8 +300,8 @@ def test_a_worker_that_is_killed_is_said_so(texts: Path, tmp_path: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not find_spec("ray"), reason="needs Ray Data: pip install -e '.[scale]'")
 def test_ray_makes_the_same(texts: Path, expected: dict[str, bytes], tmp_path: Path):
-    ray = pytest.importorskip("ray", reason="needs Ray Data: pip install 'ray[data]'")
     plan = Plan(inputs=(texts,), out=tmp_path / "ray", cleaning=Cleaning(stages=STAGES), **SMALL)
     heard: list[int] = []
     try:
@@ -312,4 +314,4 @@ def test_ray_makes_the_same(texts: Path, expected: dict[str, bytes], tmp_path: P
             prepare(Plan(inputs=(broken,), out=tmp_path / "b", **SMALL), engine="ray")
         assert "\n" not in str(error.value)
     finally:
-        ray.shutdown()
+        importlib.import_module("ray").shutdown()  # not before: Ray reads the environment then
