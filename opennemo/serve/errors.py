@@ -102,4 +102,10 @@ class Json(Response):
 
 
 def dumps(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    """JSON; numbers that it has no word for, which a request's own fields may hold, are null."""
+    how: dict[str, Any] = {"ensure_ascii": False, "separators": (",", ":")}
+    try:
+        return json.dumps(value, allow_nan=False, **how)
+    except ValueError:
+        text = json.dumps(value, **how)
+        return json.dumps(json.loads(text, parse_constant=lambda _: None), **how)

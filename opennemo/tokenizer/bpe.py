@@ -80,6 +80,11 @@ class BytePairEncoding:
         self._tiktoken = tiktoken.Encoding(
             "tekken", pat_str=pattern, mergeable_ranks=ids, special_tokens={}
         )
+        try:
+            if not all(match.group() for match in regex.finditer(pattern, probe())):
+                raise ValueError("its pattern matches where there is nothing")  # tiktoken panics
+        except regex.error as error:
+            raise ValueError(f"its pattern: {error}") from None
         self._fast = None
         self._chars_left = MANY_CHARS  # until fastokens is worth its construction
         self._threads, self._process = None, 0

@@ -31,7 +31,7 @@ from opennemo.tokenizer.messages import (
     normalize,
 )
 from opennemo.tokenizer.template import ChatTemplate, Segment
-from opennemo.tokenizer.tokenizer import Tokenizer
+from opennemo.tokenizer.tokenizer import V3, Tokenizer
 
 MISTRAL_LAYOUTS = ("v1", "v2", "v3", "v3-tekken")
 
@@ -122,6 +122,8 @@ def _mistral_layout(
     tokenizer: Tokenizer, conversation: list[Message], tools: list[Tool]
 ) -> Iterator[Segment]:
     version, control = tokenizer.instruct_version, tokenizer.control
+    if version != "v1" and (missing := sorted(V3 - control.keys())):
+        raise InvalidRequest(f"messages: this vocabulary has no {missing[0]}, which layouts need")
     system, turns = "", conversation
     if turns[0]["role"] == "system":
         system, turns = turns[0]["content"], turns[1:]

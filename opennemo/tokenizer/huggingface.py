@@ -65,6 +65,8 @@ class HuggingFace(Tokenizer):
         for id in (bos_id, eos_id):
             if id not in names:
                 raise ValueError(f"it has no token {id!r}, which is to begin or end a text")
+        if wrong := [name for name in names.values() if not isinstance(name, str)]:
+            raise ValueError(f"its token {wrong[0]!r} is no text")
         special = {added["id"] for added in spec.get("added_tokens") or [] if added["special"]}
         self.control = {names[id]: id for id in sorted(special | {bos_id, eos_id})}
         self.bos_id, self.eos_id, self.add_bos = bos_id, eos_id, add_bos
@@ -78,7 +80,11 @@ class HuggingFace(Tokenizer):
         for id, name in names.items():
             if name not in self.control:
                 self._bytes[id] = name.encode() if name in plain else meaning(name)
-        text_only = json.dumps(_without_control(spec, self.control), ensure_ascii=False)
+        without = _without_control(spec, self.control)
+        for name, id in without["model"]["vocab"].items():
+            if id in self.control.values():  # text could become it
+                raise ValueError(f"{name!r} and {names[id]!r} have the id {id}")
+        text_only = json.dumps(without, ensure_ascii=False)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(text_only)
         except Exception as error:  # the library raises nothing narrower

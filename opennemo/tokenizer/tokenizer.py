@@ -16,6 +16,11 @@ import numpy as np
 from opennemo.errors import CheckpointError
 from opennemo.tokenizer.mistral_template import mistral_template
 
+V3 = {  # what its layout is written with
+    *("[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]"),
+    *("[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]"),
+}
+
 
 class Tokenizer(ABC):
     """A vocabulary and the way it splits text.
@@ -123,7 +128,7 @@ def mistral_version(
     for older in ("v1", "v2"):
         if chat_template == mistral_template(older):
             return older
-    is_v3 = {"[INST]", "[TOOL_CALLS]"} <= control.keys() and "[SYSTEM_PROMPT]" not in control
+    is_v3 = control.keys() >= V3 and "[SYSTEM_PROMPT]" not in control
     return version if is_v3 and (chat_template is None or "[INST]" in chat_template) else None
 
 

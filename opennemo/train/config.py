@@ -173,7 +173,7 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         tree = tomllib.loads(path.read_text("utf-8"))
     except OSError as error:
         raise InvalidRequest(f"{path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, or a number without end
         raise InvalidRequest(f"{path}: not TOML: {error}") from None
     for override in overrides:
         _override(tree, override)
@@ -229,7 +229,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
         raise InvalidRequest(f"--set {override}: write key=value, such as optim.lr=3e-4")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         value = text  # a bare word, as a shell leaves it
     *parents, last = key.split(".")
     for parent in parents:

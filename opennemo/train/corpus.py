@@ -297,7 +297,7 @@ class _Shards:
             ) from None
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise CheckpointError(f"{path}: its index.json is damaged ({error!r})") from error
         self._starts = [0, *accumulate(map(len, self._ids))]
         ends = [int(ends[-1]) for ends in self._ends]

@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 
 from opennemo.errors import CheckpointError, InvalidRequest
+from opennemo.tokenizer.chat import encode_chat
+from opennemo.tokenizer.tekken import Tekken
+from opennemo.tokenizer.tokenizer import V3, load_tokenizer
 from tests.chaos import loaders, mutations
 from tests.chaos.sandbox import Sandbox
 
@@ -209,13 +212,53 @@ def test_an_index_that_names_what_no_file_can_be_called(good, tmp_path, name):
     assert "\n" not in str(error.value)
 
 
-def test_toml_that_is_nested_without_end(tmp_path):
+@pytest.mark.parametrize("value", ["[" * 5000, "9" * 5000], ids=["nested", "long"])
+def test_toml_without_end(tmp_path, value):
     path = tmp_path / "deep.toml"
-    path.write_text(f"steps = {'[' * 5000}")
+    path.write_text(f"steps = {value}")
     for kind in ("recipe", "server settings", "vocabulary settings"):
         with pytest.raises(InvalidRequest) as error:
             loaders.LOADERS[kind](path)
         assert "\n" not in str(error.value)
+
+
+def test_a_tokenizer_whose_text_could_become_control(good, tmp_path):
+    path = shutil.copytree(good["hf"], tmp_path / "hf")
+    change(path / "tokenizer.json", "model", "vocab", "T", value=5)
+    with pytest.raises(CheckpointError, match=r"'T' and '\[AVAILABLE_TOOLS\]' have the id 5"):
+        load_tokenizer(path)
+
+
+@pytest.mark.parametrize("name", [None, 3])
+def test_a_tokenizer_with_a_token_that_is_no_text(good, tmp_path, name):
+    path = shutil.copytree(good["hf"], tmp_path / "hf")
+    change(path / "tokenizer.json", "added_tokens", 9, "content", value=name)
+    with pytest.raises(CheckpointError, match="is no text"):
+        load_tokenizer(path)
+
+
+def test_a_vocabulary_without_a_token_of_its_layout():
+    names = ["<unk>", "<s>", "</s>", "[INST]", *sorted(V3 - {"[INST]", "[/INST]"})]
+    known = loaders.TOKENIZER
+    lacking = Tekken(known.pattern, known.tokens, special_tokens=names, n_special=64)
+    with pytest.raises(InvalidRequest, match=r"has no \[/INST\]"):
+        encode_chat(lacking, loaders.MESSAGES)
+
+
+@pytest.mark.parametrize("pattern", ["", "x*", r"(?=\s)", r"\b"])
+def test_a_pattern_that_matches_nothing(good, tmp_path, pattern):
+    path = shutil.copytree(good["mistral"], tmp_path / "mistral")
+    change(path / "tekken.json", "config", "pattern", value=pattern)
+    with pytest.raises(CheckpointError, match="matches where there is nothing"):
+        load_tokenizer(path)
+
+
+@pytest.mark.parametrize("number", [float("inf"), float("nan")])
+def test_a_corpus_of_endless_tokens(good, tmp_path, number):
+    path = shutil.copytree(good["corpus"], tmp_path / "corpus")
+    change(path / "index.json", "tokens", value=number)
+    with pytest.raises(CheckpointError, match=r"index.json is damaged"):
+        loaders.open_corpus(path)
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,17 @@ def test_strange_bodies_are_answered_or_refused(fuzz, server, name):
     print(f"\n{name}: {dict(seen)}")
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_number_that_json_cannot_tell_comes_back_as_null(server, stream):
+    path, good = BODIES["responses"]
+    body = good | {"metadata": {"least": float("nan"), "most": float("inf")}}
+    with server.client() as http:
+        data = json.dumps(body | {"stream": stream})
+        answer = http.post(path, content=data, headers={"content-type": "application/json"})
+    assert answer.status_code == 200, answer.text
+    assert '"metadata":{"least":null,"most":null}' in answer.text
+
+
 def test_strange_bytes_are_refused(fuzz, server):
     path, good = BODIES["chat"]
 
