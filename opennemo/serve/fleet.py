@@ -41,7 +41,7 @@ from opennemo.serve.service import adapters_of
 from opennemo.serve.settings import Settings
 
 TRIES = 3  # replicas that may be lost under one request before it is given up
-PART = 256  # continuations that a replica scores at a time, at most
+PART = 1 << 16  # tokens that a replica scores at a time, about
 STATS = 2.0  # seconds between looks at what the replicas count
 log = structlog.get_logger("opennemo.serve")
 
@@ -209,22 +209,24 @@ class Fleet:
     ) -> list[Score]:
         """As Engine.score, by parts of neighbours; `on_score` is called on the fleet's thread."""
         order = sorted(range(len(pairs)), key=lambda i: pairs[i])
-        # Each replica gets some parts, so that they end together; within one nothing is twice.
-        size = min(PART, max(16, -(-len(pairs) // (4 * self.n_most))))
+        # Some for each replica, so that they end together; within a part nothing is computed twice.
+        mean = sum(map(len, itertools.chain(*pairs))) / max(1, len(pairs))
+        size = max(16, min(int(PART / (mean or 1)), len(pairs) // (4 * self.n_most)))
         parts = [order[start : start + size] for start in range(0, len(order), size)]
         scores, free = [Score(0.0, True)] * len(pairs), asyncio.Semaphore(2 * self.n_most)
 
-        async def score(part: list[int]) -> None:
+        async def score_part(part: list[int]) -> None:
             async with free:
                 found = await self._score([pairs[i] for i in part])
-            for i, scores[i] in zip(part, found, strict=True):
+            for i, score in zip(part, found, strict=True):
+                scores[i] = score
                 if on_score:
-                    on_score(i, scores[i])
+                    on_score(i, score)
 
         async def score_all() -> None:
             async with asyncio.TaskGroup() as group:
                 for part in parts:
-                    group.create_task(score(part))
+                    group.create_task(score_part(part))
 
         try:
             asyncio.run_coroutine_threadsafe(score_all(), self._loop).result()
