@@ -288,7 +288,11 @@ class _Shards:
             self._index: list[dict[str, Any]] = index["shards"]
             self._ids = [self._map(shard, "ids", IDS, "tokens") for shard in self._index]
             self._ends = [self._map(shard, "ends", ENDS, "documents") for shard in self._index]
-            _ = self.tokenizer["hash"], self.tokenizer["vocab_size"], self.tokenizer["name"]
+            texts = [self.tokenizer["hash"], self.tokenizer["name"]]
+            texts += [shard[kind]["sha256"] for shard in self._index for kind in ("ids", "ends")]
+            vocab_size = self.tokenizer["vocab_size"]
+            if not (isinstance(vocab_size, int) and all(isinstance(t, str) for t in texts)):
+                raise TypeError("a hash, a name or a size is none")
         except FileNotFoundError as error:
             what = Path(error.filename).name
             hint = "; `opennemo tokenize` writes it last" if what == "index.json" else ""

@@ -253,10 +253,17 @@ def test_a_pattern_that_matches_nothing(good, tmp_path, pattern):
         load_tokenizer(path)
 
 
-@pytest.mark.parametrize("number", [float("inf"), float("nan")])
-def test_a_corpus_of_endless_tokens(good, tmp_path, number):
+@pytest.mark.parametrize(
+    ("keys", "value"),
+    [
+        (("tokens",), float("inf")), (("documents",), float("nan")),
+        (("shards", 0, "ids"), {"bytes": 3760}), (("shards", 0, "ends", "sha256"), None),
+        (("tokenizer", "hash"), 3), (("tokenizer", "vocab_size"), "x"),
+    ],
+)  # fmt: skip
+def test_a_corpus_whose_index_is_no_index(good, tmp_path, keys, value):
     path = shutil.copytree(good["corpus"], tmp_path / "corpus")
-    change(path / "index.json", "tokens", value=number)
+    change(path / "index.json", *keys, value=value)
     with pytest.raises(CheckpointError, match=r"index.json is damaged"):
         loaders.open_corpus(path)
 
