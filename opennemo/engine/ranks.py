@@ -114,8 +114,11 @@ class Ranks:
                 raise OpenNemoError(self._who_ended() or f"{process.name}: {said}")
 
     def _who_ended(self) -> str | None:
-        wait([process.sentinel for process in self._processes], 1)  # the news may be younger
+        # The news may be younger.
+        ended = wait([process.sentinel for process in self._processes], 1)
         for rank, process in enumerate(self._processes, 1):
+            if process.sentinel in ended:  # its files are closed, but it may not be gone yet
+                process.join(5)
             if process.exitcode is not None:
                 n = len(self._processes) + 1
                 return f"rank {rank} of {n} has ended (exit code {process.exitcode}); start again"
