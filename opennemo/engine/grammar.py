@@ -182,9 +182,13 @@ def _in_any_order(i: int, schema: Any) -> list[str] | None:
     if not isinstance(schema, dict) or not schema.keys() <= plain:
         return None
     properties, required = schema.get("properties"), schema.get("required") or []
-    if not properties or not isinstance(properties, dict) or not {*required} <= properties.keys():
+    if not properties or not isinstance(properties, dict) or not isinstance(required, list):
         return None
-    if schema.get("additionalProperties", True) or len(properties) > MAX_UNORDERED:
+    if not all(isinstance(name, str) and name in properties for name in required):
+        return None
+    if schema.get("type", "object") != "object" or len(properties) > MAX_UNORDERED:
+        return None
+    if schema.get("additionalProperties", True) is not False:
         return None
     if "$ref" in json.dumps(properties):  # to a definition that only the whole schema has
         return None

@@ -141,6 +141,18 @@ def test_what_a_schema_says_beyond_its_properties_holds(compiler):
         assert all(taken) == right
 
 
+@pytest.mark.parametrize(
+    "strange",
+    [{"required": value} for value in ([["a"]], [1], 3, True, "a", {"a": 1}, float("inf"))]
+    + [{"type": value} for value in (["object", 1], 3, "objectx")],
+)
+def test_a_tool_whose_schema_is_none_is_refused(compiler, strange):
+    schema = {"type": "object", "properties": {"a": {}}, "additionalProperties": False} | strange
+    tool = {"function": {"name": "f", "parameters": schema}}
+    with pytest.raises(InvalidRequest):
+        compiler.compile("lark", tool_call_grammar([tool]))
+
+
 def test_any_json_object_and_text_or_calls_can_be_walked(compiler):
     free = compiler.compile("lark", tool_call_grammar(TOOLS, text=f"/{ANY_TEXT}/"))
     for answer in ([*b"Hello"], [*b""]):
