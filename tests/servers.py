@@ -9,10 +9,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import httpx2
+import pytest
 
+needs_ray = pytest.mark.skipif(
+    not find_spec("ray"), reason="needs Ray: pip install -e '.[scale]'"
+)  # not imported to see: Ray reads the environment as it is
 CHAT = "/v1/chat/completions"
 KEY = "a-key-for-abuse"
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent / "opennemo"
 FLOORS = [
-    {"errors"},
+    {"errors", "cluster"},
     {"tokenizer", "kernels"},
     {"model"},
     {"train", "engine"},
@@ -19,6 +19,7 @@ FLOOR = {package: height for height, floor in enumerate(FLOORS) for package in f
 # Lines of Python a package may have. Raise one only in the commit that needs it, saying why.
 BUDGET = {
     "errors": 60,
+    "cluster": 30,  # what training and serving both must say to Ray before they use it
     # Chat layouts and templates, learning a vocabulary and measuring one turned out to be five
     # subjects beside the tokenizers themselves.
     # Learning merges, chat templates for other libraries, and texts in tables, at URLs and in

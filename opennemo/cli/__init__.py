@@ -322,7 +322,8 @@ def batch(
         tensor_parallel_size=tensor_parallel_size,
     )  # fmt: skip
     options = [f"--{name.replace('_', '-')}={value}" for name, value in chosen.items()]
-    if spread := on_engines(engine, replicas, ray_address):
+    _, spread = on_engines(engine, replicas, ray_address)
+    if spread:
         from opennemo.serve.parts import run_in_parts as run_batch
     # Nothing is listened on, whatever the environment says of hosts and keys.
     if not run_batch(

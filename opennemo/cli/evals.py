@@ -93,7 +93,7 @@ def run(
     ray_address: RayAddress = None,
 ) -> None:
     """Measure a model and write a folder of results; the same command goes on after a kill."""
-    spread = on_engines(engine, replicas, ray_address)
+    n_engines, spread = on_engines(engine, replicas, ray_address)
     with _packages():
         from opennemo.evals.evaluate import Request, evaluate
         from opennemo.evals.report import show
@@ -112,9 +112,8 @@ def run(
             judge_key=os.environ.get(judge_key_env, "none"), **settings,
         )  # fmt: skip
         folders, lines, notes = evaluate(
-            request, format or [], partial(_load_replicas, spread) if spread else None,
-            n_engines=(replicas or 2) if spread else 1,
-        )  # fmt: skip
+            request, format or [], partial(_load_replicas, spread) if spread else None, n_engines
+        )
         show(lines, notes)
     for folder in folders:
         print(f"Wrote {folder}")

@@ -38,17 +38,18 @@ def standard_input() -> str:
     return text
 
 
-def on_engines(engine: str, replicas: int | None, ray_address: str | None) -> list[str]:
-    """What the server's settings say of an `--engine`; nothing for one in this process."""
+def on_engines(engine: str, replicas: int | None, ray_address: str | None) -> tuple[int, list[str]]:
+    """How many engines, and what the server's settings say of them: nothing of one that is here."""
     if one_of("--engine", engine, ("process", "ray")) == "ray":
         address = [f"--ray-address={ray_address}"] if ray_address else []
-        return [f"--replicas={replicas or 2}", *address]
+        return replicas or 2, [f"--replicas={replicas or 2}", *address]
     if ray_address is not None or replicas is not None:
         raise InvalidRequest("--replicas and --ray-address need --engine ray")
-    return []
+    return 1, []
 
 
 def one_of(option: str, value: str, allowed: tuple[str, ...]) -> Any:
+    """The value of an option that has a few. Raises: InvalidRequest, it is another."""
     if value not in allowed:
         raise InvalidRequest(f"{option} is {value}, allowed are {', '.join(allowed)}")
     return value

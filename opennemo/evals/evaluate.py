@@ -77,6 +77,8 @@ def evaluate(
     """
     if request.suite not in SUITES:
         raise InvalidRequest(f"--suite {request.suite}: there are {', '.join(SUITES)}")
+    if load and _is_server(request.model):
+        raise InvalidRequest("--engine ray needs the model itself, not a server")
     settings = {k: v for k, v in asdict(request).items() if k not in WHERE}
     settings |= {"weights": _weights(request.model), "judge_weights": _weights(request.judge)}
     settings = json.loads(json.dumps(settings, default=str))

@@ -16,7 +16,6 @@ import asyncio
 import itertools
 import logging
 import os
-import secrets
 import signal
 import socket
 import sys
@@ -31,6 +30,7 @@ from typing import Any
 import structlog
 import torch
 
+from opennemo.cluster import keep_ray_here
 from opennemo.engine import EngineConfig, Event, SamplingParams
 from opennemo.engine.scoring import Pair, Score
 from opennemo.engine.sequence import Listener, check_request
@@ -106,7 +106,7 @@ class Fleet:
         # Servers that share a cluster have replicas of their own, and take them up again.
         port = settings.port or f"process-{os.getpid()}"
         self._app = f"opennemo-{socket.gethostname()}-{port}"
-        self.n_most = settings.max_replicas or settings.replicas
+        self._n_most = settings.max_replicas or settings.replicas
         self.config = EngineConfig(
             max_sequences=settings.max_num_seqs, max_queued=settings.max_num_queued_reqs
         )
@@ -151,11 +151,11 @@ class Fleet:
 
         settings, self._generation = self._settings, self._generation + 1
         scaling: dict[str, Any] = {"num_replicas": settings.replicas}
-        if self.n_most > settings.replicas:
+        if self._n_most > settings.replicas:
             scaling = {
                 "autoscaling_config": {
                     "min_replicas": settings.replicas,
-                    "max_replicas": self.n_most,
+                    "max_replicas": self._n_most,
                     # Beyond it answers are not computed side by side, but wait.
                     "target_ongoing_requests": settings.max_num_seqs,
                 }
@@ -210,10 +210,11 @@ class Fleet:
         """As Engine.score, by parts of neighbours; `on_score` is called on the fleet's thread."""
         order = sorted(range(len(pairs)), key=lambda i: pairs[i])
         # Some for each replica, so that they end together; within a part nothing is computed twice.
-        mean = sum(map(len, itertools.chain(*pairs))) / max(1, len(pairs))
-        size = max(16, min(int(PART / (mean or 1)), len(pairs) // (4 * self.n_most)))
+        n_tokens = sum(len(context) + len(continuation) for context, continuation in pairs)
+        n_parts = max(4 * self._n_most, n_tokens // PART)
+        size = max(16, len(pairs) // n_parts)
         parts = [order[start : start + size] for start in range(0, len(order), size)]
-        scores, free = [Score(0.0, True)] * len(pairs), asyncio.Semaphore(2 * self.n_most)
+        scores, free = [Score(0.0, True)] * len(pairs), asyncio.Semaphore(2 * self._n_most)
 
         async def score_part(part: list[int]) -> None:
             async with free:
@@ -378,11 +379,7 @@ def start_ray(settings: Settings) -> Any:
     n = settings.max_replicas or settings.replicas
     options: dict[str, Any] = {"address": settings.ray_address}
     if settings.ray_address is None:
-        # Ray reads these as it is imported: an address of this host alone, even on Linux, and a
-        # secret, since whoever may talk to Ray may run code.
-        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-        os.environ["RAY_AUTH_MODE"] = "token"
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # one for each process
+        keep_ray_here()
         # In milliseconds; with its own 15 seconds it gives up on a machine that is busy.
         os.environ |= {"RAY_agent_register_timeout_ms": "100000"}
         n_cpus = max(os.cpu_count() or 1, cpus_of(settings) * n)

@@ -80,9 +80,9 @@ class HuggingFace(Tokenizer):
         for id, name in names.items():
             if name not in self.control:
                 self._bytes[id] = name.encode() if name in plain else meaning(name)
-        without = _without_control(spec, self.control)
+        without, control_ids = _without_control(spec, self.control), {*self.control.values()}
         for name, id in without["model"]["vocab"].items():
-            if id in self.control.values():  # text could become it
+            if id in control_ids:  # text could become it
                 raise ValueError(f"{name!r} and {names[id]!r} have the id {id}")
         text_only = json.dumps(without, ensure_ascii=False)
         try:

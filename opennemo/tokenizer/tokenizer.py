@@ -17,9 +17,9 @@ from opennemo.errors import CheckpointError
 from opennemo.tokenizer.mistral_template import mistral_template
 
 V3 = {  # what its layout is written with
-    *("[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]"),
-    *("[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]"),
-}
+    "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_CALLS]",
+    "[TOOL_RESULTS]", "[/TOOL_RESULTS]",
+}  # fmt: skip
 
 
 class Tokenizer(ABC):

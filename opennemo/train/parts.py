@@ -13,9 +13,7 @@ import json
 import logging
 import multiprocessing
 import os
-import secrets
 import signal
-import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -28,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from opennemo.cluster import keep_ray_here
 from opennemo.errors import OpenNemoError
 from opennemo.tokenizer.ranks import open_tokenizer
 from opennemo.tokenizer.texts import Piece, Texts, name_of, pieces
@@ -228,10 +227,8 @@ def on_ray(
     plan: Plan, files: dict[int, list[Path | str]], workers: int
 ) -> Iterator[tuple[int, int]]:
     """Run on Ray Data: a task reads a group of files, tasks that it feeds make the parts."""
-    if not ("RAY_ADDRESS" in os.environ or "ray" in sys.modules):  # else it is somebody's own
-        # Read as Ray is imported: on loopback alone, and closed, as whoever talks to it runs code.
-        os.environ |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
-        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    if "RAY_ADDRESS" not in os.environ:  # else it joins that cluster, as Ray itself does
+        keep_ray_here()
     try:
         import ray.data  # pyright: ignore[reportMissingImports]
     except ImportError:

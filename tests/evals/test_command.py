@@ -49,6 +49,7 @@ def test_compare_reads_runs(tmp_path, monkeypatch, capsys):
         (["x", "--suite", "long", "--lengths", "4k"], "--lengths 4k: expected numbers"),
         (["x", "--suite", "none"], "--suite none: there are table1"),
         (["x", "--suite", "ppl", "--replicas", "2"], "need --engine ray"),
+        (["http://x/v1", "--suite", "ppl", "--engine", "ray"], "needs the model itself"),
     ],
 )
 def test_what_is_wrong_takes_one_line(arguments, said, tmp_path, monkeypatch, capsys):

@@ -6,13 +6,13 @@ import signal
 import subprocess
 import sys
 import time
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from opennemo.evals import report
 from tests.evals.conftest import write_lines
+from tests.servers import needs_ray
 
 N = 400
 COMMAND = [sys.executable, "-m", "opennemo.cli", "eval"]
@@ -26,7 +26,7 @@ def texts(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not find_spec("ray"), reason="needs Ray Serve: pip install -e '.[scale]'")
+@needs_ray
 def test_a_run_that_is_killed_goes_on_and_ends_as_that_of_one_engine(
     folder: Path, texts: Path, tmp_path: Path
 ):

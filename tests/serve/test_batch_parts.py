@@ -1,7 +1,6 @@
 """A batch in parts: whatever ended the run before, each line is answered once, in order."""
 
 import json
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -9,6 +8,7 @@ import pytest
 from opennemo.errors import InvalidRequest
 from opennemo.serve import parts
 from opennemo.serve.settings import Settings
+from tests.servers import needs_ray
 
 N = 150
 
@@ -49,7 +49,7 @@ def test_parts_that_were_made_stay_as_they_are(source: Path, folder: Path, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not find_spec("ray"), reason="needs Ray Data: pip install -e '.[scale]'")
+@needs_ray
 def test_ray_makes_the_same(source: Path, folder: Path, tmp_path: Path):
     said = {}
     for name, make in (("here", parts.here), ("ray", parts.on_ray)):

@@ -27,7 +27,7 @@ from opennemo.llm import LLM
 from opennemo.model.checkpoint import load
 from opennemo.model.lora import add_lora_, save_adapter
 from opennemo.serve.settings import Settings
-from tests.servers import CHAT, KEY, serving
+from tests.servers import CHAT, KEY, needs_ray, serving
 
 KEYS = ["first-key-of-two", "second-key-of-two"]
 ADMIN = "the-admin-key-for-tests"
@@ -343,7 +343,7 @@ def test_scores_are_those_of_one_engine_and_come_once_whoever_is_killed(replicas
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not importlib.util.find_spec("ray"), reason="needs Ray Serve: .[scale]")
+@needs_ray
 def test_a_replica_is_added_as_requests_queue(folder: Path, tmp_path: Path):
     """A whole server, on a cluster of its own; Ray waits half a minute before it adds one."""
     options = ["--replicas", "1", "--max-replicas", "2", "--max-num-seqs", "2"]

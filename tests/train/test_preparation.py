@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from opennemo.train.corpus import Corpus, Source, tokenizer_hash
 from opennemo.train.parts import Plan
 from opennemo.train.preparation import prepare
 from opennemo.train.report import table
+from tests.servers import needs_ray
 
 ROOT = Path(__file__).parents[2]
 PARAGRAPHS = [
@@ -300,7 +300,7 @@ def test_a_worker_that_is_killed_is_said_so(texts: Path, tmp_path: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not find_spec("ray"), reason="needs Ray Data: pip install -e '.[scale]'")
+@needs_ray
 def test_ray_makes_the_same(texts: Path, expected: dict[str, bytes], tmp_path: Path):
     plan = Plan(inputs=(texts,), out=tmp_path / "ray", cleaning=Cleaning(stages=STAGES), **SMALL)
     heard: list[int] = []
