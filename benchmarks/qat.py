@@ -41,8 +41,8 @@ from opennemo.model.companions import copy_companions
 from opennemo.model.hub import locate
 from opennemo.model.quantization import FORMATS, Format, Rounding, quantize_
 from opennemo.model.transformer import Transformer
+from opennemo.texts import Texts
 from opennemo.tokenizer import load_tokenizer
-from opennemo.tokenizer.texts import Texts
 from opennemo.train.config import parse_recipe
 from opennemo.train.run import train
 

@@ -39,10 +39,10 @@ from measure import Row, write_rows
 from rich.console import Console
 from rich.table import Table
 
+from opennemo.cluster.routing import Router
 from opennemo.engine.kv_cache import KVCache
 from opennemo.engine.scheduler import Scheduler
 from opennemo.engine.sequence import SamplingParams, Sequence
-from opennemo.serve.routing import Router
 
 DAY = 86_400
 PAGE, MAX_BATCHED, MAX_SEQUENCES = 16, 512, 64  # the engine's own defaults

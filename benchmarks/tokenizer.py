@@ -32,9 +32,9 @@ from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 from rich.console import Console
 from rich.table import Table
 
-from opennemo.tokenizer.export import save_huggingface
+from opennemo.texts import Texts
+from opennemo.tokenizer.saving import save_huggingface
 from opennemo.tokenizer.tekken import Tekken
-from opennemo.tokenizer.texts import Texts
 
 CHUNK, N_CHUNKS = 300_000, 8
 CJK = ("zh", "ja", "ko", "cmn", "jpn", "kor")

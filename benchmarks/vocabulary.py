@@ -25,9 +25,9 @@ import tokenizers
 from rich.console import Console
 from rich.table import Table
 
-from opennemo.tokenizer.texts import Texts
-from opennemo.tokenizer.training import VocabularySettings, train
-from opennemo.tokenizer.words import PATTERNS
+from opennemo.data.vocabulary import VocabularySettings, train
+from opennemo.texts import Texts
+from opennemo.tokenizer.patterns import PATTERNS
 
 ROUNDS = 2  # of which the one with less processor time counts
 Count = Callable[[str], int]

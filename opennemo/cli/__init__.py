@@ -205,7 +205,7 @@ def quantize(
     from opennemo.model.export import quantize as quantize_checkpoint
     from opennemo.model.hub import locate
     from opennemo.model.quantization import FORMATS
-    from opennemo.tokenizer.texts import Texts
+    from opennemo.texts import Texts
 
     name, layout = (
         one_of("--format", format, tuple(SCHEMES)),
@@ -313,7 +313,7 @@ def batch(
     2: stopped by what the last line says.
     """
     with serving():
-        from opennemo.serve.offline import run_batch
+        from opennemo.batch.offline import run_batch
         from opennemo.serve.settings import read_settings
 
     named = [f"--served-model-name={name}" for name in served_model_name or ()]
@@ -324,7 +324,7 @@ def batch(
     options = [f"--{name.replace('_', '-')}={value}" for name, value in chosen.items()]
     _, spread = on_engines(engine, replicas, ray_address)
     if spread:
-        from opennemo.serve.parts import run_in_parts as run_batch
+        from opennemo.cluster.batch_parts import run_in_parts as run_batch
     # Nothing is listened on, whatever the environment says of hosts and keys.
     if not run_batch(
         requests, output, read_settings([model, "--insecure", *options, *spread, *named])

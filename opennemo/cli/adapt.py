@@ -42,11 +42,11 @@ def validate_data(
     """
     from rich.console import Console
 
+    from opennemo.data.validation import epoch, validate
+    from opennemo.data.validation import fix as write_fixed
     from opennemo.model.hub import locate
-    from opennemo.tokenizer.ranks import OWN, open_tokenizer
-    from opennemo.train.machines import parse_machines
-    from opennemo.train.validation import epoch, validate
-    from opennemo.train.validation import fix as write_fixed
+    from opennemo.planning.machines import parse_machines
+    from opennemo.tokenizer.rank_files import OWN, open_tokenizer
 
     path, console = Path(OWN) if model == OWN else locate(model), Console(highlight=False)
     tokenizer = open_tokenizer(path)

@@ -52,12 +52,12 @@ def tokenize(
     from rich.console import Console
 
     from opennemo.cli import _progress
+    from opennemo.data.cleaning import STAGES, Cleaning
+    from opennemo.data.portions import Plan
+    from opennemo.data.preparation import prepare
+    from opennemo.data.statistics import table
     from opennemo.model.hub import locate
-    from opennemo.tokenizer.ranks import OWN
-    from opennemo.train.cleaning import STAGES, Cleaning
-    from opennemo.train.parts import Plan
-    from opennemo.train.preparation import prepare
-    from opennemo.train.report import table
+    from opennemo.tokenizer.rank_files import OWN
 
     if engine not in ENGINES:
         raise InvalidRequest(f"--engine is {engine}, allowed are {', '.join(ENGINES)}")

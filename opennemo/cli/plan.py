@@ -36,10 +36,10 @@ def plan(
 
     Exit code 1 if it does not fit; the last lines say why, and what would make it fit.
     """
+    from opennemo.planning.machines import GIB, parse_machines
+    from opennemo.planning.plan import plan as work_out
+    from opennemo.planning.plan import resolve_shape
     from opennemo.train.config import read_recipe
-    from opennemo.train.machines import GIB, parse_machines
-    from opennemo.train.plan import plan as work_out
-    from opennemo.train.plan import resolve_shape
 
     settings = read_recipe(recipe, set or ())
     machines = parse_machines(gpus, nodes)

@@ -28,9 +28,9 @@ def show(
     """Show a text's tokens in colours, with their ids and bytes."""
     from rich.console import Console
 
+    from opennemo.data.display import show as render
     from opennemo.model.hub import locate
-    from opennemo.tokenizer.display import show as render
-    from opennemo.tokenizer.ranks import OWN, open_tokenizer
+    from opennemo.tokenizer.rank_files import OWN, open_tokenizer
 
     path = Path(tokenizer) if tokenizer == OWN else locate(tokenizer)
     Console().print(render(open_tokenizer(path), text or standard_input()))
@@ -55,9 +55,9 @@ def compare(
     """Count the tokens that tokenizers need for the same texts, by language."""
     from rich.console import Console
 
-    from opennemo.tokenizer.compression import compare as measure
-    from opennemo.tokenizer.compression import open_all
-    from opennemo.tokenizer.texts import Texts
+    from opennemo.data.compression import compare as measure
+    from opennemo.data.compression import open_all
+    from opennemo.texts import Texts
 
     opened = open_all(tokenizers)
     result = measure(opened, Texts(texts).read(lambda n: None), reference or next(iter(opened)))
@@ -93,11 +93,11 @@ def train(
     processes: Annotated[int, typer.Option(help="That count words side by side.")] = 2,
 ) -> None:
     """Learn a byte-level BPE vocabulary; writes tekken.json and tokenizer.json with equal ids."""
-    from opennemo.tokenizer.display import progress
+    from opennemo.data.display import progress
+    from opennemo.data.vocabulary import VocabularySettings, read_settings
+    from opennemo.data.vocabulary import train as learn
+    from opennemo.texts import Texts
     from opennemo.tokenizer.tekken import Tekken
-    from opennemo.tokenizer.texts import Texts
-    from opennemo.tokenizer.training import VocabularySettings, read_settings
-    from opennemo.tokenizer.training import train as learn
 
     changes = given(vocab_size=vocab_size, temperature=temperature)
     wanted = read_settings(settings, **changes) if settings else VocabularySettings(**changes)

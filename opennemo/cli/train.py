@@ -77,8 +77,8 @@ def _sampler(recipe: Any) -> Any:
     if recipe.evaluation.prompts is None:
         return None
     from opennemo.llm import answer_all
+    from opennemo.texts import open_lines
     from opennemo.tokenizer.messages import normalize
-    from opennemo.tokenizer.texts import open_lines
     from opennemo.train.shapes import conversation_of, parse_line
 
     asked = []

@@ -11,7 +11,7 @@ from pathlib import Path
 from opennemo.evals.rows import Row
 from opennemo.evals.runs import Run, score_all
 from opennemo.llm import LLM
-from opennemo.tokenizer.texts import Texts
+from opennemo.texts import Texts
 
 
 def measure(

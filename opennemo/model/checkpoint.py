@@ -11,9 +11,7 @@ business, what goes along with the weights companions.py's, the hub hub.py's.
 """
 
 import math
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,8 +22,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from opennemo.errors import CheckpointError
+from opennemo.files import new_folder, read_json, write_json
 from opennemo.model import compressed, layouts
-from opennemo.model.companions import copy_companions, write_json
+from opennemo.model.companions import copy_companions
 from opennemo.model.layouts import FolderLayout, Layout
 from opennemo.model.quantization import (
     QuantizedLinear,
@@ -33,7 +32,6 @@ from opennemo.model.quantization import (
 )
 from opennemo.model.tensor_files import PLAIN, SafetensorFiles, write_safetensors
 from opennemo.model.transformer import ModelConfig, Transformer
-from opennemo.tokenizer.huggingface import read_json
 
 # The file of settings, and the name of the weights up to its suffix.
 FILES = {"mistral": ("params.json", "consolidated"), "hf": ("config.json", "model")}
@@ -203,30 +201,6 @@ class _Uninitialised(TorchFunctionMode):
         if func in (nn.init.normal_, nn.init.kaiming_uniform_):
             return kwargs["tensor"]
         return func(*args, **kwargs)
-
-
-@contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder that takes the name of `folder` if the block ends well, else vanishes.
-
-    Raises:
-        CheckpointError: `folder` exists and is not empty, or cannot be written.
-    """
-    folder = folder.absolute()
-    partial = folder.with_name(f".{folder.name}.partial")
-    try:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise CheckpointError(f"{folder}: exists, and is no empty folder; choose another name")
-        shutil.rmtree(partial, ignore_errors=True)  # from a process that was killed
-        partial.mkdir(parents=True)
-        yield partial
-        if folder.exists():
-            folder.rmdir()
-        partial.rename(folder)
-    except OSError as error:
-        raise CheckpointError(f"{folder}: cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _layout_of(path: Path) -> FolderLayout:

@@ -4,16 +4,15 @@ Files are copied as they are. What the new layout needs besides is made from wha
 tokenizer.json from tekken.json, or from the fields of a GGUF file.
 """
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 from opennemo.errors import CheckpointError
+from opennemo.files import read_json, write_json
 from opennemo.model.layouts import FolderLayout, short
-from opennemo.tokenizer.export import save_huggingface
-from opennemo.tokenizer.gguf import read_metadata
-from opennemo.tokenizer.huggingface import read_json
+from opennemo.tokenizer.gguf_vocabulary import read_metadata
+from opennemo.tokenizer.saving import save_huggingface
 from opennemo.tokenizer.tokenizer import load_tokenizer
 
 TOKENIZERS = ("tekken.json", "tokenizer.json", "tokenizer.model*")
@@ -74,7 +73,3 @@ def copy_companions(src: Path, dst: Path, *, layout: FolderLayout = "mistral") -
         eos = read_generation_config(src).get("eos_token_ids", [tokenizer.eos_id])
         config = {"bos_token_id": tokenizer.bos_id, "eos_token_id": eos}
         write_json(dst / "generation_config.json", config)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")

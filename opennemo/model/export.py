@@ -13,15 +13,10 @@ import torch
 from torch import Tensor
 
 from opennemo.errors import CheckpointError, InvalidRequest
+from opennemo.files import new_folder
 from opennemo.model import compressed
 from opennemo.model.attention import Packed
-from opennemo.model.checkpoint import (
-    Progress,
-    load,
-    new_folder,
-    open_checkpoint,
-    write_model,
-)
+from opennemo.model.checkpoint import Progress, load, open_checkpoint, write_model
 from opennemo.model.companions import copy_companions
 from opennemo.model.layouts import FolderLayout
 from opennemo.model.lora import fold, read_adapter

@@ -23,8 +23,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from opennemo.errors import CheckpointError, InvalidRequest
+from opennemo.files import read_json, write_json
 from opennemo.model.checkpoint import weight_shapes
-from opennemo.model.companions import write_json
 from opennemo.model.layouts import COLUMN, WEIGHTS, halves_to_pairs, pairs_to_halves, short, spell
 from opennemo.model.quantization import (
     Format,
@@ -35,7 +35,6 @@ from opennemo.model.quantization import (
 )
 from opennemo.model.tensor_files import write_safetensors
 from opennemo.model.transformer import ModelConfig, Transformer
-from opennemo.tokenizer.huggingface import read_json
 
 # Linear layers of a block, from Hugging Face's names to ours.
 LAYERS = {names[COLUMN["hf"]]: ours for ours, names in WEIGHTS.items() if ".w" in ours}

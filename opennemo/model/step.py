@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from opennemo.kernels.cpu import CompilerMissing
 from opennemo.model.attention import Paged
-from opennemo.model.cpu import NativeStep
+from opennemo.model.cpu_step import NativeStep
 from opennemo.model.quantization import QuantizedLinear
 from opennemo.model.transformer import Transformer
 
@@ -38,7 +38,7 @@ def compile_step(
     """
     device = model.tok_embeddings.weight.device.type
     if device == "cuda" and importlib.util.find_spec("triton"):
-        from opennemo.model.gpu import GpuStep  # imports Triton: seconds that a CPU saves
+        from opennemo.model.gpu_step import GpuStep  # imports Triton: seconds that a CPU saves
 
         return GpuStep(model)
     if device == "cuda":

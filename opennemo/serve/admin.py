@@ -7,8 +7,8 @@ from fastapi import APIRouter, Depends
 from starlette.responses import Response
 
 from opennemo.errors import InvalidRequest
-from opennemo.serve.errors import Json, Refusal
-from opennemo.serve.schema import AdapterRequest
+from opennemo.serve.error_bodies import Json, Refusal
+from opennemo.serve.protocols.schema import AdapterRequest
 from opennemo.serve.service import Service, service_of
 
 router = APIRouter()

@@ -29,13 +29,15 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from opennemo.batch import api as batches
+from opennemo.batch.worker import Worker
 from opennemo.errors import OpenNemoError
-from opennemo.serve import admin, anthropic, batches, chat, models, nim, responses
-from opennemo.serve.errors import Refusal, dumps, error_body, error_response, refusal
+from opennemo.serve import admin
+from opennemo.serve.error_bodies import Refusal, dumps, error_body, error_response, refusal
+from opennemo.serve.protocols import anthropic, chat, models, nim, responses
 from opennemo.serve.service import INSIDE, Service
 from opennemo.serve.settings import Settings
 from opennemo.serve.tracing import trace
-from opennemo.serve.worker import Worker
 
 ERRORS = {400, 401, 403, 404, 405, 413, 422, 429, 500, 501, 503}
 MAX_HEADERS = 64 * 1024  # bytes

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from opennemo.errors import InvalidRequest
-from opennemo.serve.errors import Refusal
+from opennemo.serve.error_bodies import Refusal
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MINUTE = 60  # seconds

@@ -19,11 +19,11 @@ from opennemo.engine import EngineConfig
 from opennemo.errors import InvalidRequest, OpenNemoError
 from opennemo.llm import LLM, Reply
 from opennemo.serve.auth import Client, Gatekeeper, Limits, read_clients
-from opennemo.serve.errors import Refusal
-from opennemo.serve.metrics import Metrics
-from opennemo.serve.schema import Body
+from opennemo.serve.error_bodies import Refusal
+from opennemo.serve.prometheus import Metrics
+from opennemo.serve.protocols.schema import Body
+from opennemo.serve.protocols.stream import Generation
 from opennemo.serve.settings import Settings
-from opennemo.serve.stream import Generation
 
 KV_FORMATS = {  # vLLM's names of what a KV cache is kept in -> ours
     "auto": None, "bfloat16": "bf16", "float32": "fp32", "fp8": "fp8", "int8": "int8",
@@ -65,7 +65,7 @@ class Service:
             OpenNemoError: it cannot be loaded, or there is no Ray where there are to be replicas.
         """
         if self.settings.replicas:
-            from opennemo.serve.fleet import open_fleet  # one machine never starts Ray
+            from opennemo.cluster.fleet import open_fleet  # one machine never starts Ray
 
             llm = open_fleet(self.settings)
         else:

@@ -24,6 +24,7 @@ import numpy as np
 import tokenizers
 
 from opennemo.errors import CheckpointError
+from opennemo.files import read_json
 from opennemo.tokenizer.bpe import MANY_CHARS, fastokens, probe
 from opennemo.tokenizer.tokenizer import Tokenizer, mistral_version, repair_surrogates
 
@@ -243,19 +244,6 @@ def read_chat_template(folder: Path) -> str | None:
             if isinstance(template, str):
                 return template
     return None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; CheckpointError if there is none."""
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: not a JSON object")
-    return content
 
 
 def _names(spec: dict[str, Any]) -> dict[int, str]:

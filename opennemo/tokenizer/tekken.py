@@ -13,7 +13,6 @@ import binascii
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from opennemo.errors import CheckpointError
+from opennemo.files import write_whole
 from opennemo.tokenizer.bpe import BytePairEncoding
 from opennemo.tokenizer.tokenizer import Tokenizer
 
@@ -149,7 +149,7 @@ class Tekken(Tokenizer):
                 {"rank": id, "token_str": name, "is_control": True}
                 for id, name in enumerate(self.special_tokens)
             ]
-        _write_whole(path, json.dumps(content, ensure_ascii=True).encode())
+        write_whole(path, json.dumps(content, ensure_ascii=True).encode())
 
 
 def _text(token: bytes) -> str | None:
@@ -236,19 +236,6 @@ def _write_cache(file: Path, parts: dict[str, Any]) -> None:
     body = b"\n".join([header, ends + b"".join(tokens)])
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        _write_whole(file, CACHE_FORMAT + hashlib.sha256(body).digest() + body)
+        write_whole(file, CACHE_FORMAT + hashlib.sha256(body).digest() + body)
     except OSError:
         pass
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    """Write all of the file or nothing of it, whoever else reads or writes it meanwhile."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
-        try:
-            file.write(data)
-            file.close()
-            os.chmod(file.name, 0o644)  # temporary files are for their owner's eyes only
-            os.replace(file.name, path)
-        except OSError:
-            os.unlink(file.name)
-            raise

@@ -143,7 +143,7 @@ def load_tokenizer(model: Path) -> Tokenizer:
         CheckpointError: nothing there that is known, or the file is damaged.
     """
     # The kinds of tokenizers are built on this module, hence imported late.
-    from opennemo.tokenizer.gguf import load_gguf
+    from opennemo.tokenizer.gguf_vocabulary import load_gguf
     from opennemo.tokenizer.huggingface import HuggingFace, read_chat_template
     from opennemo.tokenizer.sentencepiece import SentencePiece
     from opennemo.tokenizer.tekken import Tekken

@@ -40,6 +40,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 
 from opennemo.errors import CheckpointError
+from opennemo.files import sync
 from opennemo.model.tensor_files import write_safetensors
 
 INDEX = "checkpoint.json"
@@ -209,7 +210,7 @@ class _Writer(StorageWriter):
             layout[name] = item.tensor_data.properties.dtype, tuple(item.tensor_data.chunk.sizes)
         if items:
             write_safetensors(path, layout, read)
-            _sync(path)
+            sync(path)
         written = torch.futures.Future()
         written.set_result(
             [
@@ -240,12 +241,12 @@ class _Writer(StorageWriter):
         sizes = {name: (self.partial / name).stat().st_size for name in sorted(set(files.values()))}
         index = {"step": self.step, "files": sizes, "values": self.values, "tensors": tensors}
         (self.partial / INDEX).write_text(json.dumps(index), "utf-8")
-        _sync(self.partial / INDEX, self.partial)
+        sync(self.partial / INDEX, self.partial)
         path = _path(self.folder, self.step)
         if path.exists():  # a step saved for the second time
             _remove(path)
         self.partial.rename(path)
-        _sync(self.folder)
+        sync(self.folder)
         for step in sorted(_steps(self.folder) - {self.step})[: -self.keep + 1 or None]:
             _remove(_path(self.folder, step))
         for left in self.folder.glob(".step-*"):  # of runs that were killed
@@ -355,16 +356,6 @@ def _remove(path: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
     path.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)
-
-
-def _sync(*paths: Path) -> None:
-    """Have files and folders written to the disk itself."""
-    for path in paths:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def _read_index(path: Path) -> dict[str, Any]:

@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from opennemo.errors import InvalidRequest
+from opennemo.texts import open_lines
 from opennemo.tokenizer import Tokenizer
 from opennemo.tokenizer.chat import MISTRAL_LAYOUTS, encode_for_training
 from opennemo.tokenizer.messages import Message, Tool
-from opennemo.tokenizer.texts import open_lines
 from opennemo.train.shapes import (
     answer_of,
     as_context,

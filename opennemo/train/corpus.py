@@ -30,7 +30,8 @@ from typing import Any
 import numpy as np
 
 from opennemo.errors import CheckpointError, InvalidRequest
-from opennemo.tokenizer.ranks import open_tokenizer
+from opennemo.files import write_whole
+from opennemo.tokenizer.rank_files import open_tokenizer
 from opennemo.tokenizer.tokenizer import Tokenizer
 
 FORMAT = "opennemo shards 1"
@@ -227,7 +228,7 @@ class ShardWriter:
             for name in ("tokens", "documents", "text_bytes")
         }
         index = {"format": FORMAT, "tokenizer": self._tokenizer, **totals, "shards": self._shards}
-        write_whole(self._folder / "index.json", [json.dumps(index, indent=1).encode() + b"\n"])
+        write_whole(self._folder / "index.json", json.dumps(index, indent=1).encode() + b"\n")
         return index
 
     def _flush(self) -> None:
@@ -240,7 +241,7 @@ class ShardWriter:
             digest = hashlib.sha256()
             for array in arrays:
                 digest.update(array.data)
-            write_whole(self._folder / f"{name}.{kind}", [array.data for array in arrays])
+            write_whole(self._folder / f"{name}.{kind}", *(array.data for array in arrays))
             shard[kind] = {"bytes": sum(a.nbytes for a in arrays), "sha256": digest.hexdigest()}
         self._shards.append(shard)
         self._ids, self._ends, self._n_tokens, self._n_text_bytes = [], [], 0, 0
@@ -255,21 +256,6 @@ def describe_tokenizer(tokenizer: Tokenizer, name: str) -> dict[str, Any]:
         "bos_id": tokenizer.bos_id if tokenizer.add_bos else None,
         "eos_id": tokenizer.eos_id,
     }
-
-
-def write_whole(path: Path, parts: Sequence[bytes | memoryview]) -> None:
-    """Write all of a file, down to the disk, or nothing of it; OSError if there is no room."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            for part in parts:
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 class _Shards:

@@ -17,6 +17,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from opennemo.errors import InvalidRequest
+from opennemo.files import read_json
 from opennemo.model.checkpoint import save
 from opennemo.model.companions import copy_companions
 from opennemo.model.export import Calibration, quantize
@@ -24,8 +25,7 @@ from opennemo.model.lora import save_adapter
 from opennemo.model.parallel import whole
 from opennemo.model.quantization import KVRounding, observers
 from opennemo.model.transformer import Transformer
-from opennemo.tokenizer.export import save_huggingface
-from opennemo.tokenizer.huggingface import read_json
+from opennemo.tokenizer.saving import save_huggingface
 from opennemo.tokenizer.tekken import Tekken
 from opennemo.train.card import write_card
 from opennemo.train.config import Recipe, differences, parse_recipe, to_json

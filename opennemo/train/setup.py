@@ -19,7 +19,7 @@ from opennemo.model.hub import locate
 from opennemo.model.lora import add_lora_
 from opennemo.model.quantization import FORMATS, prepare_qat_
 from opennemo.model.transformer import Transformer
-from opennemo.tokenizer.ranks import OWN, open_tokenizer
+from opennemo.tokenizer.rank_files import OWN, open_tokenizer
 from opennemo.tokenizer.tokenizer import Tokenizer
 from opennemo.train import config
 from opennemo.train.config import Recipe

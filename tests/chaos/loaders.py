@@ -10,6 +10,8 @@ import gguf
 import numpy as np
 import torch
 
+from opennemo.batch.lines import LineError, parse
+from opennemo.data.vocabulary import read_settings as read_vocabulary_settings
 from opennemo.model import layouts
 from opennemo.model.checkpoint import load, save
 from opennemo.model.companions import read_generation_config
@@ -17,13 +19,11 @@ from opennemo.model.export import quantize
 from opennemo.model.lora import add_lora_, load_adapter, save_adapter
 from opennemo.model.transformer import PRESETS, Transformer
 from opennemo.serve.auth import Limits, read_clients
-from opennemo.serve.batch import LineError, parse
 from opennemo.serve.settings import read_settings
 from opennemo.tokenizer.chat import encode_chat
-from opennemo.tokenizer.export import save_huggingface
+from opennemo.tokenizer.saving import save_huggingface
 from opennemo.tokenizer.tekken import PATTERN, SINGLE_BYTES, Tekken
 from opennemo.tokenizer.tokenizer import load_tokenizer
-from opennemo.tokenizer.training import read_settings as read_vocabulary_settings
 from opennemo.train.checkpoints import Checkpoints
 from opennemo.train.config import read_recipe
 from opennemo.train.conversations import read_examples, read_pairs

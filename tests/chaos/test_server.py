@@ -13,7 +13,7 @@ import httpx2
 import pytest
 
 from opennemo.serve import auth
-from opennemo.serve.errors import Refusal
+from opennemo.serve.error_bodies import Refusal
 from tests.servers import CHAT, wait_until
 
 BODY = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 8}

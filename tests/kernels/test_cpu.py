@@ -9,7 +9,7 @@ from torch import Tensor
 
 from opennemo.kernels import cpu
 from opennemo.model.attention import Paged
-from opennemo.model.cpu import NativeStep
+from opennemo.model.cpu_step import NativeStep
 from opennemo.model.pages import Pages
 from opennemo.model.quantization import FORMATS, quantize_
 from opennemo.model.step import TorchStep, compile_step

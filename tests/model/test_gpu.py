@@ -22,7 +22,7 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("needs Triton: pip install triton", allow_module_level=True)
 
 from opennemo.kernels import paged_attention
-from opennemo.model.gpu import BATCHES, GpuStep
+from opennemo.model.gpu_step import BATCHES, GpuStep
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"

@@ -17,9 +17,10 @@ from pathlib import Path
 import httpx2
 import pytest
 
+from opennemo.batch import lines as batch
+from opennemo.batch import offline
 from opennemo.errors import OpenNemoError
 from opennemo.llm import LLM
-from opennemo.serve import batch, offline
 from opennemo.serve.settings import read_settings
 
 mistralai = pytest.importorskip("mistralai.client")

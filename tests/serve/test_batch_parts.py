@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from opennemo.cluster import batch_parts as parts
 from opennemo.errors import InvalidRequest
-from opennemo.serve import parts
 from opennemo.serve.settings import Settings
 from tests.servers import needs_ray
 

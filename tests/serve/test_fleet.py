@@ -36,7 +36,7 @@ SAID = "The quick brown fox jumps over the lazy dog. " * 8  # 360 tokens, one a 
 
 def test_a_server_without_replicas_does_not_know_of_ray():
     code = (
-        "import sys, opennemo.serve.app, opennemo.serve.service, opennemo.serve.offline\n"
+        "import sys, opennemo.serve.app, opennemo.serve.service, opennemo.batch.offline\n"
         "assert not any(name.split('.')[0] == 'ray' for name in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -60,7 +60,7 @@ def replicas(folder: Path, adapter_root: Path, running) -> Iterator:
     # Not imported to see: Ray reads the environment as it is.
     if not (importlib.util.find_spec("ray") and importlib.util.find_spec("grpc")):
         pytest.skip("needs Ray Serve: pip install -e '.[scale]'")
-    from opennemo.serve.fleet import open_fleet
+    from opennemo.cluster.fleet import open_fleet
 
     options = {"replicas": 2, "api_key": KEYS, "admin_key": ADMIN, "lora_root": adapter_root}
     llm = open_fleet(Settings(model=str(folder), device="cpu", **options))  # pyright: ignore

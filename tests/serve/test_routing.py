@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opennemo.serve.routing import CHUNK, SEQUENCE, Router
+from opennemo.cluster.routing import CHUNK, SEQUENCE, Router
 
 
 def prompt(seed: int, n: int) -> list[int]:

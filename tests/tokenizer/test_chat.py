@@ -20,8 +20,8 @@ from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
 from opennemo.errors import InvalidRequest
 from opennemo.tokenizer.chat import encode_chat, encode_for_training
-from opennemo.tokenizer.export import save_huggingface
 from opennemo.tokenizer.mistral_template import mistral_template
+from opennemo.tokenizer.saving import save_huggingface
 from opennemo.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 DATA = Path(str(importlib.resources.files("mistral_common"))) / "data"

@@ -12,13 +12,13 @@ import pytest
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 from rich.console import Console
 
+from opennemo.data.compression import Comparison, compare, open_all
+from opennemo.data.display import show
 from opennemo.errors import CheckpointError, InvalidRequest
-from opennemo.tokenizer.compression import Comparison, compare, open_all
-from opennemo.tokenizer.display import show
-from opennemo.tokenizer.ranks import OWN, PATTERN_OF_RANKS, Ranks, open_tokenizer, pack
+from opennemo.texts import Texts
+from opennemo.tokenizer.patterns import PATTERNS
+from opennemo.tokenizer.rank_files import OWN, PATTERN_OF_RANKS, Ranks, open_tokenizer, pack
 from opennemo.tokenizer.tekken import SINGLE_BYTES, Tekken
-from opennemo.tokenizer.texts import Texts
-from opennemo.tokenizer.words import PATTERNS
 
 TEXTS = [("en", "the theme of the thesis"), ("fr", "thé"), ("en", "the"), ("el", "το")]
 

@@ -18,9 +18,9 @@ from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import generate_merges
 
 from opennemo.errors import CheckpointError
-from opennemo.tokenizer.export import save_huggingface
-from opennemo.tokenizer.gguf import load_gguf, read_metadata
+from opennemo.tokenizer.gguf_vocabulary import load_gguf, read_metadata
 from opennemo.tokenizer.huggingface import HuggingFace
+from opennemo.tokenizer.saving import save_huggingface
 from opennemo.tokenizer.sentencepiece import SentencePiece
 from opennemo.tokenizer.tekken import PATTERN, SINGLE_BYTES, Tekken
 from opennemo.tokenizer.tokenizer import Tokenizer, load_tokenizer

@@ -11,7 +11,7 @@ import sentencepiece
 from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer, get_spm_version
 
 from opennemo.errors import CheckpointError
-from opennemo.tokenizer.export import save_huggingface
+from opennemo.tokenizer.saving import save_huggingface
 from opennemo.tokenizer.sentencepiece import SentencePiece
 from opennemo.tokenizer.tokenizer import load_tokenizer
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opennemo.tokenizer.export import save_huggingface
+from opennemo.tokenizer.saving import save_huggingface
 from opennemo.tokenizer.tekken import Tekken
 from opennemo.tokenizer.tokenizer import Tokenizer, load_tokenizer
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from opennemo.errors import InvalidRequest
-from opennemo.tokenizer.texts import Text, Texts, pieces
+from opennemo.texts import Text, Texts, pieces
 
 
 def test_files_of_every_kind_and_their_languages(tmp_path: Path):

@@ -15,26 +15,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
-from opennemo.errors import InvalidRequest
-from opennemo.tokenizer import merging
-from opennemo.tokenizer.bpe import merge
-from opennemo.tokenizer.display import progress
-from opennemo.tokenizer.merging import learn_merges
-from opennemo.tokenizer.tekken import SINGLE_BYTES, Tekken
-from opennemo.tokenizer.texts import Texts
-from opennemo.tokenizer.training import (
+from opennemo.data import merging
+from opennemo.data.display import progress
+from opennemo.data.merging import learn_merges
+from opennemo.data.vocabulary import (
     VocabularySettings,
     read_settings,
     train,
 )
-from opennemo.tokenizer.words import (
+from opennemo.data.words import (
     MAX_WORD_CHARS,
-    PATTERNS,
     WordCounts,
     compiled,
     count_words,
     weigh,
 )
+from opennemo.errors import InvalidRequest
+from opennemo.texts import Texts
+from opennemo.tokenizer.bpe import merge
+from opennemo.tokenizer.patterns import PATTERNS
+from opennemo.tokenizer.tekken import SINGLE_BYTES, Tekken
 
 GREEK = "Όλοι οι άνθρωποι γεννιούνται ελεύθεροι και ίσοι στα δικαιώματα. "  # noqa: RUF001
 SETTINGS = VocabularySettings(vocab_size=2000)

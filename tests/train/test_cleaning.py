@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from opennemo.errors import InvalidRequest, OpenNemoError
-from opennemo.train.cleaning import (
+from opennemo.data.cleaning import (
     MAX_COMMONEST,
     MAX_REPEATED,
     MAX_REPEATED_LINE_CHARS,
@@ -24,6 +23,7 @@ from opennemo.train.cleaning import (
     repetition,
     stages,
 )
+from opennemo.errors import InvalidRequest, OpenNemoError
 
 ROOT = Path(__file__).parents[2]
 PROSE = (ROOT / "docs" / "architecture.md").read_text("utf-8")

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from opennemo.errors import InvalidRequest
-from opennemo.tokenizer.huggingface import read_json
+from opennemo.files import read_json
 from opennemo.train.config import differences, parse_recipe, read_recipe, to_json
 
 RECIPES = Path(__file__).parents[2] / "recipes"

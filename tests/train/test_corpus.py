@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opennemo.errors import CheckpointError, InvalidRequest, OpenNemoError
-from opennemo.tokenizer.export import save_huggingface
-from opennemo.tokenizer.ranks import OWN, own_tokenizer
+from opennemo.tokenizer.rank_files import OWN, own_tokenizer
+from opennemo.tokenizer.saving import save_huggingface
 from opennemo.tokenizer.tekken import SINGLE_BYTES, Tekken
 from opennemo.train.corpus import Corpus, ShardWriter, Source, tokenizer_hash, vocabulary_hash
 

@@ -17,9 +17,9 @@ from opennemo.model.checkpoint import weight_shapes
 from opennemo.model.lora import add_lora_
 from opennemo.model.quantization import FORMATS, prepare_qat_, quantize_
 from opennemo.model.transformer import PRESETS, ModelConfig, Transformer, rotary
+from opennemo.planning.machines import CARDS, GIB, Card, Machines, parse_machines
+from opennemo.planning.plan import _Work, activations, plan, resolve_shape
 from opennemo.train.config import Recipe, parse_recipe
-from opennemo.train.machines import CARDS, GIB, Card, Machines, parse_machines
-from opennemo.train.plan import _Work, activations, plan, resolve_shape
 
 ROOT = Path(__file__).parents[2]
 NEMO = PRESETS["mistral-nemo-12b"]

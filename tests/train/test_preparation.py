@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 
 from opennemo.cli import main
+from opennemo.data.cleaning import STAGES, Cleaning
+from opennemo.data.portions import Plan
+from opennemo.data.preparation import prepare
+from opennemo.data.statistics import table
 from opennemo.errors import OpenNemoError
-from opennemo.tokenizer.ranks import OWN, own_tokenizer
-from opennemo.train.cleaning import STAGES, Cleaning
+from opennemo.tokenizer.rank_files import OWN, own_tokenizer
 from opennemo.train.corpus import Corpus, Source, tokenizer_hash
-from opennemo.train.parts import Plan
-from opennemo.train.preparation import prepare
-from opennemo.train.report import table
 from tests.servers import needs_ray
 
 ROOT = Path(__file__).parents[2]
@@ -36,7 +36,7 @@ SMALL: dict[str, Any] = {"tokenizer": Path(OWN), "shard_tokens": 5_000, "chunk_b
 # What test_any_number_of_workers_makes_the_same does, in a process of its own.
 PROGRAM = (
     "import sys; from pathlib import Path\n"
-    "from opennemo.train.parts import *; from opennemo.train.preparation import *\n"
+    "from opennemo.data.portions import *; from opennemo.data.preparation import *\n"
     "prepare(Plan(inputs=(Path(sys.argv[1]),), out=Path(sys.argv[2]),"
     f" cleaning=Cleaning(stages={STAGES}), tokenizer=Path({OWN!r}),"
     f" shard_tokens={SMALL['shard_tokens']}, chunk_bytes={SMALL['chunk_bytes']}), workers=2)"

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from opennemo.cli import main
+from opennemo.data.validation import epoch, fix, validate
 from opennemo.errors import InvalidRequest
 from opennemo.model.checkpoint import save
 from opennemo.model.transformer import PRESETS, Transformer
-from opennemo.tokenizer.ranks import OWN, open_tokenizer
+from opennemo.planning.machines import parse_machines
+from opennemo.tokenizer.rank_files import OWN, open_tokenizer
 from opennemo.train.conversations import read_examples, read_pairs
-from opennemo.train.machines import parse_machines
-from opennemo.train.validation import epoch, fix, validate
 
 ASK, SAY = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from opennemo.serve.app import PAGE_POLICY
-from opennemo.serve.errors import Refusal
+from opennemo.serve.error_bodies import Refusal
 
 expect = pytest.importorskip("playwright.sync_api").expect
 

@@ -16,6 +16,8 @@ from typing import Any
 
 from opennemo.errors import InvalidRequest
 from opennemo.model.checkpoint import open_checkpoint
+from opennemo.planning.machines import Machines
+from opennemo.planning.plan import Plan, plan
 from opennemo.tokenizer import Tokenizer
 from opennemo.tokenizer.messages import Message
 from opennemo.train.config import Data, Lora, Model, Recipe, Source
@@ -27,8 +29,6 @@ from opennemo.train.conversations import (
     read_examples,
     read_pairs,
 )
-from opennemo.train.machines import Machines
-from opennemo.train.plan import Plan, plan
 from opennemo.train.shapes import SPEAKERS, conversation_of, parse_line
 
 

@@ -18,10 +18,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from opennemo.batch.lines import Answer, Slots, run
+from opennemo.batch.offline import SPARE, Place, lines_at, places_in
 from opennemo.errors import InvalidRequest, OpenNemoError
 from opennemo.serve.app import configure_logs, create_app
-from opennemo.serve.batch import Answer, Slots, run
-from opennemo.serve.offline import SPARE, Place, lines_at, places_in
 from opennemo.serve.service import Service
 from opennemo.serve.settings import Settings
 
@@ -115,7 +115,7 @@ def here(source: Path, folder: Path, parts: list[Part], settings: Settings) -> I
 
 def on_ray(source: Path, folder: Path, parts: list[Part], settings: Settings) -> Iterator[int]:
     """As many engines as there are replicas, where Ray finds room for them."""
-    from opennemo.serve.fleet import cpus_of, gpus_of, start_ray
+    from opennemo.cluster.fleet import cpus_of, gpus_of, start_ray
 
     if not parts:
         return

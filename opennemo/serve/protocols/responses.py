@@ -17,10 +17,10 @@ from starlette.responses import Response
 from opennemo.errors import InvalidRequest
 from opennemo.llm import LLM
 from opennemo.serve.auth import Client
-from opennemo.serve.errors import Json
-from opennemo.serve.schema import Body, Choice, Tools, response_format
+from opennemo.serve.error_bodies import Json
+from opennemo.serve.protocols.schema import Body, Choice, Tools, response_format
+from opennemo.serve.protocols.stream import STREAMS, Delta, EventStream, Generation, event
 from opennemo.serve.service import Service, client_of, service_of
-from opennemo.serve.stream import STREAMS, Delta, EventStream, Generation, event
 
 router = APIRouter()
 TheService = Annotated[Service, Depends(service_of)]

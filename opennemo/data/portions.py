@@ -26,14 +26,15 @@ from typing import Any
 
 import numpy as np
 
-from opennemo.cluster import keep_ray_here
+from opennemo.cluster.local_ray import keep_ray_here
+from opennemo.data.cleaning import Cleaning, Document, Stage, keys, stages
+from opennemo.data.statistics import Report
 from opennemo.errors import OpenNemoError
-from opennemo.tokenizer.ranks import open_tokenizer
-from opennemo.tokenizer.texts import Piece, Texts, name_of, pieces
+from opennemo.files import write_whole
+from opennemo.texts import Piece, Texts, name_of, pieces
+from opennemo.tokenizer.rank_files import open_tokenizer
 from opennemo.tokenizer.tokenizer import Tokenizer, repair_surrogates
-from opennemo.train.cleaning import Cleaning, Document, Stage, keys, stages
-from opennemo.train.corpus import SHARD_TOKENS, write_whole
-from opennemo.train.report import Report
+from opennemo.train.corpus import SHARD_TOKENS
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -162,7 +163,7 @@ def make_part(plan: Plan, chunk: Chunk) -> tuple[int, int]:
     }
     content = io.BytesIO()
     np.savez(content, allow_pickle=False, **part)
-    write_whole(plan.out / "parts" / chunk.part, [content.getbuffer()])
+    write_whole(plan.out / "parts" / chunk.part, content.getbuffer())
     return chunk.group, chunk.n_read
 
 

@@ -17,7 +17,7 @@ from itertools import chain
 
 import numpy as np
 
-from opennemo.tokenizer.words import Report
+from opennemo.data.words import Report
 
 EDGE, DEAD = -1, -2  # cells between words, and cells in which no symbol begins or ends
 FLOORS = 16  # how much rarer than the most frequent pair the noted ones may be

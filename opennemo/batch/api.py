@@ -13,12 +13,12 @@ from fastapi import APIRouter, Depends, Form, Query, Request, UploadFile
 from pydantic import BaseModel, Field
 from starlette.responses import Response, StreamingResponse
 
+from opennemo.batch.lines import Endpoint
+from opennemo.batch.store import AT_WORK, KEPT, Row
+from opennemo.batch.worker import Worker, owner_of
 from opennemo.errors import InvalidRequest
-from opennemo.serve.batch import Endpoint
-from opennemo.serve.errors import Json
+from opennemo.serve.error_bodies import Json
 from opennemo.serve.service import client_of
-from opennemo.serve.store import AT_WORK, KEPT, Row
-from opennemo.serve.worker import Worker, owner_of
 
 uploads, router = APIRouter(), APIRouter()  # apart, since uploads have a bound of their own
 BYTES: dict[int | str, dict[str, Any]] = {200: {"content": {"application/octet-stream": {}}}}

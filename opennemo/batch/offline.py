@@ -20,9 +20,9 @@ from typing import BinaryIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from opennemo.batch.lines import Answer, Line, LineError, Slots, answer_of, parse, run
 from opennemo.errors import InvalidRequest, OpenNemoError
 from opennemo.serve.app import configure_logs, create_app
-from opennemo.serve.batch import Answer, Line, LineError, Slots, answer_of, parse, run
 from opennemo.serve.service import Service
 from opennemo.serve.settings import Settings
 

@@ -9,7 +9,7 @@ being replaced out, and holds calls while there is none) stays Ray's.
 # pyright: reportMissingImports=false
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
-from opennemo.serve.routing import Router
+from opennemo.cluster.routing import Router
 
 
 class Prefixes(RequestRouter):

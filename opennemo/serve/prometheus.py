@@ -13,7 +13,7 @@ from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
 from opennemo.llm import LLM
-from opennemo.serve.stream import Generation
+from opennemo.serve.protocols.stream import Generation
 
 PREFIX = "opennemo_"
 VLLM = {  # ours, without prefix -> vLLM's

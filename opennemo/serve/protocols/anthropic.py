@@ -12,10 +12,10 @@ from starlette.responses import Response
 from opennemo.errors import InvalidRequest
 from opennemo.llm import LLM
 from opennemo.serve.auth import Client
-from opennemo.serve.errors import Json
-from opennemo.serve.schema import Body, Messages, Stop, Tools
+from opennemo.serve.error_bodies import Json
+from opennemo.serve.protocols.schema import Body, Messages, Stop, Tools
+from opennemo.serve.protocols.stream import STREAMS, Delta, EventStream, Generation, event
 from opennemo.serve.service import Service, client_of, service_of
-from opennemo.serve.stream import STREAMS, Delta, EventStream, Generation, event
 from opennemo.tokenizer.chat import encode_chat
 
 router = APIRouter()

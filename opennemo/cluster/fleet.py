@@ -30,13 +30,13 @@ from typing import Any
 import structlog
 import torch
 
-from opennemo.cluster import keep_ray_here
+from opennemo.cluster.local_ray import keep_ray_here
+from opennemo.cluster.replica import Replica
 from opennemo.engine import EngineConfig, Event, SamplingParams
 from opennemo.engine.scoring import Pair, Score
 from opennemo.engine.sequence import Listener, check_request
 from opennemo.errors import OpenNemoError, Overloaded, Unavailable
 from opennemo.llm import LLM
-from opennemo.serve.replica import Replica
 from opennemo.serve.service import adapters_of
 from opennemo.serve.settings import Settings
 
@@ -147,7 +147,7 @@ class Fleet:
         """
         from ray import serve
 
-        from opennemo.serve.prefixes import Prefixes
+        from opennemo.cluster.prefixes import Prefixes
 
         settings, self._generation = self._settings, self._generation + 1
         scaling: dict[str, Any] = {"num_replicas": settings.replicas}

@@ -19,11 +19,11 @@ from typing import Any
 import structlog
 from starlette.types import ASGIApp
 
+from opennemo.batch.lines import Answer, Line, LineError, Slots, answer_of, parse, run
+from opennemo.batch.store import Row, Store
 from opennemo.serve.auth import Client
-from opennemo.serve.batch import Answer, Line, LineError, Slots, answer_of, parse, run
-from opennemo.serve.errors import Refusal
+from opennemo.serve.error_bodies import Refusal
 from opennemo.serve.service import Service
-from opennemo.serve.store import Row, Store
 
 MAX_ERRORS = 100  # told of a batch that is not valid
 log = structlog.get_logger("opennemo.serve")

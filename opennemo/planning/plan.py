@@ -12,8 +12,8 @@ from pathlib import Path
 
 from opennemo.errors import InvalidRequest
 from opennemo.model.transformer import PRESETS, ModelConfig
+from opennemo.planning.machines import GB, GIB, Machines
 from opennemo.train.config import Recipe
-from opennemo.train.machines import GB, GIB, Machines
 from opennemo.train.objectives import CHUNK
 
 # While computing, without and with compilation: what torchtitan reached with Llama 3.1 8B on 8 and

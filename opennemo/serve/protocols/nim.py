@@ -6,7 +6,7 @@ from fastapi import APIRouter, Depends
 from starlette.responses import PlainTextResponse, Response
 
 import opennemo
-from opennemo.serve.errors import Json
+from opennemo.serve.error_bodies import Json
 from opennemo.serve.service import Service, service_of
 
 router = APIRouter()

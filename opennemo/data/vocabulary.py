@@ -16,12 +16,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from opennemo.data.merging import learn_merges
+from opennemo.data.words import Report, WordCounts, compiled, count_words, weigh
 from opennemo.errors import InvalidRequest
-from opennemo.tokenizer.export import save_huggingface
-from opennemo.tokenizer.merging import learn_merges
+from opennemo.texts import Texts
+from opennemo.tokenizer.patterns import PATTERNS
+from opennemo.tokenizer.saving import save_huggingface
 from opennemo.tokenizer.tekken import SINGLE_BYTES, Tekken
-from opennemo.tokenizer.texts import Texts
-from opennemo.tokenizer.words import PATTERNS, Report, WordCounts, compiled, count_words, weigh
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,8 +16,8 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, Literal
 
-from opennemo.serve.batch import Answer
-from opennemo.serve.errors import Refusal
+from opennemo.batch.lines import Answer
+from opennemo.serve.error_bodies import Refusal
 
 AT_WORK = ("validating", "in_progress", "cancelling")
 SCHEMA = """

@@ -11,10 +11,10 @@ from opennemo.engine import Event
 from opennemo.errors import InvalidRequest
 from opennemo.llm import LLM
 from opennemo.serve.auth import Client
-from opennemo.serve.errors import Json, Refusal
-from opennemo.serve.schema import ChatRequest, CompletionRequest, Sampling
+from opennemo.serve.error_bodies import Json, Refusal
+from opennemo.serve.protocols.schema import ChatRequest, CompletionRequest, Sampling
+from opennemo.serve.protocols.stream import STREAMS, Choice, Delta, EventStream, Generation, event
 from opennemo.serve.service import Service, client_of, service_of
-from opennemo.serve.stream import STREAMS, Choice, Delta, EventStream, Generation, event
 from opennemo.tokenizer import Tokenizer
 
 router = APIRouter()

@@ -18,12 +18,13 @@ from typing import Any
 
 import numpy as np
 
+from opennemo.data.cleaning import Cleaning
+from opennemo.data.portions import ENGINES, Plan, finished, groups, in_one_line, tools
+from opennemo.data.statistics import Report
 from opennemo.errors import InvalidRequest, OpenNemoError
-from opennemo.tokenizer.texts import Texts
-from opennemo.train.cleaning import Cleaning
-from opennemo.train.corpus import ShardWriter, describe_tokenizer, write_whole
-from opennemo.train.parts import ENGINES, Plan, finished, groups, in_one_line, tools
-from opennemo.train.report import Report
+from opennemo.files import write_whole
+from opennemo.texts import Texts
+from opennemo.train.corpus import ShardWriter, describe_tokenizer
 
 LIBRARIES = ("ftfy", "py3langid", "rensa")  # whose results may change with their versions
 
@@ -99,7 +100,7 @@ def _begin(plan: Plan, texts: Texts) -> dict[str, Any]:
     if plan.out.exists() and any(path != parts for path in plan.out.iterdir()):
         raise InvalidRequest(f"{plan.out}: holds other files; give an empty folder or a new one")
     parts.mkdir(parents=True, exist_ok=True)
-    write_whole(parts / "plan.json", [json.dumps(record).encode()])
+    write_whole(parts / "plan.json", json.dumps(record).encode())
     return record
 
 
@@ -126,7 +127,7 @@ def _finish(plan: Plan, record: dict[str, Any], say: Progress) -> dict[str, Any]
     if not content["kept"]["documents"]:
         raise InvalidRequest(f"{plan.out}: no text is left of {content['read']['documents']:,}")
     data = json.dumps(record | content, indent=1, ensure_ascii=False).encode() + b"\n"
-    write_whole(plan.out / "report.json", [data])
+    write_whole(plan.out / "report.json", data)
     writer.finish()
     shutil.rmtree(plan.out / "parts")
     return record | content

@@ -7,8 +7,8 @@ from fastapi import APIRouter, Depends
 from starlette.responses import Response
 
 from opennemo.errors import InvalidRequest
-from opennemo.serve.errors import Json
-from opennemo.serve.schema import DetokenizeRequest, TokenizeRequest
+from opennemo.serve.error_bodies import Json
+from opennemo.serve.protocols.schema import DetokenizeRequest, TokenizeRequest
 from opennemo.serve.service import NEMO_NAMES, Service, service_of
 from opennemo.tokenizer.chat import encode_chat
 

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from opennemo.errors import CheckpointError
 from opennemo.tokenizer.bpe import BytePairEncoding
+from opennemo.tokenizer.patterns import PATTERNS
 from opennemo.tokenizer.tekken import Tekken
 from opennemo.tokenizer.tokenizer import Tokenizer, load_tokenizer
-from opennemo.tokenizer.words import PATTERNS
 
 # A file of ranks does not say how it splits text; its number of ranks gives it away.
 PATTERN_OF_RANKS = {50_256: "gpt2", 100_256: "llama3", 128_000: "llama3", 199_998: "o200k"}

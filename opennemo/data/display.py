@@ -9,8 +9,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 from rich.text import Text
 
+from opennemo.data.words import Report
 from opennemo.tokenizer.tokenizer import Tokenizer
-from opennemo.tokenizer.words import Report
 
 # Neighbours differ, and black letters are legible on all of them.
 SHADES = ("#ffd8a8", "#b2f2bb", "#a5d8ff", "#eebefa", "#ffec99")

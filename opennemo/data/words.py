@@ -18,22 +18,10 @@ from dataclasses import dataclass, field
 import regex  # comes with tiktoken; reads \p{...} as the Rust libraries do
 
 from opennemo.errors import InvalidRequest
-from opennemo.tokenizer.texts import Texts
+from opennemo.texts import Texts
+from opennemo.tokenizer.patterns import PATTERNS
 from opennemo.tokenizer.tokenizer import repair_surrogates
 
-_WORD = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-_NAME = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-_SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_BLANK = r"\s*[\r\n]+|\s+(?!\S)|\s+"
-PATTERNS = {
-    "tekken": rf"[^\r\n\p{{L}}\p{{N}}]?{_WORD}|[^\r\n\p{{L}}\p{{N}}]?{_NAME}|\p{{N}}"
-    rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_BLANK}",
-    "o200k": rf"[^\r\n\p{{L}}\p{{N}}]?{_WORD}{_SUFFIX}?|[^\r\n\p{{L}}\p{{N}}]?{_NAME}{_SUFFIX}?"
-    rf"|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_BLANK}",
-    "llama3": rf"{_SUFFIX}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}"
-    rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_BLANK}",
-    "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-}
 # With these patterns a word may begin with a space, but no other word goes on over one behind which
 # there is something. So a text is cut there first, fast, and only different parts are matched.
 CUT = re.compile(r" (?=\S)")

@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 from opennemo.engine import Event
 from opennemo.errors import OpenNemoError
 from opennemo.llm import Reply
-from opennemo.serve.errors import Refusal, dumps, error_body, refusal
+from opennemo.serve.error_bodies import Refusal, dumps, error_body, refusal
 from opennemo.serve.toolcalls import Call, CallParser
 
 # What a route says of itself that answers with JSON or, asked to stream, with events.

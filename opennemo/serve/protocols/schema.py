@@ -13,7 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from opennemo.engine.grammar import Kind
 from opennemo.errors import InvalidRequest
 from opennemo.llm import LLM
-from opennemo.serve.errors import Refusal
+from opennemo.serve.error_bodies import Refusal
 
 # Fields of the protocols that cannot change an answer of ours; never refused.
 WITHOUT_EFFECT = frozenset(

@@ -1,0 +1,1 @@
+"""Files of requests, answered apart from live ones. A wing."""

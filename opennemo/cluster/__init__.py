@@ -1,0 +1,1 @@
+"""Ray: many engines behind one door, batches in parts. A wing."""

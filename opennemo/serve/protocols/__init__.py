@@ -1,0 +1,1 @@
+"""What clients speak: OpenAI, Mistral, Anthropic and NVIDIA NIM."""
