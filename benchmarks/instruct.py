@@ -3,7 +3,7 @@
     python benchmarks/instruct.py MODEL [MODEL ...] [--n 200] [--chat FILE] [--prefs FILE]
                                   [--adapter FOLDER] [--shown 0] [--json FILE]
 
-Asked are `n` held-out cases, whose functions and arguments are none that `opennemo make-tool-data`
+Asked are `n` held-out cases, whose functions and arguments are none that `recipes/tool_data`
 puts into its training split: `free`, as the model likes, and `grammar`, held to calls that are
 valid. Exact are the same functions with the same arguments, or no call where none is right; parsed
 are answers that are whole, with calls of declared tools and arguments that their schemas allow.
@@ -34,8 +34,8 @@ from opennemo.llm import LLM
 from opennemo.tokenizer.chat import encode_chat, parse_reply
 from opennemo.tokenizer.messages import Message
 from opennemo.train.conversations import Example, read_examples, read_pairs
-from opennemo.train.toolapis import execute
-from opennemo.train.toolcalls import conversations, exact_calls
+from recipes.tool_data.apis import execute
+from recipes.tool_data.conversations import conversations, exact_calls
 
 LOSS = "loss in conversation, nats a token"
 MAX_ANSWER = 300  # tokens

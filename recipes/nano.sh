@@ -38,7 +38,8 @@ run train "$here/nano-$size.toml" --out "$out/base" --set "model.tokenizer=$out/
 
 if [ -z "${CHATS:-}" ]; then
     CHATS="$out/chats.jsonl"
-    [ -e "$CHATS" ] || run make-tool-data "$CHATS" --n $n_chats
+    [ -e "$CHATS" ] ||
+        PYTHONPATH="$here/.." "${PYTHON:-python3}" -m recipes.tool_data "$CHATS" --n $n_chats
 fi
 run train "$here/nano-$size-instruct.toml" --out "$out/instruct" \
     --set "model.path=$out/base/model" --set "data.train=[{path='$CHATS'}]" \

@@ -1,4 +1,4 @@
-"""`opennemo validate-data`, `make-tool-data` and `merge`: around the adaptation of a model."""
+"""`opennemo validate-data` and `merge`: around the adaptation of a model."""
 
 import sys
 from pathlib import Path
@@ -7,7 +7,6 @@ from typing import Annotated
 import typer
 
 from opennemo.cli.options import one_of
-from opennemo.errors import InvalidRequest
 
 app = typer.Typer()
 SHOWN = 20  # bad lines on the screen; --fix lists those it leaves out in full
@@ -89,33 +88,6 @@ def validate_data(
         lines = "line" if len(bad) == 1 else "lines"
         print(f"{len(bad):,} bad {lines}{more}; --fix OUT writes a copy without", file=sys.stderr)
         raise typer.Exit(1)
-
-
-@app.command()
-def make_tool_data(
-    output: Annotated[Path, typer.Argument(help="The file of JSON lines to write.")],
-    n: Annotated[int, typer.Option("--n", min=1, help="Conversations.")] = 1000,
-    seed: Annotated[int, typer.Option(help="The same seed makes the same file.")] = 0,
-    split: Annotated[
-        str, typer.Option(help="train, or test: other domains, functions and arguments.")
-    ] = "train",
-) -> None:
-    """Make synthetic conversations with tools, every call of which was made and answered.
-
-    Lines of the split test end with the message that a model's answer is compared with.
-    """
-    import json
-
-    from opennemo.train.toolcalls import conversations
-
-    rows = conversations(one_of("--split", split, ("train", "test")), n, seed)
-    try:
-        with output.open("x", encoding="utf-8") as file:
-            for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    except OSError as error:
-        raise InvalidRequest(f"{output}: {error.strerror}") from None
-    print(f"Wrote {output}: {n:,} conversations")
 
 
 @app.command()

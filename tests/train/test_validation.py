@@ -13,7 +13,7 @@ from opennemo.model.checkpoint import save
 from opennemo.model.transformer import PRESETS, Transformer
 from opennemo.planning.machines import parse_machines
 from opennemo.tokenizer.rank_files import OWN, open_tokenizer
-from opennemo.train.conversations import read_examples, read_pairs
+from opennemo.train.conversations import read_pairs
 
 ASK, SAY = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
@@ -123,12 +123,5 @@ def test_the_commands(file, tmp_path, capsys):
     assert run("validate-data", file, "--model", OWN, "--max-tokens", 128, "--fix", fixed) == 0
     out, err = capsys.readouterr()
     assert "8 lines repaired, 5 left out" in out and err.count("\n") == 5
-    tools = tmp_path / "tools.jsonl"
-    assert run("make-tool-data", tools, "--n", 5, "--split", "test") == 0
-    assert len(tools.read_text("utf-8").splitlines()) == 5
-    examples, report = read_examples([tools], open_tokenizer(Path(OWN)), max_tokens=8192)
-    assert len(examples) >= 5 and not report.bad
-    assert run("make-tool-data", tools) == 2
-    assert run("make-tool-data", tmp_path / "x", "--split", "both") == 2
     assert run("validate-data", tmp_path / "nothing.jsonl", "--model", OWN) == 2
     assert "no such file" in capsys.readouterr().err

@@ -2,14 +2,19 @@
 
 import copy
 import json
+import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
 from opennemo.errors import InvalidRequest
 from opennemo.tokenizer.messages import check_tools, normalize
-from opennemo.train.toolapis import execute, parts
-from opennemo.train.toolcalls import check, conversations, exact_calls
+from opennemo.tokenizer.rank_files import OWN, open_tokenizer
+from opennemo.train.conversations import read_examples
+from recipes.tool_data.__main__ import main
+from recipes.tool_data.apis import execute, parts
+from recipes.tool_data.conversations import check, conversations, exact_calls
 
 pytest.importorskip("jsonschema", reason="the package jsonschema is not installed")
 TRAIN = list(conversations("train", 400, 0))
@@ -172,3 +177,19 @@ def test_exact_calls():
     ):
         assert not exact_calls(reference, wrong)
     assert not exact_calls({"role": "assistant", "content": "No."}, reply(two))
+
+
+def test_the_program_writes_a_chat_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def run(*args: object) -> None:
+        monkeypatch.setattr(sys, "argv", ["tool_data", *map(str, args)])
+        main()
+
+    tools = tmp_path / "tools.jsonl"
+    run(tools, "--n", 5, "--split", "test")
+    assert len(tools.read_text("utf-8").splitlines()) == 5
+    examples, report = read_examples([tools], open_tokenizer(Path(OWN)), max_tokens=8192)
+    assert len(examples) >= 5 and not report.bad
+    with pytest.raises(SystemExit, match="File exists"):
+        run(tools)
+    with pytest.raises(SystemExit, match="2"):
+        run(tmp_path / "x", "--split", "both")

@@ -1,8 +1,8 @@
 """Synthetic conversations with tools, to learn calling from and to measure it by.
 
-Someone asks for one thing, or for two at once; for something that no tool does; or forgets what a
-function needs, and is asked for it. Every call is checked by making it (toolapis.py), and answers
-of the APIs are told to the user. The score is whether the same functions were called with the same
+A user asks for one thing, or for two at once; for something that no tool does; or forgets an
+argument, and is asked for it. Every call is checked by making it (apis.py), and the assistant
+reports what the APIs answer. The score is whether the same functions were called with the same
 arguments.
 
 Domains, verbs, nouns, arguments and most values of the split "test" do not occur in "train": a
@@ -16,7 +16,7 @@ from typing import Any
 
 from opennemo.errors import InvalidRequest
 from opennemo.tokenizer.messages import Message, hash_id, json_or_text
-from opennemo.train.toolapis import Api, Split, draw_api, draw_value, execute, join, parts
+from recipes.tool_data.apis import Api, Split, draw_api, draw_value, execute, join, parts
 
 ENGLISH = 0.8  # share of conversations; the other languages share the rest
 # What may happen in a turn, and how often. To ask back is hard to learn, and practised more.
@@ -45,8 +45,7 @@ def exact_calls(reference: Message, reply: Message) -> bool:
 
     A reference without calls asks for a reply without calls. Numbers are equal if their values are.
     """
-    wanted, found = map(_calls, (reference, reply))
-    return wanted == found
+    return _calls(reference) == _calls(reply)
 
 
 def check(row: Mapping[str, Any]) -> None:
@@ -104,7 +103,7 @@ class _Conversation:
             "tools": [api.tool for api in self.apis],
             "lang": self.code,
             "kind": f"tool_{kind}",
-            "source": f"opennemo make-tool-data, {self.split}",
+            "source": f"opennemo recipes/tool_data, {self.split}",
             "licence": "CC0-1.0",
         }
 
@@ -145,14 +144,14 @@ class _Conversation:
         arguments = self._draw_arguments(api)
         name = self.rng.choice(api.required)
         argument, value = api.argument(name), arguments[name]
-        known = {key: value for key, value in arguments.items() if key != name}
-        self._say("user", self._ask(self._wish(api, known)))
+        others = {key: value for key, value in arguments.items() if key != name}
+        self._say("user", self._ask(self._wish(api, others)))
         self._say("assistant", self._phrase("missing").format(argument.label(self.language)))
         words = argument.spoken(value, self.language, self.rng)
         if self.rng.random() < 0.3:
             words = argument.say(value, self.language, self.rng)
         self._say("user", self._phrase("given").format(words))
-        self._call((api, {**known, name: value}))
+        self._call((api, {**others, name: value}))
 
     def _conclude(self) -> None:
         """Let the APIs answer the calls that were made last, and the assistant tell the user."""

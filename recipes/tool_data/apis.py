@@ -1,9 +1,9 @@
 """Synthetic APIs: thousands of small functions, put together from verbs, nouns and arguments.
 
-One idea makes it simple: each part (toolcalls.toml) knows how a schema says it and how a person
+One idea makes it simple: each part (parts.toml) knows how a schema says it and how a person
 does, in four languages. So a request and the call that answers it come from the same parts, with
 values in the person's own words. An API can be called: it validates arguments with its own JSON
-schema and answers by the call alone. Who says what to whom is the business of toolcalls.py.
+schema and answers by the call alone. Conversations are the business of conversations.py.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from importlib.resources import files
+from pathlib import Path
 from typing import Any, Literal
 
 from opennemo.errors import InvalidRequest
@@ -30,8 +30,8 @@ NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight
 
 @cache
 def parts() -> dict[str, Any]:
-    """The tables of toolcalls.toml."""
-    return tomllib.loads(files("opennemo.train").joinpath("toolcalls.toml").read_text("utf-8"))
+    """The tables of parts.toml."""
+    return tomllib.loads(Path(__file__).with_name("parts.toml").read_text("utf-8"))
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Argument:
     """One parameter of an API, as its schema says it and as people do."""
 
     name: str
-    spec: Mapping[str, Any]  # an entry of toolcalls.toml
+    spec: Mapping[str, Any]  # an entry of parts.toml
 
     @property
     def kind(self) -> str:
