@@ -17,8 +17,8 @@ import pytest
 
 from opennemo.engine.grammar import KEPT, GrammarCompiler
 from opennemo.errors import InvalidRequest
-from opennemo.serve.toolcalls import CallParser
 from opennemo.tokenizer import Tokenizer
+from opennemo.tokenizer.calls import CallParser
 from opennemo.tokenizer.chat import encode_chat
 from opennemo.tokenizer.sentencepiece import SentencePiece
 from opennemo.tokenizer.tekken import Tekken

@@ -19,7 +19,7 @@ from opennemo.engine import Event
 from opennemo.errors import OpenNemoError
 from opennemo.llm import Reply
 from opennemo.serve.error_bodies import Refusal, dumps, error_body, refusal
-from opennemo.serve.toolcalls import Call, CallParser
+from opennemo.tokenizer.calls import Call, CallParser
 
 # What a route says of itself that answers with JSON or, asked to stream, with events.
 STREAMS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}

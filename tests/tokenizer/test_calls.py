@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opennemo.serve.toolcalls import Call, CallParser
+from opennemo.tokenizer.calls import Call, CallParser
 from opennemo.tokenizer.chat import parse_reply
 from opennemo.tokenizer.tekken import SINGLE_BYTES, Tekken
 
