@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from opennemo.evals.data import Data
+from opennemo.evals.benchmark_data import BenchmarkData
 from opennemo.evals.harness import OpenNemoLM
 from opennemo.evals.suites import TABLE1
 from opennemo.evals.tables import measure
@@ -61,7 +61,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     from lm_eval.models.huggingface import HFLM
 
-    data, rows, scratch = Data(options.data), [], tempfile.TemporaryDirectory()
+    data, rows, scratch = BenchmarkData(options.data), [], tempfile.TemporaryDirectory()
     folder = Path(scratch.name) / "model"
     convert(locate(options.model), folder, to="hf", dtype=torch.float32)
     hf: Any = HFLM

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from opennemo.errors import OpenNemoError
-from opennemo.evals.data import Data
-from opennemo.evals.rows import Row, gather
+from opennemo.evals.benchmark_data import BenchmarkData
+from opennemo.evals.rows import ResultRow, gather
 from opennemo.evals.runs import Run, digest
 from opennemo.llm import LLM
 
@@ -22,7 +22,9 @@ STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")  # the harness's, where a 
 SECONDS, BYTES = 10, 2 << 30
 
 
-def measure(llm: LLM, data: Data, run: Run, limit: int | None) -> tuple[list[Row], list[dict]]:
+def measure(
+    llm: LLM, data: BenchmarkData, run: Run, limit: int | None
+) -> tuple[list[ResultRow], list[dict]]:
     """The share of problems whose first, greedy program passes (pass@1)."""
     problems = data.lines("humaneval.jsonl", "github.com/openai/human-eval, data")[:limit]
 

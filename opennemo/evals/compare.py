@@ -12,7 +12,7 @@ from statistics import NormalDist
 
 from opennemo.errors import InvalidRequest
 from opennemo.evals.report import Cells, score
-from opennemo.evals.rows import Row, mean_and_error
+from opennemo.evals.rows import ResultRow, mean_and_error
 
 LEVEL = 0.05
 
@@ -27,7 +27,7 @@ class Difference:
     p: float  # that a difference as large is chance
 
 
-def difference(before: Row, after: Row) -> Difference | None:
+def difference(before: ResultRow, after: ResultRow) -> Difference | None:
     """None where there is no item that both have."""
     common = before.items.keys() & after.items.keys()
     steps = {key: after.items[key] - before.items[key] for key in sorted(common)}
@@ -64,7 +64,7 @@ def holm(values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def side_by_side(runs: Mapping[str, Sequence[Row]]) -> Cells:
+def side_by_side(runs: Mapping[str, Sequence[ResultRow]]) -> Cells:
     """A line for each row that all have, differences against the first run, and the mean of all.
 
     Raises:
@@ -99,7 +99,7 @@ def side_by_side(runs: Mapping[str, Sequence[Row]]) -> Cells:
     return [head, *lines]
 
 
-def _mean(rows: Mapping[str, Row], keys: Sequence[str]) -> str:
+def _mean(rows: Mapping[str, ResultRow], keys: Sequence[str]) -> str:
     found = [row_score for key in keys if (row_score := rows[key].score) is not None]
     return f"{sum(found) / len(found):.1f}" if found else "-"
 

@@ -1,4 +1,4 @@
-"""Who is asked: a model in this process, or any server that speaks OpenAI's chat completions.
+"""Models that answer conversations: in this process, or behind OpenAI's chat completions API.
 
 Both answer `ask(messages, ...)` with a message, from many threads at once, and both fail with an
 OpenNemoError that says why: an answer that did not come is counted, never taken for an empty one.
@@ -19,8 +19,8 @@ from opennemo.tokenizer.chat import Message, encode_chat, parse_reply
 TRIES = 3
 
 
-class Speaker(Protocol):
-    """Whoever can be asked."""
+class ChatModel(Protocol):
+    """A model that answers conversations."""
 
     @property
     def name(self) -> str:
@@ -36,7 +36,7 @@ class Speaker(Protocol):
 
 
 @dataclass(frozen=True)
-class Local:
+class LocalModel:
     """A model in this process."""
 
     llm: LLM
@@ -56,7 +56,7 @@ class Local:
 
 
 @dataclass(frozen=True)
-class Remote:
+class RemoteModel:
     """A server, by the address that ends in /v1."""
 
     url: str

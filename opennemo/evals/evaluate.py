@@ -14,16 +14,16 @@ from typing import Any
 from opennemo.engine import EngineConfig
 from opennemo.errors import InvalidRequest
 from opennemo.evals import report
+from opennemo.evals.benchmark_data import BenchmarkData, read_lines
 from opennemo.evals.compare import side_by_side
-from opennemo.evals.data import Data, read_lines
-from opennemo.evals.endpoint import Local, Remote, Speaker
-from opennemo.evals.rows import Row
+from opennemo.evals.endpoint import ChatModel, LocalModel, RemoteModel
+from opennemo.evals.rows import ResultRow
 from opennemo.evals.runs import Run, digest, fingerprint
 from opennemo.llm import LLM
 from opennemo.model.hub import locate
 from opennemo.tokenizer import load_tokenizer
 
-Found = tuple[list[Row], list[dict[str, Any]], list[str]]  # rows, items, notes
+Found = tuple[list[ResultRow], list[dict[str, Any]], list[str]]  # rows, items, notes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +107,7 @@ def evaluate(
     return folders, compare(parent, found), []
 
 
-def compare(folder: Path | None, runs: dict[str, list[Row]]) -> report.Cells:
+def compare(folder: Path | None, runs: dict[str, list[ResultRow]]) -> report.Cells:
     """Runs side by side, the first being what others are compared with; written down and drawn."""
     lines = side_by_side(runs)
     if folder:
@@ -123,13 +123,13 @@ def _load(request: Request, format: str | None) -> LLM:
 
 
 @contextmanager
-def _speaker(request: Request, format: str | None, load: Load) -> Iterator[Speaker]:
+def _speaker(request: Request, format: str | None, load: Load) -> Iterator[ChatModel]:
     if _is_server(request.model):
         own = load_tokenizer(locate(request.tokenizer)) if request.tokenizer else None
-        yield Remote.connect(request.model, request.model_name, request.key, own)
+        yield RemoteModel.connect(request.model, request.model_name, request.key, own)
         return
     with load(request, format) as llm:
-        yield Local(llm)
+        yield LocalModel(llm)
 
 
 def _weights(model: str | None) -> str | None:
@@ -141,13 +141,13 @@ def _is_server(model: str) -> bool:
     return model.startswith(("http://", "https://"))
 
 
-def _llm(model: Speaker, suite: str) -> LLM:
-    if not isinstance(model, Local):
+def _llm(model: ChatModel, suite: str) -> LLM:
+    if not isinstance(model, LocalModel):
         raise InvalidRequest(f"--suite {suite} needs the model itself, not a server")
     return model.llm
 
 
-def _tables(request: Request, model: Speaker, run: Run) -> Found:
+def _tables(request: Request, model: ChatModel, run: Run) -> Found:
     llm = _llm(model, request.suite)  # before imports that take seconds
     from opennemo.evals.harness import OpenNemoLM
     from opennemo.evals.suites import BENCHMARKS
@@ -158,7 +158,7 @@ def _tables(request: Request, model: Speaker, run: Run) -> Found:
     if not chosen:
         names = ", ".join(dict.fromkeys(b.name for b in known))
         raise InvalidRequest(f"--tasks {', '.join(request.tasks)}: there are {names}")
-    data = Data(request.data)
+    data = BenchmarkData(request.data)
     if request.data is None:
         print("Data that are not in the cache yet are fetched from the Hugging Face hub.")
     lm = OpenNemoLM(llm, run=run)
@@ -166,7 +166,7 @@ def _tables(request: Request, model: Speaker, run: Run) -> Found:
     return rows, items, [f"{b.name}: {b.why}." for b in chosen if b.why]
 
 
-def _code(request: Request, model: Speaker, run: Run) -> Found:
+def _code(request: Request, model: ChatModel, run: Run) -> Found:
     from opennemo.evals.coding import measure
 
     if not request.run_code:
@@ -174,11 +174,11 @@ def _code(request: Request, model: Speaker, run: Run) -> Found:
             "--suite code runs programs that the model wrote: allow it by --run-code"
         )
     llm = _llm(model, request.suite)
-    rows, items = measure(llm, Data(request.data), run, request.limit)
+    rows, items = measure(llm, BenchmarkData(request.data), run, request.limit)
     return rows, items, []
 
 
-def _tools(request: Request, model: Speaker, run: Run) -> Found:
+def _tools(request: Request, model: ChatModel, run: Run) -> Found:
     from opennemo.evals.functions import CATEGORIES, measure
 
     chosen = request.tasks or CATEGORIES
@@ -191,18 +191,18 @@ def _tools(request: Request, model: Speaker, run: Run) -> Found:
     return rows, items, []
 
 
-def _long(request: Request, model: Speaker, run: Run) -> Found:
+def _long(request: Request, model: ChatModel, run: Run) -> Found:
     from opennemo.evals import long_context
 
     llm = _llm(model, request.suite)
-    made = long_context.tasks(Data(request.data), request.tasks)
+    made = long_context.tasks(BenchmarkData(request.data), request.tasks)
     rows, items = long_context.measure(
         llm, run, made, request.lengths, request.depths, request.limit or 10, request.chat
     )
     return rows, items, []
 
 
-def _perplexity(request: Request, model: Speaker, run: Run) -> Found:
+def _perplexity(request: Request, model: ChatModel, run: Run) -> Found:
     from opennemo.evals.perplexity import measure
 
     if not request.texts:
@@ -210,10 +210,10 @@ def _perplexity(request: Request, model: Speaker, run: Run) -> Found:
     return measure(_llm(model, request.suite), request.texts, run, request.limit), [], []
 
 
-def _chat(request: Request, model: Speaker, run: Run) -> Found:
+def _chat(request: Request, model: ChatModel, run: Run) -> Found:
     from opennemo.evals.judging import Judging, MTBench, agree, wild_bench
 
-    data, notes = Data(request.data), []
+    data, notes = BenchmarkData(request.data), []
     if not request.judge:
         raise InvalidRequest("--suite chat needs --judge, a model or the address of a server")
     wanted = request.tasks or ("mt-bench", "wildbench")
@@ -252,7 +252,7 @@ def _chat(request: Request, model: Speaker, run: Run) -> Found:
     return rows, items, notes
 
 
-SUITES: dict[str, Callable[[Request, Speaker, Run], Found]] = {
+SUITES: dict[str, Callable[[Request, ChatModel, Run], Found]] = {
     "table1": _tables, "multilingual": _tables, "code": _code, "chat": _chat, "tools": _tools,
     "long": _long, "ppl": _perplexity,
 }  # fmt: skip

@@ -16,9 +16,9 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from opennemo.errors import OpenNemoError
-from opennemo.evals.data import read_lines
-from opennemo.evals.endpoint import Speaker
-from opennemo.evals.rows import Row, gather
+from opennemo.evals.benchmark_data import read_lines
+from opennemo.evals.endpoint import ChatModel
+from opennemo.evals.rows import ResultRow, gather
 from opennemo.evals.runs import Run, digest
 
 CATEGORIES = ("simple_python", "multiple", "parallel", "parallel_multiple", "irrelevance")
@@ -29,14 +29,14 @@ TYPES |= {name: name for name in ("string", "integer", "number", "boolean", "arr
 
 
 def measure(
-    model: Speaker,
+    model: ChatModel,
     run: Run,
     categories: Sequence[str],
     limit: int | None,
     *,
     grammar: bool = True,
     required: bool = False,
-) -> tuple[list[Row], list[dict[str, Any]]]:
+) -> tuple[list[ResultRow], list[dict[str, Any]]]:
     """Share of questions whose calls are right, by category, and the calls one by one.
 
     Args:

@@ -18,9 +18,9 @@ from statistics import stdev
 from typing import Any
 
 from opennemo.errors import OpenNemoError
-from opennemo.evals.data import Data
-from opennemo.evals.endpoint import Speaker
-from opennemo.evals.rows import Row, gather
+from opennemo.evals.benchmark_data import BenchmarkData
+from opennemo.evals.endpoint import ChatModel
+from opennemo.evals.rows import ResultRow, gather
 from opennemo.evals.runs import Run, digest
 
 FASTCHAT = "github.com/lm-sys/FastChat, fastchat/llm_judge/data"
@@ -46,7 +46,7 @@ NO_MARK = "the judge gave no mark"
 class Judging:
     """A judge, and where its marks are kept."""
 
-    judge: Speaker
+    judge: ChatModel
     run: Run
     repeats: int = 1
     seed: int = 0
@@ -99,7 +99,7 @@ def wild_score(text: str) -> float | None:
 class MTBench:
     """80 questions of two turns, with GPT-4's answers to those that can be right or wrong."""
 
-    def __init__(self, data: Data, limit: int | None, references: str = "gpt-4"):
+    def __init__(self, data: BenchmarkData, limit: int | None, references: str = "gpt-4"):
         read = lambda name: data.lines(f"mt_bench/{name}.jsonl", FASTCHAT)  # noqa: E731
         self.questions = read("question")[:limit]
         self.prompts = {prompt["name"]: prompt for prompt in read("judge_prompts")}
@@ -109,7 +109,7 @@ class MTBench:
         }
         self.setting = f"marks of 10, references {references}"
 
-    def answers(self, model: Speaker, run: Run) -> dict[int, list[str] | str]:
+    def answers(self, model: ChatModel, run: Run) -> dict[int, list[str] | str]:
         """Both turns of each conversation, or why there are none."""
 
         def converse(question: Mapping[str, Any]) -> list[str]:
@@ -157,7 +157,7 @@ class MTBench:
         return [{"role": "system", "content": prompt["system_prompt"]},
                 {"role": "user", "content": text}]  # fmt: skip
 
-    def rows(self, marks: Mapping[str, Any], judge: str) -> list[Row]:
+    def rows(self, marks: Mapping[str, Any], judge: str) -> list[ResultRow]:
         """The mean of all marks, of each turn, and of each category."""
         settings = {"setting": f"{self.setting}, judge {judge}", "percent": False}
         categories = {str(q["question_id"]): q["category"] for q in self.questions}
@@ -169,7 +169,7 @@ class MTBench:
 
     def duel(
         self, judging: Judging, ours: Mapping[int, Any], theirs: Mapping[int, Any], against: str
-    ) -> list[Row]:
+    ) -> list[ResultRow]:
         """The share of questions won against another model, a tie being half.
 
         Each is judged with our answer first and with theirs first; verdicts that differ are ties.
@@ -201,9 +201,9 @@ class MTBench:
             values[str(number)] = missing
         rows = gather(f"wins against {against}", values, setting="both orders, ties are half")
         turned = {"verdict changed with the order": n_turned} if n_turned else {}
-        return [Row(**{**vars(row), "trouble": {**row.trouble, **turned}}) for row in rows]
+        return [ResultRow(**{**vars(row), "trouble": {**row.trouble, **turned}}) for row in rows]
 
-    def calibrate(self, judging: Judging) -> list[Row]:
+    def calibrate(self, judging: Judging) -> list[ResultRow]:
         """How often the judge marks a reference answer above the same with its words shuffled."""
         known = [q for q in self.questions if q["question_id"] in self.references]
         prompts, rng = {}, random.Random(judging.seed)
@@ -232,7 +232,7 @@ def _verdict(text: str) -> float | None:
     return {"A": 1.0, "B": 0.0, "C": 0.5}[found[1]] if found else None
 
 
-def agree(marks: Mapping[str, Any], given: Mapping[str, float]) -> list[Row]:
+def agree(marks: Mapping[str, Any], given: Mapping[str, float]) -> list[ResultRow]:
     """How a judge's marks compare with given ones of the same answers."""
     common = [item for item in given if not isinstance(marks.get(item, ""), str)]
     missing = {"without a mark of both": n} if (n := len(given) - len(common)) else {}
@@ -244,8 +244,8 @@ def agree(marks: Mapping[str, Any], given: Mapping[str, float]) -> list[Row]:
         "of ranks": correlation(*map(ranks, (ours, theirs))),
     }
     return [
-        Row(name="agreement", part="within one mark", items=near, also=also, trouble=missing),
-        Row(name="agreement", part="mean difference", items=apart, percent=False),
+        ResultRow(name="agreement", part="within one mark", items=near, also=also, trouble=missing),
+        ResultRow(name="agreement", part="mean difference", items=apart, percent=False),
     ]
 
 
@@ -263,7 +263,9 @@ def ranks(values: Sequence[float]) -> list[float]:
     return [order.index(v) + (order.count(v) - 1) / 2 for v in values]
 
 
-def wild_bench(data: Data, model: Speaker, judging: Judging, limit: int | None) -> list[Row]:
+def wild_bench(
+    data: BenchmarkData, model: ChatModel, judging: Judging, limit: int | None
+) -> list[ResultRow]:
     """WildBench's score; where its tasks are not there, its template over Arena-Hard's questions.
 
     Tasks are read from `wildbench/tasks.jsonl`, lines of the hub's allenai/WildBench (v2).

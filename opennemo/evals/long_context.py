@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from opennemo.errors import InvalidRequest, OpenNemoError
-from opennemo.evals.data import Data
-from opennemo.evals.rows import Row, gather
+from opennemo.evals.benchmark_data import BenchmarkData
+from opennemo.evals.rows import ResultRow, gather
 from opennemo.evals.runs import Run, digest
 from opennemo.llm import LLM
 
@@ -160,7 +160,7 @@ def documents(questions: Sequence[tuple[str, Sequence[str], Sequence[str]]]) -> 
     return make
 
 
-def tasks(data: Data, wanted: Sequence[str] | None) -> dict[str, tuple[Make, int]]:
+def tasks(data: BenchmarkData, wanted: Sequence[str] | None) -> dict[str, tuple[Make, int]]:
     """How prompts are made, and the tokens of an answer; without data, those that need none.
 
     Raises:
@@ -188,13 +188,13 @@ def tasks(data: Data, wanted: Sequence[str] | None) -> dict[str, tuple[Make, int
     return {name: known[name]() for name in chosen}
 
 
-def _sentences(data: Data) -> list[str]:
+def _sentences(data: BenchmarkData) -> list[str]:
     texts = data.lines("ruler/haystack_state_union.jsonl", "any text you like, as {'text': ...}")
     whole = " ".join(" ".join(line["text"].split()) for line in texts)
     return [f"{sentence}." for sentence in whole.split(". ") if sentence]
 
 
-def _squad(data: Data) -> list[tuple[str, list[str], list[str]]]:
+def _squad(data: BenchmarkData) -> list[tuple[str, list[str], list[str]]]:
     return [
         (question["question"], question["answers"], [line["context"]])
         for line in data.lines("ruler/squad_dev.jsonl", RULER)
@@ -203,7 +203,7 @@ def _squad(data: Data) -> list[tuple[str, list[str], list[str]]]:
     ]
 
 
-def _hotpot(data: Data) -> list[tuple[str, list[str], list[str]]]:
+def _hotpot(data: BenchmarkData) -> list[tuple[str, list[str], list[str]]]:
     return [
         (line["question"], [line["answer"]], [f"{t}\n{''.join(s)}" for t, s in line["context"]])
         for line in data.lines("ruler/hotpotqa_dev.jsonl", RULER)
@@ -213,7 +213,7 @@ def _hotpot(data: Data) -> list[tuple[str, list[str], list[str]]]:
 def measure(
     llm: LLM, run: Run, made: Mapping[str, tuple[Make, int]], lengths: Sequence[int],
     depths: Sequence[float], n: int, chat: bool,
-) -> tuple[list[Row], list[dict[str, Any]]]:  # fmt: skip
+) -> tuple[list[ResultRow], list[dict[str, Any]]]:  # fmt: skip
     """The share of answers found, by task and length; items are "task/length/depth/number".
 
     Args:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from opennemo.evals.rows import Row
+from opennemo.evals.rows import ResultRow
 from opennemo.evals.runs import Run, score_all
 from opennemo.llm import LLM
 from opennemo.texts import Texts
@@ -16,7 +16,7 @@ from opennemo.texts import Texts
 
 def measure(
     llm: LLM, texts: Sequence[Path], run: Run, limit: int | None, window: int = 2048
-) -> list[Row]:
+) -> list[ResultRow]:
     """Bits per byte of files of texts, one row for each language that they name.
 
     Args:
@@ -49,7 +49,7 @@ def measure(
                 totals[names[i]] -= logprob / math.log(2)
         items = {key: totals[key] / sizes[key] for key in totals}
         rows.append(
-            Row(name="bits per byte", part=language, setting=f"windows of {window:,} tokens",
+            ResultRow(name="bits per byte", part=language, setting=f"windows of {window:,} tokens",
                 items=items, weights=sizes, percent=False)
         )  # fmt: skip
     return rows

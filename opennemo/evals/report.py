@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from opennemo.errors import InvalidRequest
-from opennemo.evals.rows import Row
+from opennemo.evals.rows import ResultRow
 
 Cells = list[list[str]]
 CAVEAT = (
@@ -24,7 +24,7 @@ CAVEAT = (
 )
 
 
-def cells(rows: Sequence[Row], model: str) -> Cells:
+def cells(rows: Sequence[ResultRow], model: str) -> Cells:
     """A head and lines of text: what, how, of how many, the score, what was announced, trouble."""
     announced = list(dict.fromkeys(name for row in rows for name in row.announced))
     head = ["benchmark", "setting", "items", model, *(f"{name}, announced" for name in announced)]
@@ -37,7 +37,7 @@ def cells(rows: Sequence[Row], model: str) -> Cells:
     return _without_empty_columns(lines)
 
 
-def score(row: Row) -> str:
+def score(row: ResultRow) -> str:
     """The score with its standard error, or a dash."""
     if row.score is None:
         return "-"
@@ -46,7 +46,7 @@ def score(row: Row) -> str:
     )
 
 
-def _digits(row: Row) -> int:
+def _digits(row: ResultRow) -> int:
     return 1 if row.percent else 3 if row.weights else 2
 
 
@@ -80,12 +80,12 @@ def markdown(lines: Cells, title: str = "") -> str:
     return f"{title}\n\n{text}\n" if title else f"{text}\n"
 
 
-def remarks(rows: Sequence[Row]) -> list[str]:
+def remarks(rows: Sequence[ResultRow]) -> list[str]:
     """What must be said beside these rows."""
     return [CAVEAT] if any(row.announced for row in rows) else []
 
 
-def write(folder: Path, rows: Sequence[Row], model: str, notes: Sequence[str] = ()) -> None:
+def write(folder: Path, rows: Sequence[ResultRow], model: str, notes: Sequence[str] = ()) -> None:
     """results.json, .md and .csv."""
     notes = [*notes, *remarks(rows)]
     found = {"model": model, "notes": list(notes), "rows": [row.as_json() for row in rows]}
@@ -101,7 +101,7 @@ def write(folder: Path, rows: Sequence[Row], model: str, notes: Sequence[str] = 
     (folder / "results.csv").write_text(file.getvalue(), "utf-8")
 
 
-def read(folder: Path) -> tuple[str, list[Row]]:
+def read(folder: Path) -> tuple[str, list[ResultRow]]:
     """The model's name and the rows that a run wrote.
 
     Raises:
@@ -109,14 +109,14 @@ def read(folder: Path) -> tuple[str, list[Row]]:
     """
     try:
         found = json.loads((folder / "results.json").read_text("utf-8"))
-        return found["model"], [Row.from_json(row) for row in found["rows"]]
+        return found["model"], [ResultRow.from_json(row) for row in found["rows"]]
     except OSError:
         raise InvalidRequest(f"{folder}: no run that is done (it has no results.json)") from None
     except (ValueError, TypeError, KeyError):
         raise InvalidRequest(f"{folder / 'results.json'}: not what a run writes") from None
 
 
-def bars(folder: Path, models: Mapping[str, Sequence[Row]]) -> None:
+def bars(folder: Path, models: Mapping[str, Sequence[ResultRow]]) -> None:
     """One panel a benchmark, a group of bars a part, a bar a model, with standard errors."""
     shown = {name: {row.key: row for row in rows} for name, rows in models.items()}
     base = next(iter(shown.values()))
@@ -152,7 +152,7 @@ def bars(folder: Path, models: Mapping[str, Sequence[Row]]) -> None:
         _plot(folder / "scores", len(parts), draw)
 
 
-def heat_map(folder: Path, rows: Sequence[Row]) -> None:
+def heat_map(folder: Path, rows: Sequence[ResultRow]) -> None:
     """Depth by length for each benchmark; items are named "benchmark/length/depth/number"."""
     names = list(dict.fromkeys(row.name for row in rows))
     grids: dict[str, dict[tuple[int, int], list[float]]] = {name: {} for name in names}

@@ -13,7 +13,7 @@ MISSING = "no data"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class ResultRow:
     """The weighted mean of its items' values."""
 
     name: str  # of the benchmark
@@ -51,7 +51,7 @@ class Row:
         return {**asdict(self), "n": self.n, "score": self.score, "error": self.error}
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> "Row":
+    def from_json(cls, value: Mapping[str, Any]) -> "ResultRow":
         return cls(**{name: value[name] for name in cls.__dataclass_fields__})
 
 
@@ -81,13 +81,13 @@ def count(reasons: Iterable[str]) -> dict[str, int]:
 def gather(
     name: str, values: Mapping[str, float | str], *, parts: Callable[[str], str] | None = None,
     **settings: Any,
-) -> list[Row]:  # fmt: skip
+) -> list[ResultRow]:  # fmt: skip
     """Rows of values by item, one for each part; a text for a value says why there is none."""
     grouped: dict[str, dict[str, float | str]] = {}
     for item, value in values.items():
         grouped.setdefault(parts(item) if parts else "", {})[item] = value
     return [
-        Row(
+        ResultRow(
             name=name,
             part=part,
             items={k: v for k, v in group.items() if not isinstance(v, str)},

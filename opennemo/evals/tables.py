@@ -11,16 +11,20 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from opennemo.evals.data import Data
-from opennemo.evals.rows import MISSING, Row
+from opennemo.evals.benchmark_data import BenchmarkData
+from opennemo.evals.rows import MISSING, ResultRow
 from opennemo.evals.suites import Benchmark
 
 SHOTS_SEED = 1234  # the harness's own
 
 
 def measure(
-    lm: Any, benchmarks: Sequence[Benchmark], data: Data, limit: int | None, chat: bool = False
-) -> tuple[list[Row], list[dict[str, Any]]]:
+    lm: Any,
+    benchmarks: Sequence[Benchmark],
+    data: BenchmarkData,
+    limit: int | None,
+    chat: bool = False,
+) -> tuple[list[ResultRow], list[dict[str, Any]]]:
     """Rows of the benchmarks, and their answers one by one.
 
     Args:
@@ -93,13 +97,13 @@ def _load(benchmark: Benchmark) -> dict[str, Any] | str:
 
 def _row(
     benchmark: Benchmark, samples: list[dict[str, Any]], lm: Any, trouble: Mapping[str, int]
-) -> Row:
+) -> ResultRow:
     values = {_id(s): float(s[benchmark.metric]) for s in samples}
     also = {}
     for metric in benchmark.also if samples else ():
         found = _pmi(samples, lm) if metric == "pmi" else [float(s[metric]) for s in samples]
         also[metric] = 100 * sum(found) / len(found)
-    return Row(
+    return ResultRow(
         name=benchmark.name,
         part=benchmark.part,
         setting=f"{benchmark.shots}-shot, {benchmark.metric}",

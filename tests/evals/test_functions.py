@@ -6,7 +6,7 @@ from random import Random
 import pytest
 
 from opennemo.errors import InvalidRequest
-from opennemo.evals.endpoint import Local, Remote
+from opennemo.evals.endpoint import LocalModel, RemoteModel
 from opennemo.evals.functions import (
     CATEGORIES,
     _checker,
@@ -85,8 +85,8 @@ def test_with_and_without_a_grammar_in_this_process_and_on_our_server(folder, tm
 
     results, llm = {}, LLM.load(str(folder))  # which the server closes
     with run_server(llm) as server:
-        remote = Remote(f"{server.url}/v1", llm.name, tokenizer=llm.tokenizer)
-        for where, model in (("here", Local(llm)), ("there", remote)):
+        remote = RemoteModel(f"{server.url}/v1", llm.name, tokenizer=llm.tokenizer)
+        for where, model in (("here", LocalModel(llm)), ("there", remote)):
             for grammar in (True, False):
                 run = Run(tmp_path / f"{where}{grammar}", {})
                 rows, items = measure(model, run, ("simple_python",), 2, grammar=grammar)
@@ -102,4 +102,4 @@ def test_with_and_without_a_grammar_in_this_process_and_on_our_server(folder, tm
     for grammar in (True, False):  # greedy answers do not depend on who carries them
         assert results["here", grammar] == results["there", grammar]
     with pytest.raises(InvalidRequest, match="--tokenizer"):
-        Remote("http://127.0.0.1:9/v1", "m").ask([], grammar=False)
+        RemoteModel("http://127.0.0.1:9/v1", "m").ask([], grammar=False)

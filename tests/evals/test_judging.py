@@ -12,8 +12,8 @@ import pytest
 
 from opennemo.errors import InvalidRequest, OpenNemoError
 from opennemo.evals import report
-from opennemo.evals.data import Data
-from opennemo.evals.endpoint import Local, Remote
+from opennemo.evals.benchmark_data import BenchmarkData
+from opennemo.evals.endpoint import LocalModel, RemoteModel
 from opennemo.evals.evaluate import Request, evaluate
 from opennemo.evals.judging import (
     NO_MARK,
@@ -95,7 +95,7 @@ PROMPTS = [
 
 
 @pytest.fixture
-def data(tmp_path) -> Data:
+def data(tmp_path) -> BenchmarkData:
     write_lines(tmp_path / "mt_bench" / "question.jsonl", QUESTIONS)
     write_lines(tmp_path / "mt_bench" / "judge_prompts.jsonl", [
         {"name": name, "system_prompt": "Judge.", "prompt_template": text} for name, text in PROMPTS
@@ -108,7 +108,7 @@ def data(tmp_path) -> Data:
     template = tmp_path / "wildbench" / "eval_template.score.v2.md"
     template.parent.mkdir()
     template.write_text("{$history}|{$user_query}|{$model_output}|{$checklist}", "utf-8")
-    return Data(tmp_path)
+    return BenchmarkData(tmp_path)
 
 
 ANSWERS = {1: ["a line", "line"], 2: ["4", "8"]}
@@ -117,7 +117,7 @@ ANSWERS = {1: ["a line", "line"], 2: ["4", "8"]}
 def test_each_turn_is_marked_with_its_prompt_and_reference(data, tmp_path):
     mark = lambda body: f"[[{len(asked(body)) % 10 + 1}]]"  # noqa: E731
     with serving(mark) as (url, heard):
-        judging = Judging(Remote.connect(url, None, "none"), Run(tmp_path / "run", {}))
+        judging = Judging(RemoteModel.connect(url, None, "none"), Run(tmp_path / "run", {}))
         bench = MTBench(data, None)
         marks = bench.grade(judging, ANSWERS)
         rows = {row.key: row for row in bench.rows(marks, "judge")}
@@ -145,7 +145,7 @@ def test_a_judge_that_raves_fails_or_sleeps_is_counted_and_never_scored(data, tm
         return "It is fine. [[8]]"
 
     with serving(answer) as (url, _):
-        judge = Remote(url, "judge", timeout=0.5)
+        judge = RemoteModel(url, "judge", timeout=0.5)
         bench, run = MTBench(data, None), Run(tmp_path / "run", {})
         marks = bench.grade(Judging(judge, run), ANSWERS)
     assert marks["1/1"] == 8.0 and marks["1/2"] == NO_MARK
@@ -154,19 +154,19 @@ def test_a_judge_that_raves_fails_or_sleeps_is_counted_and_never_scored(data, tm
     assert (whole.n, whole.score) == (1, 8.0) and sum(whole.trouble.values()) == 3
     # What did not come is asked for again; what came, though it is nonsense, is not.
     with serving(lambda body: "[[5]]") as (url, heard):
-        marks = bench.grade(Judging(Remote(url, "judge"), run), ANSWERS)
+        marks = bench.grade(Judging(RemoteModel(url, "judge"), run), ANSWERS)
     assert len(heard) == 2 and (marks["2/1"], marks["1/2"]) == (5.0, NO_MARK)
 
 
 def test_an_unreachable_judge_is_named(monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     with pytest.raises(OpenNemoError, match=r"127\.0\.0\.1:9"):
-        Remote.connect("http://127.0.0.1:9/v1", None, "none")
+        RemoteModel.connect("http://127.0.0.1:9/v1", None, "none")
 
 
 def test_repeats_are_asked_with_other_seeds_and_averaged(data, tmp_path):
     with serving(lambda body: f"[[{body['seed'] + 4}]]") as (url, heard):
-        judging = Judging(Remote(url, "judge"), Run(tmp_path / "run", {}), repeats=3)
+        judging = Judging(RemoteModel(url, "judge"), Run(tmp_path / "run", {}), repeats=3)
         marks = MTBench(data, 1).grade(judging, ANSWERS)
     assert marks == {"1/1": 5.0, "1/2": 5.0} and judging.spreads == [1.0, 1.0]
     assert len(heard) == 6 and all(body["temperature"] > 0 for body in heard)
@@ -175,7 +175,7 @@ def test_repeats_are_asked_with_other_seeds_and_averaged(data, tmp_path):
 def test_a_judge_that_prefers_the_first_wins_nobody_anything(data, tmp_path):
     theirs = {1: ["another", "thing"], 2: ["5", "10"]}
     with serving(lambda body: "[[A]]") as (url, _):
-        judging = Judging(Remote(url, "first"), Run(tmp_path / "run", {}))
+        judging = Judging(RemoteModel(url, "first"), Run(tmp_path / "run", {}))
         (row,) = MTBench(data, None).duel(judging, ANSWERS, theirs, "other")
     assert row.score == 50.0 and row.trouble == {"verdict changed with the order": 2}
 
@@ -183,7 +183,7 @@ def test_a_judge_that_prefers_the_first_wins_nobody_anything(data, tmp_path):
         return "[[A]]" if re.search("A: (a line|4)", asked(body)) else "[[B]]"
 
     with serving(fair) as (url, _):
-        judging = Judging(Remote(url, "fair"), Run(tmp_path / "fair", {}))
+        judging = Judging(RemoteModel(url, "fair"), Run(tmp_path / "fair", {}))
         (row,) = MTBench(data, None).duel(judging, ANSWERS, theirs | {2: "no answer"}, "other")
     assert (row.score, row.n, row.trouble) == (100.0, 1, {"no answer": 1})
 
@@ -193,11 +193,11 @@ def test_a_judge_is_calibrated_and_compared_with_given_marks(data, tmp_path):
         return "[[9]]" if asked(body).endswith("A: two and two is four") else "[[2]]"
 
     with serving(right) as (url, _):
-        judging = Judging(Remote(url, "able"), Run(tmp_path / "run", {}))
+        judging = Judging(RemoteModel(url, "able"), Run(tmp_path / "run", {}))
         (row,) = MTBench(data, None).calibrate(judging)
     assert row.score == 100.0 and row.n == 1
     with serving(lambda body: "[[7]]") as (url, _):
-        judging = Judging(Remote(url, "indifferent"), Run(tmp_path / "indifferent", {}))
+        judging = Judging(RemoteModel(url, "indifferent"), Run(tmp_path / "indifferent", {}))
         (row,) = MTBench(data, None).calibrate(judging)
     assert row.score == 0.0
     near, apart = agree({"a": 8.0, "b": 3.0, "c": NO_MARK}, {"a": 9, "b": 5, "c": 1, "d": 2})
@@ -223,8 +223,8 @@ def test_marks_are_read_as_published(data, tmp_path):
 def test_wildbench_weighs_its_kinds_and_its_stand_in_has_another_name(data, tmp_path, llm):
     score = lambda body: '{"score": "9"}' if "code" in str(body) else '{"score": "4"}'  # noqa: E731
     with serving(score) as (url, heard):
-        judging = Judging(Remote(url, "judge"), Run(tmp_path / "run", {}))
-        model = Remote(url, "model")
+        judging = Judging(RemoteModel(url, "judge"), Run(tmp_path / "run", {}))
+        model = RemoteModel(url, "model")
         (stand_in,) = wild_bench(data, model, judging, 2)
         assert stand_in.name.startswith("Arena-Hard") and not stand_in.announced
         assert stand_in.n == 2 and stand_in.score == -20
@@ -271,12 +271,12 @@ def test_a_model_that_judges_itself_is_noted(data, folder, tmp_path):
 
 @needs_shared
 def test_the_published_files_are_read(tmp_path, llm):
-    bench = MTBench(Data(SHARED), None)
+    bench = MTBench(BenchmarkData(SHARED), None)
     assert len(bench.questions) == 80 and len(bench.references) == 30
     answers = {q["question_id"]: ["one", "two"] for q in bench.questions}
     with serving(lambda body: "Rating: [[3]]") as (url, heard):
-        marks = bench.grade(Judging(Remote(url, "judge"), Run(tmp_path, {})), answers)
+        marks = bench.grade(Judging(RemoteModel(url, "judge"), Run(tmp_path, {})), answers)
     assert len(marks) == len(heard) == 160 and set(marks.values()) == {3.0}
     assert not any("{" in asked(b).split("}")[0][:40] for b in heard)
-    reply = Local(llm).ask([{"role": "user", "content": "hello"}], max_tokens=3)
+    reply = LocalModel(llm).ask([{"role": "user", "content": "hello"}], max_tokens=3)
     assert reply["role"] == "assistant"

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from opennemo.errors import InvalidRequest
 from opennemo.evals import long_context
-from opennemo.evals.data import Data
+from opennemo.evals.benchmark_data import BenchmarkData
 from opennemo.evals.evaluate import Request, evaluate
 from opennemo.evals.long_context import Prompt, documents, mark, needles, passkey, tasks
 from opennemo.evals.report import read
@@ -123,15 +123,15 @@ def test_a_model_whose_context_is_shorter_says_so(folder, tmp_path):
 
 def test_unknown_tasks_and_missing_data_are_named(tmp_path):
     with pytest.raises(InvalidRequest, match="niah_single_1"):
-        tasks(Data(None), ["niah"])
+        tasks(BenchmarkData(None), ["niah"])
     with pytest.raises(InvalidRequest, match=r"ruler/squad_dev\.jsonl"):
-        tasks(Data(tmp_path), ["qa_1"])
-    assert {"passkey", "vt"} <= tasks(Data(None), None).keys()
+        tasks(BenchmarkData(tmp_path), ["qa_1"])
+    assert {"passkey", "vt"} <= tasks(BenchmarkData(None), None).keys()
 
 
 @needs_shared
 def test_the_published_documents_make_prompts():
-    made = tasks(Data(SHARED), None)
+    made = tasks(BenchmarkData(SHARED), None)
     assert len(made) == 12
     for make, _ in made.values():
         prompt = make(random.Random(3), 20, 0.5)

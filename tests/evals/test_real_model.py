@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from opennemo.evals import report
-from opennemo.evals.data import Data
+from opennemo.evals.benchmark_data import BenchmarkData
 from opennemo.llm import LLM
 from tests.evals.conftest import SHARED, needs_shared, tiny_folder
 
@@ -46,9 +46,9 @@ def test_choices_of_table_1_are_those_of_the_hf_model(tmp_path):
     convert(locate(MODEL), tmp_path / "model", to="hf")
     hf: Any = HFLM
     with LLM.load(str(tmp_path / "model")) as llm:
-        rows, ours = measure(OpenNemoLM(llm), TABLE1, Data(SHARED), 24)
+        rows, ours = measure(OpenNemoLM(llm), TABLE1, BenchmarkData(SHARED), 24)
     lm = hf(pretrained=str(tmp_path / "model"), dtype="float32", device="cpu", batch_size=8)
-    expected, theirs = measure(lm, TABLE1, Data(SHARED), 24)
+    expected, theirs = measure(lm, TABLE1, BenchmarkData(SHARED), 24)
     assert [row.score for row in rows] == pytest.approx([row.score for row in expected], abs=1e-2)
     for a, b in zip(ours, theirs, strict=True):
         if isinstance(a["answers"][0], str):
@@ -80,7 +80,7 @@ def test_tasks_beyond_the_folder_load_from_files_in_their_shape(tmp_path, llm):
     wanted = [
         b for b in MULTILINGUAL if f"{b.name} {b.part}" in ("XWinograd fr", "JCommonsenseQA ja")
     ]
-    rows, _ = measure(OpenNemoLM(llm), wanted, Data(tmp_path), 3)
+    rows, _ = measure(OpenNemoLM(llm), wanted, BenchmarkData(tmp_path), 3)
     assert [(row.key, row.n) for row in rows] == [("XWinograd fr", 3), ("JCommonsenseQA ja", 3)]
 
 

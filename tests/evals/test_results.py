@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 
 from opennemo.errors import InvalidRequest, OpenNemoError
 from opennemo.evals import report
+from opennemo.evals.benchmark_data import BenchmarkData, read_lines
 from opennemo.evals.compare import difference, holm, mcnemar, side_by_side
-from opennemo.evals.data import Data, read_lines
-from opennemo.evals.rows import Row, gather, mean_and_error
+from opennemo.evals.rows import ResultRow, gather, mean_and_error
 from opennemo.evals.runs import Run, digest, fingerprint
 
 
-def row(values: list[float], **fields) -> Row:
-    return Row(**{"name": "X", "items": {str(i): v for i, v in enumerate(values)}} | fields)
+def row(values: list[float], **fields) -> ResultRow:
+    return ResultRow(**{"name": "X", "items": {str(i): v for i, v in enumerate(values)}} | fields)
 
 
 def test_means_and_errors_are_the_harness_own():
@@ -184,11 +184,11 @@ def test_a_model_that_was_written_anew_is_another(tmp_path):
 
 def test_data_that_are_not_there_say_where_to_get_them(tmp_path):
     with pytest.raises(InvalidRequest, match="no such folder"):
-        Data(tmp_path / "none")
+        BenchmarkData(tmp_path / "none")
     with pytest.raises(InvalidRequest, match=r"x\.jsonl is not in .*from example.org"):
-        Data(tmp_path).find("x.jsonl", "example.org")
+        BenchmarkData(tmp_path).find("x.jsonl", "example.org")
     with pytest.raises(InvalidRequest, match=r"x\.jsonl is needed"):
-        Data(None).find("x.jsonl", "example.org")
+        BenchmarkData(None).find("x.jsonl", "example.org")
     (tmp_path / "x.jsonl").write_text('{"a": 1}\n\n{"a"', "utf-8")
     with pytest.raises(InvalidRequest, match=r"x\.jsonl, line 3: not JSON"):
         read_lines(tmp_path / "x.jsonl")
@@ -218,6 +218,6 @@ def test_a_killed_evaluation_goes_on_where_it_was(folder, llm, hub, tmp_path):
     assert report.CAVEAT in out
     assert n_before > 0 and "were answered before" in error
     wanted = [benchmark for benchmark in TABLE1 if benchmark.name in tasks]
-    assert report.read(tmp_path)[1] == measure(OpenNemoLM(llm), wanted, Data(hub), None)[0]
+    assert report.read(tmp_path)[1] == measure(OpenNemoLM(llm), wanted, BenchmarkData(hub), None)[0]
     keys = [json.loads(line)[0] for line in answers.read_bytes().splitlines()]
     assert len(keys) == len(set(keys))  # nothing was asked twice

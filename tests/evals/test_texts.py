@@ -7,8 +7,8 @@ import torch
 
 from opennemo.errors import InvalidRequest
 from opennemo.evals import coding, perplexity
+from opennemo.evals.benchmark_data import BenchmarkData
 from opennemo.evals.coding import run_program
-from opennemo.evals.data import Data
 from opennemo.evals.evaluate import Request, evaluate
 from opennemo.evals.report import read
 from opennemo.evals.runs import Run
@@ -85,7 +85,7 @@ def test_humaneval_counts_what_passes(llm, tmp_path, monkeypatch):
     ])  # fmt: skip
     # What a random model writes after a whole function is no Python; this one writes nothing.
     monkeypatch.setattr(coding, "STOP", tuple({chr(i) for i in range(256)} | {"\ufffd"}))
-    rows, items = coding.measure(llm, Data(tmp_path), Run(tmp_path / "run", {}), None)
+    rows, items = coding.measure(llm, BenchmarkData(tmp_path), Run(tmp_path / "run", {}), None)
     assert rows[0].n == 2 and rows[0].score in (0.0, 50.0)
     assert {i["id"] for i in items} == {"T/0", "T/1"} and items[1]["wrong"]
 

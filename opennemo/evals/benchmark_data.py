@@ -16,7 +16,7 @@ from opennemo.errors import InvalidRequest
 from opennemo.evals.runs import digest
 
 
-class Data:
+class BenchmarkData:
     """Test data, local or not."""
 
     def __init__(self, folder: Path | None):
