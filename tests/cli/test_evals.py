@@ -7,7 +7,7 @@ import pytest
 
 from opennemo.cli import main
 from opennemo.evals import report
-from opennemo.evals.rows import Row
+from opennemo.evals.rows import ResultRow
 from tests.evals.conftest import write_lines
 
 
@@ -31,7 +31,7 @@ def test_a_model_needs_no_word_before_it(folder, tmp_path, monkeypatch, capsys):
 def test_compare_reads_runs(tmp_path, monkeypatch, capsys):
     for name, value in (("one", 1.0), ("two", 0.0)):
         (tmp_path / name).mkdir()
-        rows = [Row(name="X", items={str(i): value for i in range(9)})]
+        rows = [ResultRow(name="X", items={str(i): value for i in range(9)})]
         report.write(tmp_path / name, rows, name)
     assert command(monkeypatch, "compare", tmp_path / "one", tmp_path / "two", "-o", tmp_path) == 0
     assert (

@@ -1,0 +1,43 @@
+"""Errors and help of every command: one line, and no import of torch."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.cli.conftest import opennemo
+
+
+@pytest.mark.parametrize(
+    ("args", "stdin", "message"),
+    [
+        (["chat", "no/such/folder.gguf"], b"hi", "does not exist"),
+        (["chat"], b"\xff\xfe", "not UTF-8"),
+        (["chat"], b"  \n", "empty"),
+        (["generate", "smollm2-135m-instruct"], b"", "give a prompt or --file"),
+        (["generate", "smollm2-135m-instruct", "-f", "{tmp}/bad.txt"], b"", "not UTF-8"),
+        (["generate", "smollm2-135m-instruct", "-f", "{tmp}/none.txt"], b"", "No such file"),
+        (["info", "{tmp}"], b"", "params.json"),
+        (["convert", "smollm2-135m-instruct", "{tmp}"], b"", "empty folder"),
+        (["convert", "smollm2-135m-instruct", "{tmp}/new", "--to", "onnx"], b"", "hf, mistral"),
+        (["info", "nobody/nothing"], b"", "network"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(args, stdin, message, tmp_path):
+    (tmp_path / "bad.txt").write_bytes(b"caf\xe9")
+    args = [arg.replace("{tmp}", str(tmp_path)) for arg in args]
+    env = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
+    done = opennemo(*args, input=stdin, env=env)
+    assert done.returncode == 2
+    assert message in done.stderr.decode() and done.stderr.count(b"\n") == 1
+    assert b"Traceback" not in done.stderr
+
+
+def test_help_imports_neither_torch_nor_an_extra():
+    code = (
+        "import sys, opennemo.cli, typer.main; typer.main.get_command(opennemo.cli.app); "
+        "print(*sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"torch", "numpy", "lm_eval", "fastapi", "pydantic"} & {*done.stdout.split()}
