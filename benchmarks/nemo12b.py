@@ -26,7 +26,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
-from opennemo.engine import Engine, EngineConfig, Event, SamplingParams
+from opennemo.engine import Engine, EngineConfig, SamplingParams, Token
 from opennemo.files import new_folder
 from opennemo.model import compressed
 from opennemo.model.checkpoint import load, weight_shapes, write_model
@@ -109,7 +109,7 @@ def main() -> None:
             shutil.rmtree(folder.parent)
     times: list[float] = []
 
-    def listen(event: Event) -> None:
+    def listen(event: Token) -> None:
         assert event.error is None, event.error
         times.append(time.perf_counter())
 

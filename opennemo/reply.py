@@ -1,90 +1,68 @@
-"""An answer on its way: from the engine's events to text, for a thread or an event loop.
+"""An answer on its way: the engine's tokens, with their text, for a thread or an event loop.
 
-`for piece in reply` waits for text; `async for pieces in reply.pieces()` does so without blocking
-and tells more. Between ids and text stand whole UTF-8 characters, stop strings (which may lie
-across tokens) and the place where tool calls begin. What the text means is not known here.
+`for text in reply` waits for text; `async for tokens in reply.tokens()` does so without blocking
+and gives the tokens of all answers. Between ids and text stand whole UTF-8 characters, stop strings
+(which may lie across tokens) and the place where tool calls begin.
 """
 
 import asyncio
 import queue
+import secrets
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
-from opennemo.engine import Engine, Event
+from opennemo.engine import Engine, Token
 from opennemo.errors import OpenNemoError
 from opennemo.tokenizer import Tokenizer
+from opennemo.tokenizer.calls import Call, CallParser
 from opennemo.tokenizer.chat import Message, parse_reply
 
 TAG = "<tool_call>"  # announces a call where the vocabulary has no token for it
 
 
-@dataclass(frozen=True, kw_only=True)
-class Piece:
-    """What is new of one of the answers to a request."""
-
-    index: int
-    text: str
-    is_call: bool  # the text is that of tool calls, behind what announces them
-    event: Event  # with the token and its log-probabilities
-    finish_reason: str | None  # "stop", "length" or "cancelled", on the last piece
-
-
+@dataclass
 class Answer:
-    """One answer as it grows.
+    """One answer, or a part of one: what its tokens add up to."""
 
-    Attributes:
-        ids: token ids so far, EOS included.
-        finish_reason: "stop", "length" or "cancelled" once the answer has ended.
-        stopped_by: the stop string that ended it.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...], calls: int | str | None):
-        self.ids: list[int] = []
-        self.finish_reason: str | None = None
-        self.n_cached_tokens = 0
-        self._stream = TextStream(tokenizer, stop, calls)
-        self._pieces: list[str] = []
-
-    def take(self, event: Event) -> Piece:
-        """Book an event, and tell what it brought."""
-        self.n_cached_tokens = event.n_cached_tokens
-        if event.error:
-            self.finish_reason = "error"
-            error = event.error
-            raise OpenNemoError(error) if isinstance(error, str) else error
-        text = ""
-        if event.token is not None:
-            self.ids.append(event.token)
-            text = self._stream.push(event.token)
-        if self._stream.stopped:
-            self.finish_reason = "stop"
-        elif event.finish_reason:
-            self.finish_reason = event.finish_reason
-            text += self._stream.flush()
-        self._pieces.append(text)
-        return Piece(
-            index=event.index,
-            text=text,
-            is_call=self._stream.calling,
-            event=event,
-            finish_reason=self.finish_reason,
-        )
+    tokens: list[Token] = field(default_factory=list)
 
     @property
-    def stopped_by(self) -> str | None:
-        return self._stream.stopped
+    def ids(self) -> list[int]:
+        """Token ids, EOS included."""
+        return [token.id for token in self.tokens if token.id is not None]
 
     @property
     def text(self) -> str:
-        return "".join(self._pieces)
+        return "".join(token.text for token in self.tokens)
+
+    @property
+    def calls(self) -> list[Call]:
+        """Tool calls, each with its arguments as far as they have come."""
+        calls: list[Call] = []
+        for call in (call for token in self.tokens for call in token.calls):
+            if call.name:
+                calls.append(replace(call))
+            else:
+                calls[-1].arguments += call.arguments
+        return calls
+
+    @property
+    def finish_reason(self) -> str | None:
+        """ "stop", "length", "cancelled" or "error" once the answer has ended."""
+        return self.tokens[-1].finish_reason if self.tokens else None
+
+    @property
+    def stopped_by(self) -> str | None:
+        """The stop string that ended it."""
+        return self.tokens[-1].stopped_by if self.tokens else None
 
 
 class Reply:
-    """An answer on its way: iterate for its text, piece by piece; the whole is there afterwards.
+    """An answer on its way: iterate for its text; the whole is there afterwards.
 
     Of several answers (`n`), iteration gives the first's text; `answers` has them all, and
-    `pieces` tells of each.
+    `tokens` gives those of each.
     """
 
     def __init__(
@@ -98,30 +76,33 @@ class Reply:
     ):
         self.id = 0  # the engine's, once it is submitted
         self.prompt_ids = prompt_ids
-        self.answers = [Answer(tokenizer, stop, calls) for _ in range(min(max(n, 1), 100))]
-        self._tokenizer, self._engine, self._may_call = tokenizer, engine, calls is not None
-        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        n, key = min(max(n, 1), 100), secrets.token_hex(8)  # ids of calls differ between replies
+        self.answers = [Answer() for _ in range(n)]
+        self._texts = [TextStream(tokenizer, stop, calls) for _ in range(n)]
+        self._parsers = [CallParser(f"{key}/{i}") for i in range(n)]
+        self._tokenizer, self._engine = tokenizer, engine
+        self._arrived: queue.SimpleQueue[Token] = queue.SimpleQueue()
         self._wake: Callable[[], object] | None = None
 
-    def listen(self, event: Event) -> None:
-        """Take an event from the engine, on its thread."""
-        self._events.put(event)
+    def listen(self, token: Token) -> None:
+        """Take a token from the engine, on its thread."""
+        self._arrived.put(token)
         if self._wake is not None:
             with suppress(RuntimeError):  # the event loop is closed already
                 self._wake()
 
     def __iter__(self) -> Iterator[str]:
-        """Pieces of text as they come, never empty. Ends early at a stop string.
+        """Text as it comes, never empty. Ends early at a stop string.
 
         Raises:
             OpenNemoError: the engine could not finish the answer.
         """
         while not self.finished:
-            piece = self._take(self._events.get())
-            if piece and piece.text and piece.index == 0:
-                yield piece.text
+            token = self._arrived.get()
+            if self._complete(token) and token.text and token.index == 0:
+                yield token.text
 
-    async def pieces(self, idle: float = 1e9) -> AsyncGenerator[list[Piece], None]:
+    async def tokens(self, idle: float = 1e9) -> AsyncGenerator[list[Token], None]:
         """What has come since the last time, of all answers; [] when nothing did for `idle` s.
 
         Raises:
@@ -131,27 +112,39 @@ class Reply:
         self._wake = lambda: arrived.is_set() or loop.call_soon_threadsafe(arrived.set)
         while not self.finished:
             arrived.clear()  # before looking, so that what comes now wakes us again
-            pieces = []
-            while not self._events.empty() and not self.finished:
-                if piece := self._take(self._events.get_nowait()):
-                    pieces.append(piece)
-            if not pieces:
+            tokens = []
+            while not self._arrived.empty() and not self.finished:
+                token = self._arrived.get_nowait()
+                if self._complete(token):
+                    tokens.append(token)
+            if not tokens:
                 timer = loop.call_later(idle, arrived.set)
                 await arrived.wait()
                 timer.cancel()
-                if not self._events.empty():
+                if not self._arrived.empty():
                     continue
-            yield pieces
+            yield tokens
 
-    def _take(self, event: Event) -> Piece | None:
-        answer = self.answers[event.index]
-        if answer.finish_reason:  # the engine had not heard yet of the stop string
-            return None
-        piece = answer.take(event)
-        if answer.stopped_by:
+    def _complete(self, token: Token) -> bool:
+        """Add a token's text and calls, and it to its answer; False if that had ended already."""
+        answer, stream = self.answers[token.index], self._texts[token.index]
+        if answer.finish_reason:  # the engine did not know of the stop string yet
+            return False
+        answer.tokens.append(token)
+        if token.error:
+            raise OpenNemoError(token.error) if isinstance(token.error, str) else token.error
+        text = "" if token.id is None else stream.push(token.id)
+        if stream.stopped:
+            token.finish_reason, token.stopped_by = "stop", stream.stopped
             with suppress(OpenNemoError):  # the engine has stopped
-                self._engine.cancel(self.id, event.index)
-        return piece
+                self._engine.cancel(self.id, token.index)
+        elif token.finish_reason:
+            text += stream.flush()
+        if stream.calling:
+            token.calls = tuple(self._parsers[token.index].feed(text))
+        else:
+            token.text = text
+        return True
 
     def cancel(self) -> None:
         """Give up: the engine stops at its next step, and the text so far is all there is."""
@@ -175,7 +168,8 @@ class Reply:
     @property
     def n_cached_tokens(self) -> int:
         """How much of the prompt was in the cache."""
-        return max(answer.n_cached_tokens for answer in self.answers)
+        latest = [answer.tokens[-1] for answer in self.answers if answer.tokens]
+        return max((token.n_cached_tokens for token in latest), default=0)
 
     @property
     def ids(self) -> list[int]:
@@ -189,17 +183,15 @@ class Reply:
 
     @property
     def text(self) -> str:
-        """The whole text; waits for the end."""
+        """The whole text, without tool calls; waits for the end."""
         return self.finish().answers[0].text
 
     @property
     def message(self) -> Message:
         """The whole answer as an OpenAI message, tool calls parsed; waits for the end."""
         text = self.text
-        if self._may_call:
-            message = parse_reply(self._tokenizer, self.ids, request_id=str(self.id))
-            if message.get("tool_calls"):
-                return message
+        if self._texts[0].calling:
+            return parse_reply(self._tokenizer, self.ids, request_id=str(self.id))
         return {"role": "assistant", "content": text}
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from opennemo.engine import Engine, EngineConfig, Event, SamplingParams
+from opennemo.engine import Engine, EngineConfig, SamplingParams, Token
 from opennemo.llm import LLM
 from opennemo.model.checkpoint import convert, load
 from opennemo.model.hub import locate
@@ -66,8 +66,8 @@ def test_answers_to_50_prompts_do_not_depend_on_company(weights: str, kv: str):
         engine = Engine(deepcopy(model), [], EngineConfig(kv_format=kv, **config))
         heard: dict[int, list[int]] = {}
 
-        def listen(event: Event) -> None:
-            heard.setdefault(event.request_id, []).append(event.token or 0)
+        def listen(event: Token) -> None:
+            heard.setdefault(event.request_id, []).append(event.id or 0)
 
         ids = [engine.submit(p, SamplingParams(max_tokens=24), listen) for p in crowd]
         while engine.step():

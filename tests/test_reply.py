@@ -74,9 +74,9 @@ def test_an_event_loop_hears_what_a_thread_hears(llm):
 
     async def listen(reply) -> list[str]:
         texts = ["", ""]
-        async for pieces in reply.pieces(idle=0.01):
-            for piece in pieces:
-                texts[piece.index] += piece.text
+        async for tokens in reply.tokens(idle=0.01):
+            for token in tokens:
+                texts[token.index] += token.text
         return texts
 
     async def both():

@@ -32,9 +32,10 @@ import torch
 
 from opennemo.cluster.local_ray import keep_ray_here
 from opennemo.cluster.replica import Replica
-from opennemo.engine import EngineConfig, Event, SamplingParams
+from opennemo.engine import EngineConfig, SamplingParams, Token
 from opennemo.engine.scoring import Pair, Score
-from opennemo.engine.sequence import Listener, check_request
+from opennemo.engine.sequence import check_request
+from opennemo.engine.token import TokenCallback
 from opennemo.errors import OpenNemoError, Overloaded, Unavailable
 from opennemo.llm import LLM
 from opennemo.serve.service import adapters_of
@@ -187,7 +188,7 @@ class Fleet:
         self._handle, self._asked = handle, handle.options(method_name="answer", stream=True)
 
     def submit(
-        self, prompt_ids: list[int], params: SamplingParams, on_event: Listener, *, n: int = 1,
+        self, prompt_ids: list[int], params: SamplingParams, on_token: TokenCallback, *, n: int = 1,
         adapter: Remote | None = None, salt: bytes = b"",
     ) -> int:  # fmt: skip
         """As Engine.submit; events come on the fleet's thread."""
@@ -199,7 +200,7 @@ class Fleet:
         fields = vars(params) | {"logit_bias": dict(params.logit_bias)}
         fields["grammar"] = params.grammar and params.grammar.definition
         request_id = next(self._ids)
-        running = self._running[request_id] = _Running(request_id, n, on_event)
+        running = self._running[request_id] = _Running(request_id, n, on_token)
         call = (prompt_ids, salt, fields, n, adapter and tuple(adapter))
         self._loop.call_soon_threadsafe(self._begin, running, call)
         return request_id
@@ -297,9 +298,9 @@ class Fleet:
         for _ in range(TRIES):
             stream: Any = self._asked.remote(*call)
             try:
-                async for events in stream:
-                    for event in events:
-                        running.tell(event)
+                async for tokens in stream:
+                    for token in tokens:
+                        running.tell(token)
             except asyncio.CancelledError:
                 stream.cancel()
                 break
@@ -351,26 +352,26 @@ class Fleet:
 class _Running:
     """A request that is being answered."""
 
-    def __init__(self, id: int, n: int, listener: Listener):
+    def __init__(self, id: int, n: int, on_token: TokenCallback):
         self.id, self.heard = id, False
         self.task: asyncio.Task | None = None
-        self._open, self._listener = set(range(n)), listener
+        self._open, self._on_token = set(range(n)), on_token
 
     @property
     def finished(self) -> bool:
         return not self._open
 
-    def tell(self, event: Event) -> None:
+    def tell(self, token: Token) -> None:
         self.heard = True
-        if event.index in self._open:
-            if event.finish_reason:
-                self._open.discard(event.index)
-            self._listener(replace(event, request_id=self.id))
+        if token.index in self._open:
+            if token.finish_reason:
+                self._open.discard(token.index)
+            self._on_token(replace(token, request_id=self.id))
 
     def end(self, reason: Any, error: Any = None, index: int | None = None) -> None:
         for i in sorted(self._open):
             if index in (None, i):
-                self.tell(Event(request_id=self.id, index=i, finish_reason=reason, error=error))
+                self.tell(Token(request_id=self.id, index=i, finish_reason=reason, error=error))
 
 
 def start_ray(settings: Settings) -> Any:

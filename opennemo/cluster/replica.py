@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from opennemo.engine import Event, SamplingParams
+from opennemo.engine import SamplingParams, Token
 from opennemo.engine.scoring import Pair, Score
 from opennemo.errors import OpenNemoError
 from opennemo.serve.service import adapters_of, load_model
@@ -39,9 +39,9 @@ class Replica:
     async def answer(
         self, ids: list[int], salt: bytes, params: dict[str, Any], n: int,
         adapter: tuple[str, str] | None,
-    ) -> AsyncIterator[list[Event]]:  # fmt: skip
-        """Answer a prompt: lists of events as they come. Closing it frees the pages."""
-        loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
+    ) -> AsyncIterator[list[Token]]:  # fmt: skip
+        """Answer a prompt: lists of tokens as they come. Closing it frees the pages."""
+        loop, tokens = asyncio.get_running_loop(), asyncio.Queue[Token]()
 
         def begin() -> int:
             if adapter:
@@ -50,9 +50,9 @@ class Replica:
             if params["grammar"]:
                 params["grammar"] = self._llm.grammars.compile(*params["grammar"])
 
-            def listen(event: Event) -> None:
+            def listen(token: Token) -> None:
                 with suppress(RuntimeError):  # the loop is closed
-                    loop.call_soon_threadsafe(events.put_nowait, event)
+                    loop.call_soon_threadsafe(tokens.put_nowait, token)
 
             asked = SamplingParams(**params)
             return self._llm.engine.submit(ids, asked, listen, n=n, adapter=lora, salt=salt)
@@ -61,10 +61,10 @@ class Replica:
         try:
             n_open = n
             while n_open:
-                news = [await events.get()]
-                while not events.empty():
-                    news.append(events.get_nowait())
-                n_open -= sum(event.finish_reason is not None for event in news)
+                news = [await tokens.get()]
+                while not tokens.empty():
+                    news.append(tokens.get_nowait())
+                n_open -= sum(token.finish_reason is not None for token in news)
                 yield news
         finally:
             with suppress(OpenNemoError):  # the engine has stopped

@@ -1,11 +1,11 @@
 """Many requests at once: `submit`, `cancel`, and `step`, which moves everybody forward.
 
-    step:  inbox -> Scheduler.next_step -> Runner.run -> sample -> events
+    step:  inbox -> Scheduler.next_step -> Runner.run -> sample -> tokens
 
 The core is free of threads: tests and batch jobs call `step` themselves. `start` puts one thread
 around it for everybody else; `submit` and `cancel` may be called from any thread at any time, and
-events arrive on the engine's thread. A request that fails (no room, numbers that are not finite)
-hears so in an event of its own and the others go on. Token ids only: text is llm.py's business.
+callbacks run on the engine's thread. A request that fails (no room, numbers that are not finite)
+gets the error in a token of its own and the others go on. The engine knows ids, not text.
 """
 
 import itertools
@@ -29,17 +29,8 @@ from opennemo.engine.runner import Runner
 from opennemo.engine.sampler import bias_, sample, token_logprobs
 from opennemo.engine.scheduler import Scheduler
 from opennemo.engine.scoring import MAX_LOGITS, Pair, Score, Scoring
-from opennemo.engine.sequence import (
-    Chunk,
-    Event,
-    FinishReason,
-    Listener,
-    SamplingParams,
-    Sequence,
-    TokenLogprobs,
-    check_ids,
-    check_request,
-)
+from opennemo.engine.sequence import Chunk, SamplingParams, Sequence, check_ids, check_request
+from opennemo.engine.token import FinishReason, Token, TokenCallback, TokenLogprobs
 from opennemo.errors import ContextTooLong, InvalidRequest, OpenNemoError, Overloaded
 from opennemo.model.attention import FUSED_PAGE_SIZE
 from opennemo.model.lora import Adapter
@@ -141,7 +132,7 @@ class Engine:
         self,
         prompt_ids: list[int],
         params: SamplingParams,
-        on_event: Listener,
+        on_token: TokenCallback,
         *,
         n: int = 1,
         adapter: Adapter | None = None,
@@ -149,7 +140,7 @@ class Engine:
     ) -> int:
         """Queue a prompt for n answers; returns the request's id. Thread-safe.
 
-        `on_event` hears every token and, for each answer, one event with a `finish_reason`. It is
+        `on_token` is called with every token; the last of each answer has a `finish_reason`. It is
         called on the thread that steps and must return quickly. Prefixes are shared only between
         requests of the same `salt`.
 
@@ -172,7 +163,7 @@ class Engine:
         max_tokens = min(params.max_tokens or room, room)
         request_id = next(self._ids)
         answers = [
-            Sequence(request_id, list(prompt_ids), params, on_event, max_tokens, i, salt, adapter)
+            Sequence(request_id, list(prompt_ids), params, on_token, max_tokens, i, salt, adapter)
             for i in range(n)
         ]
         for follower in answers[1:]:
@@ -352,7 +343,7 @@ class Engine:
     def _advance(
         self, chunks: list[Chunk], logits: Tensor, masks: dict[Sequence, np.ndarray]
     ) -> None:
-        """Book what was computed, choose tokens where a chunk reached its end, tell listeners."""
+        """Book what was computed, choose tokens where a chunk reached its end, and pass them on."""
         ends = list(itertools.accumulate(chunk.n_rows for chunk in chunks))
         ready = [(c, end - 1) for c, end in zip(chunks, ends, strict=True) if c.reaches_end]
         plain = [(chunk, row) for chunk, row in ready if not chunk.draft]
@@ -419,10 +410,10 @@ class Engine:
         elif sequence.n_output >= sequence.max_tokens:
             reason = "length"
         first = sequence.n_output == 1 and params.prompt_logprobs is not None
-        event = Event(
+        news = Token(
             request_id=sequence.request_id,
             index=sequence.index,
-            token=token,
+            id=token,
             logprobs=logprobs,
             prompt_logprobs=tuple(sequence.prompt_logprobs) if first else None,
             finish_reason=reason,
@@ -430,13 +421,13 @@ class Engine:
         )
         if reason:
             self._forget(sequence)
-        sequence.on_event(event)
+        sequence.on_token(news)
 
     def _finish(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> None:
         """End an answer from outside: cancelled, or failed."""
         self._forget(sequence)
-        sequence.on_event(
-            Event(
+        sequence.on_token(
+            Token(
                 request_id=sequence.request_id,
                 index=sequence.index,
                 finish_reason=reason,

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opennemo.engine.sequence import SamplingParams, Sequence, TokenLogprobs
+from opennemo.engine.sequence import SamplingParams, Sequence
+from opennemo.engine.token import TokenLogprobs
 
 HEAD = 1024
 FORBIDDEN = -1e9  # finite: where a grammar allows nothing but such tokens, one of them comes

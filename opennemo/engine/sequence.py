@@ -8,16 +8,14 @@ no tensors.
 
 import itertools
 import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Literal
 
 from opennemo.engine.grammar import Grammar, Matcher
-from opennemo.errors import ContextTooLong, InvalidRequest, OpenNemoError
+from opennemo.engine.token import TokenCallback, TokenLogprobs
+from opennemo.errors import ContextTooLong, InvalidRequest
 from opennemo.model.lora import Adapter
-
-FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 MAX_ANSWERS = 16  # n of one request
 
@@ -91,32 +89,6 @@ class SamplingParams:
         return greedy and free and self.logprobs is None
 
 
-@dataclass(frozen=True, kw_only=True)
-class TokenLogprobs:
-    """Log-probabilities, in nats, before temperature: the token's own and the likeliest ones'."""
-
-    logprob: float
-    rank: int  # 1: the likeliest
-    top: tuple[tuple[int, float], ...]  # (id, logprob), likeliest first
-
-
-@dataclass(frozen=True, kw_only=True)
-class Event:
-    """What a request's listener hears: one new token, or the end, or both."""
-
-    request_id: int
-    index: int = 0  # which of the n answers
-    token: int | None = None
-    logprobs: TokenLogprobs | None = None
-    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None  # with the first token
-    finish_reason: FinishReason | None = None
-    error: str | OpenNemoError | None = None
-    n_cached_tokens: int = 0  # prompt tokens that came from the prefix cache
-
-
-Listener = Callable[[Event], Any]
-
-
 @dataclass(eq=False)
 class Sequence:
     """Token ids, how far they are computed, and where: the engine's unit of work."""
@@ -124,7 +96,7 @@ class Sequence:
     request_id: int
     tokens: list[int]
     params: SamplingParams
-    on_event: Listener
+    on_token: TokenCallback
     max_tokens: int  # of the answer, after the context's room is taken into account
     index: int = 0
     salt: bytes = b""  # sequences share cached pages only within the same salt

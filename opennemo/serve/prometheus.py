@@ -83,9 +83,10 @@ class Metrics:
         reply, name = generation.reply, self.model_name
         self._prompt.labels(name).inc(reply.n_prompt_tokens)
         self._generated.labels(name).inc(generation.n_output_tokens)
-        for choice in generation.choices:
-            reason = "abort" if generation.failure else choice.finish_reason or "abort"
-            self._finished.labels(name, reason).inc()
+        for answer in generation.answers:
+            reason = "abort" if generation.failure else answer.finish_reason
+            complete = reason in ("stop", "length", "tool_calls")
+            self._finished.labels(name, reason if complete else "abort").inc()
         if generation.first_token_at is not None:
             self._first.labels(name).observe(generation.first_token_at - generation.started)
         for gap in generation.gaps:

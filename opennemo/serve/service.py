@@ -207,7 +207,7 @@ class Service:
             n_cached=reply.n_cached_tokens,
             n_output=generation.n_output_tokens,
             seconds=round(seconds, 4),
-            end=[choice.finish_reason for choice in generation.choices],
+            end=[answer.finish_reason for answer in generation.answers],
             failure=type(generation.failure).__name__ if generation.failure else None,
         )
 

@@ -45,7 +45,7 @@ def merged(model: Transformer, adapter: Adapter) -> Transformer:
 def run(engine: Engine, requests: list) -> list[list[int]]:
     answers: list[list[int]] = [[] for _ in requests]
     for i, (prompt, adapter) in enumerate(requests):
-        listen = lambda event, i=i: answers[i].append(event.token)  # noqa: E731
+        listen = lambda event, i=i: answers[i].append(event.id)  # noqa: E731
         engine.submit(prompt, SamplingParams(max_tokens=10), listen, adapter=adapter)
     while engine.step():
         pass

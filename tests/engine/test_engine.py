@@ -12,7 +12,7 @@ from queue import Queue
 import pytest
 import torch
 
-from opennemo.engine import Engine, EngineConfig, Event, SamplingParams
+from opennemo.engine import Engine, EngineConfig, SamplingParams, Token
 from opennemo.errors import ContextTooLong, InvalidRequest, Overloaded
 from opennemo.model.attention import Packed
 from opennemo.model.quantization import FORMATS, quantize_
@@ -31,7 +31,7 @@ def prompts(n: int, shared: int = 0) -> list[list[int]]:
 
 def run(engine: Engine, requests: list[tuple[list[int], SamplingParams]], **kwargs) -> list:
     """Everything each request heard, with the engine stepped by hand."""
-    heard: dict[int, list[Event]] = defaultdict(list)
+    heard: dict[int, list[Token]] = defaultdict(list)
     ids = [
         engine.submit(prompt, params, lambda e: heard[e.request_id].append(e), **kwargs)
         for prompt, params in requests
@@ -44,7 +44,7 @@ def run(engine: Engine, requests: list[tuple[list[int], SamplingParams]], **kwar
 
 def answers(engine: Engine, texts: list[list[int]], params: SamplingParams) -> list[list[int]]:
     events = run(engine, [(text, params) for text in texts])
-    return [[e.token for e in heard if e.token is not None] for heard in events]
+    return [[e.id for e in heard if e.id is not None] for heard in events]
 
 
 @torch.inference_mode()
@@ -144,11 +144,11 @@ def test_n_answers_share_the_prompt_and_differ(model, prefix_caching):
     engine = Engine(deepcopy(model), [], EngineConfig(prefix_caching=prefix_caching, page_size=4))
     prompt = prompts(1, shared=41)[0]
     events = run(engine, [(prompt, SAMPLED)], n=5)[0]
-    texts = [tuple(e.token for e in events if e.index == i) for i in range(5)]
+    texts = [tuple(e.id for e in events if e.index == i) for i in range(5)]
     assert len(set(texts)) == 5 and all(len(t) == 20 for t in texts)
     assert all(e.n_cached_tokens == (len(prompt) - 1) // 4 * 4 for e in events if e.index > 0)
     alone = run(Engine(deepcopy(model), []), [(prompt, SAMPLED)])[0]
-    assert texts[0] == tuple(e.token for e in alone)
+    assert texts[0] == tuple(e.id for e in alone)
 
 
 def test_sampling_follows_the_softmax(model):
@@ -163,7 +163,7 @@ def test_sampling_follows_the_softmax(model):
         (prompt, SamplingParams(temperature=2.0, max_tokens=1, seed=i)) for i in range(4000)
     ]
     for events in run(engine, requests):
-        counts[events[0].token] += 1
+        counts[events[0].id] += 1
     likely = probs > 0.004
     chi2 = ((counts - 4000 * probs) ** 2 / (4000 * probs))[likely].sum()
     n = int(likely.sum())
@@ -177,7 +177,7 @@ def test_logprobs_and_prompt_logprobs_are_the_models(model):
         engine = Engine(deepcopy(model), [], config)
         for _ in range(2):  # the second time, the prefix cache could be tempted
             events = run(engine, [(prompt, params)])[0]
-            tokens = prompt + [e.token for e in events]
+            tokens = prompt + [e.id for e in events]
             with torch.inference_mode():
                 hidden = model(torch.tensor(tokens), Packed.of(len(tokens)))
                 expected = model.output(hidden).log_softmax(-1)
@@ -261,17 +261,17 @@ def test_a_number_that_is_not_finite_fails_its_own_request_only(model):
     params = SamplingParams(max_tokens=5)
     first, broken, last = run(engine, [([1, 2], params), ([1, 300], params), ([3], params)])
     assert broken[-1].finish_reason == "error" and "not finite" in broken[-1].error
-    assert [e.token for e in first] == greedy(model, [1, 2], 5)
-    assert [e.token for e in last] == greedy(model, [3], 5)
+    assert [e.id for e in first] == greedy(model, [1, 2], 5)
+    assert [e.id for e in last] == greedy(model, [3], 5)
 
 
 def test_threads_submit_and_cancel_at_any_time(model):
     engine = Engine(deepcopy(model), [], EngineConfig(page_size=4, n_pages=40, max_queued=10_000))
     engine.start()
-    ends: dict[int, list[Event]] = defaultdict(list)
+    ends: dict[int, list[Token]] = defaultdict(list)
     done = threading.Semaphore(0)
 
-    def listen(event: Event) -> None:
+    def listen(event: Token) -> None:
         if event.finish_reason:
             ends[event.request_id].append(event)
             done.release()
@@ -298,7 +298,7 @@ def test_threads_submit_and_cancel_at_any_time(model):
 
 def test_stopping_cancels_what_is_left(model):
     engine = Engine(deepcopy(model), [])
-    heard: list[Event] = []
+    heard: list[Token] = []
     engine.start()
     engine.submit([1], SamplingParams(max_tokens=250), heard.append)
     engine.stop()
@@ -307,7 +307,7 @@ def test_stopping_cancels_what_is_left(model):
 
 def test_a_defect_in_a_step_leaves_nobody_waiting(model, monkeypatch):
     engine = Engine(deepcopy(model), [])
-    heard: Queue[Event] = Queue()
+    heard: Queue[Token] = Queue()
     run, failures = engine.runner.run, iter([KeyError("a defect")])
 
     def sometimes(chunks):
@@ -336,7 +336,7 @@ def test_a_context_that_does_not_fit_into_memory_is_shortened(model, monkeypatch
 
 def test_a_reset_and_one_of_several_answers_cancelled(model):
     engine = Engine(deepcopy(model), [], EngineConfig(page_size=4))
-    heard: dict[int, list[Event]] = defaultdict(list)
+    heard: dict[int, list[Token]] = defaultdict(list)
     params = SamplingParams(temperature=1, max_tokens=10, seed=3)
     id = engine.submit([1] * 20, params, lambda e: heard[e.index].append(e), n=3)
     engine.step()
@@ -358,7 +358,7 @@ def test_memory_is_flat_over_ten_thousand_requests(model):
     engine = Engine(model, [EOS], EngineConfig(max_queued=500))
     sizes, refused, ended = [], 0, []
 
-    def listen(event: Event) -> None:
+    def listen(event: Token) -> None:
         if event.finish_reason:
             ended.append(event.finish_reason)
 

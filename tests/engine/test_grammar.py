@@ -44,8 +44,8 @@ def ask(model, grammars: list, **params) -> list[list[int]]:
 
     def listen(event) -> None:
         answers.setdefault(event.request_id, [])
-        if event.token is not None:
-            answers[event.request_id].append(event.token)
+        if event.id is not None:
+            answers[event.request_id].append(event.id)
         if event.finish_reason:
             ends[event.request_id] = (event.finish_reason, event.error)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from opennemo.engine import EngineConfig, Event, SamplingParams
+from opennemo.engine import EngineConfig, SamplingParams, Token
 from opennemo.errors import InvalidRequest, OpenNemoError
 from opennemo.llm import LLM
 from opennemo.model.checkpoint import save
@@ -73,7 +73,7 @@ def test_two_ranks_say_what_one_says(folder: Path):
 def test_a_rank_that_dies_is_an_error_and_nobody_waits(folder: Path):
     config = replace(CONFIG, tensor_parallel_size=2)
     with LLM.load(str(folder), device="cpu", config=config) as llm:
-        events: list[Event] = []
+        events: list[Token] = []
         llm.engine.submit([5], SamplingParams(max_tokens=250, ignore_eos=True), events.append)
         while len(events) < 3:
             time.sleep(0.01)

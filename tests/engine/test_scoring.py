@@ -106,7 +106,7 @@ def test_scoring_and_answering_go_on_side_by_side(model):
     tokens, ended, heard = [], threading.Event(), []
 
     def listen(event):
-        tokens.append(event.token)
+        tokens.append(event.id)
         if event.finish_reason:
             ended.set()
 
@@ -118,7 +118,7 @@ def test_scoring_and_answering_go_on_side_by_side(model):
     assert sorted(heard) == list(range(len(pairs)))
     assert scores[0].logprob == pytest.approx(defined(model, pairs[0])[0], abs=1e-3)
     alone, engine = [], Engine(deepcopy(model), [])
-    engine.submit([1, 2, 3], SamplingParams(max_tokens=30), lambda e: alone.append(e.token))
+    engine.submit([1, 2, 3], SamplingParams(max_tokens=30), lambda e: alone.append(e.id))
     while engine.step():
         pass
     assert tokens == alone

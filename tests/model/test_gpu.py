@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from opennemo.engine import Engine, EngineConfig, Event, SamplingParams
+from opennemo.engine import Engine, EngineConfig, SamplingParams, Token
 from opennemo.model.attention import FUSED_PAGE_SIZE, Paged
 from opennemo.model.pages import Pages
 from opennemo.model.quantization import FORMATS, quantize_
@@ -218,10 +218,10 @@ def test_answers_do_not_depend_on_how_many_are_answered(kv: str):
         engine, found = Engine(model(), [], config), [[] for _ in prompts]
         for prompt, tokens in zip(prompts, found, strict=True):
 
-            def hear(event: Event, tokens: list[int] = tokens) -> None:
+            def hear(event: Token, tokens: list[int] = tokens) -> None:
                 assert event.error is None
-                if event.token is not None:
-                    tokens.append(event.token)
+                if event.id is not None:
+                    tokens.append(event.id)
 
             engine.submit(prompt, SamplingParams(temperature=0, max_tokens=24), hear)
         while engine.step():
@@ -240,7 +240,7 @@ def test_an_engine_sleeps_and_wakes(kv: str):
     def answer() -> list[int | None]:
         tokens: list[int | None] = []
         params = SamplingParams(temperature=0, max_tokens=8)
-        engine.submit([1, 2, 3], params, lambda e: tokens.append(e.token))
+        engine.submit([1, 2, 3], params, lambda e: tokens.append(e.id))
         while engine.step():
             pass
         return tokens

@@ -9,12 +9,13 @@ from fastapi import APIRouter, Depends, Request
 from pydantic import Field
 from starlette.responses import Response
 
+from opennemo.engine import Token
 from opennemo.errors import InvalidRequest
 from opennemo.llm import LLM
 from opennemo.serve.auth import Client
 from opennemo.serve.error_bodies import Json
 from opennemo.serve.protocols.schema import Body, Messages, Stop, Tools
-from opennemo.serve.protocols.stream import STREAMS, Delta, EventStream, Generation, event
+from opennemo.serve.protocols.stream import STREAMS, EventStream, Generation, event
 from opennemo.serve.service import Service, client_of, service_of
 from opennemo.tokenizer.chat import encode_chat
 
@@ -117,13 +118,13 @@ async def create_message(
 
     generation = await service.start(client, body, ask, prefix="msg_")
     if body.stream:
-        return EventStream(generation, lambda deltas: _events(generation, deltas), ping=PING)
+        return EventStream(generation, lambda batches: _events(generation, batches), ping=PING)
     await generation.whole(request.receive)
-    choice = generation.choices[0]
+    text, calls = generation.answers[0].text, generation.answers[0].calls
     content: list[dict[str, Any]] = []
-    if choice.text or not choice.calls:
-        content.append({"type": "text", "text": choice.text, "citations": None})
-    for call in choice.calls:
+    if text or not calls:
+        content.append({"type": "text", "text": text, "citations": None})
+    for call in calls:
         content.append(_tool_use(call.id, call.name, _object(call.arguments)))
     message = _head(generation) | {"content": content, **_stop(generation)}
     message["usage"] |= {"output_tokens": generation.n_output_tokens}
@@ -145,16 +146,16 @@ async def count_tokens(body: CountRequest, service: TheService) -> Response:
 
 
 async def _events(
-    generation: Generation, batches: AsyncGenerator[list[Delta], None]
+    generation: Generation, batches: AsyncGenerator[list[Token], None]
 ) -> AsyncGenerator[str, None]:
     """The events of a stream: blocks open, grow and close one after the other."""
     yield _event("message_start", message=_head(generation))
     index, kind = -1, ""  # of the block that is open
-    async for deltas in batches:
+    async for tokens in batches:
         texts = []
-        for delta in deltas:
-            for call in [None, *delta.calls]:
-                text = delta.text if call is None else ""
+        for token in tokens:
+            for call in [None, *token.calls]:
+                text = token.text if call is None else ""
                 opens = bool(call and call.name) or (text and kind != "text")
                 if opens:
                     if index >= 0:
@@ -171,13 +172,13 @@ async def _events(
                 else:
                     continue
                 texts.append(_event("content_block_delta", index=index, delta=change))
-            if delta.finish_reason:
+            if token.finish_reason:
                 if index >= 0:
                     texts.append(_event("content_block_stop", index=index))
                 usage = {"output_tokens": generation.n_output_tokens}
                 texts.append(_event("message_delta", delta=_stop(generation), usage=usage))
                 texts.append(_event("message_stop"))
-        if texts or not deltas:
+        if texts or not tokens:
             yield "".join(texts)
 
 
@@ -208,8 +209,8 @@ def _head(generation: Generation) -> dict[str, Any]:
 
 
 def _stop(generation: Generation) -> dict[str, Any]:
-    by = generation.reply.answers[0].stopped_by
-    reason = STOP_REASONS[generation.choices[0].finish_reason or "stop"]
+    answer = generation.answers[0]
+    by, reason = answer.stopped_by, STOP_REASONS[answer.finish_reason or "stop"]
     return {"stop_reason": "stop_sequence" if by else reason, "stop_sequence": by}
 
 

@@ -7,13 +7,14 @@ from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
 import opennemo
-from opennemo.engine import Event
+from opennemo.engine import Token
 from opennemo.errors import InvalidRequest
 from opennemo.llm import LLM
+from opennemo.reply import Answer
 from opennemo.serve.auth import Client
 from opennemo.serve.error_bodies import Json, Refusal
 from opennemo.serve.protocols.schema import ChatRequest, CompletionRequest, Sampling
-from opennemo.serve.protocols.stream import STREAMS, Choice, Delta, EventStream, Generation, event
+from opennemo.serve.protocols.stream import STREAMS, EventStream, Generation, event
 from opennemo.serve.service import Service, client_of, service_of
 from opennemo.tokenizer import Tokenizer
 
@@ -33,7 +34,7 @@ async def chat_completions(
     if body.stream:
         llm, usage = service.llm, _usage_chunks(body, service)
         return EventStream(
-            generation, lambda deltas: _chat_chunks(generation, llm, body, deltas, usage)
+            generation, lambda batches: _chat_chunks(generation, llm, body, batches, usage)
         )
     await generation.whole(request.receive)
     return Json(chat_response(generation, service.llm, body), headers=generation.headers)
@@ -57,24 +58,23 @@ async def start_chat(service: Service, client: Client, body: ChatRequest) -> Gen
 def chat_response(generation: Generation, llm: LLM, body: ChatRequest) -> dict[str, Any]:
     """The body that answers a chat request, once all is there."""
     choices, mistral = [], body.is_mistral()  # whose first client wants a string, even if empty
-    for i, choice in enumerate(generation.choices):
+    for i, answer in enumerate(generation.answers):
+        calls = [_call(call) for call in answer.calls]
         message = {
             "role": "assistant",
-            "content": body.prefix() + choice.text
-            or (None if choice.calls and not mistral else ""),
+            "content": body.prefix() + answer.text or (None if calls and not mistral else ""),
             "refusal": None,
             "annotations": [],
             "prefix": False,
-            "tool_calls": [_call(call) for call in choice.calls] or None,
         }
-        if not choice.calls:
-            del message["tool_calls"]
-        logprobs = _chat_logprobs(llm, choice.events) if body.logprobs else None
+        if calls:
+            message["tool_calls"] = calls
+        logprobs = _chat_logprobs(llm, answer.tokens) if body.logprobs else None
         entry = {
             "index": i,
             "message": message,
             "logprobs": logprobs,
-            "finish_reason": choice.finish_reason,
+            "finish_reason": answer.finish_reason,
         }
         choices.append(entry | _extras(llm.tokenizer, generation, i, body))
     return {
@@ -93,7 +93,7 @@ async def _chat_chunks(
     generation: Generation,
     llm: LLM,
     body: ChatRequest,
-    batches: AsyncGenerator[list[Delta], None],
+    batches: AsyncGenerator[list[Token], None],
     usage: Callable[[Generation, bool], dict[str, Any]],
 ) -> AsyncGenerator[str, None]:
     """The events of a chat stream; texts of one batch go out together."""
@@ -109,27 +109,27 @@ async def _chat_chunks(
             "choices": [choice],
         }
 
-    prefix, n_open = body.prefix(), len(generation.choices)
-    held: list[list[Event]] = [[] for _ in generation.choices]  # tokens without text as yet
+    prefix, n_open = body.prefix(), len(generation.answers)
+    held: list[list[Token]] = [[] for _ in generation.answers]  # tokens without text as yet
     first = {"role": "assistant", "content": prefix}
     yield "".join(event(chunk(i, first)) for i in range(n_open))
-    async for deltas in batches:
+    async for tokens in batches:
         texts = []
-        for delta in deltas:
-            i = delta.index
-            held[i] += delta.events if body.logprobs else ()
-            if delta.text or (delta.finish_reason and held[i]):
+        for token in tokens:
+            i = token.index
+            held[i] += [token] if body.logprobs else ()
+            if token.text or (token.finish_reason and held[i]):
                 logprobs = _chat_logprobs(llm, held[i]) if body.logprobs else None
-                texts.append(event(chunk(i, {"content": delta.text}, logprobs=logprobs)))
+                texts.append(event(chunk(i, {"content": token.text}, logprobs=logprobs)))
                 held[i] = []
-            for call in delta.calls:
+            for call in token.calls:
                 texts.append(event(chunk(i, {"tool_calls": [_call(call, delta=True)]})))
-            if delta.finish_reason:
+            if token.finish_reason:
                 n_open -= 1
-                last = chunk(i, {}, delta.finish_reason) | usage(generation, n_open == 0)
+                last = chunk(i, {}, token.finish_reason) | usage(generation, n_open == 0)
                 last["choices"][0] |= _extras(llm.tokenizer, generation, i, body)
                 texts.append(event(last))
-        if texts or not deltas:
+        if texts or not tokens:
             yield "".join(texts)
     if body.stream_options and body.stream_options.include_usage:
         yield event(chunk(0, {}) | {"choices": [], "usage": generation.usage()})
@@ -160,14 +160,14 @@ def _token(tokenizer: Tokenizer, id: int, logprob: float) -> dict[str, Any]:
     return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(data), "token_id": id}
 
 
-def _chat_logprobs(llm: LLM, events: list[Event]) -> dict[str, Any]:
+def _chat_logprobs(llm: LLM, tokens: list[Token]) -> dict[str, Any]:
     """OpenAI's and Mistral's shape in one; the end of the answer is no token of it."""
     content = []
-    for e in events:
-        if e.token is None or e.logprobs is None or e.token in llm.engine.eos_ids:
+    for token in tokens:
+        if token.id is None or token.logprobs is None or token.id in llm.engine.eos_ids:
             continue
-        top = [_token(llm.tokenizer, id, logprob) for id, logprob in e.logprobs.top]
-        entry = _token(llm.tokenizer, e.token, e.logprobs.logprob)
+        top = [_token(llm.tokenizer, id, logprob) for id, logprob in token.logprobs.top]
+        entry = _token(llm.tokenizer, token.id, token.logprobs.logprob)
         content.append(entry | {"top_logprobs": top})
     return {"content": content, "refusal": None}
 
@@ -177,9 +177,9 @@ def _extras(
 ) -> dict[str, Any]:
     """vLLM's additions to a choice, where they were asked for."""
     extras: dict[str, Any] = {}
-    answer = generation.reply.answers[index]
     if body.return_token_ids:
-        extras |= {"token_ids": answer.ids, "prompt_token_ids": generation.reply.prompt_ids}
+        ids = generation.answers[index].ids
+        extras |= {"token_ids": ids, "prompt_token_ids": generation.reply.prompt_ids}
     if body.prompt_logprobs is not None:
         extras["prompt_logprobs"] = [
             logprobs
@@ -193,9 +193,9 @@ def _extras(
 
 
 def _prompt_logprobs(generation: Generation, index: int) -> list[tuple[int, Any]]:
-    events = generation.choices[index].events
-    found = next((e.prompt_logprobs for e in events if e.prompt_logprobs is not None), ())
-    return list(zip(generation.reply.prompt_ids, found, strict=False))
+    tokens = generation.answers[index].tokens
+    logprobs = next((t.prompt_logprobs for t in tokens if t.prompt_logprobs is not None), ())
+    return list(zip(generation.reply.prompt_ids, logprobs, strict=False))
 
 
 @router.post("/v1/completions", responses=STREAMS)
@@ -219,7 +219,7 @@ async def completions(
             generations[-1].keep_stop = bool(body.include_stop_str_in_output)
         llm, first = service.llm, generations[0]
         if body.stream:
-            return EventStream(first, lambda deltas: _completion_chunks(first, llm, body, deltas))
+            return EventStream(first, lambda batches: _completion_chunks(first, llm, body, batches))
         for generation in generations:
             await generation.whole(request.receive)
     finally:
@@ -227,9 +227,9 @@ async def completions(
             for generation in generations:
                 generation.close()
     choices = [
-        _completion_choice(g, llm, body, i, choice.text, choice.events, choice.finish_reason)
+        _completion_choice(g, llm, body, i, answer)
         for g in generations
-        for i, choice in enumerate(g.choices)
+        for i, answer in enumerate(g.answers)
     ]
     usages = [generation.usage() for generation in generations]
     content = {
@@ -255,63 +255,59 @@ def _completion_choice(
     llm: LLM,
     body: CompletionRequest,
     index: int,
-    text: str,
-    events: list[Event],
-    finish_reason: str | None,
+    answer: Answer,
     *,
     begins: bool = True,
 ) -> dict[str, Any]:
-    tokenizer, shown = llm.tokenizer, []
+    """A choice with an answer, or with a part of one; the first part shows the prompt, too."""
+    tokenizer, shown, text, tokens = llm.tokenizer, [], answer.text, answer.tokens
     if body.echo and begins:
         shown = _prompt_logprobs(generation, index)
         prompt = tokenizer.decode(generation.reply.prompt_ids)
-        text, events = (prompt, []) if body.max_tokens == 0 else (prompt + text, events)
+        text, tokens = (prompt, []) if body.max_tokens == 0 else (prompt + text, tokens)
     logprobs = None
     if body.logprobs is not None:
         shown = shown + [
-            (e.token, e.logprobs)
-            for e in events
-            if e.token is not None and e.token not in llm.engine.eos_ids
+            (token.id, token.logprobs)
+            for token in tokens
+            if token.id is not None and token.id not in llm.engine.eos_ids
         ]
         logprobs = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         offset = 0
-        for token, values in shown:
-            name = _token(tokenizer, token, 0)["token"]
-            logprobs["tokens"].append(name)
+        for id, values in shown:
+            logprobs["tokens"].append(_token(tokenizer, id, 0)["token"])
             logprobs["text_offset"].append(offset)
-            offset += len(tokenizer.decode([token]))
+            offset += len(tokenizer.decode([id]))
             logprobs["token_logprobs"].append(values and max(values.logprob, -9999.0))
             top = values and {
                 _token(tokenizer, id, 0)["token"]: max(logprob, -9999.0)
                 for id, logprob in values.top
             }
             logprobs["top_logprobs"].append(top)
-    choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
-    return choice | (_extras(tokenizer, generation, index, body) if finish_reason else {})
+    reason = answer.finish_reason
+    choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+    return choice | (_extras(tokenizer, generation, index, body) if reason else {})
 
 
 async def _completion_chunks(
     generation: Generation,
     llm: LLM,
     body: CompletionRequest,
-    batches: AsyncGenerator[list[Delta], None],
+    batches: AsyncGenerator[list[Token], None],
 ) -> AsyncGenerator[str, None]:
-    held = [Choice() for _ in generation.choices]
+    held = [Answer() for _ in generation.answers]  # tokens without text as yet
     begun: set[int] = set()
-    async for deltas in batches:
+    async for tokens in batches:
         texts = []
-        for delta in deltas:
-            i, choice = delta.index, held[delta.index]
-            choice.add(delta)
-            if choice.text or choice.finish_reason:
-                entry = _completion_choice(
-                    generation, llm, body, i, choice.text, choice.events, choice.finish_reason,
-                    begins=i not in begun,
-                )  # fmt: skip
+        for token in tokens:
+            i, part = token.index, held[token.index]
+            part.tokens.append(token)
+            if token.text or token.finish_reason:
+                entry = _completion_choice(generation, llm, body, i, part, begins=i not in begun)
                 begun.add(i)
                 texts.append(event(_completion_head(generation) | {"choices": [entry]}))
-                held[i] = Choice()
-        if texts or not deltas:
+                held[i] = Answer()
+        if texts or not tokens:
             yield "".join(texts)
     if body.stream_options and body.stream_options.include_usage:
         yield event(_completion_head(generation) | {"choices": [], "usage": generation.usage()})

@@ -14,12 +14,13 @@ from fastapi import APIRouter, Depends, Request
 from pydantic import Field
 from starlette.responses import Response
 
+from opennemo.engine import Token
 from opennemo.errors import InvalidRequest
 from opennemo.llm import LLM
 from opennemo.serve.auth import Client
 from opennemo.serve.error_bodies import Json
 from opennemo.serve.protocols.schema import Body, Choice, Tools, response_format
-from opennemo.serve.protocols.stream import STREAMS, Delta, EventStream, Generation, event
+from opennemo.serve.protocols.stream import STREAMS, EventStream, Generation, event
 from opennemo.serve.service import Service, client_of, service_of
 
 router = APIRouter()
@@ -130,14 +131,10 @@ async def create_response(
     if body.stream:
         return EventStream(generation, story.tell)
     await generation.whole(request.receive)
-    for _ in story.add(_whole(generation)):
-        pass
+    for token in generation.answers[0].tokens:
+        for _ in story.add(token):
+            pass
     return Json(story.response(), headers=generation.headers)
-
-
-def _whole(generation: Generation) -> Delta:
-    choice = generation.choices[0]
-    return Delta(index=0, text=choice.text, calls=choice.calls, finish_reason=choice.finish_reason)
 
 
 class _Story:
@@ -148,19 +145,19 @@ class _Story:
         self._items: list[dict[str, Any]] = []
         self._status, self._n_events = "in_progress", 0
 
-    async def tell(self, batches: AsyncGenerator[list[Delta], None]) -> AsyncGenerator[str, None]:
+    async def tell(self, batches: AsyncGenerator[list[Token], None]) -> AsyncGenerator[str, None]:
         """The stream's events."""
         yield self._event("created", response=self.response())
         yield self._event("in_progress", response=self.response())
-        async for deltas in batches:
-            texts = [text for delta in deltas for text in self.add(delta)]
-            if texts or not deltas:
+        async for tokens in batches:
+            texts = [text for token in tokens for text in self.add(token)]
+            if texts or not tokens:
                 yield "".join(texts)
         yield self._event(self._status, response=self.response())
 
-    def add(self, delta: Delta):
-        """Let a delta happen -> the events that tell of it."""
-        if delta.text:
+    def add(self, token: Token):
+        """Take a token up -> the events that report it."""
+        if token.text:
             if not self._items:
                 yield from self._open(
                     {"type": "message", "role": "assistant", "content": []}, "msg_"
@@ -168,9 +165,9 @@ class _Story:
                 part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
                 self._items[-1]["content"].append(part)
                 yield self._event("content_part.added", **self._place(0), part=part)
-            self._items[-1]["content"][0]["text"] += delta.text
-            yield self._event("output_text.delta", **self._place(0), delta=delta.text, logprobs=[])
-        for call in delta.calls:
+            self._items[-1]["content"][0]["text"] += token.text
+            yield self._event("output_text.delta", **self._place(0), delta=token.text, logprobs=[])
+        for call in token.calls:
             if call.name:
                 yield from self._close()
                 item = {"type": "function_call", "call_id": call.id, "name": call.name}
@@ -180,9 +177,9 @@ class _Story:
                 yield self._event(
                     "function_call_arguments.delta", **self._place(), delta=call.arguments
                 )
-        if delta.finish_reason:
-            self._status = "incomplete" if delta.finish_reason == "length" else "completed"
-            if not self._items and not delta.calls:  # an empty answer is a message, too
+        if token.finish_reason:
+            self._status = "incomplete" if token.finish_reason == "length" else "completed"
+            if not self._items and not token.calls:  # an empty answer is a message, too
                 self._items.append(
                     {
                         "id": f"msg_{secrets.token_hex(12)}",

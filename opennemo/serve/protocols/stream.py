@@ -1,67 +1,34 @@
-"""One request while it is answered: from the engine's pieces to what a protocol tells a client.
+"""One request while it is answered: from its tokens to the events that a client gets.
 
-A `Generation` is read in one way only, as deltas; whoever wants the whole lets them add up in
-`choices`, so that streams and whole answers are the same. Whatever ends it (the last token, a
-client that hangs up, a server that shuts down, an error), `close` runs once and frees its pages.
+A `Generation` is read in one way only, as tokens; its `answers` are what they add up to, so that
+streams and whole answers are the same. Whatever ends it (the last token, a client that hangs up, a
+server that shuts down, an error), `close` runs once and frees its pages.
 """
 
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from opennemo.engine import Event
+from opennemo.engine import Token
 from opennemo.errors import OpenNemoError
 from opennemo.llm import Reply
 from opennemo.serve.error_bodies import Refusal, dumps, error_body, refusal
-from opennemo.tokenizer.calls import Call, CallParser
 
 # What a route says of itself that answers with JSON or, asked to stream, with events.
 STREAMS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
-
-
-@dataclass(kw_only=True)
-class Delta:
-    """What is new of one choice."""
-
-    index: int
-    text: str = ""
-    calls: list[Call] = field(default_factory=list)
-    events: list[Event] = field(default_factory=list)  # tokens, for their log-probabilities
-    finish_reason: str | None = None  # stop, length or tool_calls
-
-
-@dataclass
-class Choice:
-    """One of a request's answers, as far as it has come."""
-
-    text: str = ""
-    calls: list[Call] = field(default_factory=list)
-    events: list[Event] = field(default_factory=list)
-    finish_reason: str | None = None
-
-    def add(self, delta: Delta) -> None:
-        self.text += delta.text
-        self.events += delta.events
-        self.finish_reason = delta.finish_reason or self.finish_reason
-        for call in delta.calls:
-            if call.name:
-                self.calls.append(Call(**vars(call)))
-            else:
-                self.calls[-1].arguments += call.arguments
 
 
 class Generation:
     """A reply on its way to a client.
 
     Args:
-        on_close: is told once, when it is over, whatever the reason.
-        keep_alive: seconds without news after which `deltas` gives an empty list.
+        on_close: is called once, when it is over, whatever the reason.
+        keep_alive: seconds without news after which `tokens` gives an empty list.
     """
 
     def __init__(
@@ -77,60 +44,48 @@ class Generation:
         self.created, self.started = int(time.time()), time.perf_counter()
         self.first_token_at: float | None = None
         self.last_token_at: float | None = None
-        self.gaps: list[float] = []  # seconds between pieces
-        self.choices = [Choice() for _ in reply.answers]
+        self.gaps: list[float] = []  # seconds between tokens
+        self.answers = reply.answers
         self.failure: OpenNemoError | None = None
         self.headers: dict[str, str] = {}
         self.keep_stop = False  # the stop string is part of the text
-        self._parsers = [CallParser(f"{request_id}/{i}") for i in range(len(self.choices))]
         self._keep_alive, self._on_close, self._closed = keep_alive, on_close, False
 
-    async def deltas(self) -> AsyncGenerator[list[Delta], None]:
+    async def tokens(self) -> AsyncGenerator[list[Token], None]:
         """What is new, again and again; [] when nothing was for a while.
 
         Raises:
             OpenNemoError: it cannot be finished.
         """
-        async with aclosing(self.reply.pieces(self._keep_alive)) as batches:
-            async for pieces in batches:
-                news = []
-                for piece in pieces:
-                    if piece.finish_reason == "cancelled":
+        async with aclosing(self.reply.tokens(self._keep_alive)) as batches:
+            async for tokens in batches:
+                for token in tokens:
+                    if token.finish_reason == "cancelled":
                         raise self.failure or Refusal(499, "cancelled", "cancelled")
-                    delta = Delta(
-                        index=piece.index, events=[piece.event], finish_reason=piece.finish_reason
-                    )
-                    choice = self.choices[piece.index]
-                    if piece.is_call:
-                        delta.calls = self._parsers[piece.index].feed(piece.text)
-                    else:
-                        delta.text = piece.text
-                    if self.keep_stop and piece.finish_reason:
-                        delta.text += self.reply.answers[piece.index].stopped_by or ""
-                    choice.add(delta)
-                    if choice.calls and delta.finish_reason == "stop":
-                        delta.finish_reason = choice.finish_reason = "tool_calls"
-                    news.append(delta)
-                if news:
+                    if self.keep_stop:
+                        token.text += token.stopped_by or ""
+                    if token.finish_reason == "stop" and self.answers[token.index].calls:
+                        token.finish_reason = "tool_calls"
+                if tokens:
                     self._note_time()
-                yield news
+                yield tokens
 
     async def whole(self, receive: Receive) -> None:
-        """Wait until `choices` are complete; a client that hangs up ends it at once.
+        """Wait until `answers` are complete; a client that hangs up ends it at once.
 
         Raises:
             OpenNemoError: it cannot be finished.
         """
         watch = asyncio.create_task(self._watch(receive))
         try:
-            async for _ in self.deltas():
+            async for _ in self.tokens():
                 pass
         finally:
             watch.cancel()
             self.close()
 
     def abort(self, failure: OpenNemoError) -> None:
-        """End it from outside: the client hears of `failure`."""
+        """End it from outside: the client gets `failure`."""
         self.failure = self.failure or failure
         self.reply.cancel()
 
@@ -157,7 +112,7 @@ class Generation:
 
     @property
     def n_output_tokens(self) -> int:
-        return sum(len(answer.ids) for answer in self.reply.answers)
+        return sum(len(answer.ids) for answer in self.answers)
 
     def usage(self) -> dict[str, Any]:
         """OpenAI's count of tokens, EOS included."""
@@ -173,14 +128,14 @@ class Generation:
 class EventStream(Response):
     """A generation as server-sent events.
 
-    `render` makes text of each batch of deltas. A response of our own, because Starlette's would
+    `render` makes text of each batch of tokens. A response of our own, because Starlette's would
     leave a generator that was never started unclosed, and because it watches for hang-ups itself.
     """
 
     def __init__(
         self,
         generation: Generation,
-        render: Callable[[AsyncGenerator[list[Delta], None]], AsyncGenerator[str, None]],
+        render: Callable[[AsyncGenerator[list[Token], None]], AsyncGenerator[str, None]],
         *,
         ping: str = ": keep-alive\n\n",
     ):
@@ -204,7 +159,7 @@ class EventStream(Response):
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             try:
-                async with aclosing(self._render(generation.deltas())) as texts:
+                async with aclosing(self._render(generation.tokens())) as texts:
                     async for text in texts:
                         await body(text or self._ping)
             except OpenNemoError as error:
