@@ -24,8 +24,8 @@ from measure import peak_memory
 from opennemo.model.lora import add_lora_
 from opennemo.model.parallel import data_rank, make_mesh, shard_
 from opennemo.model.transformer import PRESETS, ModelConfig, Transformer
+from opennemo.planning.estimate import plan
 from opennemo.planning.machines import GIB, Card, Machines
-from opennemo.planning.plan import plan
 from opennemo.train.config import parse_recipe
 from opennemo.train.objectives import next_token
 from opennemo.train.optim import optimizers

@@ -1,8 +1,8 @@
 """Texts of files and folders as one stream, each with its language: what models learn from.
 
 One idea makes it simple: a file is lines of bytes, whatever it is packed in and wherever it lies,
-and whole lines can be handed to another process as a `Piece`, which knows how to be read there.
-No more than a piece is held at a time. Lines that cannot be read are counted, not fatal. It does
+and whole lines can be handed to another process as a `Excerpt`, which knows how to be read there.
+No more than a excerpt is held at a time. Lines that cannot be read are counted, not fatal. It does
 not know what the texts are for.
 """
 
@@ -30,7 +30,7 @@ PACKED = (".gz", ".zst")
 LANGUAGE_KEYS = ("language", "lang", "iso")
 LICENCE_KEYS = ("licence", "license")
 MAX_LINE = 64 << 20  # bytes; a longer line is taken for several
-PIECE = 1 << 20  # bytes of a piece; so much of a text file is one text
+EXCERPT = 1 << 20  # bytes of a excerpt; so much of a text file is one text
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Piece:
+class Excerpt:
     """Some whole lines of a file, or of a Parquet file a row group, which stays in the file."""
 
     file: str
@@ -100,8 +100,8 @@ class Texts:
         self.n_broken, before = 0, 0
         for file, size in zip(self.files, self.sizes, strict=True):
             name = name_of(file)
-            for piece, n_read in pieces(file):
-                for text in piece.texts():
+            for excerpt, n_read in excerpts(file):
+                for text in excerpt.texts():
                     self.n_broken += text is None
                     if text and text.text:
                         yield text.language or name, text.text
@@ -109,8 +109,8 @@ class Texts:
             before += size
 
 
-def pieces(file: Path | str) -> Iterator[tuple[Piece, int]]:
-    """The pieces of a file, each with how many bytes of it have been read so far."""
+def excerpts(file: Path | str) -> Iterator[tuple[Excerpt, int]]:
+    """The excerpts of a file, each with how many bytes of it have been read so far."""
     if _kind(file) in PARQUET:
         with _parquet(file) as table:
             done = 0
@@ -118,18 +118,18 @@ def pieces(file: Path | str) -> Iterator[tuple[Piece, int]]:
                 group = table.metadata.row_group(i)
                 columns = (group.column(c) for c in range(group.num_columns))
                 done += sum(column.total_compressed_size for column in columns)
-                yield Piece(str(file), row_group=i), done
+                yield Excerpt(str(file), row_group=i), done
         return
     with open_lines(file) as (raw, lines):
         held, size = [], 0
         for line in lines:
             held.append(line)
             size += len(line)
-            if size >= PIECE:
-                yield Piece(str(file), b"".join(held)), raw.tell()
+            if size >= EXCERPT:
+                yield Excerpt(str(file), b"".join(held)), raw.tell()
                 held, size = [], 0
         if held:
-            yield Piece(str(file), b"".join(held)), raw.tell()
+            yield Excerpt(str(file), b"".join(held)), raw.tell()
 
 
 def name_of(file: Path | str) -> str:

@@ -53,16 +53,16 @@ def tokenize(
 
     from opennemo.cli import _progress
     from opennemo.data.cleaning import STAGES, Cleaning
-    from opennemo.data.portions import Plan
+    from opennemo.data.parts import Job
     from opennemo.data.preparation import prepare
-    from opennemo.data.statistics import table
+    from opennemo.data.tally import table
     from opennemo.model.hub import locate
     from opennemo.tokenizer.rank_files import OWN
 
     if engine not in ENGINES:
         raise InvalidRequest(f"--engine is {engine}, allowed are {', '.join(ENGINES)}")
     names = [name.strip() for name in clean.split(",") if name.strip()]
-    plan = Plan(
+    job = Job(
         inputs=tuple(i if "://" in i else Path(i) for i in inputs),
         tokenizer=Path(OWN) if tokenizer == OWN else locate(tokenizer),
         out=out,
@@ -83,7 +83,7 @@ def tokenize(
                 shown[stage] = stack.enter_context(_progress(stage.capitalize()))
             shown[stage](done, total)
 
-        report = prepare(plan, engine=engine, workers=workers or _processors(), progress=show)
+        report = prepare(job, engine=engine, workers=workers or _processors(), progress=show)
     seconds = time.monotonic() - began
     Console().print(table(report))
     kept, read = report["kept"], report["read"]

@@ -36,9 +36,9 @@ def plan(
 
     Exit code 1 if it does not fit; the last lines say why, and what would make it fit.
     """
+    from opennemo.planning.estimate import plan as work_out
+    from opennemo.planning.estimate import resolve_shape
     from opennemo.planning.machines import GIB, parse_machines
-    from opennemo.planning.plan import plan as work_out
-    from opennemo.planning.plan import resolve_shape
     from opennemo.train.config import read_recipe
 
     settings = read_recipe(recipe, set or ())

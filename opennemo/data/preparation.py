@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from opennemo.data.cleaning import Cleaning
-from opennemo.data.portions import ENGINES, Plan, finished, groups, in_one_line, tools
-from opennemo.data.statistics import Report
+from opennemo.data.parts import ENGINES, Job, finished, groups, in_one_line, tools
+from opennemo.data.tally import Tally
 from opennemo.errors import InvalidRequest, OpenNemoError
 from opennemo.files import write_whole
 from opennemo.texts import Texts
@@ -32,7 +32,7 @@ Progress = Callable[[str, int, int], None]  # what is being done, how much, and 
 
 
 def prepare(
-    plan: Plan, *, engine: str = "processes", workers: int = 1, progress: Progress | None = None
+    job: Job, *, engine: str = "processes", workers: int = 1, progress: Progress | None = None
 ) -> dict[str, Any]:
     """Make shards of texts, or go on with it; returns the report, which also lies beside them.
 
@@ -45,72 +45,72 @@ def prepare(
         OpenNemoError: a package is missing, there is no room on the disk, or a worker died.
     """
     say = progress or (lambda stage, done, total: None)
-    texts = Texts(plan.inputs)
-    parts = plan.out / "parts"
+    texts = Texts(job.inputs)
+    parts = job.out / "parts"
     try:
-        record = _begin(plan, texts)
-        if (plan.out / "index.json").exists():
+        record = _begin(job, texts)
+        if (job.out / "index.json").exists():
             shutil.rmtree(parts, ignore_errors=True)
-            return json.loads((plan.out / "report.json").read_text("utf-8"))
-        files = groups(texts, plan.chunk_bytes)
+            return json.loads((job.out / "report.json").read_text("utf-8"))
+        files = groups(texts, job.chunk_bytes)
         done = finished(parts)
         say("tokenizing", n_done := sum(files[i][1] for i in done), texts.n_bytes)
         reached = dict.fromkeys(range(len(files)), 0)
         todo = {i: names for i, (names, _) in enumerate(files) if i not in done}
-        for group, n_read in ENGINES[engine](plan, todo, workers):
+        for group, n_read in ENGINES[engine](job, todo, workers):
             reached[group] = max(reached[group], n_read)
             say("tokenizing", n_done + sum(reached.values()), texts.n_bytes)
-        return _finish(plan, record, say)
+        return _finish(job, record, say)
     except OSError as error:
-        raise OpenNemoError(in_one_line(error, plan)) from error
+        raise OpenNemoError(in_one_line(error, job)) from error
 
 
-def _begin(plan: Plan, texts: Texts) -> dict[str, Any]:
-    """Put the plan on record, or compare it with the one of the run that is to go on."""
+def _begin(job: Job, texts: Texts) -> dict[str, Any]:
+    """Put the job on record, or compare it with the one of the run that is to go on."""
     versions = {}
-    for name in LIBRARIES if plan.cleaning.stages else ():
+    for name in LIBRARIES if job.cleaning.stages else ():
         try:
             versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    tokenizer, _ = tools(plan)
+    tokenizer, _ = tools(job)
     if tokenizer.eos_id < 0:
-        raise InvalidRequest(f"{plan.tokenizer}: has no token that ends a text")
+        raise InvalidRequest(f"{job.tokenizer}: has no token that ends a text")
     record = {
         "inputs": [[str(file), n] for file, n in zip(texts.files, texts.sizes, strict=True)],
-        "tokenizer": describe_tokenizer(tokenizer, plan.tokenizer.name),
-        "cleaning": asdict(plan.cleaning),
-        "shard_tokens": plan.shard_tokens,
-        "chunk_bytes": plan.chunk_bytes,
+        "tokenizer": describe_tokenizer(tokenizer, job.tokenizer.name),
+        "cleaning": asdict(job.cleaning),
+        "shard_tokens": job.shard_tokens,
+        "chunk_bytes": job.chunk_bytes,
         "libraries": versions,
     }
     record = json.loads(json.dumps(record))  # as it will be read again
-    parts = plan.out / "parts"
-    for file in (plan.out / "report.json", parts / "plan.json"):
+    parts = job.out / "parts"
+    for file in (job.out / "report.json", parts / "plan.json"):
         if file.exists():
             before = json.loads(file.read_text("utf-8"))
             if other := [name for name in record if before.get(name) != record[name]]:
                 raise InvalidRequest(
-                    f"{plan.out}: begun with other {' and '.join(other)}; give the same, or "
+                    f"{job.out}: begun with other {' and '.join(other)}; give the same, or "
                     "another folder"
                 )
-            for left in (*plan.out.glob(".*"), *parts.glob(".*")):  # half-written when killed
+            for left in (*job.out.glob(".*"), *parts.glob(".*")):  # half-written when killed
                 left.unlink()
             return record
-    if plan.out.exists() and any(path != parts for path in plan.out.iterdir()):
-        raise InvalidRequest(f"{plan.out}: holds other files; give an empty folder or a new one")
+    if job.out.exists() and any(path != parts for path in job.out.iterdir()):
+        raise InvalidRequest(f"{job.out}: holds other files; give an empty folder or a new one")
     parts.mkdir(parents=True, exist_ok=True)
     write_whole(parts / "plan.json", json.dumps(record).encode())
     return record
 
 
-def _finish(plan: Plan, record: dict[str, Any], say: Progress) -> dict[str, Any]:
+def _finish(job: Job, record: dict[str, Any], say: Progress) -> dict[str, Any]:
     """Leave out copies, write shards, the report and the index, and throw the parts away."""
-    parts = sorted((plan.out / "parts").glob("[0-9]*.npz"))
-    copies = _copies(parts, plan.cleaning)
+    parts = sorted((job.out / "parts").glob("[0-9]*.npz"))
+    copies = _copies(parts, job.cleaning)
     n_bytes, written = sum(path.stat().st_size for path in parts), 0
-    report, seen = Report(), 0
-    writer = ShardWriter(plan.out, record["tokenizer"], shard_tokens=plan.shard_tokens)
+    report, seen = Tally(), 0
+    writer = ShardWriter(job.out, record["tokenizer"], shard_tokens=job.shard_tokens)
     for path in parts:
         with np.load(path, allow_pickle=False) as part:
             ids, ends, text_bytes = part["ids"], part["ends"], part["text_bytes"]
@@ -125,16 +125,16 @@ def _finish(plan: Plan, record: dict[str, Any], say: Progress) -> dict[str, Any]
         say("writing shards", written, n_bytes)
     content = report.content()
     if not content["kept"]["documents"]:
-        raise InvalidRequest(f"{plan.out}: no text is left of {content['read']['documents']:,}")
+        raise InvalidRequest(f"{job.out}: no text is left of {content['read']['documents']:,}")
     data = json.dumps(record | content, indent=1, ensure_ascii=False).encode() + b"\n"
-    write_whole(plan.out / "report.json", data)
+    write_whole(job.out / "report.json", data)
     writer.finish()
-    shutil.rmtree(plan.out / "parts")
+    shutil.rmtree(job.out / "parts")
     return record | content
 
 
 def _count(
-    report: Report,
+    report: Tally,
     origins: Sequence[tuple[str, str, str]],
     origin: np.ndarray,
     copy: np.ndarray,

@@ -16,11 +16,11 @@ from typing import Any
 
 from opennemo.errors import InvalidRequest
 from opennemo.model.checkpoint import open_checkpoint
+from opennemo.planning.estimate import Plan, plan
 from opennemo.planning.machines import Machines
-from opennemo.planning.plan import Plan, plan
 from opennemo.tokenizer import Tokenizer
 from opennemo.tokenizer.messages import Message
-from opennemo.train.config import Data, Lora, Model, Recipe, Source
+from opennemo.train.config import Lora, Model, Recipe, Source, TrainingData
 from opennemo.train.conversations import (
     BadLine,
     Reader,
@@ -58,7 +58,7 @@ def epoch(
         objective="chat",
         steps=max(1, math.ceil(report.n_tokens / width)),
         model=Model(path=str(model)),
-        data=Data(
+        data=TrainingData(
             train=tuple(Source(path=path) for path in paths), window=width, rows=1, micro_rows=1
         ),
         lora=Lora(rank=rank) if rank else None,

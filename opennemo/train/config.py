@@ -61,7 +61,9 @@ class Source:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class Data:
+class TrainingData:
+    """What is learned from, and how it is divided into steps."""
+
     train: Annotated[tuple[Source, ...], Field(min_length=1)]
     valid: tuple[Source, ...] = ()
     window: Positive = 1024  # tokens of a row, into which documents or conversations are packed
@@ -150,7 +152,7 @@ class Recipe:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     licence: str = ""  # of the result, for its model card
     model: Model
-    data: Data
+    data: TrainingData
     optim: Optim = Optim()
     qat: Qat | None = None
     lora: Lora | None = None

@@ -21,7 +21,6 @@ import operator
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from fractions import Fraction
 from itertools import accumulate
 from pathlib import Path
@@ -39,17 +38,6 @@ IDS, ENDS = np.dtype("<u4"), np.dtype("<i8")
 SHARD_TOKENS = 1 << 26  # 256 MiB of ids
 GOLDEN, WORD = 0x9E3779B97F4A7C15, (1 << 64) - 1
 ROUNDS = 8  # of the permutation; with 4, short ones are measurably uneven
-
-
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """One entry of a mixture: a folder of shards, and its share of the tokens drawn.
-
-    Weights of a mixture need not sum to 1.
-    """
-
-    path: Path
-    weight: float = 1.0
 
 
 class Corpus:
@@ -73,45 +61,46 @@ class Corpus:
 
     def __init__(
         self,
-        sources: Sequence[Source],
+        folders: Sequence[Path],
         *,
         window: int,
         seed: int,
+        weights: Sequence[float] | None = None,
         tokenizer_hash: str | None = None,
         verify: bool = False,
     ):
-        if not sources:
+        """`weights` are shares of the tokens drawn, which need not sum to 1; by default equal."""
+        if not folders:
             raise InvalidRequest("a mixture needs at least one source")
         if window < 1:
             raise InvalidRequest(f"a window is {window} tokens, but must be 1 or more")
-        self._sources, self._window, self._seed = tuple(sources), window, seed
-        self._shards = [_Shards(source.path) for source in sources]
+        self._weights = [1.0] * len(folders) if weights is None else [*weights]
+        self._window, self._seed = window, seed
+        self._shards = [_Shards(folder) for folder in folders]
         first = self._shards[0]
         self.vocab_size = first.tokenizer["vocab_size"]
         expected = tokenizer_hash or first.tokenizer["hash"]
         wanted = "this run's" if tokenizer_hash else f"that of {first.path}"
-        for source, shards in zip(sources, self._shards, strict=True):
-            if not 0 < source.weight < math.inf:
-                raise InvalidRequest(f"{source.path}: weight {source.weight} is not above 0")
-            if (found := shards.tokenizer["hash"]) != expected:
+        for shards, weight in zip(self._shards, self._weights, strict=True):
+            if not 0 < weight < math.inf:
+                raise InvalidRequest(f"{shards.path}: weight {weight} is not above 0")
+            if (hash := shards.tokenizer["hash"]) != expected:
                 raise CheckpointError(
-                    f"{source.path}: made with the tokenizer {found[:12]} "
+                    f"{shards.path}: made with the tokenizer {hash[:12]} "
                     f"({shards.tokenizer['name']}), but {wanted} is {expected[:12]}"
                 )
             if shards.n_tokens < window:
                 raise InvalidRequest(
-                    f"{source.path}: {shards.n_tokens:,} tokens, less than a window of {window:,}"
+                    f"{shards.path}: {shards.n_tokens:,} tokens, less than a window of {window:,}"
                 )
             if verify:
                 shards.verify()
         self.n_tokens = sum(shards.n_tokens for shards in self._shards)
-        weights = [Fraction(source.weight) for source in sources]
-        self._shares = [weight / sum(weights) for weight in weights]
+        parts = [Fraction(weight) for weight in self._weights]
+        self._shares = [part / sum(parts) for part in parts]
         # The share of each source in what those before it have left.
-        left = [sum(weights[j:]) for j in range(len(weights))]
-        self._splits = [
-            (w / rest).as_integer_ratio() for w, rest in zip(weights, left, strict=True)
-        ]
+        left = [sum(parts[j:]) for j in range(len(parts))]
+        self._splits = [(w / rest).as_integer_ratio() for w, rest in zip(parts, left, strict=True)]
 
     def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """Window i >= 0: ids (window,) uint32, and how they fall into documents (S,) int64.
@@ -135,15 +124,15 @@ class Corpus:
         """
         sources = [
             {
-                "path": str(source.path),
-                "weight": source.weight,
+                "path": str(shards.path),
+                "weight": weight,
                 "share": float(share),
                 "tokens": shards.n_tokens,
                 "documents": shards.n_documents,
                 "windows_an_epoch": float(shards.n_tokens // self._window / share),
                 "index_sha256": shards.sha256,
             }
-            for source, shards, share in zip(self._sources, self._shards, self._shares, strict=True)
+            for shards, weight, share in zip(self._shards, self._weights, self._shares, strict=True)
         ]
         tokenizer = self._shards[0].tokenizer
         return {

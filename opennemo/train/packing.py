@@ -25,17 +25,17 @@ from opennemo.train.corpus import Corpus
 IGNORED = -100  # a target that is no target
 
 
-class Row(NamedTuple):
+class PackedRow(NamedTuple):
     ids: np.ndarray  # (T,) uint32
     targets: np.ndarray  # (T,) int64, the next id or IGNORED
     lengths: np.ndarray  # (S,) of the sequences that lie in it
     units: np.ndarray  # which examples, if they are numbered
 
 
-class Rows(Protocol):
+class PackedRows(Protocol):
     """An endless list of rows."""
 
-    def __getitem__(self, index: int) -> Row: ...
+    def __getitem__(self, index: int) -> PackedRow: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,12 +68,12 @@ class TextRows:
     def __init__(self, corpus: Corpus):
         self.corpus = corpus
 
-    def __getitem__(self, index: int) -> Row:
+    def __getitem__(self, index: int) -> PackedRow:
         ids, lengths = self.corpus[index]
         targets = np.full(len(ids), IGNORED, np.int64)
         targets[:-1] = ids[1:]
         targets[np.cumsum(lengths) - 1] = IGNORED  # a document's last id is followed by another's
-        return Row(ids, targets, lengths, np.empty(0, np.int64))
+        return PackedRow(ids, targets, lengths, np.empty(0, np.int64))
 
 
 class ExampleRows:
@@ -92,13 +92,13 @@ class ExampleRows:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> Row:
+    def __getitem__(self, index: int) -> PackedRow:
         epoch, place = divmod(index, len(self.rows))
         order = np.random.default_rng((self.seed, epoch, len(self.rows))).permutation(len(self))
         numbers = self.rows[order[place]]
         examples = [example for number in numbers for example in self.units[number]]
         lengths = np.array([len(e.ids) for e in examples])
-        return Row(
+        return PackedRow(
             np.concatenate([e.ids for e in examples]),
             np.concatenate([example_targets(e) for e in examples]),
             lengths,
@@ -130,7 +130,9 @@ def first_fit(sizes: np.ndarray, order: np.ndarray, width: int) -> list[list[int
     return rows
 
 
-def collate(rows: Sequence[Row], window: int | None, references: np.ndarray | None = None) -> Batch:
+def collate(
+    rows: Sequence[PackedRow], window: int | None, references: np.ndarray | None = None
+) -> Batch:
     """Lay rows end to end. With `references` (pairs, 2) the units are pairs, else targets."""
     lengths = np.concatenate([row.lengths for row in rows])
     targets = np.concatenate([row.targets for row in rows])

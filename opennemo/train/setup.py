@@ -21,11 +21,10 @@ from opennemo.model.quantization import FORMATS, prepare_qat_
 from opennemo.model.transformer import Transformer
 from opennemo.tokenizer.rank_files import OWN, open_tokenizer
 from opennemo.tokenizer.tokenizer import Tokenizer
-from opennemo.train import config
-from opennemo.train.config import Recipe
+from opennemo.train.config import Recipe, Source
 from opennemo.train.conversations import read_examples, read_pairs
-from opennemo.train.corpus import Corpus, Source, vocabulary_hash
-from opennemo.train.packing import ExampleRows, Rows, TextRows
+from opennemo.train.corpus import Corpus, vocabulary_hash
+from opennemo.train.packing import ExampleRows, PackedRows, TextRows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +35,8 @@ class Setup:
     teacher: Transformer | None  # whose probabilities are learnt, with the objective "distil"
     tokenizer: Tokenizer
     tokenizer_path: Path
-    train: Rows
-    valid: Rows | None
+    train: PackedRows
+    valid: PackedRows | None
     token_bytes: np.ndarray  # (V,) bytes of text that each id stands for
     data: dict[str, Any]  # what the rows are made of, for the run's folder
 
@@ -135,16 +134,17 @@ def change_weights_(model: Transformer, recipe: Recipe) -> None:
 
 
 def _rows(
-    recipe: Recipe, sources: Sequence[config.Source], tokenizer: Tokenizer
-) -> tuple[Rows, dict[str, Any]]:
+    recipe: Recipe, sources: Sequence[Source], tokenizer: Tokenizer
+) -> tuple[PackedRows, dict[str, Any]]:
     width, seed = recipe.data.window, recipe.seed
-    if recipe.objective in ("text", "distil"):
-        mixture = [Source(path=source.path, weight=source.weight) for source in sources]
-        corpus = Corpus(
-            mixture, window=width, seed=seed, tokenizer_hash=vocabulary_hash(tokenizer), verify=True
-        )
-        return TextRows(corpus), corpus.describe()
     paths = [source.path for source in sources]
+    if recipe.objective in ("text", "distil"):
+        weights = [source.weight for source in sources]
+        corpus = Corpus(
+            paths, window=width, seed=seed, weights=weights, verify=True,
+            tokenizer_hash=vocabulary_hash(tokenizer),
+        )  # fmt: skip
+        return TextRows(corpus), corpus.describe()
     read = read_pairs if recipe.objective == "preference" else read_examples
     units, report = read(paths, tokenizer, max_tokens=width)
     if not recipe.data.skip_bad:

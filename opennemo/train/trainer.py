@@ -41,7 +41,7 @@ from opennemo.train.config import Recipe
 from opennemo.train.metrics import Display, Log, matmul_flops
 from opennemo.train.objectives import next_token, objective, sequence_log_probs
 from opennemo.train.optim import clip, optimizers, rate, set_rate
-from opennemo.train.packing import IGNORED, Batch, ExampleRows, Rows, collate, step_rows
+from opennemo.train.packing import IGNORED, Batch, ExampleRows, PackedRows, collate, step_rows
 from opennemo.train.setup import Setup
 
 Sample = Callable[[Transformer, Tokenizer], list[dict[str, Any]]]
@@ -193,7 +193,7 @@ class Trainer:
         return {**values, "lr": lr, "grad_norm": float(norm), "skipped": float(skipped)}
 
     @torch.no_grad()
-    def evaluate(self, rows: Rows) -> dict[str, float]:
+    def evaluate(self, rows: PackedRows) -> dict[str, float]:
         """Losses on held-out rows, named `valid_...`."""
         model, recipe = self.model.eval(), self.recipe
         n_rows = min(recipe.data.valid_rows, getattr(rows, "__len__", lambda: 1 << 30)())
@@ -239,7 +239,7 @@ class Trainer:
             self.seen[batch.tokens.numpy()] = True
         return batches
 
-    def _collate(self, rows: Rows, indices: Any) -> Batch:
+    def _collate(self, rows: PackedRows, indices: Any) -> Batch:
         found = [rows[index] for index in indices]
         return collate(found, self.model.config.sliding_window, self.references.get(id(rows)))
 

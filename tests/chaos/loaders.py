@@ -27,7 +27,7 @@ from opennemo.tokenizer.tokenizer import load_tokenizer
 from opennemo.train.checkpoints import Checkpoints
 from opennemo.train.config import read_recipe
 from opennemo.train.conversations import read_examples, read_pairs
-from opennemo.train.corpus import Corpus, ShardWriter, Source, describe_tokenizer
+from opennemo.train.corpus import Corpus, ShardWriter, describe_tokenizer
 
 SHAPE = replace(PRESETS["tiny"], dim=64, vocab_size=328, max_position_embeddings=512)
 MERGED = [b"th", b"in", b" t", b" th", b"ing", b" a", b"er", b"he"]
@@ -77,7 +77,7 @@ def open_batch(path: Path) -> None:
 
 
 def open_corpus(path: Path) -> None:
-    corpus = Corpus([Source(path=path)], window=32, seed=0, verify=True)
+    corpus = Corpus([path], window=32, seed=0, verify=True)
     for i in range(3):
         ids, _ = corpus[i]
         ids.sum()

@@ -15,7 +15,7 @@ from opennemo.errors import CheckpointError, InvalidRequest, OpenNemoError
 from opennemo.tokenizer.rank_files import OWN, own_tokenizer
 from opennemo.tokenizer.saving import save_huggingface
 from opennemo.tokenizer.tekken import SINGLE_BYTES, Tekken
-from opennemo.train.corpus import Corpus, ShardWriter, Source, tokenizer_hash, vocabulary_hash
+from opennemo.train.corpus import Corpus, ShardWriter, tokenizer_hash, vocabulary_hash
 
 TOKENIZER = {"name": "test", "hash": "ab" * 32, "vocab_size": 1 << 20, "bos_id": 1, "eos_id": 2}
 
@@ -43,7 +43,7 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarra
 
 def test_each_epoch_shows_every_window_once_cut_at_documents(documents: tuple[Path, np.ndarray]):
     folder, ends = documents
-    corpus = Corpus([Source(path=folder)], window=16, seed=3)
+    corpus = Corpus([folder], window=16, seed=3)
     n_windows, left_over = divmod(corpus.n_tokens, 16)
     assert corpus.n_tokens == ends[-1]
     orders = []
@@ -65,7 +65,7 @@ def test_each_epoch_shows_every_window_once_cut_at_documents(documents: tuple[Pa
 
 
 def test_a_window_depends_on_its_number_and_the_seed_alone(documents: tuple[Path, np.ndarray]):
-    sources = [Source(path=documents[0])]
+    sources = [documents[0]]
     first = [Corpus(sources, window=16, seed=3)[i][0].tolist() for i in range(200)]
     corpus = Corpus(sources, window=16, seed=3)
     assert [corpus[i][0].tolist() for i in reversed(range(200))] == first[::-1]
@@ -94,8 +94,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def test_every_stretch_of_a_mixture_keeps_its_shares(
     folders: list[Path], weights: list[float], begin: int, n: int
 ):
-    sources = [Source(path=p, weight=w) for p, w in zip(folders, weights, strict=False)]
-    corpus = Corpus(sources, window=1, seed=0)
+    corpus = Corpus(folders[: len(weights)], window=1, seed=0, weights=weights)
     counts = Counter(int(corpus[i][0][0]) for i in range(begin, begin + n))
     for source, weight in enumerate(weights):
         assert abs(counts[source] - n * weight / sum(weights)) <= source + 1
@@ -104,7 +103,7 @@ def test_every_stretch_of_a_mixture_keeps_its_shares(
 def test_orders_are_as_good_as_random(tmp_path: Path):
     """Over 3,000 epochs each of 5 windows stands about equally often at each place."""
     write(tmp_path, [5])
-    corpus = Corpus([Source(path=tmp_path)], window=1, seed=0)
+    corpus = Corpus([tmp_path], window=1, seed=0)
     places = Counter((i % 5, int(corpus[i][0][0])) for i in range(15_000))
     assert len(places) == 25
     assert all(480 < n < 720 for n in places.values()), places  # 600, and five deviations
@@ -113,8 +112,8 @@ def test_orders_are_as_good_as_random(tmp_path: Path):
 def test_describe_says_how_long_an_epoch_is(tmp_path: Path):
     write(tmp_path / "a", [10, 20, 70])
     write(tmp_path / "b", [50])
-    sources = [Source(path=tmp_path / "a", weight=3), Source(path=tmp_path / "b")]
-    described = Corpus(sources, window=10, seed=5).describe()
+    folders = [tmp_path / "a", tmp_path / "b"]
+    described = Corpus(folders, window=10, seed=5, weights=[3, 1]).describe()
     a, b = described["sources"]
     assert (a["share"], a["tokens"], a["documents"]) == (0.75, 100, 3)
     assert a["windows_an_epoch"] == pytest.approx(10 / 0.75)
@@ -167,31 +166,31 @@ def test_what_is_wrong_with_a_folder_is_said_in_one_line(tmp_path: Path):
     file = good / "00001.ids"
     assert file.exists()
 
-    def refusal(error: type[OpenNemoError], *sources: Source, **options: object) -> str:
+    def refusal(error: type[OpenNemoError], *folders: Path, **options: object) -> str:
         with pytest.raises(error) as caught:
-            Corpus(sources or [Source(path=good)], **({"window": 8, "seed": 0} | options))  # pyright: ignore[reportArgumentType]
+            Corpus(folders or [good], **({"window": 8, "seed": 0} | options))  # pyright: ignore[reportArgumentType]
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
-    assert "index.json is missing" in refusal(CheckpointError, Source(path=tmp_path / "none"))
+    assert "index.json is missing" in refusal(CheckpointError, tmp_path / "none")
     said = refusal(CheckpointError, tokenizer_hash="cd" * 32)
     assert "abababababab" in said and "cdcdcdcdcdcd" in said
     write(tmp_path / "other", [9], hash="ef" * 32)
-    said = refusal(CheckpointError, Source(path=good), Source(path=tmp_path / "other"))
+    said = refusal(CheckpointError, good, tmp_path / "other")
     assert "abababababab" in said and "efefefefefef" in said and "other" in said
     assert "130 tokens" in refusal(InvalidRequest, window=131)
     assert "window is 0" in refusal(InvalidRequest, window=0)
     for weight in (0, -1, float("nan"), float("inf")):
-        assert "weight" in refusal(InvalidRequest, Source(path=good, weight=weight))
+        assert "weight" in refusal(InvalidRequest, weights=[weight])
     with pytest.raises(InvalidRequest, match="at least one source"):
         Corpus([], window=8, seed=0)
     with pytest.raises(IndexError):
-        Corpus([Source(path=good)], window=8, seed=0)[-1]
+        Corpus([good], window=8, seed=0)[-1]
 
     content = file.read_bytes()
-    Corpus([Source(path=good)], window=8, seed=0, verify=True)
+    Corpus([good], window=8, seed=0, verify=True)
     file.write_bytes(content[:-1] + b"\x01")
-    Corpus([Source(path=good)], window=8, seed=0)  # looks at sizes alone
+    Corpus([good], window=8, seed=0)  # looks at sizes alone
     assert "00001.ids: damaged, its SHA-256" in refusal(CheckpointError, verify=True)
     file.write_bytes(content[:-4])
     assert "00001.ids: 116 bytes, but the index says 120" in refusal(CheckpointError)

@@ -11,7 +11,7 @@ from opennemo.model.transformer import ModelConfig, Transformer
 from opennemo.train.config import Optim, parse_recipe
 from opennemo.train.objectives import hidden_of_targets, next_token
 from opennemo.train.optim import optimizers
-from opennemo.train.packing import IGNORED, Row, collate
+from opennemo.train.packing import IGNORED, PackedRow, collate
 from opennemo.train.setup import make_model
 
 N_HAY, N_KEYS, N_VALUES, N_NEEDLES = 32, 16, 16, 4
@@ -27,7 +27,7 @@ class Needles:
     def __init__(self, length: int, seed: int):
         self.length, self.seed = length, seed
 
-    def __getitem__(self, index: int) -> Row:
+    def __getitem__(self, index: int) -> PackedRow:
         random = np.random.default_rng((self.seed, self.length, index))
         ids = random.integers(0, N_HAY, self.length)
         end = self.length - 2 * N_NEEDLES
@@ -39,7 +39,7 @@ class Needles:
         ids[end::2], ids[end + 1 :: 2] = keys[order], values[order]
         targets = np.full(self.length, IGNORED, np.int64)
         targets[end::2] = values[order]
-        return Row(ids.astype(np.uint32), targets, np.array([self.length]), np.array([index]))
+        return PackedRow(ids.astype(np.uint32), targets, np.array([self.length]), np.array([index]))
 
 
 def learn(model: Transformer, length: int, n_rows: int, lr: float) -> None:

@@ -15,7 +15,7 @@ ORIGINS = ("languages", "sources", "licences")
 SHOWN = 12  # languages, sources and licences in a terminal; the file has all
 
 
-class Report:
+class Tally:
     """Counts of documents, bytes of text, and tokens where there are any.
 
     Sections are read, unreadable (lines), changed (by stage), dropped (by reason), and of what is
@@ -42,7 +42,7 @@ class Report:
             counts[i] += n
 
     def rows(self) -> list[Any]:
-        """All counts, as JSON can hold them; `Report(rows)` has the same."""
+        """All counts, as JSON can hold them; `Tally(rows)` has the same."""
         return [[*key, *counts] for key, counts in self._counts.items()]
 
     def content(self) -> dict[str, Any]:

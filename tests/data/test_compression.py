@@ -1,23 +1,19 @@
-"""Counting tokens: the arithmetic, the files it writes, and files of ranks to compare with."""
+"""Counting tokens: the arithmetic, and the files it writes."""
 
-import base64
 import csv
 import io
 import json
-from importlib.resources import files
 from pathlib import Path
 
 import mistral_common
 import pytest
-from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 from rich.console import Console
 
 from opennemo.data.compression import Comparison, compare, open_all
-from opennemo.data.display import show
-from opennemo.errors import CheckpointError, InvalidRequest
+from opennemo.errors import InvalidRequest
 from opennemo.texts import Texts
 from opennemo.tokenizer.patterns import PATTERNS
-from opennemo.tokenizer.rank_files import OWN, PATTERN_OF_RANKS, Ranks, open_tokenizer, pack
+from opennemo.tokenizer.rank_files import OWN
 from opennemo.tokenizer.tekken import SINGLE_BYTES, Tekken
 
 TEXTS = [("en", "the theme of the thesis"), ("fr", "thé"), ("en", "the"), ("el", "το")]
@@ -91,66 +87,15 @@ def test_comparing_needs_texts_and_a_reference(english: Tekken):
         compare({"a": english}, TEXTS, "b")
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file of as many ranks as GPT-2 has, though not its own."""
-    n = next(iter(PATTERN_OF_RANKS))
-    tokens = [*SINGLE_BYTES, b" lo", b" low", *(b"%06d" % i for i in range(n - 258))]
-    lines = (base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens))
-    file = tmp_path_factory.mktemp("ranks") / "tokenizer.model"
-    file.write_bytes(b"".join(lines))
-    return file
-
-
-def test_a_file_of_ranks_is_known_by_its_content(ranks: Path):
-    tokenizer = open_tokenizer(ranks)
-    assert isinstance(tokenizer, Ranks)
-    ids = tokenizer.encode(" low é")
-    assert ids == [257, 32, *"é".encode()]
-    assert tokenizer.decode(ids) == " low é"
-
-
-def test_tokenizers_have_names(english: Tekken, ranks: Path, tmp_path: Path):
+def test_tokenizers_have_names(english: Tekken, tmp_path: Path):
     (tmp_path / "small").mkdir()
     english.save(tmp_path / "small" / "tekken.json")
-    opened = open_all([str(tmp_path / "small"), f"gpt={ranks}"])
-    assert {name: type(each) for name, each in opened.items()} == {"small": Tekken, "gpt": Ranks}
+    opened = open_all([str(tmp_path / "small"), f"own={OWN}"])
+    assert {name: each.vocab_size for name, each in opened.items()} == {
+        "small": english.vocab_size, "own": 32_768
+    }  # fmt: skip
     with pytest.raises(InvalidRequest, match="two tokenizers are called small: write NAME="):
         open_all([str(tmp_path / "small"), str(tmp_path / "small" / "tekken.json")])
-
-
-def test_an_unknown_number_of_ranks_is_an_error(tmp_path: Path):
-    file = tmp_path / "small.tiktoken"
-    file.write_bytes(b"YQ== 0\nYg== 1\n")
-    with pytest.raises(CheckpointError, match="2 ranks, so its split pattern is unknown"):
-        open_tokenizer(file)
-    file.write_bytes(b"YQ== 0\n*** *** ***\n")
-    with pytest.raises(CheckpointError, match="not a tiktoken file"):
-        open_tokenizer(file)
-
-
-def test_showing_a_text_names_ids_and_bytes(english: Tekken):
-    console = Console(width=80, record=True, file=io.StringIO())
-    console.print(show(english, "the τό\n[bold]"))
-    shown = console.export_text()
-    assert shown.splitlines()[:2] == ["the τ⟨cf⟩⟨8c⟩⏎", "[bold]"]
-    assert "1257" in shown  # the id of "the"
-    assert "74 68 65" in shown  # its bytes
-    assert "characters, 15 bytes" in shown
-
-
-def test_the_vocabulary_that_comes_with_the_package(tmp_path: Path):
-    own = open_tokenizer(Path(OWN))
-    assert isinstance(own, Tekken)
-    assert own.vocab_size == 32_768
-    text = "Всі люди народжуються вільними — 人人生而自由,在尊严和权利上一律平等。 def f(x): return 42 🦙"  # noqa: E501, RUF001
-    assert own.decode(own.encode(text)) == text
-    assert pack(own.tokens) == files("opennemo.tokenizer").joinpath(
-        "data", f"{OWN}.tiktoken.gz"
-    ).read_bytes()  # fmt: skip
-    own.save(tmp_path / "tekken.json")
-    mistral = Tekkenizer.from_file(str(tmp_path / "tekken.json"))
-    assert mistral.encode(text, bos=False, eos=False) == own.encode(text)
 
 
 def test_it_is_no_worse_than_sentencepiece_on_the_held_out_text():

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from opennemo.errors import InvalidRequest
-from opennemo.texts import Text, Texts, pieces
+from opennemo.texts import Text, Texts, excerpts
 
 
 def test_files_of_every_kind_and_their_languages(tmp_path: Path):
@@ -37,10 +37,10 @@ def test_tables_and_what_their_rows_say(tmp_path: Path):
     texts = Texts([tmp_path])
     assert list(texts) == [("es", "uno"), ("en", "two")]
     assert texts.n_broken == 1
-    found = [(len(list(piece.texts())), n_read) for piece, n_read in pieces(file)]
+    found = [(len(list(excerpt.texts())), n_read) for excerpt, n_read in excerpts(file)]
     assert [n for n, _ in found] == [3, 1]
     assert 0 < found[0][1] < found[1][1] <= texts.n_bytes
-    assert list(next(pieces(file))[0].texts()) == [
+    assert list(next(excerpts(file))[0].texts()) == [
         Text("uno", "es", "a", "CC0"), None, Text("two", "", "c", "")
     ]  # fmt: skip
     parquet.write_table(pyarrow.table({"body": ["x"]}), file)

@@ -28,10 +28,10 @@ import numpy as np
 
 from opennemo.cluster.local_ray import keep_ray_here
 from opennemo.data.cleaning import Cleaning, Document, Stage, keys, stages
-from opennemo.data.statistics import Report
+from opennemo.data.tally import Tally
 from opennemo.errors import OpenNemoError
 from opennemo.files import write_whole
-from opennemo.texts import Piece, Texts, name_of, pieces
+from opennemo.texts import Excerpt, Texts, excerpts, name_of
 from opennemo.tokenizer.rank_files import open_tokenizer
 from opennemo.tokenizer.tokenizer import Tokenizer, repair_surrogates
 from opennemo.train.corpus import SHARD_TOKENS
@@ -40,7 +40,7 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class Job:
     """What is made of what; equal plans give equal bytes.
 
     Attributes:
@@ -61,13 +61,13 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """Some pieces of a group of files; the last one of a group says so, in the name of its part."""
+class TextChunk:
+    """Some excerpts of a group of files; the name of the last one's part says that it is."""
 
     group: int
     number: int
     last: bool
-    pieces: tuple[Piece, ...]
+    excerpts: tuple[Excerpt, ...]
     n_read: int  # bytes of the group's files, up to the end of this chunk
 
     @property
@@ -87,22 +87,22 @@ def groups(texts: Texts, n_bytes: int) -> list[tuple[list[Path | str], int]]:
     return found
 
 
-def chunks(plan: Plan, group: int, files: Iterable[Path | str]) -> Iterator[Chunk]:
+def chunks(job: Job, group: int, files: Iterable[Path | str]) -> Iterator[TextChunk]:
     """The chunks of a group whose parts are still to be made."""
     number, held, size, before, n_read = 0, [], 0, 0, 0
 
-    def todo(last: bool) -> Iterator[Chunk]:
-        chunk = Chunk(group, number, last, tuple(held), n_read)
-        if not (plan.out / "parts" / chunk.part).exists():
+    def todo(last: bool) -> Iterator[TextChunk]:
+        chunk = TextChunk(group, number, last, tuple(held), n_read)
+        if not (job.out / "parts" / chunk.part).exists():
             yield chunk
 
     for file in files:
-        for piece, read in pieces(file):
-            if size >= plan.chunk_bytes:
+        for excerpt, read in excerpts(file):
+            if size >= job.chunk_bytes:
                 yield from todo(last=False)
                 number, held, size = number + 1, [], 0
-            held.append(piece)
-            size += len(piece.data) or plan.chunk_bytes  # a group of rows is a chunk by itself
+            held.append(excerpt)
+            size += len(excerpt.data) or job.chunk_bytes  # a group of rows is a chunk by itself
             n_read = before + read
         before = n_read
     yield from todo(last=True)
@@ -120,13 +120,13 @@ def finished(parts: Path) -> set[int]:
     return {group for group, n in last.items() if len(numbers[group]) == n + 1}
 
 
-def make_part(plan: Plan, chunk: Chunk) -> tuple[int, int]:
+def make_part(job: Job, chunk: TextChunk) -> tuple[int, int]:
     """Make the part of a chunk; returns the chunk's group and how far in it reaches."""
-    tokenizer, chosen = tools(plan)
-    report, documents = Report(), []
-    for piece in chunk.pieces:
-        fallback = "" if "identify" in plan.cleaning.stages else name_of(piece.file)
-        for text in piece.texts():
+    tokenizer, chosen = tools(job)
+    report, documents = Tally(), []
+    for excerpt in chunk.excerpts:
+        fallback = "" if "identify" in job.cleaning.stages else name_of(excerpt.file)
+        for text in excerpt.texts():
             if text is None:
                 report.count("unreadable", "", "")
                 continue
@@ -158,19 +158,19 @@ def make_part(plan: Plan, chunk: Chunk) -> tuple[int, int]:
         "ends": np.cumsum([len(each) for each in ids], dtype=np.int64),
         "text_bytes": np.array([len(d.text.encode()) for d in kept], np.int64),
         "origin": np.array([origins[d.language, d.source, d.licence] for d in kept], np.int64),
-        "keys": keys(kept, plan.cleaning),
+        "keys": keys(kept, job.cleaning),
         "notes": np.frombuffer(json.dumps(notes).encode(), np.uint8),
     }
     content = io.BytesIO()
     np.savez(content, allow_pickle=False, **part)
-    write_whole(plan.out / "parts" / chunk.part, content.getbuffer())
+    write_whole(job.out / "parts" / chunk.part, content.getbuffer())
     return chunk.group, chunk.n_read
 
 
 @lru_cache(maxsize=1)
-def tools(plan: Plan) -> tuple[Tokenizer, list[Stage]]:
+def tools(job: Job) -> tuple[Tokenizer, list[Stage]]:
     """What a process needs to make parts, once."""
-    return open_tokenizer(plan.tokenizer), stages(plan.cleaning)
+    return open_tokenizer(job.tokenizer), stages(job.cleaning)
 
 
 def _encode(tokenizer: Tokenizer, text: str) -> np.ndarray:
@@ -182,12 +182,12 @@ def _encode(tokenizer: Tokenizer, text: str) -> np.ndarray:
 
 
 def on_processes(
-    plan: Plan, files: dict[int, list[Path | str]], workers: int
+    job: Job, files: dict[int, list[Path | str]], workers: int
 ) -> Iterator[tuple[int, int]]:
     """Run on this machine."""
-    todo = (chunk for group, names in files.items() for chunk in chunks(plan, group, names))
+    todo = (chunk for group, names in files.items() for chunk in chunks(job, group, names))
     if workers == 1:
-        yield from (make_part(plan, chunk) for chunk in todo)
+        yield from (make_part(job, chunk) for chunk in todo)
         return
     # Spawned, not forked: whoever calls may have threads.
     spawn = multiprocessing.get_context("spawn")
@@ -195,7 +195,7 @@ def on_processes(
         pending: deque[Future[tuple[int, int]]] = deque()
         try:
             for chunk in todo:
-                pending.append(pool.submit(make_part, plan, chunk))
+                pending.append(pool.submit(make_part, job, chunk))
                 if len(pending) > 2 * workers:  # so that chunks do not pile up
                     yield pending.popleft().result()
             while pending:
@@ -203,7 +203,7 @@ def on_processes(
         except BrokenProcessPool:
             raise OpenNemoError(
                 "a worker was killed, perhaps for want of memory: with fewer --workers the same "
-                f"command needs less, and goes on with what lies in {plan.out}"
+                f"command needs less, and goes on with what lies in {job.out}"
             ) from None
         finally:
             for future in pending:
@@ -224,9 +224,7 @@ def _follow_parent() -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-def on_ray(
-    plan: Plan, files: dict[int, list[Path | str]], workers: int
-) -> Iterator[tuple[int, int]]:
+def on_ray(job: Job, files: dict[int, list[Path | str]], workers: int) -> Iterator[tuple[int, int]]:
     """Run on Ray Data: a task reads a group of files, tasks that it feeds make the parts."""
     if "RAY_ADDRESS" not in os.environ:  # else it joins that cluster, as Ray itself does
         keep_ray_here()
@@ -240,30 +238,32 @@ def on_ray(
     def absolute(path: Path | str) -> Path | str:  # Ray's workers have folders of their own
         return Path(path).absolute() if Path(path).exists() else path
 
-    plan = replace(plan, out=plan.out.absolute(), tokenizer=Path(absolute(plan.tokenizer)))
+    job = replace(job, out=job.out.absolute(), tokenizer=Path(absolute(job.tokenizer)))
 
     # Errors travel as rows: Ray would make pages of them, and lose of what kind they are.
     def read(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
         try:
-            for chunk in chunks(plan, row["group"], row["files"]):
+            for chunk in chunks(job, row["group"], row["files"]):
                 yield asdict(chunk) | {"error": ""}
         except (OSError, OpenNemoError) as error:
-            yield asdict(Chunk(row["group"], 0, True, (), 0)) | {"error": in_one_line(error, plan)}
+            yield asdict(TextChunk(row["group"], 0, True, (), 0)) | {
+                "error": in_one_line(error, job)
+            }
 
     def work(row: dict[str, Any]) -> dict[str, Any]:
-        error, held = row.pop("error"), tuple(Piece(**piece) for piece in row.pop("pieces"))
+        error, held = row.pop("error"), tuple(Excerpt(**excerpt) for excerpt in row.pop("excerpts"))
         try:
             if not error:
-                make_part(plan, Chunk(**row, pieces=held))
+                make_part(job, TextChunk(**row, excerpts=held))
         except (OSError, OpenNemoError) as failed:
-            error = in_one_line(failed, plan)
+            error = in_one_line(failed, job)
         return {"group": row["group"], "n_read": row["n_read"], "error": error}
 
     if not ray.is_initialized():
         ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
-    context.target_max_block_size, context.enable_progress_bars = plan.chunk_bytes, False
+    context.target_max_block_size, context.enable_progress_bars = job.chunk_bytes, False
     rows = [{"group": i, "files": [str(absolute(n)) for n in names]} for i, names in files.items()]
     # Half a processor each for reading, or Ray would make one task of both.
     data = ray.data.from_items(rows).flat_map(read, num_cpus=0.5).map(work, num_cpus=1)
@@ -274,17 +274,17 @@ def on_ray(
 
 
 # Each takes what is to be done by group, and tells which group is done how far.
-Engine = Callable[[Plan, dict[int, list[Path | str]], int], Iterator[tuple[int, int]]]
+Engine = Callable[[Job, dict[int, list[Path | str]], int], Iterator[tuple[int, int]]]
 ENGINES: dict[str, Engine] = {"processes": on_processes, "ray": on_ray}
 
 
-def in_one_line(error: OSError | OpenNemoError, plan: Plan) -> str:
+def in_one_line(error: OSError | OpenNemoError, job: Job) -> str:
     """What to tell of an error, in one line."""
     if isinstance(error, OpenNemoError):
         return str(error)
     if error.errno in NO_ROOM:
         return (
-            f"{plan.out}: no room to write ({error.strerror}); make some, and the same command "
+            f"{job.out}: no room to write ({error.strerror}); make some, and the same command "
             "goes on"
         )
-    return f"{error.filename or plan.out}: {error.strerror or error}"
+    return f"{error.filename or job.out}: {error.strerror or error}"

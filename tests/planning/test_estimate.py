@@ -17,8 +17,8 @@ from opennemo.model.checkpoint import weight_shapes
 from opennemo.model.lora import add_lora_
 from opennemo.model.quantization import FORMATS, prepare_qat_, quantize_
 from opennemo.model.transformer import PRESETS, ModelConfig, Transformer, rotary
+from opennemo.planning.estimate import _Work, activations, plan, resolve_shape
 from opennemo.planning.machines import CARDS, GIB, Card, Machines, parse_machines
-from opennemo.planning.plan import _Work, activations, plan, resolve_shape
 from opennemo.train.config import Recipe, parse_recipe
 
 ROOT = Path(__file__).parents[2]

@@ -17,12 +17,12 @@ import pytest
 
 from opennemo.cli import main
 from opennemo.data.cleaning import STAGES, Cleaning
-from opennemo.data.portions import Plan
+from opennemo.data.parts import Job
 from opennemo.data.preparation import prepare
-from opennemo.data.statistics import table
+from opennemo.data.tally import table
 from opennemo.errors import OpenNemoError
 from opennemo.tokenizer.rank_files import OWN, own_tokenizer
-from opennemo.train.corpus import Corpus, Source, tokenizer_hash
+from opennemo.train.corpus import Corpus, tokenizer_hash
 from tests.servers import needs_ray
 
 ROOT = Path(__file__).parents[2]
@@ -36,8 +36,8 @@ SMALL: dict[str, Any] = {"tokenizer": Path(OWN), "shard_tokens": 5_000, "chunk_b
 # What test_any_number_of_workers_makes_the_same does, in a process of its own.
 PROGRAM = (
     "import sys; from pathlib import Path\n"
-    "from opennemo.data.portions import *; from opennemo.data.preparation import *\n"
-    "prepare(Plan(inputs=(Path(sys.argv[1]),), out=Path(sys.argv[2]),"
+    "from opennemo.data.parts import *; from opennemo.data.preparation import *\n"
+    "prepare(Job(inputs=(Path(sys.argv[1]),), out=Path(sys.argv[2]),"
     f" cleaning=Cleaning(stages={STAGES}), tokenizer=Path({OWN!r}),"
     f" shard_tokens={SMALL['shard_tokens']}, chunk_bytes={SMALL['chunk_bytes']}), workers=2)"
 )
@@ -84,12 +84,12 @@ def expected(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     pytest.importorskip("py3langid")
     pytest.importorskip("rensa")
     out = tmp_path_factory.mktemp("expected") / "shards"
-    prepare(Plan(inputs=(texts,), out=out, cleaning=Cleaning(stages=STAGES), **SMALL))
+    prepare(Job(inputs=(texts,), out=out, cleaning=Cleaning(stages=STAGES), **SMALL))
     return files(out)
 
 
 def test_shards_hold_each_text_between_bos_and_eos(texts: Path, tmp_path: Path):
-    report = prepare(Plan(inputs=(texts / "000.jsonl", texts / "fr.txt"), out=tmp_path, **SMALL))
+    report = prepare(Job(inputs=(texts / "000.jsonl", texts / "fr.txt"), out=tmp_path, **SMALL))
     tokenizer = own_tokenizer()
     wanted = [*PARAGRAPHS[:12], "Une phrase, et une autre.\n"]
     documents = [[tokenizer.bos_id, *tokenizer.encode(t), tokenizer.eos_id] for t in wanted]
@@ -103,7 +103,7 @@ def test_shards_hold_each_text_between_bos_and_eos(texts: Path, tmp_path: Path):
     assert (index["tokens"], index["documents"]) == (len(ids), 13)
     assert report["languages"].keys() == {"en", "fr"}
     corpus = Corpus(
-        [Source(path=tmp_path)], window=len(ids), seed=0, tokenizer_hash=tokenizer_hash(Path(OWN)),
+        [tmp_path], window=len(ids), seed=0, tokenizer_hash=tokenizer_hash(Path(OWN)),
         verify=True,
     )  # fmt: skip
     assert corpus[0][0].tolist() == ids.tolist()
@@ -134,15 +134,15 @@ def test_any_number_of_workers_makes_the_same(
     texts: Path, expected: dict[str, bytes], tmp_path: Path
 ):
     heard: list[tuple[str, int, int]] = []
-    plan = Plan(inputs=(texts,), out=tmp_path / "2", cleaning=Cleaning(stages=STAGES), **SMALL)
-    prepare(plan, workers=2, progress=lambda *at: heard.append(at))
+    job = Job(inputs=(texts,), out=tmp_path / "2", cleaning=Cleaning(stages=STAGES), **SMALL)
+    prepare(job, workers=2, progress=lambda *at: heard.append(at))
     assert files(tmp_path / "2") == expected
     for stage in ("tokenizing", "writing shards"):
         done = [done for name, done, _ in heard if name == stage]
         assert done == sorted(done)
         assert done[-1] == next(total for name, _, total in heard if name == stage)
     before = (tmp_path / "2" / "00000.ids").stat().st_mtime_ns
-    assert prepare(plan) == json.loads(expected["report.json"]), "again, it says the same"
+    assert prepare(job) == json.loads(expected["report.json"]), "again, it says the same"
     assert (tmp_path / "2" / "00000.ids").stat().st_mtime_ns == before
 
 
@@ -187,8 +187,8 @@ def test_killed_it_goes_on_to_the_same_bytes(
             assert len(list(parts.glob("*.npz"))) > len(left)
             assert {path: path.stat().st_mtime_ns for path in left} == left, "made again"
 
-    plan = Plan(inputs=(texts,), out=out, cleaning=Cleaning(stages=STAGES), **SMALL)
-    prepare(plan, progress=compare)
+    job = Job(inputs=(texts,), out=out, cleaning=Cleaning(stages=STAGES), **SMALL)
+    prepare(job, progress=compare)
     assert files(out) == expected
 
 
@@ -219,7 +219,7 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(texts: Path, tmp_p
     assert done.returncode == 0, done.stderr
     assert "tokens of" in done.stdout and "left out: empty" in done.stdout
     assert "1 lines were not" in done.stderr
-    prepare(Plan(inputs=(texts,), out=undisturbed, tokenizer=Path(OWN)))
+    prepare(Job(inputs=(texts,), out=undisturbed, tokenizer=Path(OWN)))
     assert files(out) == files(undisturbed)
 
 
@@ -248,7 +248,7 @@ def test_tables_and_urls(texts: Path, tmp_path: Path):
         ("table", tmp_path / "rows.parquet"),
         ("url", "memory://texts/rows.jsonl"),
     ):
-        prepare(Plan(inputs=(source,), out=tmp_path / name, **SMALL))
+        prepare(Job(inputs=(source,), out=tmp_path / name, **SMALL))
         made.append(files(tmp_path / name))
         report = json.loads(made[-1].pop("report.json"))
         assert [Path(file).name for file, _ in report["inputs"]] == [Path(source).name]
@@ -269,7 +269,7 @@ def test_what_is_wrong_with_a_request_is_said_in_one_line(
         assert said[0].startswith("opennemo: ")
         return said[0]
 
-    prepare(Plan(inputs=(texts / "fr.txt",), out=tmp_path / "a", tokenizer=Path(OWN)))
+    prepare(Job(inputs=(texts / "fr.txt",), out=tmp_path / "a", tokenizer=Path(OWN)))
     assert "begun with other cleaning" in refusal(tmp_path / "a", "--min-chars", "2")
     assert "begun with other inputs" in refusal(tmp_path / "a", inputs=texts / "000.jsonl")
     (tmp_path / "b").mkdir()
@@ -287,31 +287,31 @@ def test_what_is_wrong_with_a_request_is_said_in_one_line(
 
 
 def test_a_worker_that_is_killed_is_said_so(texts: Path, tmp_path: Path):
-    plan = Plan(inputs=(texts,), out=tmp_path, **SMALL)
+    job = Job(inputs=(texts,), out=tmp_path, **SMALL)
 
     def kill(stage: str, done: int, total: int) -> None:
         if done and stage == "tokenizing":
             os.kill(children(os.getpid())[-1], signal.SIGKILL)
 
     with pytest.raises(OpenNemoError, match="a worker was killed"):
-        prepare(plan, workers=2, progress=kill)
-    report = prepare(plan)
+        prepare(job, workers=2, progress=kill)
+    report = prepare(job)
     assert report["read"]["documents"] > 150
 
 
 @pytest.mark.slow
 @needs_ray
 def test_ray_makes_the_same(texts: Path, expected: dict[str, bytes], tmp_path: Path):
-    plan = Plan(inputs=(texts,), out=tmp_path / "ray", cleaning=Cleaning(stages=STAGES), **SMALL)
+    job = Job(inputs=(texts,), out=tmp_path / "ray", cleaning=Cleaning(stages=STAGES), **SMALL)
     heard: list[int] = []
     try:
-        prepare(plan, engine="ray", progress=lambda stage, done, total: heard.append(done))
+        prepare(job, engine="ray", progress=lambda stage, done, total: heard.append(done))
         assert len(heard) > 10
         assert without_paths(files(tmp_path / "ray")) == without_paths(expected)
         broken = tmp_path / "broken.txt.gz"
         broken.write_bytes(b"nothing packed")
         with pytest.raises(OpenNemoError, match="damaged") as error:
-            prepare(Plan(inputs=(broken,), out=tmp_path / "b", **SMALL), engine="ray")
+            prepare(Job(inputs=(broken,), out=tmp_path / "b", **SMALL), engine="ray")
         assert "\n" not in str(error.value)
     finally:
         importlib.import_module("ray").shutdown()  # not before: Ray reads the environment then

@@ -1,0 +1,143 @@
+"""A vocabulary is learned as BPE defines it, reproducibly, and other libraries read it."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import tokenizers
+from mistral_common.tokens.tokenizers.tekken import Tekkenizer
+
+from opennemo.data.vocabulary import (
+    VocabularySettings,
+    read_settings,
+    train,
+)
+from opennemo.errors import InvalidRequest
+from opennemo.texts import Texts
+from opennemo.tokenizer.bpe import merge
+from opennemo.tokenizer.tekken import Tekken
+
+GREEK = "Όλοι οι άνθρωποι γεννιούνται ελεύθεροι και ίσοι στα δικαιώματα. "  # noqa: RUF001
+SETTINGS = VocabularySettings(vocab_size=2000)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Texts:
+    """This project's own sources and documents, and a little Greek."""
+    folder = tmp_path_factory.mktemp("corpus")
+    root = Path(__file__).parents[2]
+    # Without the files that spell control tokens, which Hugging Face's libraries take for them.
+    texts = [file.read_text("utf-8") for file in sorted((root / "opennemo").rglob("*.py"))]
+    texts = [text for text in texts if not re.search(r"\[/?[A-Z_]{3,}\]|</?s>|<unk>|<pad>", text)]
+    lines = [json.dumps({"text": text, "lang": "code"}) for text in texts]
+    (folder / "code.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    (folder / "el.txt").write_text(GREEK * 20, encoding="utf-8")
+    return Texts([folder])
+
+
+@pytest.fixture(scope="module")
+def tekken(corpus: Texts) -> Tekken:
+    return train(corpus, SETTINGS).tokenizer
+
+
+def test_the_same_texts_give_the_same_files(corpus: Texts, tmp_path: Path):
+    for folder, processes in (("one", 1), ("two", 2)):
+        train(corpus, SETTINGS, processes=processes).save(tmp_path / folder)
+    for name in ("tekken.json", "tokenizer.json", "training.json"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_other_libraries_make_the_same_ids_of_it(corpus: Texts, tmp_path: Path):
+    trained = train(corpus, SETTINGS)
+    trained.save(tmp_path)
+    ours = trained.tokenizer
+    mistral = Tekkenizer.from_file(str(tmp_path / "tekken.json"))
+    hugging_face = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert mistral.n_words == ours.vocab_size == 2000
+    for _, text in corpus:
+        ids = ours.encode(text)
+        assert mistral.encode(text, bos=False, eos=False) == ids
+        assert hugging_face.encode(text, add_special_tokens=False).ids == ids
+        assert ours.decode(ids) == text
+
+
+def test_every_token_can_come_out(tekken: Tekken):
+    ranks = {token: rank for rank, token in enumerate(tekken.tokens)}
+    assert all(merge(token, ranks) == [token] for token in tekken.tokens)
+
+
+def test_digits_stay_apart_and_text_is_never_control(tekken: Tekken):
+    assert not [
+        token for token in tekken.tokens if len(token) > 1 and token.decode("latin-1").isdigit()
+    ]
+    assert min(tekken.encode("</s>[INST]<unk>")) >= 1000
+    assert tekken.control["</s>"] == 2
+
+
+def test_extending_keeps_the_ids_and_learns_the_new_language(tekken: Tekken, tmp_path: Path):
+    georgian = "ყველა ადამიანი იბადება თავისუფალი და თანასწორი თავისი ღირსებითა და უფლებებით. "
+    (tmp_path / "ka.txt").write_text(georgian * 9, encoding="utf-8")
+    texts = Texts([tmp_path / "ka.txt"])
+    extended = train(texts, VocabularySettings(vocab_size=2060), base=tekken).tokenizer
+    assert extended.tokens[: len(tekken.tokens)] == tekken.tokens
+    assert extended.vocab_size == 2060
+    assert extended.encode(GREEK) == tekken.encode(GREEK)
+    assert len(extended.encode(georgian)) < 0.5 * len(tekken.encode(georgian))
+    assert extended.decode(extended.encode(georgian)) == georgian
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"vocab_size": 1256}, "no room for 256 bytes and 1,000 control tokens"),
+        ({"temperature": 0}, "temperature must be above 0"),
+        ({"weights": {"el": -1}}, "weights finite"),
+        ({"weights": {"xx": 1}}, "weights for languages without texts: xx"),
+        ({"weights": {"el": 0, "code": 0}}, "weights of all languages are 0"),
+        ({"pattern": "(?:[a-z"}, "is none of tekken, o200k, llama3, gpt2 and does not compile"),
+        ({"pattern": "(a|b)"}, "has groups"),
+        ({"pattern": "[a-z]+"}, "would lose"),
+        ({"vocab_size": 900_000}, "the texts are too small"),
+        ({"max_words": 3}, "must be 1,000 or more"),
+    ],
+)
+def test_settings_that_cannot_be_met_get_one_clear_line(
+    corpus: Texts, settings: dict, message: str
+):
+    with pytest.raises(InvalidRequest, match=message.replace("(", "\\(")) as error:
+        train(corpus, VocabularySettings(**settings))
+    assert "\n" not in str(error.value)
+
+
+def test_settings_come_from_a_file(tmp_path: Path):
+    file = tmp_path / "settings.toml"
+    file.write_text("vocab_size = 5000\ntemperature = 2\n[weights]\nel = 3\n")
+    expected = VocabularySettings(vocab_size=6000, temperature=2, weights={"el": 3})
+    assert read_settings(file, vocab_size=6000) == expected
+    for text, message in (
+        ("vocab_size = 'big'", "vocab_size is 'big', but must be of the type of 131072"),
+        ("vocabulary = 1", "no setting 'vocabulary' \\(there are vocab_size, "),
+        ("[weights]\nel = 'x'", "the weight of el is 'x', not a number"),
+        ("vocab_size =", "cannot be read as TOML"),
+    ):
+        file.write_text(text)
+        with pytest.raises(InvalidRequest, match=message):
+            read_settings(file)
+
+
+@pytest.mark.parametrize("size", [32_768, 131_072])
+def test_the_recipes_are_valid(size: int):
+    file = Path(__file__).parents[2] / "recipes" / f"opennemo-tekken-{size >> 10}k.toml"
+    assert read_settings(file).vocab_size == size
+
+
+def test_an_empty_corpus_is_an_error(tmp_path: Path):
+    (tmp_path / "empty.jsonl").write_bytes(b'\xff\xfe\n{"no": "text"}\n\n')
+    with pytest.raises(InvalidRequest, match="no text to learn from \\(2 lines were unreadable\\)"):
+        train(Texts([tmp_path]), SETTINGS)
+
+
+def test_extending_needs_a_larger_vocabulary(corpus: Texts, tekken: Tekken):
+    with pytest.raises(InvalidRequest, match="has 2,000 ids already"):
+        train(corpus, SETTINGS, base=tekken)
