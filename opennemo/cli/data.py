@@ -1,18 +1,18 @@
-"""`opennemo tokenize`: from texts to the token shards that training reads."""
+"""`opennemo tokenize` and `validate-data`: the data of a run, before it is trained on."""
 
-import os
 import sys
 import time
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from opennemo.errors import InvalidRequest
+from opennemo.cli.options import DEFAULT_MODEL, one_of, processors
+from opennemo.progress import stages
 
 app = typer.Typer()
 ENGINES = ("processes", "ray")
+SHOWN = 20  # bad lines on the screen; --fix lists those it leaves out in full
 
 
 @app.command()
@@ -51,7 +51,6 @@ def tokenize(
     """
     from rich.console import Console
 
-    from opennemo.cli import _progress
     from opennemo.data.cleaning import STAGES, Cleaning
     from opennemo.data.parts import Job
     from opennemo.data.preparation import prepare
@@ -59,8 +58,7 @@ def tokenize(
     from opennemo.model.hub import locate
     from opennemo.tokenizer.rank_files import OWN
 
-    if engine not in ENGINES:
-        raise InvalidRequest(f"--engine is {engine}, allowed are {', '.join(ENGINES)}")
+    one_of("--engine", engine, ENGINES)
     names = [name.strip() for name in clean.split(",") if name.strip()]
     job = Job(
         inputs=tuple(i if "://" in i else Path(i) for i in inputs),
@@ -74,16 +72,14 @@ def tokenize(
         ),
         shard_tokens=shard_tokens,
     )
-    began, shown = time.monotonic(), {}
-    with ExitStack() as stack:
-
-        def show(stage: str, done: int, total: int) -> None:
-            if stage not in shown:
-                stack.close()
-                shown[stage] = stack.enter_context(_progress(stage.capitalize()))
-            shown[stage](done, total)
-
-        report = prepare(job, engine=engine, workers=workers or _processors(), progress=show)
+    began = time.monotonic()
+    with stages("bytes") as show:
+        report = prepare(
+            job,
+            engine=engine,
+            workers=workers or processors(),
+            progress=lambda stage, *amount: show(stage.capitalize(), *amount),
+        )
     seconds = time.monotonic() - began
     Console().print(table(report))
     kept, read = report["kept"], report["read"]
@@ -95,5 +91,86 @@ def tokenize(
         print(f"{broken:,} lines were not UTF-8 or not JSON with a text", file=sys.stderr)
 
 
-def _processors() -> int:
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+@app.command()
+def validate_data(
+    files: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Chat files of JSON lines, also .gz or .zst: mistral-finetune's messages, "
+            "ShareGPT, Alpaca, or preferences with chosen and rejected."
+        ),
+    ],
+    model: Annotated[
+        str, typer.Option(help="The model to train, or a tokenizer alone.")
+    ] = DEFAULT_MODEL,
+    max_tokens: Annotated[int, typer.Option(min=1, help="The longest conversation.")] = 4096,
+    rank: Annotated[
+        int, typer.Option(min=0, help="Of the LoRA to estimate; 0 for training all weights.")
+    ] = 16,
+    gpus: Annotated[
+        str, typer.Option(help="To estimate for, as in `opennemo plan`: 1x4090, or 1xcpu.")
+    ] = "1xcpu",
+    fix: Annotated[
+        Path | None, typer.Option(help="Write a copy with bad lines repaired or left out.")
+    ] = None,
+) -> None:
+    """Look at chat files before training: what is in them, what is wrong, what a run takes.
+
+    Exit code 0: every line is good, or --fix wrote a copy; 1: some are bad.
+    """
+    from rich.console import Console
+
+    from opennemo.data.validation import epoch, validate
+    from opennemo.data.validation import fix as write_fixed
+    from opennemo.model.hub import locate
+    from opennemo.planning.machines import parse_machines
+    from opennemo.tokenizer.rank_files import OWN, open_tokenizer
+
+    path, console = Path(OWN) if model == OWN else locate(model), Console(highlight=False)
+    tokenizer = open_tokenizer(path)
+    report = validate(files, tokenizer, max_tokens)
+    shares = (50, 90, 99, 100)
+    lengths = ", ".join(
+        f"{n:,} ({share} %)" for share, n in zip(shares, report.percentiles(*shares), strict=True)
+    )
+    rows = {
+        "conversations": f"{report.n_conversations:,}",
+        "messages": f"{report.n_turns:,}, with {report.n_tool_calls:,} tool calls",
+        "tokens": f"{report.n_tokens:,}, to be learned {report.n_trained_tokens:,}",
+        "lengths": f"{lengths} at most",
+        "languages": ", ".join(f"{n:,} {name}" for name, n in report.languages.most_common(12)),
+    }
+    for name, value in rows.items():
+        console.print(f"{name:<13} {value or 'not given'}", soft_wrap=True)
+    if path.is_dir() or path.suffix == ".gguf":
+        made = epoch(files, report, path, parse_machines(gpus, 1), width=max_tokens, rank=rank)
+        what = f"a LoRA of rank {rank}" if rank else "all weights"
+        console.print(
+            f"an epoch      about {_duration(made.seconds)} on {gpus} for {what}, "
+            f"{made.total / 2**30:.1f} GiB with {max_tokens:,} tokens at once; "
+            "`opennemo plan RECIPE` shows the arithmetic",
+            soft_wrap=True,
+        )
+        for problem in made.problems:
+            console.print(f"              does not fit: {problem}", soft_wrap=True)
+    bad = report.bad
+    if fix is not None:
+        left_out = write_fixed(files, fix, report, tokenizer, max_tokens)
+        print(
+            f"Wrote {fix}: {len(bad) - len(left_out):,} lines repaired, {len(left_out):,} left out"
+        )
+        bad = left_out
+    for line in bad if fix is not None else bad[:SHOWN]:
+        print(line, file=sys.stderr)
+    if fix is None and bad:
+        more = f" ({len(bad) - SHOWN:,} more than shown)" if len(bad) > SHOWN else ""
+        lines = "line" if len(bad) == 1 else "lines"
+        print(f"{len(bad):,} bad {lines}{more}; --fix OUT writes a copy without", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+def _duration(seconds: float) -> str:
+    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.0f} {unit}"
+    return f"{seconds:.0f} seconds"

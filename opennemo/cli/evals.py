@@ -1,6 +1,7 @@
 """`opennemo eval MODEL --suite NAME`, and `opennemo eval compare RUN RUN ...`."""
 
 import os
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,8 +9,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from opennemo.cli.options import Engines, RayAddress, Replicas, given, on_engines, serving
-from opennemo.errors import InvalidRequest, OpenNemoError
+from opennemo.cli.options import Engines, RayAddress, Replicas, extra, given, on_engines, serving
+from opennemo.errors import InvalidRequest
 
 
 class ModelByDefault(TyperGroup):
@@ -165,14 +166,5 @@ def _numbers(option: str, text: str | None, kind: type) -> tuple | None:
         raise InvalidRequest(f"{option} {text}: expected numbers with commas between") from None
 
 
-class _packages:
-    """Around work that needs the extra `eval`, which may be missing."""
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if isinstance(error, ModuleNotFoundError):
-            raise OpenNemoError(
-                f"{error.name} is missing: evaluation needs more packages; in the checkout: "
-                "pip install -e '.[eval]'"
-            ) from None
+def _packages() -> AbstractContextManager[None]:
+    return extra("evaluation", "in the checkout: pip install -e '.[eval]'")

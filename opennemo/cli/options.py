@@ -1,14 +1,48 @@
-"""What commands do with what they are given."""
+"""Options that several commands have, each declared once, and what commands do with them."""
 
+import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from opennemo.errors import InvalidRequest, OpenNemoError
 
+DEFAULT_MODEL = "smollm2-135m-instruct"
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="A model folder, a .gguf file, or a Hugging Face id such as "
+        "mistralai/Mistral-Nemo-Instruct-2407."
+    ),
+]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda; by default a GPU if there is one.")]
+Ranks = Annotated[
+    int, typer.Option("--tensor-parallel-size", min=1, help="Processes, or GPUs, that share it.")
+]
+NewFolder = Annotated[Path, typer.Argument(help="The folder to write; it must not contain files.")]
+Dtype = Annotated[
+    str | None, typer.Option(help="bfloat16, float16 or float32; by default as stored.")
+]
+Temperature = Annotated[
+    float | None, typer.Option(help="0 is greedy; by default the model's own, 0.3 for NeMo.")
+]
+TopP = Annotated[float | None, typer.Option(help="Keep the likeliest tokens up to this mass.")]
+TopK = Annotated[int | None, typer.Option(help="Keep this many of the likeliest tokens.")]
+Seed = Annotated[int | None, typer.Option(help="The same seed gives the same answer again.")]
+MaxTokens = Annotated[int | None, typer.Option(help="The longest answer, in tokens.")]
+Gpus = Annotated[
+    str, typer.Option(help="Of a machine: 8xH100; H200, B200, A100-80, L40S, 4090; or 1xcpu.")
+]
+RecipeFile = Annotated[Path, typer.Argument(help="A recipe in TOML; recipes/ has some.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Override a setting, such as optim.lr=3e-4; repeatable."),
+]
 Engines = Annotated[
     str, typer.Option(help="process, or ray: --replicas engines, on many machines.")
 ]
@@ -55,13 +89,20 @@ def one_of(option: str, value: str, allowed: tuple[str, ...]) -> Any:
     return value
 
 
+def processors() -> int:
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
 @contextmanager
-def serving() -> Iterator[None]:
-    """Around imports of the server, whose packages may be missing."""
+def extra(what: str, how: str) -> Iterator[None]:
+    """Around imports that need an extra: what needs it, and how to install it."""
     try:
         yield
     except ModuleNotFoundError as error:
-        raise OpenNemoError(
-            f"{error.name} is missing: the server needs more packages; run `make serve`, or in the "
-            "checkout: pip install -e '.[serve]'"
-        ) from None
+        raise OpenNemoError(f"{error.name} is missing: {what} needs more packages; {how}") from None
+
+
+def serving() -> AbstractContextManager[None]:
+    """Around imports of the server, whose packages may be missing."""
+    return extra("the server", "run `make serve`, or in the checkout: pip install -e '.[serve]'")

@@ -1,20 +1,18 @@
 """`opennemo plan`: what a recipe will need, before it is run."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from opennemo.cli.options import Gpus, Overrides, RecipeFile
 
 app = typer.Typer()
 
 
 @app.command()
 def plan(
-    recipe: Annotated[Path, typer.Argument(help="A recipe in TOML; recipes/ has some.")],
-    gpus: Annotated[
-        str,
-        typer.Option(help="Of a machine: 8xH100; H200, B200, A100-80, L40S, 4090; or 1xcpu."),
-    ] = "1xcpu",
+    recipe: RecipeFile,
+    gpus: Gpus = "1xcpu",
     nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
     shape: Annotated[
         str | None, typer.Option(help="Of a model that is not there yet: mistral-nemo-12b.")
@@ -27,10 +25,7 @@ def plan(
         float | None,
         typer.Option(min=0.01, max=1, help="Of the card's operations a second, while computing."),
     ] = None,
-    set: Annotated[
-        list[str] | None,
-        typer.Option(help="Override a setting, such as data.micro_rows=1; repeatable."),
-    ] = None,
+    set: Overrides = None,
 ) -> None:
     """Memory of a rank, tokens a second and days of a recipe, with the arithmetic.
 

@@ -7,21 +7,18 @@ from typing import Annotated, Any
 
 import typer
 
-from opennemo.errors import OpenNemoError
+from opennemo.cli.options import Overrides, RecipeFile, extra
 
 app = typer.Typer()
 
 
 @app.command()
 def train(
-    recipe: Annotated[Path, typer.Argument(help="A recipe in TOML; recipes/ has some.")],
+    recipe: RecipeFile,
     run: Annotated[
         Path, typer.Option("--out", help="The run's folder; one that was stopped goes on.")
     ],
-    set: Annotated[
-        list[str] | None,
-        typer.Option(help="Override a setting, such as optim.lr=3e-4; repeatable."),
-    ] = None,
+    set: Overrides = None,
 ) -> None:
     """Train a model: from text, on conversations, or on preferences, as a recipe says.
 
@@ -65,10 +62,8 @@ def plot(
     """Draw the curves of runs: loss, held-out loss, learning rate, gradients, speed."""
     from opennemo.train.metrics import plot as draw
 
-    try:
+    with extra("plotting", "pip install 'opennemo[train]'"):
         draw(runs, output)
-    except ModuleNotFoundError as error:
-        raise OpenNemoError(f"{error.name} is missing: pip install 'opennemo[train]'") from None
     print(f"Wrote {output}")
 
 

@@ -1,0 +1,140 @@
+"""`opennemo info`, `convert`, `quantize` and `merge`: a model's files, and those made of them."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from opennemo.cli.options import Dtype, Model, NewFolder, one_of
+from opennemo.errors import InvalidRequest
+from opennemo.progress import progress, size
+
+app = typer.Typer()
+LAYOUTS = ("hf", "mistral")
+
+
+@app.command()
+def info(model: Model) -> None:
+    """What a model is, the memory it needs, and what fits on this machine; loads no weights."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from opennemo.model.checkpoint import open_checkpoint
+    from opennemo.model.hub import locate
+    from opennemo.model.memory import Needs, machine_memory
+
+    checkpoint = open_checkpoint(locate(model))
+    config, console = checkpoint.config, Console(highlight=False)
+    needs, memories = Needs.of(config), machine_memory()
+    rows = {
+        "parameters": f"{needs.n_parameters:,}",
+        "layout": f"{checkpoint.layout}, stored as {str(checkpoint.dtype).removeprefix('torch.')}",
+        "layers": f"{config.n_layers} of width {config.dim:,}, feed-forward {config.hidden_dim:,}",
+        "heads": f"{config.n_heads} for queries, {config.n_kv_heads} for keys and values, "
+        f"of {config.head_dim}",
+        "vocabulary": f"{config.vocab_size:,}{', tied to the head' * config.tied_embeddings}",
+        "context": f"{config.max_position_embeddings:,} tokens"
+        + (f", window {config.sliding_window:,}" if config.sliding_window else ""),
+    }
+    for name, value in rows.items():
+        console.print(f"{name:<11} {value}")
+    lengths = [n for n in (1024, 8192, 32768, 131072) if n <= config.max_position_embeddings]
+    table = Table("memory for", *(f"{n:,} tokens" for n in lengths), title_justify="left")
+    for kv, n_bytes in needs.kv_per_token.items():
+        table.add_row(f"KV cache in {kv}", *(size(n * n_bytes) for n in lengths))
+    console.print(table)
+    fits = Table("weights in", "size", *(f"context on {device}" for device in memories))
+    for weights, n_bytes in needs.weights.items():
+        contexts = [
+            f"{needs.max_context(memory, weights, 'bf16'):,}" for memory in memories.values()
+        ]
+        fits.add_row(weights, size(n_bytes), *contexts)
+    console.print(fits)
+    memory = ", ".join(f"{device} {size(n_bytes)}" for device, n_bytes in memories.items())
+    console.print(f"Context: tokens that fit beside the weights, KV cache in bf16. {memory}.")
+
+
+@app.command()
+def convert(
+    source: Model,
+    folder: NewFolder,
+    to: Annotated[
+        str, typer.Option(help="hf (config.json, model.safetensors) or mistral (params.json).")
+    ] = "hf",
+    dtype: Dtype = None,
+) -> None:
+    """Write a model in another layout: Mistral's own, or Hugging Face's."""
+    from opennemo.model.checkpoint import convert as convert_checkpoint
+    from opennemo.model.hub import locate
+
+    layout, stored_as = one_of("--to", to, LAYOUTS), _dtype(dtype)
+    with progress("Converting", unit="bytes") as bar:
+        convert_checkpoint(locate(source), folder, to=layout, dtype=stored_as, progress=bar.update)
+    print(f"Wrote {folder}")
+
+
+@app.command()
+def quantize(
+    source: Model,
+    folder: NewFolder,
+    format: Annotated[
+        str, typer.Option(help="fp8 and int8 round inputs as they come, fp8-static by calibration.")
+    ] = "fp8",
+    to: Annotated[str, typer.Option(help="hf, or mistral for fp8-static.")] = "hf",
+    calibrate: Annotated[
+        list[Path] | None,
+        typer.Option(help="Texts that fixed scales are measured on: .jsonl, .txt."),
+    ] = None,
+    calibration_tokens: Annotated[int, typer.Option(min=1, help="To read of them.")] = 4096,
+    kv: Annotated[
+        str | None, typer.Option(help="fp8 writes scales for a KV cache in FP8 along.")
+    ] = None,
+) -> None:
+    """Write a model in a number format that serves faster and in less memory; vLLM reads it too."""
+    from opennemo.model.compressed import SCHEMES
+    from opennemo.model.export import calibrate as run_over
+    from opennemo.model.export import quantize as quantize_checkpoint
+    from opennemo.model.hub import locate
+    from opennemo.model.quantization import FORMATS
+    from opennemo.texts import Texts
+
+    name, layout = one_of("--format", format, tuple(SCHEMES)), one_of("--to", to, LAYOUTS)
+    if kv is not None:
+        one_of("--kv", kv, ("fp8",))
+    path, calibration = locate(source), None
+    if FORMATS[name].static or kv:
+        if not calibrate:
+            why = f"--kv {kv}" if kv else f"--format {name}"
+            raise InvalidRequest(f"{why} needs texts to calibrate on: --calibrate FILE")
+        texts = (text for _, text in Texts(calibrate))
+        calibration = run_over(path, texts, calibration_tokens)
+    with progress("Quantizing", unit="bytes") as bar:
+        quantize_checkpoint(
+            path, folder, format=name, to=layout, calibration=calibration, kv=bool(kv),
+            progress=bar.update,
+        )  # fmt: skip
+    print(f"Wrote {folder}")
+
+
+@app.command()
+def merge(
+    model: Model,
+    adapter: Annotated[Path, typer.Argument(help="A LoRA's folder, as PEFT writes it.")],
+    folder: NewFolder,
+    dtype: Dtype = None,
+) -> None:
+    """Fold an adapter into the weights of a model, in the layout that it has."""
+    from opennemo.model.export import merge as fold
+    from opennemo.model.hub import locate
+
+    stored_as = _dtype(dtype)
+    with progress("Merging", unit="bytes") as bar:
+        fold(locate(model), adapter, folder, dtype=stored_as, progress=bar.update)
+    print(f"Wrote {folder}")
+
+
+def _dtype(name: str | None) -> Any:
+    import torch
+
+    allowed = ("bfloat16", "float16", "float32")
+    return None if name is None else getattr(torch, one_of("--dtype", name, allowed))

@@ -1,0 +1,99 @@
+"""`opennemo chat` and `generate`: answers and continuations in the terminal."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from opennemo.cli.options import (
+    DEFAULT_MODEL,
+    Device,
+    MaxTokens,
+    Model,
+    Ranks,
+    Seed,
+    Temperature,
+    TopK,
+    TopP,
+    given,
+    standard_input,
+)
+from opennemo.errors import InvalidRequest
+
+app = typer.Typer()
+
+
+@app.command()
+def chat(
+    model: Model = DEFAULT_MODEL,
+    system: Annotated[str | None, typer.Option(help="The system message.")] = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    seed: Seed = None,
+    max_tokens: MaxTokens = 2048,
+    device: Device = None,
+    ranks: Ranks = 1,
+) -> None:
+    """Talk to a model. Without a terminal, answer the text on standard input, once."""
+    sampling = given(
+        temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, max_tokens=max_tokens
+    )
+    text = None if sys.stdin.isatty() else standard_input()
+    from opennemo.terminal import answer, converse
+
+    def load() -> Any:
+        return _load(model, device, ranks)
+
+    if text is None:
+        converse(model, system, load, sampling)
+    else:
+        answer(text, system, load, sampling)
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str | None, typer.Argument(help="The text to continue.")] = None,
+    file: Annotated[
+        Path | None, typer.Option("--file", "-f", help="Read the prompt from a UTF-8 file.")
+    ] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End before this text; repeatable.")
+    ] = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    seed: Seed = None,
+    max_tokens: MaxTokens = 256,
+    device: Device = None,
+    ranks: Ranks = 1,
+) -> None:
+    """Continue a text as it stands, without a chat layout."""
+    if (prompt is None) == (file is None):
+        raise InvalidRequest("give a prompt or --file FILE, one of the two")
+    text = prompt if file is None else _read(file)
+    sampling = given(
+        temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, max_tokens=max_tokens
+    )
+    with _load(model, device, ranks) as llm:
+        for piece in llm.complete(text or "", stop=tuple(stop or ()), **sampling):
+            print(piece, end="", flush=True)
+        print()
+
+
+def _load(model: str, device: str | None, ranks: int) -> Any:
+    from opennemo.engine import EngineConfig
+    from opennemo.llm import LLM
+
+    return LLM.load(model, device=device, config=EngineConfig(tensor_parallel_size=ranks))
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"{path}: not UTF-8 text (byte {error.start})") from None
+    except OSError as error:
+        raise InvalidRequest(f"{path}: {error.strerror}") from None
