@@ -5,11 +5,14 @@ found under `/v1/batch/jobs`, too. Descriptions of files are one superset of bot
 files and batches are not there: 404.
 """
 
+import asyncio
 import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, Form, Query, Request, UploadFile
+from fastapi import APIRouter, Depends, FastAPI, Form, Query, Request, UploadFile
 from pydantic import BaseModel, Field
 from starlette.responses import Response, StreamingResponse
 
@@ -20,9 +23,31 @@ from opennemo.errors import InvalidRequest
 from opennemo.serve.error_bodies import Json
 from opennemo.serve.service import client_of
 
-uploads, router = APIRouter(), APIRouter()  # apart, since uploads have a bound of their own
+
+@asynccontextmanager
+async def _at_work(app: FastAPI) -> AsyncIterator[None]:
+    """Answer batches as long as the application runs."""
+    task = asyncio.create_task(app.state.batches.serve())
+    yield
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
+
+
+router = APIRouter(lifespan=_at_work)
+uploads = APIRouter()  # apart, since they have a bound of their own
+FORM = 64 * 1024  # bytes that an upload has besides its file
 BYTES: dict[int | str, dict[str, Any]] = {200: {"content": {"application/octet-stream": {}}}}
 MAX_INLINE = 2**24  # bytes of answers in a job's description
+
+
+def mount(app: FastAPI) -> None:
+    """Add files and batches to a server's application."""
+    service = app.state.service
+    app.state.batches = Worker(service, app)
+    app.state.body_sizes["/v1/files"] = size = service.settings.max_file_size + FORM
+    app.include_router(router)
+    app.include_router(uploads, max_body_size=size)
 
 
 def batches_of(request: Request) -> Worker:

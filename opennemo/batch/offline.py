@@ -22,7 +22,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from opennemo.batch.lines import Answer, Line, LineError, Slots, answer_of, parse, run
 from opennemo.errors import InvalidRequest, OpenNemoError
-from opennemo.serve.app import configure_logs, create_app
+from opennemo.serve.app import create_app
+from opennemo.serve.logs import configure_logs
 from opennemo.serve.service import Service
 from opennemo.serve.settings import Settings
 

@@ -6,24 +6,10 @@ user can cause ends in one line on standard error and exit code 2.
 
 import os
 import sys
-from pathlib import Path
-from typing import Annotated
 
 import typer
 
-from opennemo.cli import data, evals, models, plan, talk, tokenizer, train
-from opennemo.cli.options import (
-    DEFAULT_MODEL,
-    Device,
-    Engines,
-    Model,
-    Ranks,
-    RayAddress,
-    Replicas,
-    given,
-    on_engines,
-    serving,
-)
+from opennemo.cli import data, evals, models, plan, serve, talk, tokenizer, train
 from opennemo.errors import OpenNemoError
 
 app = typer.Typer(
@@ -33,7 +19,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for part in (talk, models, train, plan, data):
+for part in (talk, serve, models, train, plan, data):
     app.add_typer(part.app)
 app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(evals.app, name="eval")
@@ -51,65 +37,3 @@ def main() -> None:
         sys.exit(0)
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-@app.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-    add_help_option=False,
-)
-def serve(context: typer.Context) -> None:
-    """Serve a model to OpenAI's, Mistral's, Anthropic's and NIM's clients; --help lists options."""
-    with serving():
-        from opennemo.serve.app import serve as run
-        from opennemo.serve.settings import read_settings
-
-    run(read_settings(context.args))
-
-
-@app.command()
-def batch(
-    requests: Annotated[
-        Path,
-        typer.Argument(
-            help='Lines of OpenAI\'s batch format: {"custom_id": "1", "method": "POST", "url": '
-            '"/v1/chat/completions", "body": {"messages": [...]}}; or Mistral\'s, without url.'
-        ),
-    ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The file of answers to write.")],
-    model: Model = DEFAULT_MODEL,
-    max_num_seqs: Annotated[int, typer.Option(help="Lines answered side by side.")] = 64,
-    max_model_len: Annotated[int | None, typer.Option(help="Tokens of context.")] = None,
-    served_model_name: Annotated[
-        list[str] | None, typer.Option(help="What bodies may call the model; repeatable.")
-    ] = None,
-    device: Device = None,
-    tensor_parallel_size: Ranks = 1,
-    engine: Engines = "process",
-    replicas: Replicas = None,
-    ray_address: RayAddress = None,
-) -> None:
-    """Answer a file of requests, many at once. After a kill, the same command goes on.
-
-    Each line of the output holds custom_id, response and error, in the order in which they end
-    (with --engine ray, in that of the input);
-    lines that cannot be answered say why. Exit code 0: all are answered; 1: some with an error;
-    2: stopped by what the last line says.
-    """
-    with serving():
-        from opennemo.batch.offline import run_batch
-        from opennemo.serve.settings import read_settings
-
-    named = [f"--served-model-name={name}" for name in served_model_name or ()]
-    chosen = given(
-        max_num_seqs=max_num_seqs, max_model_len=max_model_len, device=device,
-        tensor_parallel_size=tensor_parallel_size,
-    )  # fmt: skip
-    options = [f"--{name.replace('_', '-')}={value}" for name, value in chosen.items()]
-    _, spread = on_engines(engine, replicas, ray_address)
-    if spread:
-        from opennemo.cluster.batch_parts import run_in_parts as run_batch
-    # Nothing is listened on, whatever the environment says of hosts and keys.
-    if not run_batch(
-        requests, output, read_settings([model, "--insecure", *options, *spread, *named])
-    ):
-        raise typer.Exit(1)

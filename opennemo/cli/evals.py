@@ -124,7 +124,7 @@ def _load_replicas(spread: list[str], request: Any, format: str | None) -> Any:
     """Many engines that look like one, as `serve --replicas` has them."""
     with serving():
         from opennemo.cluster.fleet import open_fleet
-        from opennemo.serve.app import configure_logs
+        from opennemo.serve.logs import configure_logs
         from opennemo.serve.settings import read_settings
 
     configure_logs("warning")

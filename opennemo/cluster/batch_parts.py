@@ -21,7 +21,8 @@ from typing import Any
 from opennemo.batch.lines import Answer, Slots, run
 from opennemo.batch.offline import SPARE, Place, lines_at, places_in
 from opennemo.errors import InvalidRequest, OpenNemoError
-from opennemo.serve.app import configure_logs, create_app
+from opennemo.serve.app import create_app
+from opennemo.serve.logs import configure_logs
 from opennemo.serve.service import Service
 from opennemo.serve.settings import Settings
 

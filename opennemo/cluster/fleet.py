@@ -38,7 +38,7 @@ from opennemo.engine.sequence import check_request
 from opennemo.engine.token import TokenCallback
 from opennemo.errors import OpenNemoError, Overloaded, Unavailable
 from opennemo.llm import LLM
-from opennemo.serve.service import adapters_of
+from opennemo.serve.loading import adapters_of
 from opennemo.serve.settings import Settings
 
 TRIES = 3  # replicas that may be lost under one request before it is given up

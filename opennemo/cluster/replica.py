@@ -18,7 +18,7 @@ import torch
 from opennemo.engine import SamplingParams, Token
 from opennemo.engine.scoring import Pair, Score
 from opennemo.errors import OpenNemoError
-from opennemo.serve.service import adapters_of, load_model
+from opennemo.serve.loading import adapters_of, load_model
 from opennemo.serve.settings import Settings
 
 

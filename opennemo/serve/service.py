@@ -12,22 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import structlog
-import torch
 from fastapi import Request
 
-from opennemo.engine import EngineConfig
 from opennemo.errors import InvalidRequest, OpenNemoError
 from opennemo.llm import LLM, Reply
 from opennemo.serve.auth import Client, Gatekeeper, Limits, read_clients
 from opennemo.serve.error_bodies import Refusal
+from opennemo.serve.loading import load_model
 from opennemo.serve.prometheus import Metrics
 from opennemo.serve.protocols.schema import Body
 from opennemo.serve.protocols.stream import Generation
 from opennemo.serve.settings import Settings
 
-KV_FORMATS = {  # vLLM's names of what a KV cache is kept in -> ours
-    "auto": None, "bfloat16": "bf16", "float32": "fp32", "fp8": "fp8", "int8": "int8",
-}  # fmt: skip
 NEMO_NAMES = (
     "open-mistral-nemo-2407",
     "open-mistral-nemo",
@@ -41,8 +37,9 @@ log = structlog.get_logger("opennemo.serve")
 class Service:
     """One model, answering."""
 
-    def __init__(self, settings: Settings):
-        self.settings = settings
+    def __init__(self, settings: Settings, open_model: Callable[[Settings], LLM] = load_model):
+        """`open_model` makes the model when `load` is called."""
+        self.settings, self._open_model = settings, open_model
         limits = Limits(
             requests_per_minute=settings.requests_per_minute,
             tokens_per_minute=settings.tokens_per_minute,
@@ -62,14 +59,9 @@ class Service:
         """Load the model and see it compute a token; slow, for a thread of its own.
 
         Raises:
-            OpenNemoError: it cannot be loaded, or there is no Ray where there are to be replicas.
+            OpenNemoError: it cannot be loaded.
         """
-        if self.settings.replicas:
-            from opennemo.cluster.fleet import open_fleet  # one machine never starts Ray
-
-            llm = open_fleet(self.settings)
-        else:
-            llm = load_model(self.settings)
+        llm = self._open_model(self.settings)
         try:
             self.use(llm)
         except OpenNemoError:
@@ -246,52 +238,6 @@ class Service:
     def close(self) -> None:
         if self._llm is not None:  # asleep or not: there may be replicas, or ranks
             self._llm.close()
-
-
-def load_model(settings: Settings) -> LLM:
-    """The model that settings name, in an engine of this process, with its adapters.
-
-    Raises:
-        CheckpointError: it cannot be loaded.
-        InvalidRequest: an adapter is not named as NAME=FOLDER.
-    """
-    modules = adapters_of(settings)
-    config = EngineConfig(
-        max_context=settings.max_model_len,
-        page_size=settings.block_size,
-        kv_format=KV_FORMATS[settings.kv_cache_dtype],
-        kv_scale=settings.kv_scale,
-        max_batched_tokens=settings.max_num_batched_tokens,
-        max_sequences=settings.max_num_seqs,
-        max_queued=settings.max_num_queued_reqs,
-        prefix_caching=settings.enable_prefix_caching,
-        n_draft_tokens=settings.num_speculative_tokens,
-        adapters=bool(modules or settings.lora_root),
-        tensor_parallel_size=settings.tensor_parallel_size,
-    )
-    dtype = None if settings.dtype == "auto" else getattr(torch, settings.dtype)
-    llm = LLM.load(
-        settings.model, device=settings.device, dtype=dtype, config=config,
-        format=settings.quantization,
-    )  # fmt: skip
-    try:
-        for name, folder in modules.items():
-            llm.load_adapter(name, folder)
-    except OpenNemoError:
-        llm.close()
-        raise
-    return llm
-
-
-def adapters_of(settings: Settings) -> dict[str, Path]:
-    """The folders of `--lora-modules`, by name. Raises: InvalidRequest, one is not NAME=FOLDER."""
-    modules = {}
-    for module in settings.lora_modules:
-        name, equals, folder = module.partition("=")
-        if not equals:
-            raise InvalidRequest(f"--lora-modules {module} is not NAME=FOLDER")
-        modules[name] = Path(folder)
-    return modules
 
 
 def service_of(request: Request) -> Service:

@@ -13,11 +13,14 @@ import pytest
 import structlog
 import torch
 
+from opennemo.batch.api import mount
 from opennemo.engine import Engine, EngineConfig, SamplingParams
 from opennemo.llm import LLM
 from opennemo.model.checkpoint import save
 from opennemo.model.transformer import PRESETS, Transformer
-from opennemo.serve.app import BoundedHeaders, Server, create_app
+from opennemo.serve.app import create_app
+from opennemo.serve.bounded_http import BoundedHeaders
+from opennemo.serve.server import Server
 from opennemo.serve.service import Service
 from opennemo.serve.settings import Settings
 from opennemo.tokenizer.tekken import SINGLE_BYTES, Tekken
@@ -73,6 +76,7 @@ def run_server(llm: LLM, *, keep_alive: int = 5, **settings) -> Iterator[Running
     service = Service(Settings(port=0, **settings))  # pyright: ignore[reportCallIssue]
     service.use(llm)
     app = create_app(service)
+    mount(app)
     config = uvicorn.Config(
         app, port=0, http=BoundedHeaders, ws="none", log_config=None, access_log=False,
         timeout_graceful_shutdown=2, timeout_keep_alive=keep_alive,

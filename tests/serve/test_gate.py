@@ -11,6 +11,7 @@ from pathlib import Path
 import httpx2
 import pytest
 
+from opennemo.batch.api import mount
 from opennemo.serve import auth
 from opennemo.serve.app import WEB, create_app
 
@@ -40,6 +41,7 @@ def test_every_route_but_the_open_ones_asks_for_a_key(server):
     }
     open_paths |= {"/"} | {f"/{path.relative_to(WEB)}" for path in WEB.rglob("*.*")}
     app = create_app(server.service)
+    mount(app)
     seen = routes(app)
     assert len(seen) > 30 and ("POST", CHAT) in seen and ("POST", "/sleep") in seen
     with httpx2.Client(base_url=server.url) as client:

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from opennemo.serve.app import PAGE_POLICY
 from opennemo.serve.error_bodies import Refusal
+from opennemo.serve.gate import PAGE_POLICY
 
 expect = pytest.importorskip("playwright.sync_api").expect
 

@@ -1,0 +1,126 @@
+"""One gate before all routes: whatever happens to every request, before and after its route.
+
+The gate is deny by default: whatever path is not on its short open list needs a key, whether a
+route is there or not, and before a byte of the body is read. It also checks the Host header on
+loopback (DNS rebinding), names each request, and writes one line of log for it, without prompts.
+"""
+
+import asyncio
+import re
+import secrets
+import time
+from typing import Any
+
+import structlog
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from opennemo.serve import admin
+from opennemo.serve.error_bodies import Refusal, error_response
+from opennemo.serve.service import INSIDE, Service
+
+# Nothing inline and nobody else's; HTML only through the sanitizer's Trusted Types policy.
+PAGE_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'; trusted-types dompurify"
+)
+log = structlog.get_logger("opennemo.serve")
+
+
+class Gate:
+    """Everything that happens to every request, before and after its route."""
+
+    def __init__(
+        self, app: ASGIApp, service: Service, is_open: frozenset[str], pages: frozenset[str]
+    ):
+        self._app, self._service, self._is_open, self._pages = app, service, is_open, pages
+        self._admin = {getattr(route, "path", "") for route in admin.router.routes}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers, started, status = dict(scope["headers"]), time.perf_counter(), 500
+        asked = headers.get(b"x-request-id", b"").decode("latin-1")
+        request_id = (
+            asked if re.fullmatch(r"[\w-]{1,128}", asked, re.ASCII) else secrets.token_hex(8)
+        )
+        path, begun, unsent = scope["path"], False, False
+
+        async def reply(message: Message) -> None:
+            nonlocal status, begun, unsent
+            if message["type"] == "http.response.start":
+                status, begun = message["status"], True
+                message["headers"] = [*message["headers"], *self._headers(path, request_id)]
+            unsent = True
+            await send(message)
+            unsent = False
+
+        try:
+            client = scope.get(INSIDE)  # a line of a batch was let in when the batch was
+            if client is None:
+                self._check_host(headers)
+                self._check_size(path, headers, scope["app"].state.body_sizes)
+                client = self._identify(path, headers)
+            scope.setdefault("state", {})["client"] = client
+            await self._app(scope, receive, reply)
+        except asyncio.CancelledError:
+            status = 499
+            raise
+        except Refusal as error:
+            await error_response(error, path)(scope, receive, reply)
+        except Exception:
+            if unsent:  # it came from outside, such as the bound on bodies, or a closed socket
+                raise
+            log.exception("defect", id=request_id, path=path)
+            if not begun:
+                error = Refusal(
+                    500, "the server has a defect; its log tells", "internal_server_error"
+                )
+                await error_response(error, path)(scope, receive, reply)
+        finally:
+            if status >= 400:
+                self._service.metrics.refused(status)
+            log.info(
+                "request", id=request_id, method=scope["method"], path=path[:200], status=status,
+                seconds=round(time.perf_counter() - started, 4),
+            )  # fmt: skip
+
+    def _identify(self, path: str, headers: dict[bytes, bytes]) -> Any:
+        gatekeeper = self._service.gatekeeper
+        if path in self._is_open:
+            return gatekeeper.anonymous
+        if path in self._admin and gatekeeper.admin_digest:
+            gatekeeper.check_admin(headers)
+            return gatekeeper.anonymous
+        return gatekeeper.identify(headers)
+
+    def _check_host(self, headers: dict[bytes, bytes]) -> None:
+        """A page of a foreign site whose name was bound to 127.0.0.1 shows that name here."""
+        host = headers.get(b"host", b"").decode("latin-1").lower()
+        name = re.sub(r":\d*$", "", host).strip("[]")
+        if self._service.settings.is_loopback and name not in ("localhost", "127.0.0.1", "::1"):
+            raise Refusal(403, "this server answers to localhost only", "permission_error")
+
+    def _check_size(self, path: str, headers: dict[bytes, bytes], sizes: dict[str, int]) -> None:
+        """What announces its size is refused here; FastAPI counts the rest as it comes."""
+        length = headers.get(b"content-length", b"0")
+        most = sizes.get(path, self._service.settings.max_body_size)
+        if length.isdigit() and int(length[:20]) > most:
+            raise Refusal(413, f"a body may have {most:,} bytes", "request_too_large")
+
+    def _headers(self, path: str, request_id: str) -> list[tuple[bytes, bytes]]:
+        headers = [
+            (b"x-request-id", request_id.encode()),
+            (b"x-content-type-options", b"nosniff"),
+        ]
+        if path in self._pages:
+            headers += [
+                (b"content-security-policy", PAGE_POLICY.encode()),
+                (b"referrer-policy", b"no-referrer"),
+                (b"cache-control", b"no-cache"),  # ask each time; unchanged is a 304
+            ]
+        return headers

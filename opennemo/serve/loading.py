@@ -1,0 +1,60 @@
+"""The model that a server's settings name, in an engine of this process."""
+
+from pathlib import Path
+
+import torch
+
+from opennemo.engine import EngineConfig
+from opennemo.errors import InvalidRequest, OpenNemoError
+from opennemo.llm import LLM
+from opennemo.serve.settings import Settings
+
+KV_FORMATS = {  # vLLM's names of what a KV cache is kept in -> ours
+    "auto": None, "bfloat16": "bf16", "float32": "fp32", "fp8": "fp8", "int8": "int8",
+}  # fmt: skip
+
+
+def load_model(settings: Settings) -> LLM:
+    """The model that settings name, in an engine of this process, with its adapters.
+
+    Raises:
+        CheckpointError: it cannot be loaded.
+        InvalidRequest: an adapter is not named as NAME=FOLDER.
+    """
+    modules = adapters_of(settings)
+    config = EngineConfig(
+        max_context=settings.max_model_len,
+        page_size=settings.block_size,
+        kv_format=KV_FORMATS[settings.kv_cache_dtype],
+        kv_scale=settings.kv_scale,
+        max_batched_tokens=settings.max_num_batched_tokens,
+        max_sequences=settings.max_num_seqs,
+        max_queued=settings.max_num_queued_reqs,
+        prefix_caching=settings.enable_prefix_caching,
+        n_draft_tokens=settings.num_speculative_tokens,
+        adapters=bool(modules or settings.lora_root),
+        tensor_parallel_size=settings.tensor_parallel_size,
+    )
+    dtype = None if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    llm = LLM.load(
+        settings.model, device=settings.device, dtype=dtype, config=config,
+        format=settings.quantization,
+    )  # fmt: skip
+    try:
+        for name, folder in modules.items():
+            llm.load_adapter(name, folder)
+    except OpenNemoError:
+        llm.close()
+        raise
+    return llm
+
+
+def adapters_of(settings: Settings) -> dict[str, Path]:
+    """The folders of `--lora-modules`, by name. Raises: InvalidRequest, one is not NAME=FOLDER."""
+    modules = {}
+    for module in settings.lora_modules:
+        name, equals, folder = module.partition("=")
+        if not equals:
+            raise InvalidRequest(f"--lora-modules {module} is not NAME=FOLDER")
+        modules[name] = Path(folder)
+    return modules

@@ -1,0 +1,92 @@
+"""The process that listens: uvicorn, told to drain before it stops.
+
+This file has what belongs to a process of its own: signal handlers and the limit of open files.
+"""
+
+import asyncio
+import signal
+from contextlib import suppress
+from typing import Any
+
+import structlog
+import uvicorn
+from fastapi import FastAPI
+
+from opennemo.errors import OpenNemoError
+from opennemo.serve.bounded_http import BoundedHeaders
+from opennemo.serve.service import Service
+
+DESCRIPTORS = 16 * 1024
+log = structlog.get_logger("opennemo.serve")
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, except that a signal first drains and only then stops."""
+
+    service: Service
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        if self.service.draining:  # the second signal means now
+            self.should_exit = self.force_exit = True
+            return
+        self.service.draining = True
+        log.info("draining", signal=signal.Signals(sig).name, n_active=len(self.service.active))
+        asyncio.get_event_loop().call_soon_threadsafe(self._begin_drain)
+
+    def _begin_drain(self) -> None:
+        self._drain = asyncio.ensure_future(self._drain_and_stop())
+
+    async def _drain_and_stop(self) -> None:
+        await self.service.drain()
+        self.should_exit = True
+
+
+def run(app: FastAPI) -> None:
+    """Answer requests until a signal comes.
+
+    Raises:
+        OpenNemoError: the model cannot be loaded, or the port is taken.
+    """
+    _raise_descriptors()
+    service: Service = app.state.service
+    settings = service.settings
+    config = uvicorn.Config(
+        app, host=settings.host, port=settings.port, http=BoundedHeaders, ws="none",
+        log_config=None, access_log=False, server_header=False,
+        timeout_graceful_shutdown=5, timeout_keep_alive=75,
+        limit_concurrency=settings.max_num_queued_reqs + settings.max_num_seqs + 256,
+        ssl_keyfile=settings.ssl_keyfile, ssl_certfile=settings.ssl_certfile,
+    )  # fmt: skip
+    server = Server(config)
+    server.service = service
+    failure: list[BaseException] = []
+
+    def loaded(task: asyncio.Task) -> None:
+        if settings.replicas:  # Ray's own handler ends the process 3 seconds after a signal
+            for sig in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(sig, server.handle_exit)
+        if error := task.exception():
+            failure.append(error)
+            server.should_exit = True
+        elif llm := service.loaded:  # none, if the server is to end already
+            log.info("ready", names=service.names, context=llm.engine.max_context)
+
+    app.state.loaded = loaded
+    log.info("loading", model=settings.model, host=settings.host, port=settings.port)
+    try:
+        server.run()
+    except SystemExit:
+        raise OpenNemoError(f"cannot listen on {settings.host}:{settings.port}") from None
+    if failure:
+        raise failure[0]
+
+
+def _raise_descriptors() -> None:
+    """Let the process open more than the usual 1,024 files: idle connections are such, too."""
+    with suppress(ImportError, ValueError, OSError):  # Windows; or a system that does not want to
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(DESCRIPTORS, hard)
+        if soft < wanted:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
