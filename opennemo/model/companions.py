@@ -11,9 +11,9 @@ from typing import Any
 from opennemo.errors import CheckpointError
 from opennemo.files import read_json, write_json
 from opennemo.model.layouts import FolderLayout, short
-from opennemo.tokenizer.gguf_vocabulary import read_metadata
+from opennemo.tokenizer.gguf_head import read_metadata
+from opennemo.tokenizer.load import load_tokenizer
 from opennemo.tokenizer.saving import save_huggingface
-from opennemo.tokenizer.tokenizer import load_tokenizer
 
 TOKENIZERS = ("tekken.json", "tokenizer.json", "tokenizer.model*")
 OTHERS = (

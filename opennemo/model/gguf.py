@@ -20,7 +20,7 @@ from torch import Tensor
 
 from opennemo.errors import CheckpointError
 from opennemo.model.layouts import short
-from opennemo.tokenizer.gguf_vocabulary import Cursor, read_head
+from opennemo.tokenizer.gguf_head import Cursor, read_head
 
 PLAIN = {Type.F32: torch.float32, Type.F16: torch.float16, Type.BF16: torch.bfloat16}
 BLOCKS = [Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q8_0]

@@ -1,6 +1,7 @@
 """Text to ids and back, and conversations to ids and back; this floor imports no torch."""
 
+from opennemo.tokenizer.load import load_tokenizer, open_tokenizer
 from opennemo.tokenizer.tekken import Tekken
-from opennemo.tokenizer.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
+from opennemo.tokenizer.tokenizer import StreamDecoder, Tokenizer
 
-__all__ = ["StreamDecoder", "Tekken", "Tokenizer", "load_tokenizer"]
+__all__ = ["StreamDecoder", "Tekken", "Tokenizer", "load_tokenizer", "open_tokenizer"]

@@ -30,8 +30,9 @@ from opennemo.tokenizer.messages import (
     json_or_text,
     normalize,
 )
+from opennemo.tokenizer.mistral_template import CONTROL_TOKENS
 from opennemo.tokenizer.template import ChatTemplate, Segment
-from opennemo.tokenizer.tokenizer import V3, Tokenizer
+from opennemo.tokenizer.tokenizer import Tokenizer
 
 MISTRAL_LAYOUTS = ("v1", "v2", "v3", "v3-tekken")
 
@@ -122,7 +123,7 @@ def _mistral_layout(
     tokenizer: Tokenizer, conversation: list[Message], tools: list[Tool]
 ) -> Iterator[Segment]:
     version, control = tokenizer.instruct_version, tokenizer.control
-    if version != "v1" and (missing := sorted(V3 - control.keys())):
+    if version != "v1" and (missing := sorted(CONTROL_TOKENS - control.keys())):
         raise InvalidRequest(f"messages: this vocabulary has no {missing[0]}, which layouts need")
     system, turns = "", conversation
     if turns[0]["role"] == "system":

@@ -1,61 +1,23 @@
-"""The vocabulary inside a GGUF file, and the metadata it lies among.
+"""The vocabulary inside a GGUF file.
 
-One pass over the file's head gives a plain dict; the tensors behind it are never touched. (The
-`gguf` package makes an object of every string, which takes seconds for a vocabulary.) A `gpt2`
-vocabulary becomes the tokenizer.json it was made from, a `llama` vocabulary the tokenizer.model.
-
-Format: docs/gguf.md of ggml. Split patterns by name: `llama-vocab.cpp` of llama.cpp.
+A `gpt2` vocabulary becomes the tokenizer.json it was made from, a `llama` vocabulary the
+tokenizer.model. Format: docs/gguf.md of ggml.
 """
 
-import mmap
 import struct
 from pathlib import Path
 from typing import Any
 
 from opennemo.errors import CheckpointError
-from opennemo.tokenizer.huggingface import HuggingFace, byte_level_spec
+from opennemo.tokenizer.gguf_head import read_metadata
+from opennemo.tokenizer.huggingface import HuggingFace
+from opennemo.tokenizer.patterns import GGUF_SPLITS, LLAMA_3
 from opennemo.tokenizer.sentencepiece import SentencePiece
-from opennemo.tokenizer.tekken import PATTERN
+from opennemo.tokenizer.spec import byte_level_spec
 from opennemo.tokenizer.tokenizer import Tokenizer
 
 # Kinds of tokens; the same numbers as in SentencePiece.
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
-
-GPT_2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-LLAMA_3 = "llama3 llama-v3 llama-bpe falcon3 pixtral smaug-bpe dbrx"
-# Names of ways to split text, and the patterns to split at one after the other.
-SPLITS = {
-    "gpt-2 default phi-2 mpt olmo": [GPT_2],
-    "smollm starcoder refact command-r codeshell exaone": [r"\p{N}", GPT_2],
-    LLAMA_3: [
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    ],
-    "qwen2 deepseek-r1-qwen stablelm2": [
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    ],
-    "tekken": [PATTERN],
-}
-
-# Types of values: those that `struct` has codes for, and the two others.
-NUMBERS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
-STRING, ARRAY = 8, 9
-
-
-def read_metadata(path: Path) -> dict[str, Any]:
-    """Every key of the file's head with its value: numbers, strings, and lists of these.
-
-    Raises:
-        CheckpointError: the file cannot be read, is no GGUF file, or ends too early.
-    """
-    try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return read_head(Cursor(data))[0]
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
-    except (struct.error, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: damaged or not GGUF: {error}") from error
 
 
 def load_gguf(path: Path) -> Tokenizer:
@@ -86,17 +48,16 @@ def load_gguf(path: Path) -> Tokenizer:
 
 def _byte_level(fields: dict[str, Any], template: str | None) -> HuggingFace:
     name = str(fields.get("pre", "gpt-2"))
-    split = next((split for names, split in SPLITS.items() if name in names.split()), None)
-    if split is None:
-        raise ValueError(f"how {name!r} splits text is not known, only {', '.join(SPLITS)}")
+    if name not in GGUF_SPLITS:
+        raise ValueError(f"how {name!r} splits text is not known, only {', '.join(GGUF_SPLITS)}")
     kinds = dict(zip(fields["tokens"], fields["token_type"], strict=True))
     whole = (UNKNOWN, CONTROL, USER_DEFINED)
     spec = byte_level_spec(
         {name: id for id, name in enumerate(fields["tokens"])},
         [merge.split(" ") for merge in fields["merges"]],
-        split,
+        GGUF_SPLITS[name],
         {name: kind != USER_DEFINED for name, kind in kinds.items() if kind in whole},
-        ignore_merges=name == "tekken" or name in LLAMA_3.split(),
+        ignore_merges=name == "tekken" or name in LLAMA_3,
     )
     eos_id = fields["eos_token_id"]
     return HuggingFace(
@@ -104,7 +65,7 @@ def _byte_level(fields: dict[str, Any], template: str | None) -> HuggingFace:
         bos_id=fields.get("bos_token_id", eos_id),
         eos_id=eos_id,
         chat_template=template,
-        add_bos=fields.get("add_bos_token", name in LLAMA_3.split()),
+        add_bos=fields.get("add_bos_token", name in LLAMA_3),
     )
 
 
@@ -143,45 +104,3 @@ def _field(number: int, value: int | float | bytes) -> bytes:
 def _varint(value: int) -> bytes:
     low, rest = value & 0x7F, value >> 7
     return bytes([low | 0x80]) + _varint(rest) if rest else bytes([low])
-
-
-class Cursor:
-    """A place in a GGUF file that moves on as values are read, and never leaves the file."""
-
-    def __init__(self, data: mmap.mmap | memoryview):
-        self.data, self.at = data, 0
-
-    def numbers(self, code: str, n: int) -> tuple[Any, ...]:
-        """The next `n` numbers of a type of `struct`; struct.error where the file ends."""
-        if n > len(self.data):
-            raise ValueError(f"{n:,} values are said to follow at byte {self.at:,}")
-        values = struct.unpack_from(f"<{n}{code}", self.data, self.at)
-        self.at += struct.calcsize(f"<{n}{code}")
-        return values
-
-    def number(self, code: str) -> Any:
-        return self.numbers(code, 1)[0]
-
-    def text(self) -> str:
-        return self.numbers("s", self.number("Q"))[0].decode()
-
-    def value(self, kind: int) -> Any:
-        if kind == STRING:
-            return self.text()
-        if kind == ARRAY:
-            kind, n = self.number("I"), self.number("Q")
-            if kind in NUMBERS:
-                return list(self.numbers(NUMBERS[kind], n))
-            return [self.value(kind) for _ in range(n)]
-        if kind not in NUMBERS:
-            raise ValueError(f"{kind} is no type of a value")
-        return self.number(NUMBERS[kind])
-
-
-def read_head(cursor: Cursor) -> tuple[dict[str, Any], int]:
-    """The metadata, and how many tensors are described where it ends."""
-    (magic,) = cursor.numbers("s", 4)
-    version, n_tensors, n_keys = (cursor.number(code) for code in "IQQ")
-    if magic != b"GGUF" or version not in (2, 3):
-        raise ValueError(f"it begins with {magic!r}, version {version}, not GGUF of version 2 or 3")
-    return {cursor.text(): cursor.value(cursor.number("I")) for _ in range(n_keys)}, n_tensors

@@ -14,9 +14,8 @@ Format: the `tokenizers` library; files beside it: `PreTrainedTokenizerBase` of 
 import json
 import math
 import os
-import re
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +25,19 @@ import tokenizers
 from opennemo.errors import CheckpointError
 from opennemo.files import read_json
 from opennemo.tokenizer.bpe import MANY_CHARS, fastokens, probe
-from opennemo.tokenizer.tokenizer import Tokenizer, mistral_version, repair_surrogates
+from opennemo.tokenizer.mistral_template import mistral_version
+from opennemo.tokenizer.spec import (
+    added_tokens,
+    byte_level_meaning,
+    how_it_decodes,
+    metaspace_meaning,
+    token_names,
+    without_control,
+)
+from opennemo.tokenizer.tokenizer import Tokenizer, repair_surrogates
 
-# GPT-2's alphabet: printable bytes of Latin-1 stand for themselves, the others for U+0100 on.
-UNPRINTABLE = (*range(33), *range(127, 161), 173)
-SPELLED = {byte: 256 + i for i, byte in enumerate(UNPRINTABLE)}
 LONG = MANY_CHARS // 4  # characters that fastokens saves more time for than it takes to build
 MAX_IDS = 1 << 24  # the largest known vocabularies have a quarter of a million
-METASPACE_STEPS = {"ByteFallback", "Metaspace", "Replace", "Fuse", "Strip"}
-BYTE_OF = {chr(SPELLED.get(byte, byte)): byte for byte in range(256)}
 
 
 class HuggingFace(Tokenizer):
@@ -59,8 +62,8 @@ class HuggingFace(Tokenizer):
     ):
         if (kind := spec["model"].get("type", "BPE")) != "BPE":
             raise ValueError(f"its model is {kind!r}, not 'BPE'")
-        byte_level, self.dummy_prefix = _how_it_decodes(spec.get("decoder") or {})
-        names = _names(spec)
+        byte_level, self.dummy_prefix = how_it_decodes(spec.get("decoder") or {})
+        names = token_names(spec)
         if not 0 <= min(names) <= max(names) < MAX_IDS:
             raise ValueError(f"its ids go from {min(names):,} to {max(names):,}")
         for id in (bos_id, eos_id):
@@ -77,11 +80,11 @@ class HuggingFace(Tokenizer):
         self.vocab_size = max(names) + 1
         self._bytes = [b""] * self.vocab_size
         plain = {added["content"] for added in spec.get("added_tokens") or []}
-        meaning = _byte_level_meaning if byte_level else _metaspace_meaning
+        meaning = byte_level_meaning if byte_level else metaspace_meaning
         for id, name in names.items():
             if name not in self.control:
                 self._bytes[id] = name.encode() if name in plain else meaning(name)
-        without, control_ids = _without_control(spec, self.control), {*self.control.values()}
+        without, control_ids = without_control(spec, self.control), {*self.control.values()}
         for name, id in without["model"]["vocab"].items():
             if id in control_ids:  # text could become it
                 raise ValueError(f"{name!r} and {names[id]!r} have the id {id}")
@@ -110,7 +113,7 @@ class HuggingFace(Tokenizer):
                 settings |= {k: v for k, v in read_json(file).items() if v is not None}
         spec = read_json(path)
         try:
-            ids = {name: id for id, name in _names(spec).items()}
+            ids = {name: id for id, name in token_names(spec).items()}
             bos_id, eos_id = (_id_of(which, settings, ids) for which in ("bos", "eos"))
             if eos_id is None:
                 raise ValueError("no file beside it names the token that ends a text")
@@ -178,56 +181,6 @@ class HuggingFace(Tokenizer):
         return spec
 
 
-def added_tokens(ids: Mapping[str, int], *, special: bool) -> list[dict[str, Any]]:
-    """Entries of tokenizer.json for tokens that are not merged from others."""
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    return [{"id": id, "content": name, "special": special, **flags} for name, id in ids.items()]
-
-
-def byte_level_spec(
-    vocab: Mapping[str, int],
-    merges: Iterable[Sequence[str]],
-    patterns: Sequence[str],
-    added: Mapping[str, bool],
-    *,
-    ignore_merges: bool,
-) -> dict[str, Any]:
-    """The content of a tokenizer.json, for tokens spelled in GPT-2's alphabet.
-
-    Text is split at the `patterns` one after the other; `added` are the tokens that are not merged
-    from others, and whether each is a control token.
-    """
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
-    byte_level["trim_offsets"] = True
-    split = {"type": "Split", "behavior": "Isolated", "invert": False}
-    splits = [{**split, "pattern": {"Regex": pattern}} for pattern in patterns]
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
-            token
-            for name, special in added.items()
-            for token in added_tokens({name: vocab[name]}, special=special)
-        ],
-        "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*splits, byte_level]},
-        "post_processor": None,
-        "decoder": byte_level,
-        "model": {
-            "type": "BPE",
-            "vocab": vocab,
-            "merges": list(merges),
-            "ignore_merges": ignore_merges,
-        },
-    }
-
-
-def spelled(token: bytes) -> str:
-    """The bytes in GPT-2's alphabet."""
-    return token.decode("latin-1").translate(SPELLED)
-
-
 def read_chat_template(folder: Path) -> str | None:
     """The Jinja source beside a tokenizer, in any of the three places where there may be one."""
     if (file := folder / "chat_template.jinja").exists():
@@ -246,12 +199,6 @@ def read_chat_template(folder: Path) -> str | None:
     return None
 
 
-def _names(spec: dict[str, Any]) -> dict[int, str]:
-    """id -> name of every token."""
-    names = {id: name for name, id in spec["model"]["vocab"].items()}
-    return names | {added["id"]: added["content"] for added in spec.get("added_tokens") or []}
-
-
 def _id_of(which: str, settings: dict[str, Any], ids: dict[str, int]) -> int | None:
     """The id of the "bos" or "eos" token: by name, or else by number, as the configs have it."""
     name = settings.get(f"{which}_token")
@@ -260,55 +207,3 @@ def _id_of(which: str, settings: dict[str, Any], ids: dict[str, int]) -> int | N
         return ids[name]
     id = settings.get(f"{which}_token_id")
     return id[0] if isinstance(id, list) else id
-
-
-def _how_it_decodes(decoder: dict[str, Any]) -> tuple[bool, bool]:
-    """Whether tokens spell bytes in GPT-2's alphabet (or else `▁`), and whether a space is added.
-
-    Raises:
-        ValueError: neither family; names what was found.
-    """
-    steps = decoder.get("decoders", [decoder])
-    kinds = {step.get("type"): step for step in steps}
-    if kinds.keys() == {"ByteLevel"}:
-        return True, False
-    if not {"ByteFallback", "Metaspace"} & kinds.keys() or not kinds.keys() <= METASPACE_STEPS:
-        raise ValueError(f"its decoder {[*kinds]} is neither ByteLevel nor with ByteFallback")
-    metaspace = kinds.get("Metaspace", {"prepend_scheme": "never"})
-    added = metaspace.get("add_prefix_space", metaspace.get("prepend_scheme") != "never")
-    return False, bool(added) or kinds.get("Strip", {}).get("start", 0) > 0
-
-
-def _byte_level_meaning(name: str) -> bytes:
-    """What a token of the first family stands for; one outside the alphabet, for itself."""
-    try:
-        return bytes(BYTE_OF[character] for character in name)
-    except KeyError:
-        return name.encode()
-
-
-def _metaspace_meaning(name: str) -> bytes:
-    """What a token of the second family stands for."""
-    if byte := re.fullmatch("<0x([0-9A-F]{2})>", name):
-        return bytes.fromhex(byte[1])
-    return name.replace("▁", " ").encode()
-
-
-def _without_control(spec: dict[str, Any], control: dict[str, int]) -> dict[str, Any]:
-    """The tokenizer without its control tokens, the other tokens keeping their ids."""
-    model = spec["model"]
-    added = [a for a in spec.get("added_tokens") or [] if a["content"] not in control]
-    # In the vocabulary as well, or the library would number them anew.
-    vocab = {name: id for name, id in model["vocab"].items() if name not in control}
-    vocab |= {a["content"]: a["id"] for a in added}
-    merges = (m if isinstance(m, list) else m.split(" ") for m in model["merges"])
-    merges = [[a, b] for a, b in merges if not {a, b, a + b} & control.keys()]
-    unk_token = None if model.get("unk_token") in control else model.get("unk_token")
-    return {
-        **spec,
-        "truncation": None,
-        "padding": None,
-        "post_processor": None,
-        "added_tokens": added,
-        "model": {**model, "vocab": vocab, "merges": merges, "unk_token": unk_token},
-    }

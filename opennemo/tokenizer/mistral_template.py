@@ -6,6 +6,13 @@ second one prints it. Jinja can neither read JSON nor hash: arguments and result
 already are repeated as they stand, and the id of a call must have its nine letters.
 """
 
+from collections.abc import Mapping
+
+CONTROL_TOKENS = {  # of v2 and v3
+"[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_CALLS]",
+    "[TOOL_RESULTS]", "[/TOOL_RESULTS]",
+}  # fmt: skip
+
 TURNS = """\
 {%- set ns = namespace(system='', turns=[], last='', user=0) %}
 {%- for message in messages %}
@@ -132,3 +139,18 @@ def mistral_template(version: str) -> str | None:
     for name, source in differences.items():
         template = template.replace(name, source)
     return template
+
+
+def mistral_version(
+    control: Mapping[str, int], chat_template: str | None, version: str
+) -> str | None:
+    """`version` if the control tokens are those of Mistral's v3, and no template says otherwise.
+
+    v7 brought [SYSTEM_PROMPT]. A fine-tune may keep the vocabulary and change the layout. Older
+    layouts are known by the templates that we write for them.
+    """
+    for older in ("v1", "v2"):
+        if chat_template == mistral_template(older):
+            return older
+    is_v3 = control.keys() >= CONTROL_TOKENS and "[SYSTEM_PROMPT]" not in control
+    return version if is_v3 and (chat_template is None or "[INST]" in chat_template) else None

@@ -1,18 +1,36 @@
 """How texts are split before byte pairs are merged: regular expressions by family.
 
-Sources: tekken.json of Mistral NeMo, tiktoken's `openai_public.py`, Llama 3's `tokenizer.py`.
+Sources: tekken.json of Mistral NeMo, tiktoken's `openai_public.py`, Llama 3's `tokenizer.py`; the
+names in GGUF files, `llama-vocab.cpp` of llama.cpp.
 """
 
 _WORD = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
 _NAME = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
 _SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _BLANK = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+_WORDS_AND = (
+    rf"{_SUFFIX}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|NUMBER| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_BLANK}"
+)
 PATTERNS = {
     "tekken": rf"[^\r\n\p{{L}}\p{{N}}]?{_WORD}|[^\r\n\p{{L}}\p{{N}}]?{_NAME}|\p{{N}}"
     rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_BLANK}",
     "o200k": rf"[^\r\n\p{{L}}\p{{N}}]?{_WORD}{_SUFFIX}?|[^\r\n\p{{L}}\p{{N}}]?{_NAME}{_SUFFIX}?"
     rf"|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_BLANK}",
-    "llama3": rf"{_SUFFIX}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}"
-    rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_BLANK}",
+    "llama3": _WORDS_AND.replace("NUMBER", r"\p{N}{1,3}"),
+    "qwen2": _WORDS_AND.replace("NUMBER", r"\p{N}"),
     "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+}
+# A file of ranks does not say how it splits text; its number of ranks gives it away.
+PATTERN_OF_RANKS = {50_256: "gpt2", 100_256: "llama3", 128_000: "llama3", 199_998: "o200k"}
+PATTERN_OF_RANKS |= {200_000: "o200k"}  # Llama 4
+
+# Names in GGUF files, and the patterns to split at one after the other.
+LLAMA_3 = ("llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "smaug-bpe", "dbrx")
+_DIGITS_FIRST = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone")
+GGUF_SPLITS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("gpt-2", "default", "phi-2", "mpt", "olmo"), (PATTERNS["gpt2"],)),
+    **dict.fromkeys(_DIGITS_FIRST, (r"\p{N}", PATTERNS["gpt2"])),
+    **dict.fromkeys(LLAMA_3, (PATTERNS["llama3"],)),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "stablelm2"), (PATTERNS["qwen2"],)),
+    "tekken": (PATTERNS["tekken"],),
 }

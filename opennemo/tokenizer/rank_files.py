@@ -14,17 +14,14 @@ from pathlib import Path
 
 from opennemo.errors import CheckpointError
 from opennemo.tokenizer.bpe import BytePairEncoding
-from opennemo.tokenizer.patterns import PATTERNS
+from opennemo.tokenizer.patterns import PATTERN_OF_RANKS, PATTERNS
 from opennemo.tokenizer.tekken import Tekken
-from opennemo.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from opennemo.tokenizer.tokenizer import Tokenizer
 
-# A file of ranks does not say how it splits text; its number of ranks gives it away.
-PATTERN_OF_RANKS = {50_256: "gpt2", 100_256: "llama3", 128_000: "llama3", 199_998: "o200k"}
-PATTERN_OF_RANKS |= {200_000: "o200k"}  # Llama 4
 OWN = "opennemo-tekken-32k"
 
 
-class Ranks(Tokenizer):
+class RankFile(Tokenizer):
     """A vocabulary without control tokens; the id of a token is its rank.
 
     Raises:
@@ -70,19 +67,3 @@ def pack(tokens: Sequence[bytes]) -> bytes:
 def _read(data: bytes) -> list[bytes]:
     lines = (line.split() for line in data.splitlines())
     return [binascii.a2b_base64(token, strict_mode=True) for token, _rank in lines]
-
-
-def open_tokenizer(path: Path) -> Tokenizer:
-    """Any tokenizer of the package, a file of ranks, or by its name the one that comes with it.
-
-    Raises:
-        CheckpointError: nothing there that is known.
-    """
-    if str(path) == OWN and not path.exists():
-        return own_tokenizer()
-    if path.is_file():
-        with path.open("rb") as file:
-            first = file.read(1024).partition(b"\n")[0].split()
-        if len(first) == 2 and first[1] == b"0":
-            return Ranks(path)
-    return load_tokenizer(path)

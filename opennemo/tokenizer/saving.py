@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from opennemo.tokenizer.bpe import merge
-from opennemo.tokenizer.huggingface import HuggingFace, byte_level_spec, spelled
+from opennemo.tokenizer.huggingface import HuggingFace
 from opennemo.tokenizer.mistral_template import mistral_template
 from opennemo.tokenizer.sentencepiece import SentencePiece
+from opennemo.tokenizer.spec import byte_level_spec, spelled
 from opennemo.tokenizer.tekken import Tekken
 from opennemo.tokenizer.tokenizer import Tokenizer
 

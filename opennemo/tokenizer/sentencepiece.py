@@ -13,8 +13,9 @@ import numpy as np
 from sentencepiece import SentencePieceProcessor
 
 from opennemo.errors import CheckpointError
-from opennemo.tokenizer.huggingface import added_tokens
-from opennemo.tokenizer.tokenizer import Tokenizer, mistral_version, repair_surrogates
+from opennemo.tokenizer.mistral_template import mistral_version
+from opennemo.tokenizer.spec import added_tokens
+from opennemo.tokenizer.tokenizer import Tokenizer, repair_surrogates
 
 
 class SentencePiece(Tokenizer):

@@ -9,17 +9,8 @@ that a user types can forge a turn. How conversations are laid out is chat.py's 
 import codecs
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
-
-from opennemo.errors import CheckpointError
-from opennemo.tokenizer.mistral_template import mistral_template
-
-V3 = {  # what its layout is written with
-    "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_CALLS]",
-    "[TOOL_RESULTS]", "[/TOOL_RESULTS]",
-}  # fmt: skip
 
 
 class Tokenizer(ABC):
@@ -115,52 +106,3 @@ def repair_surrogates(text: str) -> str:
     if text.isascii():
         return text
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def mistral_version(
-    control: Mapping[str, int], chat_template: str | None, version: str
-) -> str | None:
-    """`version` if the control tokens are those of Mistral's v3, and no template says otherwise.
-
-    v7 brought [SYSTEM_PROMPT]. A fine-tune may keep the vocabulary and change the layout. Older
-    layouts are known by the templates that we write for them.
-    """
-    for older in ("v1", "v2"):
-        if chat_template == mistral_template(older):
-            return older
-    is_v3 = control.keys() >= V3 and "[SYSTEM_PROMPT]" not in control
-    return version if is_v3 and (chat_template is None or "[INST]" in chat_template) else None
-
-
-def load_tokenizer(model: Path) -> Tokenizer:
-    """The tokenizer of a model folder, of a `.gguf` file, or of a tokenizer file by itself.
-
-    In a folder `tekken.json` is preferred, then `tokenizer.model.v1` to `.v3` (SentencePiece), then
-    `tokenizer.json`, then a `tokenizer.model` without version: Mistral's own files before converted
-    ones, but not before a `tokenizer.json` to which a fine-tune may have added tokens.
-
-    Raises:
-        CheckpointError: nothing there that is known, or the file is damaged.
-    """
-    # The kinds of tokenizers are built on this module, hence imported late.
-    from opennemo.tokenizer.gguf_vocabulary import load_gguf
-    from opennemo.tokenizer.huggingface import HuggingFace, read_chat_template
-    from opennemo.tokenizer.sentencepiece import SentencePiece
-    from opennemo.tokenizer.tekken import Tekken
-
-    file = model
-    if model.is_dir():
-        known = ["tekken.json", "tokenizer.model.v3", "tokenizer.model.v2", "tokenizer.model.v1"]
-        known += ["tokenizer.json", "tokenizer.model"]
-        file = next((model / name for name in known if (model / name).exists()), model)
-    if file.suffix == ".gguf":
-        return load_gguf(file)
-    if file.suffix == ".json" and "tekken" in file.name:
-        return Tekken.load(file)
-    if ".model" in file.suffixes[-2:]:
-        return SentencePiece.load(file, chat_template=read_chat_template(file.parent))
-    if file.suffix == ".json":
-        return HuggingFace.load(file)
-    raise CheckpointError(
-        f"{model}: no tokenizer there (tekken.json, tokenizer.model, tokenizer.json or a .gguf)"
-    )

@@ -30,7 +30,7 @@ import numpy as np
 
 from opennemo.errors import CheckpointError, InvalidRequest
 from opennemo.files import write_whole
-from opennemo.tokenizer.rank_files import open_tokenizer
+from opennemo.tokenizer.load import open_tokenizer
 from opennemo.tokenizer.tokenizer import Tokenizer
 
 FORMAT = "opennemo shards 1"

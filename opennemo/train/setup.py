@@ -19,7 +19,8 @@ from opennemo.model.hub import locate
 from opennemo.model.lora import add_lora_
 from opennemo.model.quantization import FORMATS, prepare_qat_
 from opennemo.model.transformer import Transformer
-from opennemo.tokenizer.rank_files import OWN, open_tokenizer
+from opennemo.tokenizer.load import open_tokenizer
+from opennemo.tokenizer.rank_files import OWN
 from opennemo.tokenizer.tokenizer import Tokenizer
 from opennemo.train.config import Recipe, Source
 from opennemo.train.conversations import read_examples, read_pairs

@@ -21,9 +21,10 @@ from opennemo.model.transformer import PRESETS, Transformer
 from opennemo.serve.auth import Limits, read_clients
 from opennemo.serve.settings import read_settings
 from opennemo.tokenizer.chat import encode_chat
+from opennemo.tokenizer.load import load_tokenizer
+from opennemo.tokenizer.patterns import PATTERNS
 from opennemo.tokenizer.saving import save_huggingface
-from opennemo.tokenizer.tekken import PATTERN, SINGLE_BYTES, Tekken
-from opennemo.tokenizer.tokenizer import load_tokenizer
+from opennemo.tokenizer.tekken import SINGLE_BYTES, Tekken
 from opennemo.train.checkpoints import Checkpoints
 from opennemo.train.config import read_recipe
 from opennemo.train.conversations import read_examples, read_pairs
@@ -31,7 +32,7 @@ from opennemo.train.corpus import Corpus, ShardWriter, describe_tokenizer
 
 SHAPE = replace(PRESETS["tiny"], dim=64, vocab_size=328, max_position_embeddings=512)
 MERGED = [b"th", b"in", b" t", b" th", b"ing", b" a", b"er", b"he"]
-TOKENIZER = Tekken(PATTERN, [*SINGLE_BYTES, *MERGED], n_special=64)
+TOKENIZER = Tekken(PATTERNS["tekken"], [*SINGLE_BYTES, *MERGED], n_special=64)
 TEXT = "The thing, 12 times: naïve 🦙 [INST] </s> <s>\n\n  x"
 F32 = gguf.GGMLQuantizationType.F32
 MESSAGES = [{"role": "user", "content": TEXT}]

@@ -13,8 +13,9 @@ import pytest
 
 from opennemo.errors import CheckpointError, InvalidRequest
 from opennemo.tokenizer.chat import encode_chat
+from opennemo.tokenizer.load import load_tokenizer
+from opennemo.tokenizer.mistral_template import CONTROL_TOKENS
 from opennemo.tokenizer.tekken import Tekken
-from opennemo.tokenizer.tokenizer import V3, load_tokenizer
 from tests.chaos import loaders, mutations
 from tests.chaos.sandbox import Sandbox
 
@@ -238,7 +239,7 @@ def test_a_tokenizer_with_a_token_that_is_no_text(good, tmp_path, name):
 
 
 def test_a_vocabulary_without_a_token_of_its_layout():
-    names = ["<unk>", "<s>", "</s>", "[INST]", *sorted(V3 - {"[INST]", "[/INST]"})]
+    names = ["<unk>", "<s>", "</s>", "[INST]", *sorted(CONTROL_TOKENS - {"[INST]", "[/INST]"})]
     known = loaders.TOKENIZER
     lacking = Tekken(known.pattern, known.tokens, special_tokens=names, n_special=64)
     with pytest.raises(InvalidRequest, match=r"has no \[/INST\]"):

@@ -20,9 +20,10 @@ from opennemo.errors import InvalidRequest
 from opennemo.tokenizer import Tokenizer
 from opennemo.tokenizer.calls import CallParser
 from opennemo.tokenizer.chat import encode_chat
+from opennemo.tokenizer.load import load_tokenizer
 from opennemo.tokenizer.sentencepiece import SentencePiece
 from opennemo.tokenizer.tekken import Tekken
-from opennemo.tokenizer.tokenizer import load_tokenizer, repair_surrogates
+from opennemo.tokenizer.tokenizer import repair_surrogates
 from tests.serve.conftest import VOCABULARY
 
 DATA = Path(str(importlib.resources.files("mistral_common"))) / "data"

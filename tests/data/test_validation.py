@@ -12,7 +12,8 @@ from opennemo.errors import InvalidRequest
 from opennemo.model.checkpoint import save
 from opennemo.model.transformer import PRESETS, Transformer
 from opennemo.planning.machines import parse_machines
-from opennemo.tokenizer.rank_files import OWN, open_tokenizer
+from opennemo.tokenizer.load import open_tokenizer
+from opennemo.tokenizer.rank_files import OWN
 from opennemo.train.conversations import read_pairs
 
 ASK, SAY = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}

@@ -12,9 +12,10 @@ from transformers import AutoTokenizer, GenerationConfig
 from opennemo.errors import CheckpointError
 from opennemo.model.companions import copy_companions, read_generation_config
 from opennemo.model.hub import locate
+from opennemo.tokenizer.load import load_tokenizer
 from opennemo.tokenizer.mistral_template import mistral_template
-from opennemo.tokenizer.tekken import PATTERN, SINGLE_BYTES, Tekken
-from opennemo.tokenizer.tokenizer import load_tokenizer
+from opennemo.tokenizer.patterns import PATTERNS
+from opennemo.tokenizer.tekken import SINGLE_BYTES, Tekken
 
 TEXTS = [
     "Hello world",
@@ -29,7 +30,7 @@ def tekken(tmp_path) -> Path:
     """A folder as Mistral's are, with the smallest vocabulary there can be: the bytes."""
     folder = tmp_path / "mistral"
     folder.mkdir()
-    Tekken(PATTERN, SINGLE_BYTES, n_special=64).save(folder / "tekken.json")
+    Tekken(PATTERNS["tekken"], SINGLE_BYTES, n_special=64).save(folder / "tekken.json")
     return folder
 
 

@@ -20,7 +20,7 @@ from opennemo.model.attention import Packed
 from opennemo.model.checkpoint import convert, load, save, weight_shapes
 from opennemo.model.hub import locate
 from opennemo.model.transformer import PRESETS, ModelConfig, Transformer, rotary
-from opennemo.tokenizer.tokenizer import load_tokenizer
+from opennemo.tokenizer.load import load_tokenizer
 
 ROOT = Path(__file__).parents[2]
 needs_smollm2 = pytest.mark.skipif(

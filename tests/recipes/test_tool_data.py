@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from opennemo.errors import InvalidRequest
+from opennemo.tokenizer.load import open_tokenizer
 from opennemo.tokenizer.messages import check_tools, normalize
-from opennemo.tokenizer.rank_files import OWN, open_tokenizer
+from opennemo.tokenizer.rank_files import OWN
 from opennemo.train.conversations import read_examples
 from recipes.tool_data.__main__ import main
 from recipes.tool_data.apis import execute, parts

@@ -20,9 +20,10 @@ from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
 from opennemo.errors import InvalidRequest
 from opennemo.tokenizer.chat import encode_chat, encode_for_training
+from opennemo.tokenizer.load import load_tokenizer
 from opennemo.tokenizer.mistral_template import mistral_template
 from opennemo.tokenizer.saving import save_huggingface
-from opennemo.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from opennemo.tokenizer.tokenizer import Tokenizer
 
 DATA = Path(str(importlib.resources.files("mistral_common"))) / "data"
 FILES = {

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opennemo.tokenizer.chat import encode_chat, encode_for_training, parse_reply
-from opennemo.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from opennemo.tokenizer.load import load_tokenizer
+from opennemo.tokenizer.tokenizer import Tokenizer
 
 DATA = Path(str(importlib.resources.files("mistral_common"))) / "data"
 FILES = {

@@ -12,7 +12,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from opennemo.errors import CheckpointError, InvalidRequest
 from opennemo.tokenizer.chat import encode_chat, encode_for_training, parse_reply
-from opennemo.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from opennemo.tokenizer.load import load_tokenizer
+from opennemo.tokenizer.tokenizer import Tokenizer
 
 CHATML = """
 {%- set started = namespace(results=false) %}

@@ -18,12 +18,15 @@ from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import generate_merges
 
 from opennemo.errors import CheckpointError
-from opennemo.tokenizer.gguf_vocabulary import load_gguf, read_metadata
+from opennemo.tokenizer.gguf_head import read_metadata
+from opennemo.tokenizer.gguf_vocabulary import load_gguf
 from opennemo.tokenizer.huggingface import HuggingFace
+from opennemo.tokenizer.load import load_tokenizer
+from opennemo.tokenizer.patterns import PATTERNS
 from opennemo.tokenizer.saving import save_huggingface
 from opennemo.tokenizer.sentencepiece import SentencePiece
-from opennemo.tokenizer.tekken import PATTERN, SINGLE_BYTES, Tekken
-from opennemo.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from opennemo.tokenizer.tekken import SINGLE_BYTES, Tekken
+from opennemo.tokenizer.tokenizer import Tokenizer
 
 DATA = Path(str(importlib.resources.files("mistral_common"))) / "data"
 MISTRAL_7B = {
@@ -139,7 +142,7 @@ def test_nemo_as_tokenizer_json(texts: SimpleNamespace, nemo_folder: Path):
 
 
 def test_control_tokens_that_are_ordinary_ones_too(tmp_path: Path):
-    tokenizer = Tekken(PATTERN, [*SINGLE_BYTES, b"<s", b"<s>"])
+    tokenizer = Tekken(PATTERNS["tekken"], [*SINGLE_BYTES, b"<s", b"<s>"])
     with pytest.raises(ValueError, match="spelled like a control token"):
         save_huggingface(tokenizer, tmp_path)
 
@@ -228,7 +231,7 @@ def write_gguf(path: Path, **fields: Any) -> Path:
 def nemo_fields(folder: Path, n_tokens: int = 3000) -> dict[str, Any]:
     """The beginning of NeMo's vocabulary, as llama.cpp's converter takes it from tokenizer.json."""
     tokens = Tekken.load(DATA / "tekken_240718.json").tokens[:n_tokens]
-    save_huggingface(Tekken(PATTERN, tokens), folder)
+    save_huggingface(Tekken(PATTERNS["tekken"], tokens), folder)
     model = json.loads((folder / "tokenizer.json").read_text("utf-8"))["model"]
     return {
         "model": "gpt2",

@@ -8,7 +8,9 @@ import pytest
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
 from opennemo.errors import CheckpointError
-from opennemo.tokenizer.rank_files import OWN, PATTERN_OF_RANKS, Ranks, open_tokenizer, pack
+from opennemo.tokenizer.load import open_tokenizer
+from opennemo.tokenizer.patterns import PATTERN_OF_RANKS
+from opennemo.tokenizer.rank_files import OWN, RankFile, pack
 from opennemo.tokenizer.tekken import SINGLE_BYTES, Tekken
 
 
@@ -25,7 +27,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_file_of_ranks_is_known_by_its_content(ranks: Path):
     tokenizer = open_tokenizer(ranks)
-    assert isinstance(tokenizer, Ranks)
+    assert isinstance(tokenizer, RankFile)
     ids = tokenizer.encode(" low é")
     assert ids == [257, 32, *"é".encode()]
     assert tokenizer.decode(ids) == " low é"

@@ -11,9 +11,9 @@ import sentencepiece
 from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer, get_spm_version
 
 from opennemo.errors import CheckpointError
+from opennemo.tokenizer.load import load_tokenizer
 from opennemo.tokenizer.saving import save_huggingface
 from opennemo.tokenizer.sentencepiece import SentencePiece
-from opennemo.tokenizer.tokenizer import load_tokenizer
 
 DATA = Path(str(importlib.resources.files("mistral_common"))) / "data"
 FILES = sorted(DATA.glob("*.model*"))

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from opennemo.tokenizer.load import load_tokenizer
 from opennemo.tokenizer.saving import save_huggingface
 from opennemo.tokenizer.tekken import Tekken
-from opennemo.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from opennemo.tokenizer.tokenizer import Tokenizer
 
 DATA = Path(str(importlib.resources.files("mistral_common"))) / "data"
 KINDS = ("tekken", "sentencepiece", "huggingface")

@@ -21,8 +21,9 @@ from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 from opennemo.errors import CheckpointError
 from opennemo.tokenizer import bpe, tekken
 from opennemo.tokenizer.bpe import MANY_CHARS, MAX_BLANKS, encode_plainly
-from opennemo.tokenizer.tekken import PATTERN, SINGLE_BYTES, Tekken
-from opennemo.tokenizer.tokenizer import load_tokenizer
+from opennemo.tokenizer.load import load_tokenizer
+from opennemo.tokenizer.patterns import PATTERNS
+from opennemo.tokenizer.tekken import SINGLE_BYTES, Tekken
 
 DATA = Path(str(importlib.resources.files("mistral_common"))) / "data"
 NEMO = DATA / "tekken_240718.json"
@@ -30,7 +31,7 @@ WORDS = [b"th", b"the", b" the", b"\n\n", "é".encode()]
 
 
 def small() -> Tekken:
-    return Tekken(PATTERN, [*SINGLE_BYTES, *WORDS])
+    return Tekken(PATTERNS["tekken"], [*SINGLE_BYTES, *WORDS])
 
 
 SMALL = small()
@@ -239,12 +240,12 @@ def test_a_library_that_disagrees_is_not_used(monkeypatch: pytest.MonkeyPatch):
 
 def test_parts_that_no_merge_reaches():
     """Such a token stands for a whole piece of text and nothing else, as in tiktoken."""
-    tokenizer = Tekken(PATTERN, [*SINGLE_BYTES, b"abcd"])
+    tokenizer = Tekken(PATTERNS["tekken"], [*SINGLE_BYTES, b"abcd"])
     for _ in range(2):
         assert [len(tokenizer.encode(text)) for text in ("abcd", "abcde", " abcd")] == [1, 5, 5]
         assert tokenizer.encode_batch(["abcd"])[0].tolist() == [1256]
     ranks = {token: rank for rank, token in enumerate(tokenizer.tokens)}
-    assert encode_plainly("abcd abcd", PATTERN, ranks) == [256, 32, 97, 98, 99, 100]
+    assert encode_plainly("abcd abcd", PATTERNS["tekken"], ranks) == [256, 32, 97, 98, 99, 100]
 
 
 def test_a_file_comes_back(texts: SimpleNamespace, tmp_path: Path, ready: Tekken):
@@ -268,7 +269,9 @@ def test_a_file_comes_back(texts: SimpleNamespace, tmp_path: Path, ready: Tekken
     ],
 )
 def test_versions(tmp_path: Path, version: str, special: tuple[str, ...]):
-    tokenizer = Tekken(PATTERN, [*SINGLE_BYTES, *WORDS], version=version, special_tokens=special)
+    tokenizer = Tekken(
+        PATTERNS["tekken"], [*SINGLE_BYTES, *WORDS], version=version, special_tokens=special
+    )
     tokenizer.save(tmp_path / "tekken.json")
     again, theirs = (
         Tekken.load(tmp_path / "tekken.json"),
@@ -289,7 +292,10 @@ def content(**config: object) -> dict:
         for rank, token in enumerate([*SINGLE_BYTES, *WORDS])
     ]
     sizes = {"default_vocab_size": 1261, "default_num_special_tokens": 1000}
-    return {"config": {"pattern": PATTERN, "version": "v3", **sizes, **config}, "vocab": vocab}
+    return {
+        "config": {"pattern": PATTERNS["tekken"], "version": "v3", **sizes, **config},
+        "vocab": vocab,
+    }
 
 
 def with_entry(place: int, **changes: object) -> dict:

@@ -1,0 +1,76 @@
+"""The head of a GGUF file: its metadata, and where the descriptions of its tensors begin.
+
+One pass over the head gives a plain dict; the tensors behind it are never touched. (`GGUFReader`
+of the `gguf` package makes an object of every string, which takes seconds for a vocabulary, and
+does not end on a forged array length.)
+
+Format: docs/gguf.md of ggml, versions 2 and 3, little-endian.
+"""
+
+import mmap
+import struct
+from pathlib import Path
+from typing import Any
+
+from opennemo.errors import CheckpointError
+
+# Types of values: those that `struct` has codes for, and the two others.
+NUMBERS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
+STRING, ARRAY = 8, 9
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """Every key of the file's head with its value: numbers, strings, and lists of these.
+
+    Raises:
+        CheckpointError: the file cannot be read, is no GGUF file, or ends too early.
+    """
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return read_head(Cursor(data))[0]
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    except (struct.error, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: damaged or not GGUF: {error}") from error
+
+
+class Cursor:
+    """A place in a GGUF file that moves on as values are read, and never leaves the file."""
+
+    def __init__(self, data: mmap.mmap | memoryview):
+        self.data, self.at = data, 0
+
+    def numbers(self, code: str, n: int) -> tuple[Any, ...]:
+        """The next `n` numbers of a type of `struct`; struct.error where the file ends."""
+        if n > len(self.data):
+            raise ValueError(f"{n:,} values are said to follow at byte {self.at:,}")
+        values = struct.unpack_from(f"<{n}{code}", self.data, self.at)
+        self.at += struct.calcsize(f"<{n}{code}")
+        return values
+
+    def number(self, code: str) -> Any:
+        return self.numbers(code, 1)[0]
+
+    def text(self) -> str:
+        return self.numbers("s", self.number("Q"))[0].decode()
+
+    def value(self, kind: int) -> Any:
+        if kind == STRING:
+            return self.text()
+        if kind == ARRAY:
+            kind, n = self.number("I"), self.number("Q")
+            if kind in NUMBERS:
+                return list(self.numbers(NUMBERS[kind], n))
+            return [self.value(kind) for _ in range(n)]
+        if kind not in NUMBERS:
+            raise ValueError(f"{kind} is no type of a value")
+        return self.number(NUMBERS[kind])
+
+
+def read_head(cursor: Cursor) -> tuple[dict[str, Any], int]:
+    """The metadata, and how many tensors are described where it ends."""
+    (magic,) = cursor.numbers("s", 4)
+    version, n_tensors, n_keys = (cursor.number(code) for code in "IQQ")
+    if magic != b"GGUF" or version not in (2, 3):
+        raise ValueError(f"it begins with {magic!r}, version {version}, not GGUF of version 2 or 3")
+    return {cursor.text(): cursor.value(cursor.number("I")) for _ in range(n_keys)}, n_tensors

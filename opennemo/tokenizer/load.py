@@ -1,0 +1,57 @@
+"""Opens any tokenizer: of a model's folder, of a file, or OpenNemo's own by its name."""
+
+from pathlib import Path
+
+from opennemo.errors import CheckpointError
+from opennemo.tokenizer.rank_files import OWN, RankFile, own_tokenizer
+from opennemo.tokenizer.tokenizer import Tokenizer
+
+
+def load_tokenizer(model: Path) -> Tokenizer:
+    """The tokenizer of a model folder, of a `.gguf` file, or of a tokenizer file by itself.
+
+    In a folder `tekken.json` is preferred, then `tokenizer.model.v1` to `.v3` (SentencePiece), then
+    `tokenizer.json`, then a `tokenizer.model` without version: Mistral's own files before converted
+    ones, but not before a `tokenizer.json` to which a fine-tune may have added tokens.
+
+    Raises:
+        CheckpointError: nothing there that is known, or the file is damaged.
+    """
+    # Imported late: the libraries behind them take 30 to 90 ms each.
+    from opennemo.tokenizer.gguf_vocabulary import load_gguf
+    from opennemo.tokenizer.huggingface import HuggingFace, read_chat_template
+    from opennemo.tokenizer.sentencepiece import SentencePiece
+    from opennemo.tokenizer.tekken import Tekken
+
+    file = model
+    if model.is_dir():
+        known = ["tekken.json", "tokenizer.model.v3", "tokenizer.model.v2", "tokenizer.model.v1"]
+        known += ["tokenizer.json", "tokenizer.model"]
+        file = next((model / name for name in known if (model / name).exists()), model)
+    if file.suffix == ".gguf":
+        return load_gguf(file)
+    if file.suffix == ".json" and "tekken" in file.name:
+        return Tekken.load(file)
+    if ".model" in file.suffixes[-2:]:
+        return SentencePiece.load(file, chat_template=read_chat_template(file.parent))
+    if file.suffix == ".json":
+        return HuggingFace.load(file)
+    raise CheckpointError(
+        f"{model}: no tokenizer there (tekken.json, tokenizer.model, tokenizer.json or a .gguf)"
+    )
+
+
+def open_tokenizer(path: Path) -> Tokenizer:
+    """Any tokenizer of the package, a file of ranks, or by its name the one that comes with it.
+
+    Raises:
+        CheckpointError: nothing there that is known.
+    """
+    if str(path) == OWN and not path.exists():
+        return own_tokenizer()
+    if path.is_file():
+        with path.open("rb") as file:
+            first = file.read(1024).partition(b"\n")[0].split()
+        if len(first) == 2 and first[1] == b"0":
+            return RankFile(path)
+    return load_tokenizer(path)
