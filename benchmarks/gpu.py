@@ -30,9 +30,10 @@ from torch.nn.functional import ScalingType, scaled_mm
 
 from opennemo.model.attention import FUSED_PAGE_SIZE, Paged
 from opennemo.model.checkpoint import empty_model
+from opennemo.model.formats import FORMATS
 from opennemo.model.layouts import spell
 from opennemo.model.pages import Pages
-from opennemo.model.quantization import FORMATS, quantize_
+from opennemo.model.quantization import quantize_
 from opennemo.model.step import Step, compile_step
 from opennemo.model.transformer import PRESETS, ModelConfig, Transformer
 

@@ -50,9 +50,10 @@ from opennemo.model import export
 from opennemo.model.attention import Packed, Paged
 from opennemo.model.checkpoint import empty_model, load
 from opennemo.model.cpu_step import NativeStep
+from opennemo.model.formats import FORMATS
 from opennemo.model.hub import locate
 from opennemo.model.pages import Pages
-from opennemo.model.quantization import FORMATS, QuantizedLinear, quantize_, replace_module
+from opennemo.model.quantization import QuantizedLinear, quantize_, replace_module
 from opennemo.model.step import Step, compile_step
 from opennemo.model.transformer import ModelConfig, Transformer
 from opennemo.tokenizer import load_tokenizer
@@ -168,12 +169,20 @@ def nemo_layers(format: str) -> Transformer:
     """Random codes, in layers as wide as Mistral NeMo's."""
     net = empty_model(NEMO_LAYERS)
     for name, parameter in list(net.named_parameters()):
-        path, rows = name.removesuffix(".weight"), parameter.shape[0]
+        path, rows = name.removesuffix(".weight"), len(parameter)
         if name.startswith("layers.") and parameter.dim() == 2:
             # Codes below the exponents of NaN in E4M3.
             codes = torch.randint(0, 120, parameter.shape, dtype=torch.uint8)
             codes = codes.view(FORMATS[format].weights.dtype)
-            replace_module(net, path, QuantizedLinear(FORMATS[format], codes, torch.ones(rows, 1)))
+            replace_module(
+                net,
+                path,
+                QuantizedLinear(
+                    FORMATS[format],
+                    parameter.shape,
+                    {"weight": codes, "scale": torch.ones(rows, 1)},
+                ),
+            )
         else:
             weight = torch.nn.Parameter(torch.ones(parameter.shape), requires_grad=False)
             net.get_submodule(path).register_parameter("weight", weight)

@@ -30,8 +30,9 @@ from opennemo.engine import Engine, EngineConfig, SamplingParams, Token
 from opennemo.files import new_folder
 from opennemo.model import compressed
 from opennemo.model.checkpoint import load, weight_shapes, write_model
+from opennemo.model.formats import FORMATS
 from opennemo.model.memory import machine_memory
-from opennemo.model.quantization import FORMATS, quantize_head_
+from opennemo.model.quantization import quantize_head_
 from opennemo.model.transformer import PRESETS, ModelConfig
 
 PREFILL, DECODED = 128, 16

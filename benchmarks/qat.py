@@ -38,8 +38,9 @@ from opennemo.model import export
 from opennemo.model.attention import Packed
 from opennemo.model.checkpoint import load, save
 from opennemo.model.companions import copy_companions
+from opennemo.model.formats import FORMATS, Format, Rounding
 from opennemo.model.hub import locate
-from opennemo.model.quantization import FORMATS, Format, Rounding, quantize_
+from opennemo.model.quantization import quantize_
 from opennemo.model.transformer import Transformer
 from opennemo.texts import Texts
 from opennemo.tokenizer import load_tokenizer
@@ -48,6 +49,7 @@ from opennemo.train.run import train
 
 FORMAT = "fp8-static"  # what every engine for FP8 can run
 INT8 = Format(
+    name="int8-static",
     weights=FORMATS["int8"].weights,
     inputs=Rounding(dtype=torch.int8, limit=127, share="tensor"),
     static=True,

@@ -26,8 +26,9 @@ from measure import Row, write_rows
 from rich.console import Console
 from rich.table import Table
 
+from opennemo.model.formats import FORMATS
 from opennemo.model.parallel import shard_
-from opennemo.model.quantization import FORMATS, prepare_qat_
+from opennemo.model.quantization import prepare_qat_
 from opennemo.model.transformer import ModelConfig, Transformer
 from opennemo.train.config import Optim
 from opennemo.train.metrics import matmul_flops

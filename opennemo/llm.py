@@ -30,9 +30,10 @@ from opennemo.engine.scoring import Pair, Score
 from opennemo.errors import InvalidRequest
 from opennemo.model.checkpoint import load, open_checkpoint
 from opennemo.model.companions import read_generation_config
+from opennemo.model.formats import FORMATS
 from opennemo.model.hub import locate
 from opennemo.model.lora import Adapter, load_adapter
-from opennemo.model.quantization import FORMATS, quantize_, quantize_head_
+from opennemo.model.quantization import quantize_, quantize_head_
 from opennemo.model.tensor_parallel import check_divides, load_share
 from opennemo.model.transformer import Transformer
 from opennemo.reply import TAG, Reply, TextStream

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from opennemo.model.checkpoint import empty_model
-from opennemo.model.quantization import FORMATS, quantize_
-from opennemo.model.step import TorchStep
+from opennemo.model.formats import FORMATS
+from opennemo.model.quantization import quantize_
+from opennemo.model.torch_step import TorchStep
 from opennemo.model.transformer import PRESETS
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"

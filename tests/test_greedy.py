@@ -10,8 +10,9 @@ import torch
 from opennemo.engine import Engine, EngineConfig, SamplingParams, Token
 from opennemo.llm import LLM
 from opennemo.model.checkpoint import convert, load
+from opennemo.model.formats import FORMATS
 from opennemo.model.hub import locate
-from opennemo.model.quantization import FORMATS, quantize_
+from opennemo.model.quantization import quantize_
 from opennemo.tokenizer import load_tokenizer
 
 PROMPTS = [

@@ -91,14 +91,13 @@ def quantize(
     ] = None,
 ) -> None:
     """Write a model in a number format that serves faster and in less memory; vLLM reads it too."""
-    from opennemo.model.compressed import SCHEMES
     from opennemo.model.export import calibrate as run_over
     from opennemo.model.export import quantize as quantize_checkpoint
+    from opennemo.model.formats import FORMATS, names
     from opennemo.model.hub import locate
-    from opennemo.model.quantization import FORMATS
     from opennemo.texts import Texts
 
-    name, layout = one_of("--format", format, tuple(SCHEMES)), one_of("--to", to, LAYOUTS)
+    name, layout = one_of("--format", format, names("store")), one_of("--to", to, LAYOUTS)
     if kv is not None:
         one_of("--kv", kv, ("fp8",))
     path, calibration = locate(source), None

@@ -33,9 +33,10 @@ from opennemo.engine.sequence import Chunk, SamplingParams, Sequence, check_ids,
 from opennemo.engine.token import FinishReason, Token, TokenCallback, TokenLogprobs
 from opennemo.errors import ContextTooLong, InvalidRequest, OpenNemoError, Overloaded
 from opennemo.model.attention import FUSED_PAGE_SIZE
+from opennemo.model.formats import SCALED_KV, plain
 from opennemo.model.lora import Adapter
 from opennemo.model.memory import USABLE, machine_memory
-from opennemo.model.pages import KV_FORMATS, Pages
+from opennemo.model.pages import Pages
 from opennemo.model.transformer import Transformer
 
 log = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ class EngineConfig:
     max_context: int | None = None  # tokens of one sequence; None: what the model was trained for
     n_pages: int | None = None  # None: one sequence of `max_context` and some more, if they fit
     page_size: int | None = None  # tokens; None: what fused attention takes on a GPU, else 16
-    # Of pages.KV_FORMATS; None: fp8 if the model brings scales, else what its embedding is in.
+    # Of FORMATS; None: fp8 if the model brings scales, else what its embedding is in.
     kv_format: str | None = None
     kv_scale: float | None = None  # for fp8 where the model brings none
     max_batched_tokens: int = 512  # computed in one step
@@ -95,8 +96,9 @@ class Engine:
         longest = model.config.max_position_embeddings
         self.max_context = min(config.max_context or longest, longest)
         weight = model.tok_embeddings.weight
-        own = next(name for name, f in KV_FORMATS.items() if f.dtype == weight.dtype)
-        own = own if kv_scale is None else "fp8"
+        own = plain(weight.dtype)
+        assert own is not None, weight.dtype
+        own = own.name if kv_scale is None else SCALED_KV
         if kv_scale is None and config.kv_scale is not None:
             kv_scale = torch.full((model.config.n_layers, 2), config.kv_scale)
         page_size = config.page_size or (FUSED_PAGE_SIZE if weight.is_cuda else 16)

@@ -18,7 +18,8 @@ from opennemo.engine.sequence import Chunk
 from opennemo.model.attention import Paged
 from opennemo.model.lora import Adapter, adapted
 from opennemo.model.pages import Pages
-from opennemo.model.step import Step, TorchStep, compile_step
+from opennemo.model.step import Step, compile_step
+from opennemo.model.torch_step import TorchStep
 from opennemo.model.transformer import Transformer
 
 
@@ -75,7 +76,7 @@ class Runner:
             self._sleep()
 
     def _sleep(self) -> None:
-        self.pages = Pages(torch.empty(0))
+        self.pages = Pages(torch.empty(0), self.pages.format)
         if self.device.type != "cpu":
             self._step = None  # it holds the weights too, side by side
             self.model.to("cpu")

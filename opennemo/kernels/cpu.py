@@ -3,11 +3,12 @@
 `cpu.cpp` is built once by whatever C++ compiler there is, for the instructions that this processor
 has, and kept in the user's cache folder under a name made of its text and those instructions. It
 is called through ctypes: no headers of Python or PyTorch, and the interpreter runs on meanwhile.
-What a step must compute is defined by the model itself in PyTorch; model/cpu.py holds the two
-together and takes the definition where there is no compiler.
+What a step must compute is defined by the model itself in PyTorch; model/cpu_step.py packs its
+weights and calls the step.
 """
 
 import ctypes
+import enum
 import hashlib
 import os
 import shutil
@@ -42,12 +43,21 @@ INSTRUCTIONS = {
 }
 FLAGS = ["-std=c++20", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math",
          "-shared", "-fPIC", "-pthread"]  # fmt: skip
-FORMATS = {"fp32": 0, "bf16": 1, "fp8": 2, "int8": 3, "int4": 4}
 COLS = 32  # of a panel
-EMBEDDING_FORMATS = {torch.float32: FORMATS["fp32"], torch.bfloat16: FORMATS["bf16"]}
-CACHE_FORMATS = EMBEDDING_FORMATS | {
-    torch.float8_e4m3fn: FORMATS["fp8"], torch.int8: FORMATS["int8"],
-}  # fmt: skip
+
+
+class CpuFormat(enum.IntEnum):
+    """How numbers are stored, numbered as in cpu.cpp."""
+
+    FP32 = 0
+    BF16 = 1
+    FP8 = 2
+    INT8 = 3
+    INT4 = 4
+
+
+EMBEDDINGS = {CpuFormat.FP32: torch.float32, CpuFormat.BF16: torch.bfloat16}
+CACHES = EMBEDDINGS | {CpuFormat.FP8: torch.float8_e4m3fn, CpuFormat.INT8: torch.int8}
 
 
 class CompilerMissing(Exception):
@@ -83,7 +93,8 @@ class _Step(ctypes.Structure):
 class Weights:
     """A weight matrix (O, D) as it is stored."""
 
-    format: str  # of FORMATS
+    format: CpuFormat
+    columns: int  # D
     codes: Tensor  # (O, D); int4 (O, D / 2)
     scale: Tensor  # (O, 1) or (1, 1); int4 (O, groups); unused by fp32 and bf16
     input_scale: float = 0.0  # of fp8 inputs; 0 for one a token, taken from the token
@@ -91,7 +102,9 @@ class Weights:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layer:
+class LayerWeights:
+    """A block's matrices; those that see the same input are packed as one."""
+
     attention_norm: Tensor
     qkv: Sequence[Weights]  # wq, wk, wv
     out: Weights
@@ -162,8 +175,8 @@ class CpuModel:
     _model: int | None = None  # until it is made: the kernel may not be there
 
     def __init__(
-        self, shape: Shape, frequencies: Tensor, embedding: Tensor, norm: Tensor,
-        layers: Iterable[Layer], head: Weights, instructions: str | None = None,
+        self, shape: Shape, frequencies: Tensor, embedding: Weights, norm: Tensor,
+        layers: Iterable[LayerWeights], head: Weights, instructions: str | None = None,
     ):  # fmt: skip
         """Pack the weights. The embedding is kept and read in place, the rest is copied.
 
@@ -173,12 +186,12 @@ class CpuModel:
         Raises:
             CompilerMissing: the kernel cannot be built here.
         """
-        assert embedding.dtype in EMBEDDING_FORMATS, embedding.dtype
+        assert EMBEDDINGS[embedding.format] == embedding.codes.dtype
         self._library = _library(instructions or available_instructions()[0])
-        self._shape, self._embedding = shape, embedding.contiguous()
+        self._shape, self._embedding = shape, embedding.codes.detach().contiguous()
         self._model = self._library.model_new(
             ctypes.byref(shape), frequencies.double().contiguous().data_ptr(),
-            self._embedding.data_ptr(), EMBEDDING_FORMATS[embedding.dtype],
+            self._embedding.data_ptr(), embedding.format,
         )  # fmt: skip
         for i, layer in enumerate(layers):
             self._norm(2 * i, layer.attention_norm)
@@ -196,7 +209,7 @@ class CpuModel:
 
     def step(
         self, tokens: Tensor, positions: Tensor, slots: Tensor, cu_seqlens: Tensor,
-        page_table: Tensor, rows: Tensor, kv_cache: Tensor,
+        page_table: Tensor, rows: Tensor, kv_cache: Tensor, kv_format: CpuFormat,
         kv_scale: Tensor | None = None, window: int | None = None,
     ) -> Tensor:  # fmt: skip
         """Compute new tokens (T,), write their keys and values -> logits (R, V) of `rows` (R,).
@@ -213,11 +226,11 @@ class CpuModel:
         expected = (shape.n_layers, 2, shape.n_kv_heads, shape.head_dim)
         if (n_layers, two, n_kv_heads, head_dim) != expected or not kv_cache.is_contiguous():
             raise ValueError(f"a KV cache of shape {tuple(kv_cache.shape)} is not this model's")
-        if kv_cache.dtype not in CACHE_FORMATS:
-            raise ValueError(f"KV cache in {kv_cache.dtype}; allowed: {list(CACHE_FORMATS)}")
+        if kv_cache.dtype != CACHES.get(kv_format):
+            raise ValueError(f"a KV cache in {kv_cache.dtype} as {kv_format!r}")
         scales = {
-            torch.float8_e4m3fn: kv_cache.shape[:2], torch.int8: kv_cache.shape[:-1],
-        }.get(kv_cache.dtype)  # fmt: skip
+            CpuFormat.FP8: kv_cache.shape[:2], CpuFormat.INT8: kv_cache.shape[:-1],
+        }.get(kv_format)  # fmt: skip
         if (None if kv_scale is None else kv_scale.shape) != scales:
             raise ValueError(f"a KV cache in {kv_cache.dtype} needs scales {scales}")
         assert kv_scale is None or (kv_scale.dtype == torch.float32 and kv_scale.is_contiguous())
@@ -229,7 +242,7 @@ class CpuModel:
         step = _Step(
             n_tokens=len(tokens), n_sequences=len(cu_seqlens) - 1, n_rows=len(rows),
             table_width=page_table.shape[1], page_size=page_size, window=window or 0,
-            kv_format=CACHE_FORMATS[kv_cache.dtype], n_pages=n_pages,
+            kv_format=kv_format, n_pages=n_pages,
             tokens=tokens.data_ptr(), positions=positions.data_ptr(), slots=places.data_ptr(),
             cu_seqlens=cu_seqlens.data_ptr(), page_table=page_table.data_ptr(),
             rows=rows.data_ptr(), kv_cache=kv_cache.data_ptr(),
@@ -249,10 +262,9 @@ class CpuModel:
         if any((w.format, w.input_scale) != (head.format, head.input_scale) for w in parts):
             raise ValueError("layers that share an input must share its format and scale")
         rows = [len(w.codes) for w in parts]
-        width = head.codes.shape[1] * (2 if head.format == "int4" else 1)
         total = len(parts) * -(-rows[0] // COLS) * COLS if alternate else sum(rows)
         self._library.matrix_shape(
-            self._model, index, FORMATS[head.format], total, width, head.input_scale,
+            self._model, index, head.format, total, head.columns, head.input_scale,
             head.power_of_two,
         )  # fmt: skip
         first = 0

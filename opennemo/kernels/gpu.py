@@ -5,7 +5,7 @@ as long as reading the weights. Here a row (one token's channels) is read once: 
 norm, SwiGLU, and rotary angles with the write into the KV cache each end in the rounding that
 follows. Numbers are rounded wherever the definition rounds them, in the same way.
 
-What must be computed is defined by model/transformer.py, model/quantization.py and model/pages.py;
+What must be computed is defined by model/transformer.py, model/formats.py and model/pages.py;
 this file knows nothing of them. In Triton; its interpreter runs it on a CPU.
 """
 
@@ -25,15 +25,15 @@ FP8 = torch.float8_e4m3fn
 CACHES = {FP8: 1, torch.int8: 2}  # of codes; any other holds the numbers themselves
 
 
-class Rows(NamedTuple):
+class RoundedRows(NamedTuple):
     """Rows (T, D) as the next product wants them: numbers, or E4M3 codes with scales (T, 1)."""
 
     values: Tensor
     scale: Tensor | None = None
 
 
-class Rounding(NamedTuple):
-    """To E4M3, by one scale (1, 1) for all rows, or by the finest power of two for each."""
+class ToFP8(NamedTuple):
+    """Round to E4M3, by one scale (1, 1) for all rows, or by the finest power of two for each."""
 
     scale: Tensor | None = None
 
@@ -43,7 +43,7 @@ def multiplies_fp8(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
 
 
-def fp8_linear(rows: Rows, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def fp8_linear(rows: RoundedRows, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Codes of rows (T, D) times codes (O, D) with scales (1, O) -> (T, O); D and O by 16.
 
     Sums are kept in float32. The tensor cores' faster sums, of 14 bits, are left alone: speed is
@@ -57,25 +57,25 @@ def fp8_linear(rows: Rows, weight: Tensor, scale: Tensor, dtype: torch.dtype) ->
 
 
 def norm(
-    x: Tensor, update: Tensor | None, gains: Tensor, eps: float, rounding: Rounding | None = None
-) -> Rows:
+    x: Tensor, update: Tensor | None, gains: Tensor, eps: float, rounding: ToFP8 | None = None
+) -> RoundedRows:
     """Add an update to x (T, D), in place, and norm its rows by their root mean square."""
     rows, arguments = _prepare(x, x.shape[-1], rounding)
     _norm[(len(x),)](x, update, gains, eps, **arguments)
     return rows
 
 
-def swiglu(gate_up: Tensor, rounding: Rounding | None = None) -> Rows:
+def swiglu(gate_up: Tensor, rounding: ToFP8 | None = None) -> RoundedRows:
     """(T, 2 F), gates before the rest -> silu(gate) * up, (T, F)."""
     rows, arguments = _prepare(gate_up, gate_up.shape[-1] // 2, rounding)
     _swiglu[(len(gate_up),)](gate_up, **arguments)
     return rows
 
 
-def round_rows(x: Tensor, rounding: Rounding | None = None) -> Rows:
+def round_rows(x: Tensor, rounding: ToFP8 | None = None) -> RoundedRows:
     """x (T, D) as the next product wants it."""
     if rounding is None:
-        return Rows(x)
+        return RoundedRows(x)
     rows, arguments = _prepare(x, x.shape[-1], rounding)
     _round[(len(x),)](x, **arguments)
     return rows
@@ -101,14 +101,14 @@ def rotate_and_write(
     return q
 
 
-def _prepare(x: Tensor, width: int, rounding: Rounding | None) -> tuple[Rows, dict]:
+def _prepare(x: Tensor, width: int, rounding: ToFP8 | None) -> tuple[RoundedRows, dict]:
     """Room for the rows that a kernel makes of x, and what it must know to make them."""
     assert x.is_contiguous()
     given = None if rounding is None else rounding.scale
-    rows = Rows(x.new_empty(len(x), width))
+    rows = RoundedRows(x.new_empty(len(x), width))
     if rounding is not None:
         scale = torch.empty(len(x), 1, device=x.device)
-        rows = Rows(torch.empty(len(x), width, dtype=FP8, device=x.device), scale)
+        rows = RoundedRows(torch.empty(len(x), width, dtype=FP8, device=x.device), scale)
     # A warp for every 512 channels: 16 a thread.
     size = triton.next_power_of_2(width)
     return rows, {

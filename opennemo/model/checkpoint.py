@@ -25,18 +25,16 @@ from opennemo.errors import CheckpointError
 from opennemo.files import new_folder, read_json, write_json
 from opennemo.model import compressed, layouts
 from opennemo.model.companions import copy_companions
+from opennemo.model.formats import FORMATS
 from opennemo.model.layouts import FolderLayout, Layout
-from opennemo.model.quantization import (
-    QuantizedLinear,
-    replace_module,
-)
+from opennemo.model.quantization import QuantizedLinear, replace_module
 from opennemo.model.tensor_files import PLAIN, SafetensorFiles, write_safetensors
 from opennemo.model.transformer import ModelConfig, Transformer
+from opennemo.progress import Progress
 
 # The file of settings, and the name of the weights up to its suffix.
 FILES = {"mistral": ("params.json", "consolidated"), "hf": ("config.json", "model")}
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-Progress = Callable[[int, int], None]  # bytes done, and in all
 MAX_SHARD = 5 * 10**9  # bytes, as on the hub
 
 
@@ -70,9 +68,10 @@ class Checkpoint:
     def read_linear(self, module: str) -> QuantizedLinear:
         """One matrix in codes, by the path of its module."""
         assert self.format is not None
-        parts = compressed.parts(self.format, self.layout, self.shapes[f"{module}.weight"])
+        format, shape = FORMATS[self.format], self.shapes[f"{module}.weight"]
+        parts = compressed.parts(format, self.layout, shape)
         tensors = {suffix: self.read(f"{module}.{suffix}") for suffix in parts}
-        return compressed.unpack(self.format, self.layout, tensors)
+        return compressed.unpack(format, self.layout, shape, tensors)
 
     def read_kv_scale(self) -> Tensor | None:
         """Scales (L, 2) of keys and values for a KV cache in FP8, if the model brings them.
@@ -254,7 +253,7 @@ def _compare(
     for name, shape in weight_shapes(config).items():
         parts = {"weight": (None, shape)}
         if format and compressed.is_stored_in_codes(name):
-            parts = compressed.parts(format, layout, shape)
+            parts = compressed.parts(FORMATS[format], layout, shape)
         for suffix, (dtype, size) in parts.items():
             own = layouts.spell(f"{name.removesuffix('weight')}{suffix}", layout)
             # The one scale of a matrix may be written as a number or as a list of one.

@@ -17,24 +17,10 @@ import torch
 from torch import Tensor
 
 from opennemo.errors import CheckpointError
+from opennemo.model.formats import FORMATS, SCALED_KV, Format, Rounding, Shapes, names
 from opennemo.model.layouts import FolderLayout, Layout, short
-from opennemo.model.quantization import FORMATS, Format, QuantizedLinear
+from opennemo.model.quantization import QuantizedLinear
 
-Parts = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # suffix of a tensor's name -> what it is
-
-_FLOAT8 = {"num_bits": 8, "type": "float", "symmetric": True}
-_INT8 = {"num_bits": 8, "type": "int", "symmetric": True}
-_ROW = {"strategy": "channel", "dynamic": False}
-_TENSOR = {"strategy": "tensor", "dynamic": False}
-_GROUPS = {"strategy": "group", "group_size": 32}
-# Name in FORMATS -> (name in compressed-tensors, how weights are rounded, how inputs are).
-SCHEMES: dict[str, tuple[str, dict, dict | None]] = {
-    "fp8": ("float-quantized", _FLOAT8 | _ROW, _FLOAT8 | {"strategy": "token", "dynamic": True}),
-    "fp8-static": ("float-quantized", _FLOAT8 | _TENSOR, _FLOAT8 | _TENSOR),
-    "int8": ("int-quantized", _INT8 | _ROW, _INT8 | _GROUPS | {"dynamic": True}),
-    "int4": ("pack-quantized", _INT8 | _GROUPS | {"num_bits": 4, "dynamic": False}, None),
-}
-_KV = {"kv_cache_scheme": _FLOAT8 | _TENSOR}
 # What the scales of keys and of values are called: as written here, and as others do.
 KV_SCALES: dict[Layout, tuple[tuple[str, str], ...]] = {
     "hf": (
@@ -48,10 +34,9 @@ KV_SCALES: dict[Layout, tuple[tuple[str, str], ...]] = {
     ),
     "gguf": (),
 }
-_MISTRAL = {"qformat_weight": "fp8_e4m3", "qscheme_act": "TENSOR"}
 
 
-def describe(name: str, layout: Layout, kv: bool = False) -> dict[str, Any]:
+def describe(format: Format, layout: Layout, kv: bool = False) -> dict[str, Any]:
     """What settings say of a format, and with `kv` of scales for a cache in FP8.
 
     An entry of config.json or of params.json.
@@ -60,11 +45,14 @@ def describe(name: str, layout: Layout, kv: bool = False) -> dict[str, Any]:
         ValueError: the layout has no way to say it.
     """
     if layout == "mistral":
-        if name != "fp8-static":
-            raise ValueError(f"Mistral's layout holds fp8-static only, not {name}; write hf")
-        return {"quantization": _MISTRAL}
-    kind, weights, inputs = SCHEMES[name]
+        if format.mistral is None:
+            able = ", ".join(name for name in names("store") if FORMATS[name].mistral)
+            raise ValueError(f"Mistral's layout holds {able} only, not {format.name}; write hf")
+        return {"quantization": dict(format.mistral)}
+    kind, weights, inputs = _scheme(format)
     group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
+    cache = FORMATS[SCALED_KV].kv
+    assert cache is not None
     return {
         "quantization_config": {
             "quant_method": "compressed-tensors",
@@ -72,7 +60,7 @@ def describe(name: str, layout: Layout, kv: bool = False) -> dict[str, Any]:
             "quantization_status": "compressed",
             "ignore": ["lm_head"],
             "config_groups": {"group_0": group},
-            **(_KV if kv else {}),
+            **({"kv_cache_scheme": _arguments(cache)} if kv else {}),
         }
     }
 
@@ -80,45 +68,72 @@ def describe(name: str, layout: Layout, kv: bool = False) -> dict[str, Any]:
 def recognise(settings: Mapping[str, Any], where: Path) -> str | None:
     """The name in FORMATS of what the settings describe; None if nothing is quantised.
 
-    Besides what `describe` writes this knows AutoFP8's static scheme, that of the first FP8
-    folders of Mistral NeMo.
-
     Raises:
         CheckpointError: it is a scheme that is not supported.
     """
+    formats = [FORMATS[name] for name in names("store")]
     if native := settings.get("quantization"):
-        if native != _MISTRAL:
-            raise CheckpointError(
-                f"{where}: quantization {short(native)} is not supported, only {_MISTRAL}"
-            )
-        return "fp8-static"
+        for format in formats:
+            if native == format.mistral:
+                return format.name
+        able = " or ".join(str(format.mistral) for format in formats if format.mistral)
+        raise CheckpointError(
+            f"{where}: quantization {short(native)} is not supported, only {able}"
+        )
     config = settings.get("quantization_config")
     if not config:
         return None
     if not isinstance(config, dict):
         raise CheckpointError(f"{where}: quantization_config is {short(config)}, not an object")
-    if config.get("quant_method") == "fp8" and config.get("activation_scheme") == "static":
-        return "fp8-static"
     groups = config.get("config_groups")
     group = next(iter(groups.values()), None) if isinstance(groups, dict) else None
-    if isinstance(group, dict) and config.get("ignore") == ["lm_head"]:
-        for name, (_, weights, inputs) in SCHEMES.items():
-            if _says(group.get("weights"), weights) and _says(
+    for format in formats:
+        if any(_includes(config, other) for other in format.others):
+            return format.name
+        if isinstance(group, dict) and config.get("ignore") == ["lm_head"]:
+            _, weights, inputs = _scheme(format)
+            if _includes(group.get("weights"), weights) and _includes(
                 group.get("input_activations"), inputs
             ):
-                return name
-    known = ", ".join(SCHEMES)
+                return format.name
     raise CheckpointError(
         f"{where}: this quantization_config ({short(config.get('quant_method'))}, "
-        f"{short(config.get('format'))}) is not supported; supported are {known}"
+        f"{short(config.get('format'))}) is not supported; supported are "
+        + ", ".join(names("store"))
     )
 
 
-def _says(found: Any, wanted: dict | None) -> bool:
+def _scheme(format: Format) -> tuple[str, dict[str, Any], dict[str, Any] | None]:
+    """How compressed-tensors calls a format, and describes the rounding of weights and inputs."""
+    weights, inputs = format.weights, format.inputs
+    kind = "float" if weights.dtype.is_floating_point else "pack" if _packed(format) else "int"
+    of_inputs = None if inputs is None else _arguments(inputs, dynamic=not format.static)
+    return f"{kind}-quantized", _arguments(weights), of_inputs
+
+
+def _arguments(rounding: Rounding, dynamic: bool = False) -> dict[str, Any]:
+    """A rounding in the words of compressed-tensors."""
+    groups = isinstance(rounding.share, int)
+    strategy = {"row": "token" if dynamic else "channel", "tensor": "tensor"}
+    return {
+        "num_bits": rounding.bits,
+        "type": "float" if rounding.dtype.is_floating_point else "int",
+        "symmetric": True,
+        "strategy": "group" if groups else strategy[str(rounding.share)],
+        "dynamic": dynamic,
+    } | ({"group_size": rounding.share} if groups else {})
+
+
+def _packed(format: Format) -> bool:
+    """Whether a byte holds several codes: then 32 bits of them are written as one int32."""
+    return format.weights.bits < 8
+
+
+def _includes(entry: Any, wanted: Mapping[str, Any] | None) -> bool:
     """Whether an entry means what is wanted, whatever else it mentions."""
-    if wanted is None or not isinstance(found, dict):
-        return found == wanted
-    return all(found.get(key) == value for key, value in wanted.items())
+    if wanted is None or not isinstance(entry, dict):
+        return entry == wanted
+    return all(entry.get(key) == value for key, value in wanted.items())
 
 
 def is_stored_in_codes(name: str) -> bool:
@@ -126,22 +141,58 @@ def is_stored_in_codes(name: str) -> bool:
     return name.startswith("layers.") and "norm" not in name
 
 
-def parts(name: str, layout: Layout, shape: tuple[int, ...]) -> Parts:
+def parts(format: Format, layout: Layout, shape: tuple[int, ...]) -> Shapes:
     """The tensors that stand for a weight (O, D) in a format, in the order they are written."""
-    rows, columns = shape
+    (rows, columns), weights = shape, format.weights
     one = () if layout == "mistral" else (1,)
-    weight, weight_scale, input_scale = suffixes(name, layout)
-    if name == "int4":
-        return {
-            weight: (torch.int32, (rows, columns // 8)),
-            weight_scale: (torch.float32, (rows, -(-columns // 32))),
-            "weight_shape": (torch.int64, (2,)),
-        }
-    sizes: Parts = {
-        weight: (FORMATS[name].weights.dtype, shape),
-        weight_scale: (torch.float32, one if name == "fp8-static" else (rows, 1)),
+    own: Shapes = {
+        "weight": (weights.dtype, shape),
+        "scale": (torch.float32, (rows, weights.scales_in_row(columns))),
+        "input_scale": (torch.float32, one),
     }
-    return sizes | ({input_scale: (torch.float32, one)} if FORMATS[name].static else {})
+    if weights.share == "tensor":
+        own["scale"] = torch.float32, one
+    if _packed(format):
+        own["weight"] = torch.int32, (rows, columns * weights.bits // 32)
+    sizes = {suffix: own[name] for name, suffix in _suffixes(format, layout).items()}
+    return sizes | ({"weight_shape": (torch.int64, (2,))} if _packed(format) else {})
+
+
+def _suffixes(format: Format, layout: Layout) -> dict[str, str]:
+    """What a layout calls the tensors of a format."""
+    if layout == "mistral":
+        suffixes = {"weight": "weight", "scale": "qscale_weight", "input_scale": "qscale_act"}
+    else:
+        weight = "weight_packed" if _packed(format) else "weight"
+        suffixes = {"weight": weight, "scale": "weight_scale", "input_scale": "input_scale"}
+    if not format.static:
+        del suffixes["input_scale"]
+    return suffixes
+
+
+def pack(format: Format, layout: Layout, linear: QuantizedLinear) -> dict[str, Tensor]:
+    """A stored linear layer as the tensors of `parts`."""
+    own, shape = linear.tensors, (linear.out_features, linear.in_features)
+    tensors = {suffix: own[name] for name, suffix in _suffixes(format, layout).items()}
+    if _packed(format):
+        # Two codes a byte, the even column low, is what eight in a little-endian int32 are, too.
+        tensors["weight_packed"] = own["weight"].view(torch.int32)
+        tensors["weight_shape"] = torch.tensor(shape)
+    sizes = parts(format, layout, shape)
+    return {suffix: tensors[suffix].reshape(size) for suffix, (_, size) in sizes.items()}
+
+
+def unpack(
+    format: Format, layout: Layout, shape: tuple[int, ...], tensors: Mapping[str, Tensor]
+) -> QuantizedLinear:
+    """The opposite of `pack`."""
+    own = {name: tensors[suffix] for name, suffix in _suffixes(format, layout).items()}
+    if _packed(format):
+        own["weight"] = own["weight"].view(format.weights.dtype)
+    for name in own.keys() - {"weight"}:
+        scale = own[name].float()
+        own[name] = scale.reshape(1, 1) if format.weights.share == "tensor" else scale
+    return QuantizedLinear(format, shape, own)
 
 
 def kv_scale_names(layer: int, layout: FolderLayout) -> tuple[str, str]:
@@ -168,36 +219,3 @@ def read_kv_scale(files: Any, n_layers: int, layout: Layout) -> Tensor | None:
                     raise CheckpointError(f"{name} is {numbers}; a scale is one positive number")
             return torch.cat([*found.values()]).view(n_layers, 2)
     return None
-
-
-def suffixes(name: str, layout: Layout) -> tuple[str, str, str]:
-    """What codes, their scale and the inputs' scale are called."""
-    if layout == "mistral":
-        return "weight", "qscale_weight", "qscale_act"
-    return "weight_packed" if name == "int4" else "weight", "weight_scale", "input_scale"
-
-
-def pack(name: str, layout: Layout, linear: QuantizedLinear, shape: Parts) -> dict[str, Tensor]:
-    """A stored linear layer as the tensors of `parts`."""
-    weight, weight_scale, input_scale = suffixes(name, layout)
-    tensors = {weight: linear.weight, weight_scale: linear.scale}
-    if linear.input_scale is not None:
-        tensors[input_scale] = linear.input_scale
-    if name == "int4":
-        # Two codes a byte, the even column low, is what eight in a little-endian int32 are, too.
-        tensors[weight] = linear.weight.view(torch.int32)
-        rows, columns = linear.weight.shape
-        tensors["weight_shape"] = torch.tensor([rows, 2 * columns])
-    return {suffix: tensors[suffix].reshape(size) for suffix, (_, size) in shape.items()}
-
-
-def unpack(name: str, layout: Layout, tensors: Mapping[str, Tensor]) -> QuantizedLinear:
-    """The opposite of `pack`."""
-    format: Format = FORMATS[name]
-    weight, weight_scale, input_scale = suffixes(name, layout)
-    codes, scale = tensors[weight], tensors[weight_scale].float()
-    scale = scale.reshape(1, 1) if scale.numel() == 1 and format.static else scale
-    given = tensors[input_scale].float().reshape(1, 1) if format.static else None
-    return QuantizedLinear(
-        format, codes.view(torch.uint8) if name == "int4" else codes, scale, given
-    )

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from opennemo.kernels import cpu
 from opennemo.model.attention import Paged
-from opennemo.model.quantization import FORMATS, Format, QuantizedLinear
+from opennemo.model.formats import FORMATS, plain
+from opennemo.model.quantization import QuantizedLinear
 from opennemo.model.transformer import Block, Transformer
 
 
@@ -36,7 +37,7 @@ class NativeStep:
         self.kernel = cpu.CpuModel(
             shape,
             config.rope_theta ** (-channels / config.head_dim),
-            model.tok_embeddings.weight.detach(),
+            _weights(model.tok_embeddings),
             model.norm.weight,
             _layers(model, release),
             _weights(model.output),
@@ -46,17 +47,56 @@ class NativeStep:
             _empty(model.output)
 
     def __call__(self, tokens: Tensor, attend: Paged, rows: Tensor) -> Tensor:
+        pages = attend.pages
+        kv_format = FORMATS[pages.format].kernel
+        assert kv_format is not None, pages.format
         return self.kernel.step(
             tokens, attend.positions, attend.slots, attend.cu_seqlens, attend.page_table, rows,
-            attend.pages.codes, attend.pages.scale, attend.window,
+            pages.codes, kv_format, pages.scale, attend.window,
         )  # fmt: skip
 
 
-def _layers(model: Transformer, release: bool) -> Iterator[cpu.Layer]:
+def has_kernels(model: Transformer) -> bool:
+    """Whether the kernel computes every format that the model's matrices are in."""
+    halves = ("attention", "feed_forward")
+    matrices = [part for block in model.layers for half in halves
+                for part in block.get_submodule(half).children()]  # fmt: skip
+    return None not in map(_format_of, (model.tok_embeddings, model.output, *matrices))
+
+
+def _format_of(module: nn.Module) -> cpu.CpuFormat | None:
+    if isinstance(module, QuantizedLinear):
+        return module.format.kernel
+    if type(module) not in (nn.Linear, nn.Embedding):
+        return None  # it learns in some way of its own
+    format = plain(module.get_parameter("weight").dtype)
+    return format and format.kernel
+
+
+def _weights(module: nn.Module) -> cpu.Weights:
+    format = _format_of(module)
+    assert format is not None, module
+    if not isinstance(module, QuantizedLinear):
+        weight = module.get_parameter("weight")
+        return cpu.Weights(
+            format=format, columns=weight.shape[1], codes=weight, scale=torch.ones(1, 1)
+        )
+    tensors, inputs = module.tensors, module.format.inputs
+    return cpu.Weights(
+        format=format,
+        columns=module.in_features,
+        codes=tensors["weight"],
+        scale=tensors["scale"],
+        input_scale=float(tensors["input_scale"]) if module.format.static else 0.0,
+        power_of_two=inputs is not None and inputs.power_of_two,
+    )
+
+
+def _layers(model: Transformer, release: bool) -> Iterator[cpu.LayerWeights]:
     for block in model.layers:
         assert isinstance(block, Block)
         attention, feed_forward = block.attention, block.feed_forward
-        yield cpu.Layer(
+        yield cpu.LayerWeights(
             attention_norm=block.attention_norm.weight,
             qkv=[_weights(w) for w in (attention.wq, attention.wk, attention.wv)],
             out=_weights(attention.wo),
@@ -67,29 +107,6 @@ def _layers(model: Transformer, release: bool) -> Iterator[cpu.Layer]:
         if release:
             for module in (*attention.children(), *feed_forward.children()):
                 _empty(module)
-
-
-def _weights(linear: nn.Module) -> cpu.Weights:
-    if not isinstance(linear, QuantizedLinear):
-        weight = linear.get_parameter("weight")
-        name = {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(weight.dtype)
-        if name is None:
-            raise ValueError(f"weights in {weight.dtype}; the CPU takes float32 and bfloat16")
-        return cpu.Weights(format=name, codes=weight, scale=torch.ones(1, 1))
-    format, inputs = linear.format, linear.format.inputs
-    return cpu.Weights(
-        format=_name(format),
-        codes=linear.weight,
-        scale=linear.scale,
-        input_scale=0.0 if linear.input_scale is None else float(linear.input_scale),
-        power_of_two=inputs is not None and inputs.power_of_two,
-    )
-
-
-def _name(format: Format) -> str:
-    """What the kernel calls a format: how its weights are stored."""
-    stored = {f.weights.dtype: name for name, f in FORMATS.items() if not f.static}
-    return stored[format.weights.dtype]
 
 
 def _empty(linear: nn.Module) -> None:

@@ -16,13 +16,15 @@ from opennemo.errors import CheckpointError, InvalidRequest
 from opennemo.files import new_folder
 from opennemo.model import compressed
 from opennemo.model.attention import Packed
-from opennemo.model.checkpoint import Progress, load, open_checkpoint, write_model
+from opennemo.model.checkpoint import load, open_checkpoint, write_model
 from opennemo.model.companions import copy_companions
+from opennemo.model.formats import FORMATS, SCALED_KV
 from opennemo.model.layouts import FolderLayout
 from opennemo.model.lora import fold, read_adapter
-from opennemo.model.pages import KV_FORMATS
-from opennemo.model.quantization import FORMATS, quantize_linear
+from opennemo.model.pages import rounding_of
 from opennemo.model.quantization import calibration as record_inputs
+from opennemo.model.quantization import quantize_linear
+from opennemo.progress import Progress
 from opennemo.tokenizer import load_tokenizer
 
 WINDOW = 512  # tokens of each text
@@ -75,7 +77,7 @@ def calibrate(path: Path, texts: Iterable[str], n_tokens: int) -> Calibration:
                 break
     if left == n_tokens:
         raise InvalidRequest("there is no text to calibrate on")
-    rounding = KV_FORMATS["fp8"]
+    rounding = rounding_of(SCALED_KV)
     scales = [rounding.scale(largest).view(()) for largest in largest_kv.view(-1, 1)]
     return Calibration(
         largest_inputs=largest_inputs, kv_scale=torch.stack(scales).view_as(largest_kv)
@@ -98,18 +100,18 @@ def quantize(
     large the model is. Embedding, norms and head stay as they are stored.
 
     Args:
-        format: of `compressed.SCHEMES`.
+        format: of `formats.names("store")`.
         calibration: what `calibrate` found; a static format needs it, and so does `kv`.
         kv: whether to write scales for a KV cache in FP8 along.
 
     Raises:
         CheckpointError: as for `convert`; or the layout or shape does not admit the format.
     """
-    source = open_checkpoint(src)
+    source, row = open_checkpoint(src), FORMATS[format]
     if source.format:
         raise CheckpointError(f"{src}: is stored as {source.format} already")
     try:
-        said = compressed.describe(format, to, kv)
+        said = compressed.describe(row, to, kv)
     except ValueError as error:
         raise CheckpointError(f"{dst}: {error}") from None
     shapes = source.shapes
@@ -118,10 +120,12 @@ def quantize(
         if not compressed.is_stored_in_codes(name):
             tensors[name] = (source.dtype, shape)
             continue
-        if format == "int4" and shape[1] % 32:
-            raise CheckpointError(f"{src}: int4 needs widths in multiples of 32, {name} is {shape}")
+        share = row.weights.share
+        if isinstance(share, int) and shape[1] % share:
+            needs = f"{format} needs widths in multiples of {share}"
+            raise CheckpointError(f"{src}: {needs}, {name} is {shape}")
         module = name.removesuffix("weight")
-        parts = compressed.parts(format, to, shape)
+        parts = compressed.parts(row, to, shape)
         tensors |= {f"{module}{suffix}": part for suffix, part in parts.items()}
     largest = calibration.largest_inputs if calibration else None
     packed: dict[str, Tensor] = {}  # of the matrix in progress
@@ -133,9 +137,8 @@ def quantize(
         if name not in packed:
             packed.clear()
             weight_of = lambda m: source.read(f"{m}.weight", source.dtype)  # noqa: E731
-            linear = quantize_linear(FORMATS[format], module, weight_of, largest)
-            parts = compressed.parts(format, to, shapes[f"{module}.weight"])
-            stored = compressed.pack(format, to, linear, parts)
+            linear = quantize_linear(row, module, weight_of, largest)
+            stored = compressed.pack(row, to, linear)
             packed.update({f"{module}.{suffix}": tensor for suffix, tensor in stored.items()})
         return packed[name]
 

@@ -21,8 +21,8 @@ from opennemo.kernels import gpu
 from opennemo.kernels.paged_attention import paged_attention
 from opennemo.model.attention import Paged
 from opennemo.model.pages import Pages
-from opennemo.model.quantization import FORMATS, QuantizedLinear
-from opennemo.model.step import TorchStep
+from opennemo.model.quantization import QuantizedLinear
+from opennemo.model.torch_step import TorchStep
 from opennemo.model.transformer import Block, Transformer, rotary
 
 BATCHES = (1, 2, 4, 8, *range(16, 257, 16))
@@ -47,9 +47,9 @@ class Product:
                 scales = [linear.get_buffer("scale").float() for linear in linears]
                 scales = [s.expand(len(w), 1) for s, w in zip(scales, weights, strict=True)]
                 self.weight, self.scale = _fuse(weights), torch.cat(scales).t().contiguous()
-                self.rounding = gpu.Rounding(given[0].float() if given else None)
+                self.rounding = gpu.ToFP8(given[0].float() if given else None)
 
-    def __call__(self, rows: gpu.Rows, dtype: torch.dtype) -> Tensor:
+    def __call__(self, rows: gpu.RoundedRows, dtype: torch.dtype) -> Tensor:
         """Rows (T, D), rounded by `self.rounding` -> (T, O), the layers' outputs side by side."""
         if self.weight is None:
             return torch.cat([linear(rows.values) for linear in self.linears], -1)
@@ -59,7 +59,9 @@ class Product:
 
 
 @dataclass
-class Layer:
+class FusedLayer:
+    """A block: its norms, and a product for each input that its matrices share."""
+
     attention_norm: Tensor
     qkv: Product
     out: Product
@@ -68,7 +70,7 @@ class Layer:
     down: Product
 
     @classmethod
-    def of(cls, block: nn.Module) -> "Layer":
+    def of(cls, block: nn.Module) -> "FusedLayer":
         assert isinstance(block, Block)
         attention, feed_forward = block.attention, block.feed_forward
         return cls(
@@ -86,7 +88,7 @@ class GpuStep:
 
     def __init__(self, model: Transformer):
         self.model = model
-        self.layers = [Layer.of(block) for block in model.layers]
+        self.layers = [FusedLayer.of(block) for block in model.layers]
         self.head = Product(model.output)
         self._definition = TorchStep(model)
         self._pages: Pages | None = None  # those that the graphs were recorded with
@@ -203,12 +205,8 @@ def _fits_tensor_cores(linear: nn.Module) -> bool:
     """Whether a layer's arithmetic is that of the FP8 product, on a device that has one."""
     if not isinstance(linear, QuantizedLinear):
         return False
-    n_out, n_in = linear.weight.shape
-    return (
-        linear.format in (FORMATS["fp8"], FORMATS["fp8-static"])
-        and n_out % 16 == n_in % 16 == 0
-        and gpu.multiplies_fp8(linear.weight.device)
-    )
+    fits = linear.format.tensor_cores and linear.out_features % 16 == linear.in_features % 16 == 0
+    return fits and gpu.multiplies_fp8(linear.get_buffer("weight").device)
 
 
 def _fuse(weights: Sequence[Tensor]) -> Tensor:

@@ -25,14 +25,9 @@ from torch import Tensor, nn
 from opennemo.errors import CheckpointError, InvalidRequest
 from opennemo.files import read_json, write_json
 from opennemo.model.checkpoint import weight_shapes
+from opennemo.model.formats import Format
 from opennemo.model.layouts import COLUMN, WEIGHTS, halves_to_pairs, pairs_to_halves, short, spell
-from opennemo.model.quantization import (
-    Format,
-    QATLinear,
-    QuantizedLinear,
-    prepare_qat_,
-    replace_module,
-)
+from opennemo.model.quantization import QATLinear, QuantizedLinear, prepare_qat_, replace_module
 from opennemo.model.tensor_files import write_safetensors
 from opennemo.model.transformer import ModelConfig, Transformer
 
@@ -197,21 +192,16 @@ class _ThroughCodes(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, linear: QuantizedLinear) -> Tensor:
         inputs = linear.format.inputs
-        ctx.linear, ctx.columns, ctx.clipped = linear, x.shape[-1], None
-        if linear.input_scale is not None and inputs is not None:
-            ctx.clipped = x.abs() > linear.input_scale * inputs.limit
+        ctx.linear, ctx.clipped = linear, None
+        scale = linear.tensors.get("input_scale")
+        if scale is not None and inputs is not None:
+            ctx.clipped = x.abs() > scale * inputs.limit
         return linear(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        grad = grads[0] @ _weight_of(ctx.linear, ctx.columns, grads[0].dtype)
+        grad = grads[0] @ ctx.linear.dequantize(grads[0].dtype)
         return (grad if ctx.clipped is None else grad.masked_fill(ctx.clipped, 0)), None
-
-
-def _weight_of(linear: QuantizedLinear, columns: int, dtype: torch.dtype) -> Tensor:
-    """(O, D) that the codes stand for; in four bits an odd D is stored as one more."""
-    codes, scale = linear.weight, linear.scale
-    return linear.format.weights.dequantize(codes, scale, dtype)[..., :columns]
 
 
 def add_lora_(
@@ -249,7 +239,8 @@ def add_lora_(
             continue
         linear = model.get_submodule(path)
         assert isinstance(linear, nn.Linear | QuantizedLinear), f"{path} has an adapter already"
-        low_rank = LowRank(shape, rank, alpha / rank, generator).to(linear.weight.device)
+        low_rank = LowRank(shape, rank, alpha / rank, generator)
+        low_rank.to(model.tok_embeddings.weight.device)
         if not isinstance(linear, QATLinear):
             replace_module(model, path, LoRALinear(linear, low_rank, dropout))
         elif dropout:
@@ -281,7 +272,7 @@ def merge_lora_(model: Transformer) -> None:
                 columns, rows = low_rank.a.shape[1], low_rank.b.shape[0]
                 weight = base.weight
                 if isinstance(base, QuantizedLinear):
-                    weight = _weight_of(base, columns, dtype)
+                    weight = base.dequantize(dtype)
                 merged = nn.Linear(columns, rows, bias=False, device="meta")
                 merged.weight = nn.Parameter(low_rank(weight), requires_grad=False)
                 replace_module(model, path, merged)

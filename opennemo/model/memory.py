@@ -1,8 +1,7 @@
 """What a model needs and what fits: arithmetic over its shape, before anything is loaded.
 
-Weights are counted as quantised folders hold them: the matrices of the blocks in the format, with a
-float32 scale a row if it has scales; embedding, head and norms in bf16. The KV cache takes
-2 * L * K * H numbers a token.
+Weights are counted as they are stored: the matrices of the blocks in the format, embedding, head
+and norms in bf16 if those are codes. The KV cache takes 2 * L * K * H numbers a token.
 """
 
 import math
@@ -13,10 +12,10 @@ from pathlib import Path
 import torch
 
 from opennemo.model.checkpoint import weight_shapes
+from opennemo.model.formats import FORMATS, Format, names
+from opennemo.model.pages import rounding_of
 from opennemo.model.transformer import ModelConfig
 
-WEIGHT_FORMATS = {"bf16": 2, "fp8": 1, "int8": 1}  # bytes a number
-KV_FORMATS = {"bf16": 2, "fp8": 1}
 # Leaves room for activations, the logits of a step, and PyTorch itself.
 USABLE = 0.9
 
@@ -36,16 +35,21 @@ class Needs:
         shapes = weight_shapes(config)
         n_parameters = sum(map(math.prod, shapes.values()))
         matrices = [s for name, s in shapes.items() if "layers." in name and len(s) == 2]
-        in_matrices, n_rows = sum(map(math.prod, matrices)), sum(rows for rows, _ in matrices)
-        kv = 2 * config.n_layers * config.n_kv_heads * config.head_dim
+        rest, heads = n_parameters - sum(map(math.prod, matrices)), 2 * config.n_layers
+        heads *= config.n_kv_heads
+
+        def weights(format: Format) -> int:
+            number = 2 if format.in_codes else format.weights.dtype.itemsize
+            return number * rest + sum(format.nbytes(*shape) for shape in matrices)
+
         return cls(
             config=config,
             n_parameters=n_parameters,
-            weights={
-                name: 2 * (n_parameters - in_matrices) + n * in_matrices + 4 * n_rows * (n < 2)
-                for name, n in WEIGHT_FORMATS.items()
+            weights={name: weights(FORMATS[name]) for name in names("load")},
+            kv_per_token={
+                name: round(heads * rounding_of(name).row_bytes(config.head_dim))
+                for name in names("cache")
             },
-            kv_per_token={name: n * kv for name, n in KV_FORMATS.items()},
         )
 
     def max_context(self, memory: int, weights: str, kv: str) -> int:

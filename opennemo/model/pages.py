@@ -1,4 +1,4 @@
-"""The pages that keys and values lie in, and the number formats they can have there.
+"""The pages that keys and values lie in, in one of the number formats that a cache can have.
 
 A cache in 8 bits holds twice the context of one in bf16, and four times that of float32. In `fp8`
 a layer has one scale for its keys and one for its values, known beforehand: they come with the
@@ -14,16 +14,8 @@ import torch
 from torch import Tensor
 
 from opennemo.errors import InvalidRequest
-from opennemo.model.quantization import Rounding
+from opennemo.model.formats import FORMATS, Rounding
 from opennemo.model.transformer import ModelConfig
-
-KV_FORMATS: dict[str, Rounding] = {
-    "fp32": Rounding(dtype=torch.float32),
-    "bf16": Rounding(dtype=torch.bfloat16),
-    "fp16": Rounding(dtype=torch.float16),
-    "fp8": Rounding(dtype=torch.float8_e4m3fn, limit=448, share="tensor", power_of_two=True),
-    "int8": Rounding(dtype=torch.int8, limit=127, share="row"),
-}
 
 
 @dataclass
@@ -31,6 +23,7 @@ class Pages:
     """Keys and values of all layers."""
 
     codes: Tensor  # (L, 2, P, page_size, K, H)
+    format: str  # of FORMATS
     scale: Tensor | None = None  # float32: fp8 (L, 2), int8 (L, 2, P, page_size, K)
 
     @classmethod
@@ -38,33 +31,28 @@ class Pages:
         cls, config: ModelConfig, n_pages: int, page_size: int, format: str,
         device: torch.device | str = "cpu", scale: Tensor | None = None,
     ) -> "Pages":  # fmt: skip
-        """Pages in one of `KV_FORMATS`; fp8 needs the `scale` (L, 2) of keys and of values.
+        """Pages in a format; fp8 needs the `scale` (L, 2) of keys and of values.
 
         Raises:
-            InvalidRequest: fp8 without scales, which would be 1 and cut off what exceeds 448.
+            InvalidRequest: there is no such format for a cache; or it is fp8 and without scales,
+                which would be 1 and cut off what exceeds 448.
         """
-        if format not in KV_FORMATS:
-            raise InvalidRequest(f"KV cache in {format!r}; allowed: {', '.join(KV_FORMATS)}")
-        rounding, size = KV_FORMATS[format], (config.n_layers, 2, n_pages, page_size)
+        rounding = rounding_of(format)
+        size = (config.n_layers, 2, n_pages, page_size)
         heads = (config.n_kv_heads, config.head_dim)
         if rounding.share == "tensor":
             if scale is None:
                 raise InvalidRequest(
-                    "a KV cache in fp8 needs the scales of keys and values, and this model brings "
-                    "none: write them with opennemo quantize --kv fp8, name one for all, or take "
-                    "int8, which needs none"
+                    f"a KV cache in {format} needs the scales of keys and values, and this model "
+                    f"brings none: write them with opennemo quantize --kv {format}, name one for "
+                    "all, or take int8, which needs none"
                 )
             if scale.shape != size[:2]:
                 raise InvalidRequest(f"KV scales of shape {tuple(scale.shape)}, not {size[:2]}")
             scale = scale.float().to(device).contiguous()
         else:
             scale = _zeros((*size, heads[0]), torch.float32, device) if rounding.limit else None
-        return cls(_zeros((*size, *heads), rounding.dtype, device), scale)
-
-    @property
-    def format(self) -> str:
-        """The name in `KV_FORMATS`."""
-        return next(n for n, r in KV_FORMATS.items() if r.dtype == self.codes.dtype)
+        return cls(_zeros((*size, *heads), rounding.dtype, device), format, scale)
 
     @property
     def nbytes(self) -> int:
@@ -73,7 +61,7 @@ class Pages:
 
     def write(self, layer: int, slots: Tensor, *kv: Tensor) -> None:
         """Round keys and values (T, K, H) into their slots (T,)."""
-        rounding = KV_FORMATS[self.format]
+        rounding = rounding_of(self.format)
         for part, x in enumerate(kv):
             pool = self.codes[layer, part].flatten(0, 1)
             if self.scale is None:
@@ -95,6 +83,15 @@ class Pages:
         scale = self.scale[layer, part]
         scale = scale if self.scale.dim() == 2 else scale[pages].unsqueeze(-1)
         return (codes.float() * scale).to(dtype)
+
+
+def rounding_of(format: str) -> Rounding:
+    """How keys and values are rounded in a format. Raises: InvalidRequest, it is not for them."""
+    row = FORMATS.get(format)
+    if row is None or row.kv is None:
+        allowed = ", ".join(name for name, row in FORMATS.items() if row.kv)
+        raise InvalidRequest(f"KV cache in {format!r}; allowed: {allowed}")
+    return row.kv
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:

@@ -13,7 +13,7 @@ import torch.distributed._functional_collectives as funcol
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from opennemo.model.quantization import Format, Int4, Rounding
+from opennemo.model.formats import Format, Int4, Rounding
 
 
 def spread(format: Format) -> Format:

@@ -9,12 +9,12 @@ import warnings
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from opennemo.kernels.cpu import CompilerMissing
 from opennemo.model.attention import Paged
-from opennemo.model.cpu_step import NativeStep
-from opennemo.model.quantization import QuantizedLinear
+from opennemo.model.cpu_step import NativeStep, has_kernels
+from opennemo.model.torch_step import TorchStep
 from opennemo.model.transformer import Transformer
 
 
@@ -43,26 +43,10 @@ def compile_step(
         return GpuStep(model)
     if device == "cuda":
         warnings.warn("Triton is missing; the model runs in PyTorch, much slower", stacklevel=2)
-    if device != "cpu" or not all(type(m) in (nn.Linear, QuantizedLinear) for m in _linears(model)):
-        return TorchStep(model)  # or a model that learns in some way of its own
+    if device != "cpu" or not has_kernels(model):
+        return TorchStep(model)
     try:
         return NativeStep(model, n_threads or torch.get_num_threads(), release=release)
     except CompilerMissing as error:
         warnings.warn(f"{error}; the model runs in PyTorch, several times slower", stacklevel=2)
         return TorchStep(model)
-
-
-def _linears(model: Transformer) -> list[nn.Module]:
-    return [part for layer in model.layers for half in ("attention", "feed_forward")
-            for part in layer.get_submodule(half).children()]  # fmt: skip
-
-
-class TorchStep:
-    """The definition."""
-
-    def __init__(self, model: Transformer):
-        self.model = model
-
-    @torch.inference_mode()
-    def __call__(self, tokens: Tensor, attend: Paged, rows: Tensor) -> Tensor:
-        return self.model.output(self.model(tokens, attend)[rows]).float()

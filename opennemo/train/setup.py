@@ -15,9 +15,10 @@ import torch
 
 from opennemo.errors import InvalidRequest
 from opennemo.model.checkpoint import load, open_checkpoint
+from opennemo.model.formats import FORMATS
 from opennemo.model.hub import locate
 from opennemo.model.lora import add_lora_
-from opennemo.model.quantization import FORMATS, prepare_qat_
+from opennemo.model.quantization import prepare_qat_
 from opennemo.model.transformer import Transformer
 from opennemo.tokenizer.load import open_tokenizer
 from opennemo.tokenizer.rank_files import OWN

@@ -15,7 +15,8 @@ import torch
 from opennemo.engine import Engine, EngineConfig, SamplingParams, Token
 from opennemo.errors import ContextTooLong, InvalidRequest, Overloaded
 from opennemo.model.attention import Packed
-from opennemo.model.quantization import FORMATS, quantize_
+from opennemo.model.formats import FORMATS
+from opennemo.model.quantization import quantize_
 from opennemo.model.transformer import Transformer
 
 EOS, NAN = 7, float("nan")

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from opennemo.model.formats import FORMATS
 from opennemo.model.pages import Pages
-from opennemo.model.quantization import FORMATS
 from opennemo.model.transformer import ModelConfig, rotary, rotate
 
 if importlib.util.find_spec("triton") is None:
@@ -50,7 +50,7 @@ def test_rows_are_rounded_as_the_format_says(name: str):
     assert inputs is not None
     given = torch.tensor([[0.37]], device=DEVICE) if FORMATS[name].static else None
     codes, scale = inputs.quantize(x, given)
-    found = gpu.round_rows(x, gpu.Rounding(given))
+    found = gpu.round_rows(x, gpu.ToFP8(given))
     assert found.scale is not None
     assert torch.equal(found.scale, scale.expand(len(x), 1))
     assert torch.equal(found.values.float(), codes.float())
@@ -59,7 +59,7 @@ def test_rows_are_rounded_as_the_format_says(name: str):
 def test_numbers_that_are_not_finite_stay_so():
     x = rows()
     x[0, 5] = float("inf")
-    found = gpu.round_rows(x, gpu.Rounding())
+    found = gpu.round_rows(x, gpu.ToFP8())
     assert found.scale is not None
     assert (~(found.values.float() * found.scale).isfinite()).any(-1).tolist() == [True] + [
         False
@@ -69,7 +69,7 @@ def test_numbers_that_are_not_finite_stay_so():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rounds", [False, True])
 def test_norm_and_swiglu_equal_the_definition(dtype: torch.dtype, rounds: bool):
-    rounding = gpu.Rounding() if rounds else None
+    rounding = gpu.ToFP8() if rounds else None
     torch.manual_seed(1)
     x, update, gate, up = torch.randn(4, 5, 76, device=DEVICE).mul(3).to(dtype)
     gains = torch.rand(76, device=DEVICE).to(dtype)

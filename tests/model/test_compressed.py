@@ -8,9 +8,9 @@ import torch
 from opennemo.errors import CheckpointError
 from opennemo.model.attention import Packed
 from opennemo.model.checkpoint import load, open_checkpoint, save
-from opennemo.model.compressed import SCHEMES
 from opennemo.model.export import Calibration, quantize
-from opennemo.model.quantization import FORMATS, QuantizedLinear, calibration, quantize_
+from opennemo.model.formats import FORMATS, names
+from opennemo.model.quantization import QuantizedLinear, calibration, quantize_
 from opennemo.model.transformer import ModelConfig, Transformer
 
 CONFIG = ModelConfig(
@@ -46,7 +46,7 @@ def calibrated(folder) -> Calibration:
     return Calibration(largest_inputs=largest, kv_scale=KV_SCALE)
 
 
-WAYS = [(name, "hf") for name in SCHEMES] + [("fp8-static", "mistral")]
+WAYS = [(name, "hf") for name in names("store")] + [("fp8-static", "mistral")]
 
 
 @pytest.mark.parametrize(("name", "layout"), WAYS)
@@ -65,7 +65,7 @@ def test_a_folder_holds_what_quantize_computes(folder, tmp_path, name, layout):
     assert open_checkpoint(folder).read_kv_scale() is None
 
 
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("name", names("store"))
 def test_transformers_reads_the_same_numbers(folder, tmp_path, name):
     """Where inputs are rounded by what the file says (static) or not at all, logits are equal."""
     pytest.importorskip("compressed_tensors")

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from opennemo.engine import Engine, EngineConfig, SamplingParams, Token
 from opennemo.model.attention import FUSED_PAGE_SIZE, Paged
+from opennemo.model.formats import FORMATS
 from opennemo.model.pages import Pages
-from opennemo.model.quantization import FORMATS, quantize_
-from opennemo.model.step import TorchStep
+from opennemo.model.quantization import quantize_
+from opennemo.model.torch_step import TorchStep
 from opennemo.model.transformer import ModelConfig, Transformer
 
 if importlib.util.find_spec("triton") is None:
@@ -196,7 +197,7 @@ def test_fp8_and_bf16_on_a_card_equal_the_cpu(format: str):
     found = GpuStep(net)(*on_card.inputs(PORTIONS[0]))
     tokens, attend, rows = on_card.inputs(PORTIONS[0])
     attend = Paged(
-        pages=Pages(torch.zeros_like(attend.pages.codes, device="cpu")),
+        pages=Pages(torch.zeros_like(attend.pages.codes, device="cpu"), attend.pages.format),
         max_seqlen=attend.max_seqlen,
         **{
             name: getattr(attend, name).cpu()

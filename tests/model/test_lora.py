@@ -12,6 +12,7 @@ from opennemo.model.attention import Packed
 from opennemo.model.checkpoint import load, save
 from opennemo.model.export import merge
 from opennemo.model.export import quantize as quantize_folder
+from opennemo.model.formats import FORMATS
 from opennemo.model.lora import (
     LINEAR,
     LoRALinear,
@@ -24,7 +25,7 @@ from opennemo.model.lora import (
     read_adapter,
     save_adapter,
 )
-from opennemo.model.quantization import FORMATS, QuantizedLinear, prepare_qat_, quantize_
+from opennemo.model.quantization import QuantizedLinear, prepare_qat_, quantize_
 from opennemo.model.transformer import PRESETS, ModelConfig, Transformer
 
 # Widths that fill no group of 32 and no byte of two codes.
@@ -114,8 +115,9 @@ def test_a_stored_layer_has_the_gradient_of_the_weights_it_stands_for(name, conf
         theirs.data = mine.detach().clone()
         layer = with_lora(quantized(name, config)).get_submodule(path)
         assert isinstance(layer, LoRALinear)
-        scale = linear.scale if format.weights.share == "tensor" else None
-        expected = format.fake_linear(theirs, plain, scale, linear.input_scale)
+        tensors = linear.tensors
+        scale = tensors["scale"] if format.weights.share == "tensor" else None
+        expected = format.fake_linear(theirs, plain, scale, tensors.get("input_scale"))
         low = layer.low_rank
         expected = expected + low.scale * (theirs @ low.a.T) @ low.b.T
         out = layer(mine)

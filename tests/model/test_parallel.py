@@ -11,9 +11,10 @@ from torch.distributed.tensor import DTensor
 from opennemo.errors import InvalidRequest
 from opennemo.model.attention import Packed
 from opennemo.model.context import ContextParallel
+from opennemo.model.formats import FORMATS
 from opennemo.model.lora import add_lora_
 from opennemo.model.parallel import data_rank, head_weight, make_mesh, shard_, share, whole
-from opennemo.model.quantization import FORMATS, prepare_qat_, quantize_
+from opennemo.model.quantization import prepare_qat_, quantize_
 from opennemo.model.transformer import PRESETS, Transformer
 from tests.ranks import run_ranks
 

@@ -7,11 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from opennemo.model.attention import Packed, Paged
+from opennemo.model.formats import FORMATS, Format
 from opennemo.model.pages import Pages
 from opennemo.model.quantization import (
-    FORMATS,
     FUSED,
-    Format,
     KVRounding,
     QuantizedLinear,
     calibration,

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from opennemo.model.attention import Packed, Paged
 from opennemo.model.checkpoint import load
 from opennemo.model.export import calibrate
+from opennemo.model.formats import FORMATS
 from opennemo.model.pages import Pages
-from opennemo.model.quantization import FORMATS, quantize_
+from opennemo.model.quantization import quantize_
 from opennemo.model.transformer import Transformer
 from opennemo.tokenizer import load_tokenizer
 

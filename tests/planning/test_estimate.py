@@ -14,8 +14,9 @@ from opennemo.cli import app
 from opennemo.errors import InvalidRequest
 from opennemo.model.attention import Packed
 from opennemo.model.checkpoint import weight_shapes
+from opennemo.model.formats import FORMATS
 from opennemo.model.lora import add_lora_
-from opennemo.model.quantization import FORMATS, prepare_qat_, quantize_
+from opennemo.model.quantization import prepare_qat_, quantize_
 from opennemo.model.transformer import PRESETS, ModelConfig, Transformer, rotary
 from opennemo.planning.estimate import _Work, activations, plan, resolve_shape
 from opennemo.planning.machines import CARDS, GIB, Card, Machines, parse_machines

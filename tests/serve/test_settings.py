@@ -3,7 +3,8 @@
 import pytest
 
 from opennemo.errors import InvalidRequest
-from opennemo.model.quantization import FORMATS, QuantizedLinear
+from opennemo.model.formats import FORMATS
+from opennemo.model.quantization import QuantizedLinear
 from opennemo.serve.auth import Limits, hash_key, read_clients
 from opennemo.serve.loading import load_model
 from opennemo.serve.settings import read_settings

@@ -17,9 +17,9 @@ def test_mistral_nemo():
     # The figure of NVIDIA and Mistral's card: 12 GB of FP8, head and embedding apart.
     assert NEMO.weights["fp8"] == NEMO.weights["int8"] == pytest.approx(13.6e9, rel=0.01)
     assert {kv: n * 131_072 / 2**30 for kv, n in NEMO.kv_per_token.items()} == {
-        "bf16": 20,
-        "fp8": 10,
-    }
+        "fp32": 40, "bf16": 20, "fp8": 10,
+        "int8": 10 + 10 / 32,  # a scale of four bytes for the 128 channels of a head
+    }  # fmt: skip
 
 
 def test_a_tied_head_counts_once():
