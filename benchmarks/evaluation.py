@@ -20,9 +20,9 @@ from rich.console import Console
 from rich.table import Table
 
 from opennemo.evals.benchmark_data import BenchmarkData
+from opennemo.evals.benchmarks import TABLE1
 from opennemo.evals.harness import OpenNemoLM
-from opennemo.evals.suites import TABLE1
-from opennemo.evals.tables import measure
+from opennemo.evals.tables import run_tasks
 from opennemo.llm import LLM
 from opennemo.model.checkpoint import convert
 from opennemo.model.hub import DEFAULT_MODEL, locate
@@ -75,10 +75,10 @@ def main() -> None:
             if not chosen:
                 continue
             seconds, processor, scores, answers = [], [], [], []
-            measure(ours, chosen, data, 1)  # both find the data read already
+            run_tasks(ours, chosen, data, 1)  # both find the data read already
             for lm in (ours, theirs):
                 began, used = time.perf_counter(), time.process_time()
-                found, items = measure(lm, chosen, data, options.limit)
+                found, items = run_tasks(lm, chosen, data, options.limit)
                 seconds.append(time.perf_counter() - began)
                 processor.append(time.process_time() - used)
                 scores.append([row.score for row in found])

@@ -1,20 +1,32 @@
 """`opennemo eval MODEL --suite NAME`, and `opennemo eval compare RUN RUN ...`."""
 
+import inspect
 import os
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args, get_origin
 
 import typer
 from typer.core import TyperGroup
 
-from opennemo.cli.options import Engines, RayAddress, Replicas, extra, given, on_engines, serving
+from opennemo.cli.options import (
+    Device,
+    Engines,
+    RayAddress,
+    Replicas,
+    extra,
+    given,
+    on_engines,
+    serving,
+)
 from opennemo.errors import InvalidRequest
+from opennemo.evals.suites import SUITES, Suite, find_suite, options_of
 
 
 class ModelByDefault(TyperGroup):
-    """Whatever is not the name of a command is the model of `run`, which needs no name."""
+    """A first argument that is not the name of a command is the model of `run`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if args and args[0] not in (*self.commands, "--help"):
@@ -30,15 +42,56 @@ app = typer.Typer(
 )
 
 
+def with_suites(command: Callable[..., None]) -> Callable[..., None]:
+    """The command, with the options of all suites in place of `**own`."""
+    parameters = dict(inspect.signature(command).parameters)
+    del parameters["own"]
+    for suite_name, suite in SUITES.items():
+        for name, kind, default, option in options_of(suite):
+            help, flag = f"{suite_name}: {option.help}", f"--{name.replace('_', '-')}"
+            if option.env:
+                name, default = f"{name}_env", option.env
+                declared = Annotated[str, typer.Option(help=help)]
+            elif kind is bool:  # a flag that is on by default can be switched off
+                names = () if default else (flag,)
+                declared = Annotated[bool, typer.Option(*names, help=help)]
+            elif kind == tuple[Path, ...]:
+                declared, default = Annotated[list[Path] | None, typer.Option(help=help)], None
+            elif get_origin(kind) is tuple:
+                declared, default = Annotated[str | None, typer.Option(help=help)], None
+            else:
+                declared = Annotated[kind, typer.Option(help=help, min=option.at_least)]
+            parameters[name] = inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=declared
+            )
+    command.__signature__ = inspect.Signature([*parameters.values()])  # pyright: ignore
+    command.__annotations__ = {name: p.annotation for name, p in parameters.items()}
+    return command
+
+
+def _options_from(suite: Suite, values: Mapping[str, Any]) -> Any:
+    """The suite's own options, out of what the command line got for all suites."""
+    chosen = {}
+    for name, kind, _, option in options_of(suite):
+        if option.env:
+            chosen[name] = os.environ.get(values[f"{name}_env"])
+        elif kind == tuple[Path, ...]:
+            chosen[name] = tuple(values[name] or ())
+        elif get_origin(kind) is tuple:
+            chosen[name] = _numbers(f"--{name}", values[name], get_args(kind)[0])
+        else:
+            chosen[name] = values[name]
+    return suite.options(**given(**chosen))
+
+
 @app.command()
+@with_suites
 def run(
     model: Annotated[
         str,
         typer.Argument(help="A folder, a .gguf, a Hugging Face id; or a server's http://.../v1"),
     ],
-    suite: Annotated[
-        str, typer.Option(help="table1, multilingual, code, chat, tools, long or ppl.")
-    ],
+    suite: Annotated[str, typer.Option(help=f"{', '.join(SUITES)}.")],
     tasks: Annotated[str | None, typer.Option(help="Of the suite, commas between.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Questions of each benchmark.")] = None,
     data: Annotated[
@@ -52,65 +105,35 @@ def run(
         typer.Option(help="fp32, bf16, fp8, int8 or int4; repeat to compare with the first."),
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Ask in the model's chat layout.")] = False,
-    judge: Annotated[
-        str | None, typer.Option(help="chat: a model, or a server's http://.../v1")
-    ] = None,
-    judge_name: Annotated[str | None, typer.Option(help="Its name at that server.")] = None,
-    judge_key_env: Annotated[
-        str, typer.Option(help="The variable that holds its key.")
-    ] = "JUDGE_API_KEY",
-    repeats: Annotated[int, typer.Option(min=1, help="chat: judgements of each answer.")] = 1,
-    against: Annotated[
-        Path | None, typer.Option(help="chat: a run of another model, judged in both orders.")
-    ] = None,
-    agreement: Annotated[
-        Path | None, typer.Option(help="chat: answers with marks, to compare the judge's with.")
-    ] = None,
-    references: Annotated[str, typer.Option(help="chat: gpt-4 or gpt-4-0125-preview.")] = "gpt-4",
-    grammar: Annotated[bool, typer.Option(help="tools: hold answers to valid calls.")] = True,
-    required: Annotated[
-        bool, typer.Option("--required", help="tools: every answer must be a call.")
-    ] = False,
     model_name: Annotated[str | None, typer.Option(help="Its name at its server.")] = None,
     key_env: Annotated[
-        str, typer.Option(help="The variable that holds a server's key.")
+        str, typer.Option(help="The variable with a server's key.")
     ] = "OPENAI_API_KEY",
     tokenizer: Annotated[
         str | None, typer.Option(help="tools --no-grammar: of a server's model.")
     ] = None,
-    run_code: Annotated[
-        bool, typer.Option("--run-code", help="code: run what the model wrote, on this machine.")
-    ] = False,
-    texts: Annotated[list[Path] | None, typer.Option(help="ppl: .jsonl, .txt; repeatable.")] = None,
-    lengths: Annotated[str | None, typer.Option(help="long: tokens, commas between.")] = None,
-    depths: Annotated[str | None, typer.Option(help="long: 0 to 1, commas between.")] = None,
     kv_cache_dtype: Annotated[
         str | None, typer.Option(help="Of the KV cache: fp8 or int8, for instance.")
     ] = None,
     kv_scale: Annotated[float | None, typer.Option(help="For fp8, where a model has none.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
+    device: Device = None,
     engine: Engines = "process",
     replicas: Replicas = None,
     ray_address: RayAddress = None,
+    **own: Any,
 ) -> None:
     """Measure a model and write a folder of results; the same command goes on after a kill."""
     n_engines, spread = on_engines(engine, replicas, ray_address)
+    options = _options_from(find_suite(suite), own)
     with _packages():
         from opennemo.evals.evaluate import Request, evaluate
         from opennemo.evals.report import show
 
-        settings = given(
-            limit=limit, data=data, output=output, judge=judge, judge_name=judge_name,
-            against=against, agreement=agreement, model_name=model_name, tokenizer=tokenizer,
-            kv_format=kv_cache_dtype, kv_scale=kv_scale, device=device,
-            lengths=_numbers("--lengths", lengths, int),
-            depths=_numbers("--depths", depths, float),
-        )  # fmt: skip
         request = Request(
-            model=model, suite=suite, tasks=tuple(tasks.split(",")) if tasks else (), chat=chat,
-            repeats=repeats, references=references, grammar=grammar, required=required,
-            run_code=run_code, texts=tuple(texts or ()), key=os.environ.get(key_env, "none"),
-            judge_key=os.environ.get(judge_key_env, "none"), **settings,
+            model=model, suite=suite, options=options, limit=limit, data=data, output=output,
+            tasks=tuple(tasks.split(",")) if tasks else (), device=device, chat=chat,
+            model_name=model_name, key=os.environ.get(key_env, "none"), tokenizer=tokenizer,
+            kv_format=kv_cache_dtype, kv_scale=kv_scale,
         )  # fmt: skip
         folders, lines, notes = evaluate(
             request, format or [], partial(_load_replicas, spread) if spread else None, n_engines
@@ -152,11 +175,11 @@ def compare(
 
         if len(runs) < 2:
             raise InvalidRequest("name two runs or more")
-        found = {}
+        models = {}
         for folder in runs:
             name, rows = read(folder)
-            found[name if name not in found else f"{name} ({folder})"] = rows
-        show(side_by_side(output, found))
+            models[name if name not in models else f"{name} ({folder})"] = rows
+        show(side_by_side(output, models))
 
 
 def _numbers(option: str, text: str | None, kind: type) -> tuple | None:

@@ -1,14 +1,12 @@
 """Where test data come from: the Hugging Face hub, or a folder given with --data.
 
 The folder is laid out like the hub (`cais/mmlu/README.md`, `cais/mmlu/anatomy/test.jsonl`, ...), by
-itself or as `hub/` in a folder that holds other files beside it (`mt_bench/question.jsonl`). With
-that folder as the working directory, the harness's own task files load it unchanged.
+itself or as `hub/` in a folder with other files beside it (`mt_bench/question.jsonl`). The
+harness's own task files load it unchanged.
 """
 
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ from opennemo.evals.runs import digest
 class BenchmarkData:
     """Test data, local or not."""
 
-    def __init__(self, folder: Path | None):
+    def __init__(self, folder: Path | None = None):
         """Raises InvalidRequest if there is no such folder."""
         self.folder = folder and folder.expanduser().resolve()
         if self.folder and not self.folder.is_dir():
@@ -31,8 +29,8 @@ class BenchmarkData:
         Raises:
             InvalidRequest: it is not there.
         """
-        if found := self._look(name):
-            return found
+        if path := self._look(name):
+            return path
         where = f"{name} is not in {self.folder}" if self.folder else f"{name} is needed"
         raise InvalidRequest(f"{where}: get it from {source} and name its folder with --data")
 
@@ -48,32 +46,16 @@ class BenchmarkData:
         """The objects of a JSON lines file."""
         return read_lines(self.find(name, source))
 
-    @contextmanager
-    def as_hub(self) -> Iterator[None]:
-        """Inside, the harness finds the folder's data sets, and the hub is not asked."""
+    def as_hub(self) -> AbstractContextManager[None]:
+        """Inside, the harness reads the folder's data sets, and the hub is not asked."""
         if self.folder is None:
-            yield
-            return
-        import datasets.config
-        import huggingface_hub.constants
+            return nullcontext()
+        from opennemo.evals.patches import datasets_from
 
-        before, root = Path.cwd(), self.folder / "hub"
-        root = root if root.is_dir() else self.folder
-        hub: Any = huggingface_hub.constants
-        local: Any = datasets.config
-        flags = (hub.HF_HUB_OFFLINE, local.HF_HUB_OFFLINE, local.HF_DATASETS_CACHE)
-        hub.HF_HUB_OFFLINE = local.HF_HUB_OFFLINE = True
-        # What it has read once the library takes from its cache by name, whatever files say now.
-        files = [
-            (str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(root.rglob("*.*"))
-        ]
-        local.HF_DATASETS_CACHE = Path(local.HF_DATASETS_CACHE) / f"local-{digest(files)}"
-        os.chdir(root)
-        try:
-            yield
-        finally:
-            os.chdir(before)
-            hub.HF_HUB_OFFLINE, local.HF_HUB_OFFLINE, local.HF_DATASETS_CACHE = flags
+        root = self.folder / "hub" if (self.folder / "hub").is_dir() else self.folder
+        states = [(file, file.stat()) for file in sorted(root.rglob("*.*"))]
+        files = [(str(file), state.st_size, state.st_mtime_ns) for file, state in states]
+        return datasets_from(root, f"local-{digest(files)}")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -86,10 +68,10 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         lines = path.read_text("utf-8").split("\n")  # not at U+2028, which texts may hold
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"{path}: {error}") from None
-    found = []
+    objects = []
     for number, line in enumerate(lines, 1):
         try:
-            found += [json.loads(line)] if line.strip() else []
+            objects += [json.loads(line)] if line.strip() else []
         except ValueError as error:
             raise InvalidRequest(f"{path}, line {number}: not JSON ({error})") from None
-    return found
+    return objects

@@ -12,26 +12,30 @@ import tempfile
 from collections.abc import Mapping
 from typing import Any
 
-from opennemo.errors import OpenNemoError
-from opennemo.evals.benchmark_data import BenchmarkData
-from opennemo.evals.rows import ResultRow, gather
-from opennemo.evals.runs import Run, digest
+from opennemo.errors import InvalidRequest, OpenNemoError
+from opennemo.evals.job import Job, Outcome
+from opennemo.evals.rows import gather
+from opennemo.evals.runs import digest
+from opennemo.evals.suites import Programs
 from opennemo.llm import LLM
 
 STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")  # the harness's, where a function ends
 SECONDS, BYTES = 10, 2 << 30
 
 
-def measure(
-    llm: LLM, data: BenchmarkData, run: Run, limit: int | None
-) -> tuple[list[ResultRow], list[dict]]:
+def measure(llm: LLM, job: Job, options: Programs) -> Outcome:
     """The share of problems whose first, greedy program passes (pass@1)."""
-    problems = data.lines("humaneval.jsonl", "github.com/openai/human-eval, data")[:limit]
+    if not options.run_code:
+        raise InvalidRequest(
+            "--suite code runs programs that the model wrote: allow it by --run-code"
+        )
+    source = "github.com/openai/human-eval, data"
+    problems = job.data.lines("humaneval.jsonl", source)[: job.limit]
 
     def write(problem: Mapping[str, Any]) -> str:
         return llm.complete(problem["prompt"], stop=STOP, temperature=0.0, max_tokens=512).text
 
-    programs = run.ask_all(
+    programs = job.run.ask_all(
         "Writing", problems, key=lambda p: digest("humaneval", llm.name, p["prompt"]), ask=write,
     )  # fmt: skip
     values: dict[str, float | str] = {}
@@ -45,11 +49,11 @@ def measure(
         )
         values[problem["task_id"]] = float(wrong is None)
         items.append({"id": problem["task_id"], "program": program, "wrong": wrong})
-    return gather("HumanEval", values, setting="0-shot, pass@1"), items
+    return Outcome(gather("HumanEval", values, setting="0-shot, pass@1"), items)
 
 
 def run_program(text: str) -> str | None:
-    """None if the program ends well, else its last line of complaint."""
+    """None if the program ends well, else the last line of its error."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             done = subprocess.run(
@@ -65,10 +69,10 @@ def run_program(text: str) -> str | None:
 
 
 def _bound() -> None:
-    for what, most in (
+    for limit, most in (
         (resource.RLIMIT_CPU, SECONDS),
         (resource.RLIMIT_AS, BYTES),
         (resource.RLIMIT_FSIZE, 1 << 24),
         (resource.RLIMIT_NPROC, 512),
     ):
-        resource.setrlimit(what, (most, most))
+        resource.setrlimit(limit, (most, most))

@@ -1,6 +1,6 @@
 """Runs side by side: differences on the same items, their errors, and whether they can be chance.
 
-The idea: two models that answer the same questions differ by far less than their standard errors
+Two models that answer the same questions differ by far less than their standard errors
 suggest, so the difference is taken item by item. Its p-value is McNemar's exact one where values
 are right or wrong, else of a normal distribution, and is corrected for the number of rows (Holm).
 """
@@ -78,30 +78,30 @@ def side_by_side(runs: Mapping[str, Sequence[ResultRow]]) -> Cells:
     columns = []
     for name, rows in others:
         head += [name, "difference", "p"]
-        found = [difference(base[key], rows[key]) for key in keys]
-        corrected = holm([d.p for d in found if d])
-        columns.append((rows, found, iter(corrected)))
+        steps = [difference(base[key], rows[key]) for key in keys]
+        corrected = holm([step.p for step in steps if step])
+        columns.append((rows, steps, iter(corrected)))
     for i, key in enumerate(keys):
         line = [key, f"{base[key].n:,}", score(base[key])]
-        for rows, found, corrected in columns:
-            d = found[i]
-            line += [score(rows[key]), "-", ""] if d is None else [
-                score(rows[key]), _signed(d.value, d.error), _p(next(corrected))
+        for rows, steps, corrected in columns:
+            step = steps[i]
+            line += [score(rows[key]), "-", ""] if step is None else [
+                score(rows[key]), _signed(step.value, step.error), _p(next(corrected))
             ]  # fmt: skip
         lines.append(line)
     if len({base[key].percent for key in keys}) == 1 < len(keys):  # else a mean says nothing
         lines.append([f"mean of {len(keys)}", "", _mean(base, keys)])
-        for rows, found, _ in columns:
-            known = [d for d in found if d] or [Difference(0, 0.0, None, 1.0)]
-            error = math.sqrt(sum((d.error or 0) ** 2 for d in known)) / len(known)
-            value = sum(d.value for d in known) / len(known)
+        for rows, steps, _ in columns:
+            taken = [step for step in steps if step] or [Difference(0, 0.0, None, 1.0)]
+            error = math.sqrt(sum((step.error or 0) ** 2 for step in taken)) / len(taken)
+            value = sum(step.value for step in taken) / len(taken)
             lines[-1] += [_mean(rows, keys), _signed(value, error), _p(_normal(value, error))]
     return [head, *lines]
 
 
 def _mean(rows: Mapping[str, ResultRow], keys: Sequence[str]) -> str:
-    found = [row_score for key in keys if (row_score := rows[key].score) is not None]
-    return f"{sum(found) / len(found):.1f}" if found else "-"
+    scores = [row_score for key in keys if (row_score := rows[key].score) is not None]
+    return f"{sum(scores) / len(scores):.1f}" if scores else "-"
 
 
 def _signed(value: float, error: float | None) -> str:

@@ -1,22 +1,22 @@
 """Models that answer conversations: in this process, or behind OpenAI's chat completions API.
 
-Both answer `ask(messages, ...)` with a message, from many threads at once, and both fail with an
-OpenNemoError that says why: an answer that did not come is counted, never taken for an empty one.
+Both answer `ask(messages, ...)` with a message, from many threads at once, and both raise an
+OpenNemoError with the reason where no answer came: that is counted, never taken for an empty one.
 """
 
-import json
-import time
-import urllib.error
-import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 from opennemo.errors import InvalidRequest, OpenNemoError
 from opennemo.llm import LLM
-from opennemo.tokenizer import Tokenizer
+from opennemo.model.hub import locate
+from opennemo.tokenizer import Tokenizer, load_tokenizer
 from opennemo.tokenizer.chat import Message, encode_chat, parse_reply
 
-TRIES = 3
+RETRIES = 2  # where they can help: no connection, a busy server, a timeout
 
 
 class ChatModel(Protocol):
@@ -57,7 +57,7 @@ class LocalModel:
 
 @dataclass(frozen=True)
 class RemoteModel:
-    """A server, by the address that ends in /v1."""
+    """A model at a server, by the address that ends in /v1."""
 
     url: str
     model: str
@@ -69,20 +69,6 @@ class RemoteModel:
     def name(self) -> str:
         return self.model
 
-    def ask(
-        self, messages: list[Message], tools: list[dict[str, Any]] | None = None,
-        grammar: bool = True, **sampling: Any,
-    ) -> Message:  # fmt: skip
-        if grammar:
-            given = {"tools": tools} if tools else {}
-            choice = self._post("chat/completions", messages=messages, **given, **sampling)
-            return choice["message"]
-        if self.tokenizer is None:
-            raise InvalidRequest("without a grammar the server's tokenizer is needed: --tokenizer")
-        ids = encode_chat(self.tokenizer, messages, tools)
-        choice = self._post("completions", prompt=ids, return_token_ids=True, **sampling)
-        return parse_reply(self.tokenizer, choice["token_ids"])
-
     @classmethod
     def connect(cls, url: str, model: str | None, key: str, tokenizer: Tokenizer | None = None):
         """The server's model of this name, or its first.
@@ -90,44 +76,71 @@ class RemoteModel:
         Raises:
             OpenNemoError: there is no such server.
         """
-        found = cls(url, model or "", key, tokenizer=tokenizer)
+        server = cls(url, model or "", key, tokenizer=tokenizer)
         try:
-            return found if model else replace(found, model=found._call("models")["data"][0]["id"])
+            return server if model else replace(server, model=server._call()["data"][0]["id"])
         except (LookupError, TypeError):
             raise OpenNemoError(f"{url}: names no model") from None
 
-    def _post(self, path: str, **body: Any) -> dict[str, Any]:
-        """The first choice."""
+    def ask(
+        self, messages: list[Message], tools: list[dict[str, Any]] | None = None,
+        grammar: bool = True, **sampling: Any,
+    ) -> Message:  # fmt: skip
+        body: dict[str, Any] = {"model": self.model, **sampling}
+        if grammar:
+            body |= {"messages": messages} | ({"tools": tools} if tools else {})
+            return self._choice("/chat/completions", body, "message")
+        if self.tokenizer is None:
+            raise InvalidRequest("without a grammar the server's tokenizer is needed: --tokenizer")
+        body |= {"prompt": encode_chat(self.tokenizer, messages, tools), "return_token_ids": True}
+        return parse_reply(self.tokenizer, self._choice("/completions", body, "token_ids"))
+
+    def _choice(self, path: str, body: dict[str, Any], part: str) -> Any:
         try:
-            return self._call(path, json.dumps({"model": self.model, **body}).encode())["choices"][
-                0
-            ]
+            return self._call(path, body)["choices"][0][part]
         except (LookupError, TypeError):
             raise OpenNemoError(f"{self.url}: the answer is not a completion") from None
 
-    def _call(self, path: str, body: bytes | None = None) -> Any:
-        """What the server answers. Tries again where that can help: no connection, busy."""
-        request = urllib.request.Request(
-            f"{self.url.rstrip('/')}/{path}", body,
-            {"content-type": "application/json", "authorization": f"Bearer {self.key}"},
-        )  # fmt: skip
-        for attempt in range(TRIES):
-            try:
-                with urllib.request.urlopen(request, timeout=self.timeout) as answer:
-                    return json.load(answer)
-            except urllib.error.HTTPError as error:
-                problem = f"HTTP {error.code}"
-                if error.code < 500 and error.code not in (408, 409, 429):
-                    text = error.read(300).decode(errors="replace").strip()
-                    raise OpenNemoError(f"{self.url}: {problem}: {text}") from None
-            except OSError as error:
-                reason = getattr(error, "reason", error)
-                problem = str(reason)
-                if isinstance(reason, TimeoutError):
-                    problem = f"no answer in {self.timeout:g} s"
-                    break  # another try would take as long
-            except ValueError:
-                raise OpenNemoError(f"{self.url}: the answer is not JSON") from None
-            if attempt + 1 < TRIES:
-                time.sleep(2**attempt)
-        raise OpenNemoError(f"{self.url}: {problem}")
+    @cached_property
+    def _client(self) -> Any:
+        from openai import OpenAI
+
+        return OpenAI(
+            base_url=self.url, api_key=self.key, timeout=self.timeout, max_retries=RETRIES
+        )
+
+    def _call(self, path: str = "/models", body: dict[str, Any] | None = None) -> Any:
+        """The server's JSON: of a POST where there is a body, else of a GET."""
+        import openai
+
+        try:
+            if body is None:
+                return self._client.get(path, cast_to=object)
+            return self._client.post(path, body=body, cast_to=object)
+        except openai.APIStatusError as error:
+            text = " ".join(error.response.text[:300].split())
+            raise OpenNemoError(f"{self.url}: HTTP {error.status_code}: {text}") from None
+        except openai.APITimeoutError:
+            raise OpenNemoError(f"{self.url}: no answer in {self.timeout:g} s") from None
+        except openai.APIConnectionError as error:
+            raise OpenNemoError(f"{self.url}: {error.__cause__ or error}") from None
+        except ValueError:
+            raise OpenNemoError(f"{self.url}: the answer is not JSON") from None
+
+
+def is_server(model: str) -> bool:
+    """Whether a model's name is the address of a server."""
+    return model.startswith(("http://", "https://"))
+
+
+@contextmanager
+def open_model(
+    model: str, name: str | None, key: str, tokenizer: str | None, load: Callable[[], LLM]
+) -> Iterator[ChatModel]:
+    """The model at an address, or the one that `load` makes, while the block runs."""
+    if is_server(model):
+        own = load_tokenizer(locate(tokenizer)) if tokenizer else None
+        yield RemoteModel.connect(model, name, key, own)
+    else:
+        with load() as llm:
+            yield LocalModel(llm)

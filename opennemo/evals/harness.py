@@ -1,6 +1,6 @@
 """Our engine as a model of lm-evaluation-harness, whose tasks are what published numbers mean.
 
-The idea: the harness hands over all requests of all tasks at once, and `LLM.score` computes what
+The harness hands over all requests of all tasks at once, and `LLM.score` computes what
 they share once. Everything that decides a score (cutting a text into context and continuation,
 stop strings, the default of 256 tokens) is done as the harness's own `hf` model does it, so that
 the choices are the same; tests hold the two together.
@@ -20,7 +20,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from opennemo.errors import ContextTooLong, InvalidRequest, OpenNemoError
-from opennemo.evals.runs import Run, digest, progress, score_all
+from opennemo.evals.runs import Run, digest, remembering, score_all
 from opennemo.llm import LLM
 from opennemo.tokenizer.chat import encode_chat
 
@@ -77,8 +77,8 @@ class OpenNemoLM(TemplateLM):
         if self._laid_out:  # only then are names of control tokens more than text
             names = "|".join(map(re.escape, sorted(tokenizer.control, key=len, reverse=True)))
             for piece in re.split(f"({names})", text):
-                known = tokenizer.control.get(piece)
-                ids += [known] if known is not None else tokenizer.encode(piece) if piece else []
+                id = tokenizer.control.get(piece)
+                ids += [id] if id is not None else tokenizer.encode(piece) if piece else []
         else:
             ids = tokenizer.encode(text)
         begins = with_bos and tokenizer.add_bos and ids[:1] != [tokenizer.bos_id]
@@ -146,18 +146,19 @@ class OpenNemoLM(TemplateLM):
                 self.cut.add(text)
             asked.append((ids[-room:], settings))
         keys = [digest("answer", question) for question in asked]
-        found = {key: self._recall(key) for key in keys}
-        todo = list({keys[i]: i for i in range(len(asked)) if found[keys[i]] is None}.values())
+        answers = {key: self.run and self.run.recall(key) for key in keys}
+        todo = list({keys[i]: i for i in range(len(asked)) if answers[keys[i]] is None}.values())
         todo.sort(key=lambda i: asked[i][0])  # neighbours share the beginning of their prompts
-        with progress("Answering", len(found), len(found) - len(todo)) as advance:
+        with remembering("Answering", len(answers), len(answers) - len(todo)) as bar:
             step = IN_FLIGHT * (self.run.n_engines if self.run else 1)
             for start in range(0, len(todo), step):
                 replies = {i: self._answer(*asked[i]) for i in todo[start : start + step]}
                 for i, reply in replies.items():
-                    found[keys[i]] = reply.text
-                    self._note(keys[i], reply.text)
-                    advance()
-        return [found[key] for key in keys]
+                    answers[keys[i]] = reply.text
+                    if self.run:
+                        self.run.note(keys[i], reply.text)
+                    bar.advance()
+        return [answers[key] for key in keys]
 
     def _answer(self, ids: list[int], settings: dict[str, Any]) -> Any:
         settings = dict(settings)
@@ -168,15 +169,8 @@ class OpenNemoLM(TemplateLM):
         settings.pop("temperature", None)
         sampling |= {name: settings.pop(name) for name in ("top_p", "top_k") if name in settings}
         if settings:
-            raise OpenNemoError(f"a task asks for {', '.join(settings)}, which is not known here")
+            raise OpenNemoError(f"a task asks for {', '.join(settings)}, which is not supported")
         return self.llm.complete(ids, stop=tuple(stop), **sampling)
-
-    def _recall(self, key: str) -> Any:
-        return self.run and self.run.recall(key)
-
-    def _note(self, key: str, value: Any) -> None:
-        if self.run:
-            self.run.note(key, value)
 
 
 register_model("opennemo")(OpenNemoLM)

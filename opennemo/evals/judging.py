@@ -1,11 +1,11 @@
 """Conversations marked by another model: MT-Bench, and WildBench's score (Table 2).
 
-A judge sees a question and an answer and writes a mark; a mark that cannot be found, or does not
-come, is missing and counted, never guessed. Judges are biased (towards what stands first, what is
-long, and themselves), so three controls go with the marks: `repeats` marks each answer more than
-once; `duel` shows two models' answers in both orders and counts a win only if both agree;
-`calibrate` and `agree` say how far a judge can tell right from broken, and how it compares with
-marks that are given.
+A judge sees a question and an answer and writes a mark. A mark that is not in the judge's text, or
+an answer that does not come, is counted as missing, never guessed. Judges are biased (towards what
+stands first, what is long, and themselves), so three controls go with the marks: `repeats` marks
+each answer more than once; `duel` shows two models' answers in both orders and counts a win only if
+both agree; `calibrate` and `agree` measure how far a judge can tell right from broken, and how it
+compares with given marks.
 
 MT-Bench: arXiv:2306.05685 and FastChat's prompts. WildBench: arXiv:2406.04770, its template v2.
 """
@@ -17,12 +17,16 @@ from dataclasses import dataclass, field
 from statistics import stdev
 from typing import Any
 
-from opennemo.errors import OpenNemoError
-from opennemo.evals.benchmark_data import BenchmarkData
-from opennemo.evals.endpoint import ChatModel
+from opennemo.errors import InvalidRequest, OpenNemoError
+from opennemo.evals.benchmark_data import BenchmarkData, read_lines
+from opennemo.evals.endpoint import ChatModel, open_model
+from opennemo.evals.job import Job, Outcome
 from opennemo.evals.rows import ResultRow, gather
 from opennemo.evals.runs import Run, digest
+from opennemo.evals.suites import Judges
+from opennemo.llm import LLM
 
+TASKS = ("mt-bench", "wildbench", "calibrate")
 FASTCHAT = "github.com/lm-sys/FastChat, fastchat/llm_judge/data"
 TEMPERATURE = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
 WITH_REFERENCE = {"math", "reasoning", "coding"}
@@ -42,6 +46,52 @@ ANNOUNCED = {
 NO_MARK = "the judge gave no mark"
 
 
+def measure(model: ChatModel, job: Job, options: Judges) -> Outcome:
+    """Marks of a judge for the model's answers, and the controls that were asked for.
+
+    Raises:
+        InvalidRequest: no judge was named, or a file is missing.
+    """
+    judge = options.judge
+    if not judge:
+        raise InvalidRequest("--suite chat needs --judge, a model or the address of a server")
+    wanted = job.chosen(TASKS, ("mt-bench", "wildbench"))
+    with open_model(
+        judge, options.judge_name, options.judge_key, None,
+        load=lambda: LLM.load(judge, device=job.device),
+    ) as judge_model:  # fmt: skip
+        judging = Judging(judge_model, job.run, options.repeats)
+        rows, items, notes = [], [], []
+        if judge_model.name == model.name:
+            notes.append(f"{model.name} judges itself, which is known to favour it.")
+        bench = MTBench(job.data, job.limit, options.references)
+        if "mt-bench" in wanted:
+            answers = bench.answers(model, job.run)
+            marks = bench.grade(judging, answers)
+            rows += bench.rows(marks, judge_model.name)
+            items = [{"id": number, "answers": answer} for number, answer in answers.items()]
+            items += [{"id": item, "value": mark} for item, mark in marks.items()]
+            if options.against:
+                lines = read_lines(options.against / "items.jsonl")
+                theirs = {line["id"]: line["answers"] for line in lines if "answers" in line}
+                rows += bench.duel(judging, answers, theirs, options.against.name)
+        if "calibrate" in wanted:
+            rows += bench.calibrate(judging)
+        if options.agreement:
+            given = read_lines(options.agreement)
+            turns = {line["question_id"]: line["turns"] for line in given}
+            scores = {
+                f"{g['question_id']}/{i}": m for g in given for i, m in enumerate(g["scores"], 1)
+            }
+            rows += agree(bench.grade(judging, turns), scores)
+        if "wildbench" in wanted:
+            rows += wild_bench(job.data, model, judging, job.limit)
+        if judging.spreads:
+            spread = sum(judging.spreads) / len(judging.spreads)
+            notes.append(f"Repeated marks of one answer have a standard deviation of {spread:.2f}.")
+    return Outcome(rows, items, notes)
+
+
 @dataclass
 class Judging:
     """A judge, and where its marks are kept."""
@@ -53,9 +103,10 @@ class Judging:
     spreads: list[float] = field(default_factory=list)  # between an answer's repeated marks
 
     def marks(self, prompts: Mapping[str, list[dict[str, Any]] | str], find: Any) -> dict:
-        """What `find` reads out of the judge's answers, by item; a text where there is nothing.
+        """What `find` reads out of the judge's answers, by item; a text where it reads nothing.
 
-        With repeats an item's mark is their mean. A prompt that is a text says why it is none.
+        With repeats an item's mark is their mean. A text in place of a prompt is the reason why
+        nothing can be asked, and is returned in place of the mark.
         """
         asked = [
             (item, messages, self.seed + i)
@@ -69,13 +120,13 @@ class Judging:
             key=lambda a: digest("judge", self.judge.name, a[1], a[2], heat),
             ask=lambda a: self.judge.ask(a[1], temperature=heat, max_tokens=2048, seed=a[2]),
         )  # fmt: skip
-        found: dict[str, list[Any]] = {}
+        repeated: dict[str, list[Any]] = {}
         for (item, _, _), answer in zip(asked, answers, strict=True):
             failed = isinstance(answer, OpenNemoError)
             mark = str(answer) if failed else find(answer.get("content") or "")
-            found.setdefault(item, []).append(NO_MARK if mark is None else mark)
+            repeated.setdefault(item, []).append(NO_MARK if mark is None else mark)
         marks: dict[str, Any] = {k: v for k, v in prompts.items() if isinstance(v, str)}
-        for item, values in found.items():
+        for item, values in repeated.items():
             numbers = [v for v in values if not isinstance(v, str)]
             marks[item] = sum(numbers) / len(numbers) if numbers else values[0]
             self.spreads += [stdev(numbers)] if len(numbers) > 1 else []
@@ -84,15 +135,16 @@ class Judging:
 
 def rating(text: str) -> float | None:
     """The first [[number]] of a judgement from 1 to 10, else the first [number]."""
-    found = re.search(r"\[\[(\d+\.?\d*)\]\]", text) or re.search(r"\[(\d+\.?\d*)\]", text)
-    mark = float(found[1]) if found else 0.0
-    return mark if 1 <= mark <= 10 else None
+    return _mark(re.search(r"\[\[(\d+\.?\d*)\]\]", text) or re.search(r"\[(\d+\.?\d*)\]", text))
 
 
 def wild_score(text: str) -> float | None:
     """The "score" of WildBench's JSON, from 1 to 10."""
-    found = re.search(r'"score"\s*:\s*"?\s*(\d+\.?\d*)', text)
-    mark = float(found[1]) if found else 0.0
+    return _mark(re.search(r'"score"\s*:\s*"?\s*(\d+\.?\d*)', text))
+
+
+def _mark(match: re.Match[str] | None) -> float | None:
+    mark = float(match[1]) if match else 0.0
     return mark if 1 <= mark <= 10 else None
 
 
@@ -120,13 +172,13 @@ class MTBench:
                 messages.append({"role": "assistant", "content": reply["content"] or ""})
             return [m["content"] for m in messages[1::2]]
 
-        found = run.ask_all(
+        conversations = run.ask_all(
             f"Answers of {model.name}", self.questions,
             key=lambda q: digest("mt-bench", model.name, q["turns"]), ask=converse,
         )  # fmt: skip
         return {
             q["question_id"]: str(a) if isinstance(a, OpenNemoError) else a
-            for q, a in zip(self.questions, found, strict=True)
+            for q, a in zip(self.questions, conversations, strict=True)
         }
 
     def grade(self, judging: Judging, answers: Mapping[int, list[str] | str]) -> dict[str, Any]:
@@ -205,9 +257,9 @@ class MTBench:
 
     def calibrate(self, judging: Judging) -> list[ResultRow]:
         """How often the judge marks a reference answer above the same with its words shuffled."""
-        known = [q for q in self.questions if q["question_id"] in self.references]
+        right_or_wrong = [q for q in self.questions if q["question_id"] in self.references]
         prompts, rng = {}, random.Random(judging.seed)
-        for question in known:
+        for question in right_or_wrong:
             right = self.references[question["question_id"]][0]
             words = right.split()
             broken = " ".join(rng.sample(words, len(words)))
@@ -215,7 +267,7 @@ class MTBench:
                 prompts[f"{question['question_id']}/{name}"] = self._prompt(question, [text], 1)
         marks = judging.marks(prompts, rating)
         values: dict[str, float | str] = {}
-        for question in known:
+        for question in right_or_wrong:
             number = question["question_id"]
             pair = [marks[f"{number}/{name}"] for name in ("right", "broken")]
             missing = next((mark for mark in pair if isinstance(mark, str)), None)
@@ -228,8 +280,8 @@ def _numbered(name: str, texts: Sequence[str]) -> dict[str, str]:
 
 
 def _verdict(text: str) -> float | None:
-    found = re.search(r"\[\[([ABC])\]\]", text)
-    return {"A": 1.0, "B": 0.0, "C": 0.5}[found[1]] if found else None
+    match = re.search(r"\[\[([ABC])\]\]", text)
+    return {"A": 1.0, "B": 0.0, "C": 0.5}[match[1]] if match else None
 
 
 def agree(marks: Mapping[str, Any], given: Mapping[str, float]) -> list[ResultRow]:
@@ -299,15 +351,15 @@ def wild_bench(
             "model_output": "" if failed else answer["content"] or "",
             "checklist": "".join(f"- {point}\n" for point in task.get("checklist") or ()),
         }
-        text = re.sub(r"\{\$(\w+)\}", lambda found, fields=fields: fields[found[1]], template)
+        text = re.sub(r"\{\$(\w+)\}", lambda match, fields=fields: fields[match[1]], template)
         prompts[task["session_id"]] = str(answer) if failed else [{"role": "user", "content": text}]
     marks = judging.marks(prompts, wild_score)
     scores = {k: v if isinstance(v, str) else (v - 5) * 20 for k, v in marks.items()}
     kinds = {t["session_id"]: KINDS.get(str(t.get("primary_tag")), "") for t in tasks}
     settings = {"setting": f"(mark - 5) x 20, judge {judging.judge.name}", "percent": False}
     by_kind = gather(name, scores, parts=kinds.__getitem__, **settings)
-    known = [(WEIGHTS[r.part], r.score) for r in by_kind if r.part and r.score is not None]
-    total = sum(weight for weight, _ in known)
-    also = {"macro": sum(weight * score for weight, score in known) / total} if total else {}
+    parts = [(WEIGHTS[r.part], r.score) for r in by_kind if r.part and r.score is not None]
+    total = sum(weight for weight, _ in parts)
+    also = {"macro": sum(weight * score for weight, score in parts) / total} if total else {}
     whole = gather(name, scores, also=also, announced=ANNOUNCED.get(name, {}), **settings)
     return [*whole, *(row for row in by_kind if row.part)]

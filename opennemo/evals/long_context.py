@@ -1,24 +1,28 @@
 """How much of a long context a model uses: passkey, and RULER's tasks, from 4k to 128k tokens.
 
-The idea: every task is a haystack that grows in units (sentences, words, documents) and needles
-that go into it at known depths; a prompt is the largest that fits its length by the model's own
-tokenizer. Prompts, answer prefixes, limits and marking are RULER's (arXiv:2404.06654), so that
-numbers compare; words are ours, and so is the text between needles, as RULER's essays have no
-licence. Two of its tasks are not here (cwe, fwe: counting words). Passkey is that of Landmark
-Attention (arXiv:2305.16300).
+Every task is a haystack that grows in units (sentences, words, documents) and needles that go into
+it at given depths; a prompt is the largest that fits its length by the model's own tokenizer.
+Prompts, answer prefixes, limits and marking are RULER's (arXiv:2404.06654), so that numbers
+compare; words are ours, and so is the text between needles, as RULER's essays have no licence. Two
+of its tasks are missing (cwe, fwe: counting words). Passkey is that of Landmark Attention
+(arXiv:2305.16300). The harness has RULER's tasks, too, but fetches words, essays and a sentence
+splitter from the network, runs code of the tokenizer's author, makes 500 prompts of a length and
+chooses no depth.
 """
 
 import itertools
 import random
 import string
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from opennemo.errors import InvalidRequest, OpenNemoError
 from opennemo.evals.benchmark_data import BenchmarkData
-from opennemo.evals.rows import ResultRow, gather
-from opennemo.evals.runs import Run, digest
+from opennemo.evals.job import Job, Outcome
+from opennemo.evals.rows import gather
+from opennemo.evals.runs import digest
+from opennemo.evals.suites import Haystacks
 from opennemo.llm import LLM
 
 RULER = "github.com/NVIDIA/RULER (its data, as JSON lines)"
@@ -80,7 +84,7 @@ def needles(
 
     def make(rng: random.Random, n: int, depth: float) -> Prompt:
         names = words(rng, keys)
-        known = {name: [value(rng) for _ in range(values)] for name in names}
+        truth = {name: [value(rng) for _ in range(values)] for name in names}
         if hay == "needles":
             others = words(rng, min(n, 1000))
             lines = [
@@ -89,7 +93,7 @@ def needles(
             ]
         else:
             lines = [sentences[i % len(sentences)] for i in range(n)] if sentences else [NOISE] * n
-        hidden = [NEEDLE.format(kind=kind, key=k, value=v) for k, vs in known.items() for v in vs]
+        hidden = [NEEDLE.format(kind=kind, key=k, value=v) for k, vs in truth.items() for v in vs]
         first, *rest = hidden  # the first, which is always asked for, stands at the wanted depth
         places = sorted([round(depth * n), *(rng.randint(0, n) for _ in rest)], reverse=True)
         at = places.index(round(depth * n))
@@ -108,7 +112,7 @@ def needles(
             f"What {verb} {what}?"
         )
         begins = f"T{what[1:]} {'is' if one else 'are'}"
-        return Prompt(text, begins, tuple(v for name in asked for v in known[name]))
+        return Prompt(text, begins, tuple(v for name in asked for v in truth[name]))
 
     return make
 
@@ -160,32 +164,37 @@ def documents(questions: Sequence[tuple[str, Sequence[str], Sequence[str]]]) -> 
     return make
 
 
-def tasks(data: BenchmarkData, wanted: Sequence[str] | None) -> dict[str, tuple[Make, int]]:
-    """How prompts are made, and the tokens of an answer; without data, those that need none.
+NEEDLES: dict[str, dict[str, Any]] = {
+    "niah_single_1": {},
+    "niah_single_2": {"hay": "text"},
+    "niah_single_3": {"hay": "text", "kind": "uuids"},
+    "niah_multikey_1": {"hay": "text", "keys": 4},
+    "niah_multikey_2": {"hay": "needles"},
+    "niah_multikey_3": {"hay": "needles", "kind": "uuids"},
+    "niah_multivalue": {"hay": "text", "values": 4},
+    "niah_multiquery": {"hay": "text", "keys": 4, "queries": 4},
+}
+TASKS = ("passkey", *NEEDLES, "vt", "qa_1", "qa_2")
+WITHOUT_DATA = ("passkey", "niah_single_1", "niah_multikey_2", "niah_multikey_3", "vt")
+
+
+def task(data: BenchmarkData, name: str) -> tuple[Make, int]:
+    """How a task's prompts are made, and the tokens of an answer.
 
     Raises:
-        InvalidRequest: a task is not known, or its data are not there.
+        InvalidRequest: its data are missing.
     """
-    text = lambda: _sentences(data)  # noqa: E731  read when a task needs it
-    known: dict[str, Callable[[], tuple[Make, int]]] = {
-        "passkey": lambda: (passkey, 8),
-        "niah_single_1": lambda: (needles(None), 128),
-        "niah_single_2": lambda: (needles(text(), hay="text"), 128),
-        "niah_single_3": lambda: (needles(text(), kind="uuids", hay="text"), 128),
-        "niah_multikey_1": lambda: (needles(text(), keys=4, hay="text"), 128),
-        "niah_multikey_2": lambda: (needles(None, hay="needles"), 128),
-        "niah_multikey_3": lambda: (needles(None, kind="uuids", hay="needles"), 128),
-        "niah_multivalue": lambda: (needles(text(), values=4, hay="text"), 128),
-        "niah_multiquery": lambda: (needles(text(), keys=4, queries=4, hay="text"), 128),
-        "vt": lambda: (variable_tracking, 30),
-        "qa_1": lambda: (documents(_squad(data)), 32),
-        "qa_2": lambda: (documents(_hotpot(data)), 32),
-    }
-    without = ("passkey", "niah_single_1", "niah_multikey_2", "niah_multikey_3", "vt")
-    chosen = wanted or (tuple(known) if data.folder else without)
-    if unknown := [name for name in chosen if name not in known]:
-        raise InvalidRequest(f"--tasks {', '.join(unknown)}: there are {', '.join(known)}")
-    return {name: known[name]() for name in chosen}
+    match name:
+        case "passkey":
+            return passkey, 8
+        case "vt":
+            return variable_tracking, 30
+        case "qa_1":
+            return documents(_squad(data)), 32
+        case "qa_2":
+            return documents(_hotpot(data)), 32
+    settings = NEEDLES[name]
+    return needles(_sentences(data) if settings.get("hay") == "text" else None, **settings), 128
 
 
 def _sentences(data: BenchmarkData) -> list[str]:
@@ -210,62 +219,63 @@ def _hotpot(data: BenchmarkData) -> list[tuple[str, list[str], list[str]]]:
     ]
 
 
-def measure(
-    llm: LLM, run: Run, made: Mapping[str, tuple[Make, int]], lengths: Sequence[int],
-    depths: Sequence[float], n: int, chat: bool,
-) -> tuple[list[ResultRow], list[dict[str, Any]]]:  # fmt: skip
-    """The share of answers found, by task and length; items are "task/length/depth/number".
+def measure(llm: LLM, job: Job, options: Haystacks) -> Outcome:
+    """The share of answers that are right, by task and length, ten prompts for each and depth.
 
-    Args:
-        n: prompts of each task, length and depth.
-        chat: whether prompts are laid out as a conversation, as instruct models are used.
+    Items are "task/length/depth/number". Without data, the tasks that need none are measured.
     """
+    names = job.chosen(TASKS, None if job.data.folder else WITHOUT_DATA)
+    tasks = {name: task(job.data, name) for name in names}
 
     def ask(question: tuple[Prompt, int]) -> str:
         prompt, max_tokens = question
         settings: dict[str, Any] = {"temperature": 0.0, "max_tokens": max_tokens}
-        if not chat:
+        if not job.chat:
             return llm.complete(f"{prompt.text} {prompt.begins}", **settings).text
         talk: list[dict[str, Any]] = [{"role": "user", "content": prompt.text}]
         talk += [{"role": "assistant", "content": prompt.begins, "prefix": True}]
         return llm.chat(talk, **settings).text
 
     rows, items = [], []
-    for (name, (make, max_tokens)), length in itertools.product(made.items(), lengths):
-        cells = [(f"{name}/{length}/{100 * d:.0f}/{i}", d) for d in depths for i in range(n)]
+    for (name, (make, max_tokens)), length in itertools.product(tasks.items(), options.lengths):
+        cells = [
+            (f"{name}/{length}/{100 * depth:.0f}/{i}", depth)
+            for depth in options.depths
+            for i in range(job.limit or 10)
+        ]
         values: dict[str, float | str] = {}
         if length > llm.engine.max_context:
             why = f"the model's context is {llm.engine.max_context:,} tokens"
             values = {key: why for key, _ in cells}
         else:
             room = length - max_tokens
-            size = _largest(llm, make, room)
-            prompts = {key: _fitting(llm, make, key, size, d, room) for key, d in cells}
-            answers = run.ask_all(
+            size = largest(llm, make, room)
+            prompts = {key: fitting(llm, make, key, size, depth, room) for key, depth in cells}
+            answers = job.run.ask_all(
                 f"{name}, {length:,} tokens", [(prompt, max_tokens) for prompt in prompts.values()],
-                key=lambda q: digest("long", chat, q[0].text, q[0].begins, q[1]), ask=ask,
+                key=lambda q: digest("long", job.chat, q[0].text, q[0].begins, q[1]), ask=ask,
                 side_by_side=max(1, min(8, llm.engine.max_context // length)),
             )  # fmt: skip
             for (key, prompt), text in zip(prompts.items(), answers, strict=True):
                 failed = isinstance(text, OpenNemoError)
                 values[key] = str(text) if failed else mark(prompt, text)
-                found = {"id": key, "value": values[key], "answer": str(text)}
-                items.append(found | {"target": prompt.answers})
+                items.append({"id": key, "value": values[key], "answer": str(text),
+                              "target": prompt.answers})  # fmt: skip
         rows += gather(name, values, parts=lambda item: f"{int(item.split('/')[1]):,}")
-    return rows, items
+    return Outcome(rows, items)
 
 
 def mark(prompt: Prompt, answer: str) -> float:
     """RULER's: the share of what was asked for that stands in the answer, or whether any does."""
-    found = [wanted.lower() in answer.lower() for wanted in prompt.answers]
-    return float(any(found)) if prompt.any_of else sum(found) / len(found)
+    hits = [wanted.lower() in answer.lower() for wanted in prompt.answers]
+    return float(any(hits)) if prompt.any_of else sum(hits) / len(hits)
 
 
 def _n_tokens(llm: LLM, prompt: Prompt) -> int:
     return len(llm.encode(f"{prompt.text} {prompt.begins}")) + 32  # and a chat's layout
 
 
-def _largest(llm: LLM, make: Make, room: int) -> int:
+def largest(llm: LLM, make: Make, room: int) -> int:
     """Units of haystack that surely fit."""
     fits = lambda n: _n_tokens(llm, make(random.Random(0), n, 0.5)) <= room  # noqa: E731
     if not fits(1):
@@ -279,7 +289,7 @@ def _largest(llm: LLM, make: Make, room: int) -> int:
     return low
 
 
-def _fitting(llm: LLM, make: Make, key: str, size: int, depth: float, room: int) -> Prompt:
+def fitting(llm: LLM, make: Make, key: str, size: int, depth: float, room: int) -> Prompt:
     """A prompt of its own random numbers, a little smaller where its words take more tokens."""
     while True:
         prompt = make(random.Random(key), size, depth)

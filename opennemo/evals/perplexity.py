@@ -8,30 +8,44 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from opennemo.errors import InvalidRequest
+from opennemo.evals.job import Job, Outcome
 from opennemo.evals.rows import ResultRow
 from opennemo.evals.runs import Run, score_all
+from opennemo.evals.suites import TextFiles
 from opennemo.llm import LLM
 from opennemo.texts import Texts
 
 
-def measure(
-    llm: LLM, texts: Sequence[Path], run: Run, limit: int | None, window: int = 2048
-) -> list[ResultRow]:
+def measure(llm: LLM, job: Job, options: TextFiles) -> Outcome:
     """Bits per byte of files of texts, one row for each language that they name.
+
+    Raises:
+        InvalidRequest: no file was named.
+    """
+    if not options.texts:
+        raise InvalidRequest("--suite ppl needs --texts FILE, repeatable")
+    return Outcome(bits_per_byte(llm, options.texts, job.run, job.limit))
+
+
+def bits_per_byte(
+    llm: LLM, files: Sequence[Path], run: Run, limit: int | None, window: int = 2048
+) -> list[ResultRow]:
+    """The rows.
 
     Args:
         limit: texts of each language.
         window: tokens of a prediction's context, at most.
     """
     documents: dict[str, list[str]] = {}
-    for language, text in Texts(list(texts)):
-        known = documents.setdefault(language or "", [])
-        if text and (limit is None or len(known) < limit):
-            known.append(text)
+    for language, text in Texts(list(files)):
+        texts = documents.setdefault(language or "", [])
+        if text and (limit is None or len(texts) < limit):
+            texts.append(text)
     window = min(window, llm.engine.max_context)
     bos, pairs, owners = llm.tokenizer.bos_id, [], []
-    for language, found in documents.items():
-        for i, text in enumerate(found):
+    for language, texts in documents.items():
+        for i, text in enumerate(texts):
             ids = [bos, *llm.tokenizer.encode(text)]
             for start in range(1, len(ids), window):
                 end = min(len(ids), start + window)
@@ -40,9 +54,9 @@ def measure(
                 owners.append((language, i))
     scores = score_all(llm, pairs, run)
     rows = []
-    for language, found in documents.items():
-        names = [f"{language}/{i}" for i in range(len(found))]
-        sizes = {n: float(len(t.encode())) for n, t in zip(names, found, strict=True)}
+    for language, texts in documents.items():
+        names = [f"{language}/{i}" for i in range(len(texts))]
+        sizes = {n: float(len(t.encode())) for n, t in zip(names, texts, strict=True)}
         totals = dict.fromkeys(names, 0.0)
         for (owner, i), (logprob, _) in zip(owners, scores, strict=True):
             if owner == language:

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from opennemo.errors import InvalidRequest
 from opennemo.evals.rows import ResultRow
+from opennemo.files import write_json
 
 Cells = list[list[str]]
 CAVEAT = (
@@ -81,15 +82,14 @@ def markdown(lines: Cells, title: str = "") -> str:
 
 
 def remarks(rows: Sequence[ResultRow]) -> list[str]:
-    """What must be said beside these rows."""
+    """Notes that belong beside these rows."""
     return [CAVEAT] if any(row.announced for row in rows) else []
 
 
 def write(folder: Path, rows: Sequence[ResultRow], model: str, notes: Sequence[str] = ()) -> None:
     """results.json, .md and .csv."""
     notes = [*notes, *remarks(rows)]
-    found = {"model": model, "notes": list(notes), "rows": [row.as_json() for row in rows]}
-    (folder / "results.json").write_text(json.dumps(found, indent=1, ensure_ascii=False), "utf-8")
+    results = {"model": model, "notes": notes, "rows": [row.as_json() for row in rows]}
     text = markdown(cells(rows, model), f"# {model}") + "".join(f"\n{note}\n" for note in notes)
     (folder / "results.md").write_text(text, "utf-8")
     file = io.StringIO()
@@ -99,6 +99,7 @@ def write(folder: Path, rows: Sequence[ResultRow], model: str, notes: Sequence[s
         trouble = sum(row.trouble.values())
         out.writerow([row.name, row.part, row.setting, row.n, row.score, row.error, trouble])
     (folder / "results.csv").write_text(file.getvalue(), "utf-8")
+    write_json(folder / "results.json", results)  # last, for it says that the run is done
 
 
 def read(folder: Path) -> tuple[str, list[ResultRow]]:
@@ -108,8 +109,8 @@ def read(folder: Path) -> tuple[str, list[ResultRow]]:
         InvalidRequest: there is no run, or it is not done.
     """
     try:
-        found = json.loads((folder / "results.json").read_text("utf-8"))
-        return found["model"], [ResultRow.from_json(row) for row in found["rows"]]
+        results = json.loads((folder / "results.json").read_text("utf-8"))
+        return results["model"], [ResultRow.from_json(row) for row in results["rows"]]
     except OSError:
         raise InvalidRequest(f"{folder}: no run that is done (it has no results.json)") from None
     except (ValueError, TypeError, KeyError):
@@ -132,12 +133,12 @@ def bars(folder: Path, models: Mapping[str, Sequence[ResultRow]]) -> None:
             for i, name in enumerate(names):
                 places = [x - 0.4 + width * (i + 0.5) for x in range(len(keys))]
                 of = shown.get(name)
-                found = [of.get(key) if of else None for key in keys]
+                bars = [of.get(key) if of else None for key in keys]
                 heights = [
                     (row and row.score) if of else base[key].announced.get(name)
-                    for row, key in zip(found, keys, strict=True)
+                    for row, key in zip(bars, keys, strict=True)
                 ]
-                errors = [row.error or 0 if row else 0 for row in found]
+                errors = [row.error or 0 if row else 0 for row in bars]
                 label = name if of else f"{name} (announced)"
                 color = f"C{i}" if of else str(0.6 + 0.1 * (i - len(models)))
                 ax.bar(places, [h or 0 for h in heights], width, yerr=errors if of else None,

@@ -1,7 +1,7 @@
 """A number of a report together with the items it was made of.
 
-The idea: whatever a suite measures comes down to one value for each item, so means, standard
-errors, tables and comparisons of runs are written once, and two runs can be compared item by item.
+Every suite measures one value for each item, so means, standard errors, tables and comparisons of
+runs are written once, and two runs can be compared item by item.
 """
 
 import math

@@ -1,17 +1,16 @@
-"""A run: a folder with what was asked, every answer, and what they add up to.
+"""A run: a folder with what was asked, every answer, and the results.
 
     config.json    settings, versions, machine       items.jsonl  every answer, with its value
     answers.jsonl  answers as they came, by key      results.json, .md, .csv, plots
 
-The idea: an answer is on disk the moment it is there, under a key made of all that it depends on.
-A run that was killed is started again by the same command, finds them, and asks for the rest.
+Every answer is written the moment it is there, under a key made of all that it depends on. After a
+kill the same command reads them and asks for the rest.
 """
 
 import fcntl
 import hashlib
 import json
 import platform
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +22,9 @@ from typing import Any, BinaryIO, TypeVar
 
 from opennemo.engine.scoring import Pair, Score
 from opennemo.errors import InvalidRequest, OpenNemoError
+from opennemo.files import write_json
 from opennemo.llm import LLM
+from opennemo.progress import Bar, progress
 
 T = TypeVar("T")
 PACKAGES = ("opennemo", "torch", "lm_eval", "bfcl-eval", "datasets")
@@ -38,8 +39,7 @@ def digest(*parts: Any) -> str:
 def fingerprint(path: Path) -> str:
     """Of a model's files, so that answers of one are never taken for those of another."""
     files = sorted(path.iterdir()) if path.is_dir() else [path]
-    known = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
-    return digest(known)
+    return digest([(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()])
 
 
 class Run:
@@ -62,17 +62,14 @@ class Run:
         if (config := self.folder / "config.json").exists():
             self._same(_object(config))
             self._read()
-        self.n_known = len(self._answers)
+        self.n_before = len(self._answers)
 
     def _begin(self) -> None:
         if self._file is None:
             self.folder.mkdir(parents=True, exist_ok=True)
             machine = {"python": platform.python_version(), "machine": platform.platform()}
             kept = {"settings": self.settings, "versions": self.versions, "machine": machine}
-            text = json.dumps(kept | {"started": time.time()}, indent=1)
-            draft = self.folder / "config.json.new"
-            draft.write_text(text, "utf-8")
-            draft.replace(self.folder / "config.json")  # whole, or not there
+            write_json(self.folder / "config.json", kept | {"started": time.time()})
             self._read()
 
     def close(self) -> None:
@@ -146,12 +143,12 @@ class Run:
             except OpenNemoError as error:
                 answers[i] = error
 
-        with progress(what, len(questions), len(questions) - len(todo)) as advance:
+        with remembering(what, len(questions), len(questions) - len(todo)) as bar:
             pool = ThreadPoolExecutor(side_by_side * self.n_engines)
             try:
                 for done in as_completed([pool.submit(work, i) for i in todo]):
                     done.result()
-                    advance()
+                    bar.advance()
             finally:
                 pool.shutdown(cancel_futures=True)
         return answers
@@ -163,29 +160,38 @@ class Run:
         (self.folder / "items.jsonl").write_text("".join(lines), "utf-8")
 
 
+@contextmanager
+def remembering(what: str, total: int, n_before: int) -> Iterator[Bar]:
+    """A bar for questions, of which so many were answered by an earlier run."""
+    with progress(what, total, done=n_before) as bar:
+        if n_before:
+            bar.say(f"{what}: {n_before:,} of {total:,} were answered before")
+        yield bar
+
+
 def score_all(llm: LLM, pairs: Sequence[Pair], run: Run | None) -> list[tuple[float, bool]]:
     """Log-probability of each pair's continuation, and whether it is greedy; remembered."""
     keys = [digest("score", pair) for pair in pairs]
-    found: dict[str, Any] = {key: run and run.recall(key) for key in keys}
-    todo = list({key: i for i, key in enumerate(keys) if not found[key]}.values())
-    with progress("Scoring", len(found), len(found) - len(todo)) as advance:
+    scores: dict[str, Any] = {key: run and run.recall(key) for key in keys}
+    todo = list({key: i for i, key in enumerate(keys) if not scores[key]}.values())
+    with remembering("Scoring", len(scores), len(scores) - len(todo)) as bar:
 
         def listen(index: int, score: Score) -> None:
             key = keys[todo[index]]
-            found[key] = [score.logprob, score.greedy]
+            scores[key] = [score.logprob, score.greedy]
             if run:
-                run.note(key, found[key])
-            advance()
+                run.note(key, scores[key])
+            bar.advance()
 
         if todo:
             llm.score([pairs[i] for i in todo], listen)
-    return [(found[key][0], found[key][1]) for key in keys]
+    return [(scores[key][0], scores[key][1]) for key in keys]
 
 
 def _object(config: Path) -> dict[str, dict[str, Any]]:
     try:
-        found = json.loads(config.read_text("utf-8"))
-        return {group: dict(found[group]) for group in ("settings", "versions")}
+        written = json.loads(config.read_text("utf-8"))
+        return {group: dict(written[group]) for group in ("settings", "versions")}
     except (ValueError, TypeError, KeyError):
         raise InvalidRequest(f"{config}: not what a run writes; delete its folder") from None
 
@@ -195,36 +201,3 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-@contextmanager
-def progress(what: str, total: int, done: int = 0) -> Iterator[Callable[[], None]]:
-    """A bar with the time left on standard error; in a pipe, a line at each tenth."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    if done:
-        console.print(f"{what}: {done:,} of {total:,} were answered before", highlight=False)
-    if done == total:
-        yield lambda: None
-    elif console.is_terminal:
-        with Progress(
-            "{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-            console=console, transient=True,
-        ) as bar:  # fmt: skip
-            task = bar.add_task(what, total=total, completed=done)
-            yield lambda: bar.advance(task)
-    else:
-        began, at, said, lock = time.monotonic(), done, 10 * done // total, threading.Lock()
-
-        def advance() -> None:
-            nonlocal at, said
-            with lock:
-                at += 1
-                if 10 * at // total > said:
-                    said = 10 * at // total
-                    left = (time.monotonic() - began) / (at - done) * (total - at)
-                    print(f"{what}: {at:,} of {total:,}, {left:.0f} s left", file=sys.stderr)
-
-        yield advance

@@ -1,136 +1,120 @@
-"""Which benchmarks a suite holds: a table of tasks of the harness, with the metric of each and why.
+"""The suites by name: the module that measures each, and the options that only it has.
 
-A new benchmark is a new entry. What was announced (Table 1 of https://mistral.ai/news/mistral-nemo;
-by language, the model card of the base model) stands beside what is measured and is not the same
-thing: Mistral says only that it used a library of its own.
+A new suite is an entry of `SUITES` and a module with a function `measure(model, job, options)`,
+which returns an `Outcome` (job.py). The command line makes its options from the fields here, so
+this module imports no other.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_type_hints
 
-MODELS = ("Mistral NeMo 12B", "Gemma 2 9B", "Llama 3 8B")
+from opennemo.errors import InvalidRequest
+
+
+@dataclass(frozen=True)
+class Option:
+    """What the command line needs to know about a field of a suite's options."""
+
+    help: str
+    at_least: int | None = None
+    weights: bool = False  # it names a model, whose files decide what the run is called
+    env: str | None = None  # a secret, in this variable of the environment by default
 
 
 @dataclass(frozen=True, kw_only=True)
-class Benchmark:
-    """A task, or a group of tasks, of the harness."""
-
-    name: str
-    task: str
-    folder: str  # of the harness that defines it; indexing them all takes half a minute
-    shots: int  # worked examples before the question
-    metric: str
-    filter: str = "none"  # of the answer, before it is compared
-    part: str = ""
-    also: tuple[str, ...] = ()  # further metrics of the same answers; `pmi` is ours
-    why: str = ""
-    announced: Mapping[str, float] = field(default_factory=dict)
+class NoOptions:
+    """Of suites that need none."""
 
 
-def _announced(*scores: float) -> dict[str, float]:
-    return dict(zip(MODELS, scores, strict=True))
+@dataclass(frozen=True, kw_only=True)
+class Judges:
+    """Of the suite `chat`."""
+
+    judge: Annotated[str | None, Option("a model, or a server's URL.", weights=True)] = None
+    judge_name: Annotated[str | None, Option("its name at that server.")] = None
+    judge_key: Annotated[str, Option("the variable with its key.", env="JUDGE_API_KEY")] = "none"
+    repeats: Annotated[int, Option("judgements of each answer.", at_least=1)] = 1
+    against: Annotated[Path | None, Option("a run of another model, judged in both orders.")] = None
+    agreement: Annotated[Path | None, Option("marked answers, to compare the judge with.")] = None
+    references: Annotated[str, Option("gpt-4 or gpt-4-0125-preview.")] = "gpt-4"
 
 
-TABLE1 = [
-    Benchmark(
-        name="HellaSwag", task="hellaswag", folder="hellaswag", shots=0, metric="acc_norm",
-        also=("acc",), announced=_announced(83.5, 80.1, 80.6),
-        why="endings differ in length, so their likelihood is divided by it",
-    ),
-    Benchmark(
-        name="Winogrande", task="winogrande", folder="winogrande", shots=0, metric="acc",
-        announced=_announced(76.8, 74.0, 73.5),
-        why="what follows the two names is the same text, so nothing needs dividing",
-    ),
-    Benchmark(
-        name="NaturalQuestions", task="nq_open", folder="nq_open", shots=5, metric="exact_match",
-        filter="remove_whitespace", announced=_announced(31.2, 29.8, 28.2),
-        why="a written answer, the same as one of the known ones but for case, articles and marks",
-    ),
-    Benchmark(
-        name="TriviaQA", task="triviaqa", folder="triviaqa", shots=5, metric="exact_match",
-        filter="remove_whitespace", announced=_announced(73.8, 71.3, 61.0),
-        why="a written answer, the same as one of the aliases but for case and marks",
-    ),
-    Benchmark(
-        name="MMLU", task="mmlu", folder="mmlu/default", shots=5, metric="acc",
-        announced=_announced(68.0, 71.5, 62.3),
-        why="the likeliest letter; all questions of the 57 subjects weigh the same",
-    ),
-    Benchmark(
-        name="OpenBookQA", task="openbookqa", folder="openbookqa", shots=0, metric="acc_norm",
-        also=("acc", "pmi"), announced=_announced(60.6, 50.8, 56.4),
-        why="published numbers are acc_norm; the announced ones look like pmi, the likelihood "
-        'divided by that of the same answer after "Answer:" alone (LLaMA, arXiv:2302.13971)',
-    ),
-    Benchmark(
-        name="CommonsenseQA", task="commonsense_qa", folder="commonsense_qa", shots=0, metric="acc",
-        announced=_announced(70.4, 60.8, 66.7),
-        why="the likeliest letter; it is not known whether the announced ones compare letters",
-    ),
-    Benchmark(
-        name="TruthfulQA", task="truthfulqa_mc2", folder="truthfulqa", shots=0, metric="acc",
-        announced=_announced(50.3, 46.6, 43.0),
-        why="mc2, the share of probability on true answers; others measure the announced 50",
-    ),
-    Benchmark(
-        name="TruthfulQA mc1", task="truthfulqa_mc1", folder="truthfulqa", shots=0, metric="acc",
-        why="whether the true answer is the likeliest; not in the announcement",
-    ),
-]  # fmt: skip
+@dataclass(frozen=True, kw_only=True)
+class Calls:
+    """Of the suite `tools`."""
 
-OKAPI = "okapi/{}_multilingual"
-MMLU_BY_LANGUAGE = {
-    "fr": 62.3, "de": 62.7, "es": 64.6, "it": 61.3, "pt": 63.3, "ru": 59.2, "zh": 59.0, "ja": 59.0,
-}  # fmt: skip
-# Nobody has translated HellaSwag and ARC to Japanese for the harness, nor HellaSwag to Chinese.
-MULTILINGUAL = [
-    *(
-        Benchmark(
-            name="HellaSwag", part=language, task=f"hellaswag_{language}", shots=0,
-            folder=OKAPI.format("hellaswag"), metric="acc_norm", why="as in English",
-        )
-        for language in ("fr", "de", "es", "it", "pt", "ru")
-    ),
-    *(
-        Benchmark(
-            name="ARC challenge", part=language, task=f"arc_{language}", shots=0,
-            folder=OKAPI.format("arc"), metric="acc_norm", why="published numbers are acc_norm",
-        )
-        for language in ("fr", "de", "es", "it", "pt", "ru", "zh")
-    ),
-    *(
-        Benchmark(
-            name="MMLU", part=language, task=f"m_mmlu_{language}", shots=5,
-            folder=OKAPI.format("mmlu"), metric="acc", why="as in English",
-            announced={MODELS[0]: MMLU_BY_LANGUAGE[language]},
-        )
-        for language in ("fr", "de", "es", "it", "pt", "ru", "zh")
-    ),
-    Benchmark(
-        name="MMLU", part="ja", task="global_mmlu_full_ja", folder="global_mmlu/full/ja", shots=5,
-        metric="acc", why="Global-MMLU, as Okapi has no Japanese",
-        announced={MODELS[0]: MMLU_BY_LANGUAGE["ja"]},
-    ),
-    *(
-        Benchmark(
-            name="MGSM", part=language, task=f"mgsm_native_cot_{language}", shots=8,
-            folder="mgsm/native_cot", metric="exact_match", filter="flexible-extract",
-            why="the last number of an answer that thinks in the language of the question",
-        )
-        for language in ("fr", "de", "es", "ru", "zh", "ja")
-    ),
-    *(
-        Benchmark(
-            name="XWinograd", part="ja" if language == "jp" else language, shots=0, metric="acc",
-            task=f"xwinograd_{language}", folder="xwinograd", why="as Winogrande",
-        )
-        for language in ("fr", "pt", "ru", "zh", "jp")
-    ),
-    Benchmark(
-        name="JCommonsenseQA", part="ja", task="ja_leaderboard_jcommonsenseqa", shots=3,
-        folder="japanese_leaderboard", metric="acc", why="the likeliest answer",
-    ),
-]  # fmt: skip
+    grammar: Annotated[bool, Option("hold answers to valid calls.")] = True
+    required: Annotated[bool, Option("every answer must be a call.")] = False
 
-BENCHMARKS = {"table1": TABLE1, "multilingual": MULTILINGUAL}
+
+@dataclass(frozen=True, kw_only=True)
+class Haystacks:
+    """Of the suite `long`."""
+
+    lengths: Annotated[tuple[int, ...], Option("tokens, commas between.")] = (
+        4096, 8192, 16384, 32768, 65536, 131072,
+    )  # fmt: skip
+    depths: Annotated[tuple[float, ...], Option("0 to 1, commas between.")] = (
+        0.0, 0.25, 0.5, 0.75, 1.0,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Programs:
+    """Of the suite `code`."""
+
+    run_code: Annotated[bool, Option("run what the model wrote, on this machine.")] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextFiles:
+    """Of the suite `ppl`."""
+
+    texts: Annotated[tuple[Path, ...], Option(".jsonl, .txt; repeatable.")] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suite:
+    """One suite; `servers`: whether a model at a server will do, which measures as a ChatModel."""
+
+    module: str
+    options: type = NoOptions
+    servers: bool = False
+    heat_map: bool = False  # drawn by depth and length, instead of bars
+
+    def measure(self, model: Any, job: Any, options: Any) -> Any:
+        """Call the module's function; model is an LLM, or a ChatModel where servers will do."""
+        return import_module(f"opennemo.evals.{self.module}").measure(model, job, options)
+
+
+SUITES = {
+    "table1": Suite(module="tables"),
+    "multilingual": Suite(module="tables"),
+    "code": Suite(module="coding", options=Programs),
+    "chat": Suite(module="judging", options=Judges, servers=True),
+    "tools": Suite(module="functions", options=Calls, servers=True),
+    "long": Suite(module="long_context", options=Haystacks, heat_map=True),
+    "ppl": Suite(module="perplexity", options=TextFiles),
+}
+
+
+def find_suite(name: str) -> Suite:
+    """The suite of a name.
+
+    Raises:
+        InvalidRequest: there is none.
+    """
+    if name not in SUITES:
+        raise InvalidRequest(f"--suite {name}: there are {', '.join(SUITES)}")
+    return SUITES[name]
+
+
+def options_of(suite: Suite) -> Iterator[tuple[str, Any, Any, Option]]:
+    """Name, type, default and description of each of a suite's own options."""
+    hints = get_type_hints(suite.options, include_extras=True)
+    for field in fields(suite.options):
+        kind, option = get_args(hints[field.name])
+        yield field.name, kind, field.default, option

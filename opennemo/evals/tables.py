@@ -1,24 +1,46 @@
-"""Runs the harness's tasks over a model, its own or any other of the harness, into rows.
+"""The suites `table1` and `multilingual`: tasks of lm-evaluation-harness, made into rows.
 
 All tasks of a suite go through one call, so that whatever their questions share is computed once. A
 task whose data are missing becomes a row that says so.
 """
 
-import logging
-import re
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from opennemo.errors import InvalidRequest
 from opennemo.evals.benchmark_data import BenchmarkData
+from opennemo.evals.benchmarks import BENCHMARKS, Benchmark
+from opennemo.evals.job import Job, Outcome
+from opennemo.evals.patches import quiet_harness
 from opennemo.evals.rows import MISSING, ResultRow
-from opennemo.evals.suites import Benchmark
+from opennemo.llm import LLM
 
 SHOTS_SEED = 1234  # the harness's own
 
 
-def measure(
+def measure(llm: LLM, job: Job, options: Any) -> Outcome:
+    """Rows of the suite's benchmarks that were asked for by name, task or part; all by default.
+
+    Raises:
+        InvalidRequest: no benchmark has one of those names.
+    """
+    from opennemo.evals.harness import OpenNemoLM
+
+    benchmarks, tasks = BENCHMARKS[job.suite], {*job.tasks}
+    chosen = [b for b in benchmarks if not tasks or {b.name, b.task, b.part} & tasks]
+    if not chosen:
+        names = ", ".join(dict.fromkeys(b.name for b in benchmarks))
+        raise InvalidRequest(f"--tasks {', '.join(job.tasks)}: there are {names}")
+    if job.data.folder is None:
+        print("Data that are not in the cache yet are fetched from the Hugging Face hub.")
+    lm = OpenNemoLM(llm, run=job.run)
+    rows, items = run_tasks(lm, chosen, job.data, job.limit, chat=job.chat)
+    return Outcome(rows, items, [f"{b.name}: {b.why}." for b in chosen if b.why])
+
+
+def run_tasks(
     lm: Any,
     benchmarks: Sequence[Benchmark],
     data: BenchmarkData,
@@ -34,9 +56,8 @@ def measure(
     """
     from lm_eval.evaluator import evaluate
 
-    _be_quiet()
     rows, items = [], []
-    with data.as_hub():
+    with quiet_harness(), data.as_hub():
         loaded = [(b, _load(b)) for b in benchmarks]
         chosen, samples = {}, {}
         for benchmark, tasks in loaded:
@@ -51,11 +72,11 @@ def measure(
                 samples[name] = list(range(n if each is None else min(n, each)))
         answers: Mapping[str, Any] = {}
         if chosen:
-            found: Any = evaluate(
+            outcome: Any = evaluate(
                 lm, {"tasks": chosen}, samples=samples, bootstrap_iters=0,
                 apply_chat_template=chat, fewshot_as_multiturn=chat,
             )  # fmt: skip
-            answers = (found or {}).get("samples") or {}
+            answers = (outcome or {}).get("samples") or {}
         for benchmark, tasks in loaded:
             if isinstance(tasks, str):
                 rows.append(_row(benchmark, [], lm, {f"{MISSING}: {tasks}": 1}))
@@ -89,10 +110,8 @@ def _load(benchmark: Benchmark) -> dict[str, Any] | str:
     try:
         return dict(manager.load([benchmark.task])["tasks"])
     except (OSError, ValueError, KeyError, ImportError) as error:
-        said = str(error).strip().splitlines()[0]
-        if "OfflineMode" in said and (named := re.search("'([^']+/[^']+)'", said)):
-            return f"{named[1]} is not in the folder"
-        return f"{type(error).__name__}: {said[:200]}"
+        why = str(error).strip().splitlines()[0][:200]
+        return why if isinstance(error, FileNotFoundError) else f"{type(error).__name__}: {why}"
 
 
 def _row(
@@ -101,8 +120,8 @@ def _row(
     values = {_id(s): float(s[benchmark.metric]) for s in samples}
     also = {}
     for metric in benchmark.also if samples else ():
-        found = _pmi(samples, lm) if metric == "pmi" else [float(s[metric]) for s in samples]
-        also[metric] = 100 * sum(found) / len(found)
+        scores = _pmi(samples, lm) if metric == "pmi" else [float(s[metric]) for s in samples]
+        also[metric] = 100 * sum(scores) / len(scores)
     return ResultRow(
         name=benchmark.name,
         part=benchmark.part,
@@ -144,14 +163,3 @@ def _item(benchmark: Benchmark, sample: Mapping[str, Any]) -> dict[str, Any]:
         "answers": [response[0] for response in sample["resps"]],
         "target": sample["target"],
     }
-
-
-def _be_quiet() -> None:
-    """Hide the harness's own bars and notes; ours say what is asked and how long it takes."""
-    import datasets
-    import lm_eval.api.task
-
-    for name in ("lm_eval", "lm-eval", "datasets", "fsspec"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    datasets.disable_progress_bars()
-    lm_eval.api.task.tqdm = lambda docs, **_: docs

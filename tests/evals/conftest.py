@@ -1,13 +1,17 @@
 """A tiny random model over bytes, as a folder, and a few questions laid out like the hub."""
 
 import json
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from opennemo.evals.rows import ResultRow
 from opennemo.llm import LLM
 
 SHARED = Path(__file__).parents[3] / "shared" / "data" / "eval"
@@ -60,6 +64,10 @@ def llm(folder: Path) -> Iterator[LLM]:
         yield llm
 
 
+def row(values: list[float], **fields) -> ResultRow:
+    return ResultRow(**{"name": "X", "items": {str(i): v for i, v in enumerate(values)}} | fields)
+
+
 def write_lines(path: Path, lines: list[dict]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
@@ -106,3 +114,48 @@ def hub(tmp_path_factory) -> Iterator[Path]:
     ], "train", "validation", "test")  # fmt: skip
     yield root
     config.HF_DATASETS_CACHE = cache
+
+
+Answer = Callable[[dict], "str | int"]  # a text, or a status of HTTP
+
+
+@contextmanager
+def serving(answer: Answer) -> Iterator[tuple[str, list[dict]]]:
+    """A server of chat completions that answers by `answer`; its address, and the bodies it got."""
+    bodies: list[dict] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self._send(200, {"data": [{"id": "judge"}]})
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            bodies.append(body)
+            text = answer(body)
+            message = {"role": "assistant", "content": text}
+            if isinstance(text, int):
+                self._send(text, {"error": "as asked"})
+            else:
+                self._send(200, {"choices": [{"message": message}]})
+
+        def _send(self, status: int, value: dict) -> None:
+            data = json.dumps(value).encode()
+            try:
+                self.send_response(status)
+                self.send_header("content-type", "application/json")
+                self.send_header("content-length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+            except OSError:  # the client had no patience
+                pass
+
+        def log_message(self, *_: object) -> None: ...
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}/v1", bodies
+    finally:
+        server.shutdown()
+        server.server_close()

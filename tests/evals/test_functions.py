@@ -5,18 +5,18 @@ from random import Random
 
 import pytest
 
-from opennemo.errors import InvalidRequest
 from opennemo.evals.endpoint import LocalModel, RemoteModel
 from opennemo.evals.functions import (
     CATEGORIES,
-    _checker,
-    _questions,
-    _schema,
-    _tool,
+    as_tool,
     measure,
+    questions,
     verdict,
 )
+from opennemo.evals.job import Job
+from opennemo.evals.patches import call_checker
 from opennemo.evals.runs import Run
+from opennemo.evals.suites import Calls
 from opennemo.llm import LLM
 from opennemo.tokenizer.messages import check_tools
 
@@ -44,17 +44,17 @@ def _value(value: object) -> object:
 
 @pytest.mark.parametrize("category", CATEGORIES)
 def test_right_calls_pass_and_wrong_ones_say_why(category):
-    check, rng, wrong = _checker(), Random(0), []
-    questions = _questions(category)
-    assert len(questions) >= 200
-    for question in questions:
-        tools = check_tools([_tool(f) for f in question["function"]])
+    check, rng, wrong = call_checker(), Random(0), []
+    asked = questions(category)
+    assert len(asked) >= 200
+    for question in asked:
+        tools = check_tools([as_tool(f) for f in question["function"]])
         assert tools and "." not in tools[0]["function"]["name"]
         right = calls(question["ground_truth"], rng) if category != "irrelevance" else {}
-        found = verdict(check, category, question, right)
-        wrong += [found] * (found is not None)
-    assert len(wrong) <= len(questions) // 100  # BFCL's own answers fail in two parallel questions
-    question, right = questions[0], calls(questions[0]["ground_truth"], rng)
+        why = verdict(check, category, question, right)
+        wrong += [why] * (why is not None)
+    assert len(wrong) <= len(asked) // 100  # BFCL's own answers fail in two parallel questions
+    question, right = asked[0], calls(asked[0]["ground_truth"], rng)
     if category == "irrelevance":
         some = calls([{"f": {"x": [1]}}], rng)
         assert verdict(check, category, question, some) == "a call where there is nothing to call"
@@ -72,7 +72,9 @@ def test_types_become_those_of_json_schema():
         "type": {"type": "float"}, "all": {"type": "tuple", "items": {"type": "any"}},
         "deep": {"type": "dict", "properties": {"x": {"type": "list", "items": {"type": "float"}}}},
     }, "required": ["type"]}  # fmt: skip
-    assert _schema(schema) == {"type": "object", "required": ["type"], "properties": {
+    function = {"name": "a.b", "description": "", "parameters": schema}
+    parameters = as_tool(function)["function"]["parameters"]
+    assert parameters == {"type": "object", "required": ["type"], "properties": {
         "type": {"type": "number"}, "all": {"type": "array", "items": {"type": "string"}},
         "deep": {"type": "object", "properties": {
             "x": {"type": "array", "items": {"type": "number"}}}},
@@ -89,17 +91,17 @@ def test_with_and_without_a_grammar_in_this_process_and_on_our_server(folder, tm
         for where, model in (("here", LocalModel(llm)), ("there", remote)):
             for grammar in (True, False):
                 run = Run(tmp_path / f"{where}{grammar}", {})
-                rows, items = measure(model, run, ("simple_python",), 2, grammar=grammar)
+                job = Job(run=run, tasks=("simple_python",), limit=2)
+                outcome = measure(model, job, Calls(grammar=grammar))
+                rows, items = outcome.rows, outcome.items
                 assert rows[0].n + sum(rows[0].trouble.values()) == 2
                 results[where, grammar] = [
                     (i["id"], i["wrong"], i["answer"].get("content")) for i in items
                 ]
-        rows, items = measure(
-            remote, Run(tmp_path / "required", {}), ("multiple",), 3, required=True
-        )
+        job = Job(run=Run(tmp_path / "required", {}), tasks=("multiple",), limit=3)
+        outcome = measure(remote, job, Calls(required=True))
+        rows, items = outcome.rows, outcome.items
         assert rows[0].setting == "with grammar, a call required"
         assert all(len(item["answer"].get("tool_calls") or [0]) == 1 for item in items)
     for grammar in (True, False):  # greedy answers do not depend on who carries them
         assert results["here", grammar] == results["there", grammar]
-    with pytest.raises(InvalidRequest, match="--tokenizer"):
-        RemoteModel("http://127.0.0.1:9/v1", "m").ask([], grammar=False)

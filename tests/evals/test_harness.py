@@ -13,10 +13,10 @@ from lm_eval.models.huggingface import HFLM
 from opennemo.engine import EngineConfig
 from opennemo.errors import ContextTooLong
 from opennemo.evals.benchmark_data import BenchmarkData
+from opennemo.evals.benchmarks import BENCHMARKS, TABLE1, Benchmark
 from opennemo.evals.harness import OpenNemoLM
 from opennemo.evals.rows import MISSING
-from opennemo.evals.suites import BENCHMARKS, TABLE1, Benchmark
-from opennemo.evals.tables import measure
+from opennemo.evals.tables import run_tasks
 from opennemo.llm import LLM
 from opennemo.tokenizer.chat import encode_chat
 
@@ -26,8 +26,8 @@ SMALL = [b for b in TABLE1 if b.task in
 
 
 def test_scores_and_answers_are_those_of_the_hf_model(folder, llm, hub):
-    ours, our_items = measure(OpenNemoLM(llm), SMALL, BenchmarkData(hub), 4)
-    theirs, their_items = measure(
+    ours, our_items = run_tasks(OpenNemoLM(llm), SMALL, BenchmarkData(hub), 4)
+    theirs, their_items = run_tasks(
         HF(pretrained=str(folder), dtype="float32", device="cpu", batch_size=4),
         SMALL,
         BenchmarkData(hub),
@@ -60,7 +60,7 @@ def test_a_text_as_long_as_the_context_is_scored_whole(llm):
 def test_requests_longer_than_the_context_are_cut_and_counted(folder, hub):
     with LLM.load(str(folder), config=EngineConfig(max_context=64)) as short:
         lm = OpenNemoLM(short)
-        rows, _ = measure(lm, SMALL[:1], BenchmarkData(hub), 4)
+        rows, _ = run_tasks(lm, SMALL[:1], BenchmarkData(hub), 4)
         assert rows[0].n == 4 and rows[0].trouble == {"cut to the model's context": 4}
         with pytest.raises(ContextTooLong):
             lm._loglikelihood_tokens([(("a", "b"), [5], [6] * 90)])
@@ -70,7 +70,7 @@ def test_missing_data_and_unknown_tasks_are_named(llm, hub, tmp_path):
     shutil.copytree(hub, tmp_path / "hub", dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "hub" / "allenai" / "winogrande")
     broken = Benchmark(name="None", task="none", folder="hellaswag", shots=0, metric="acc")
-    rows, items = measure(OpenNemoLM(llm), [*SMALL[:2], broken], BenchmarkData(tmp_path), 2)
+    rows, items = run_tasks(OpenNemoLM(llm), [*SMALL[:2], broken], BenchmarkData(tmp_path), 2)
     assert [row.n for row in rows] == [2, 0, 0] and len(items) == 2
     assert rows[1].score is None and next(iter(rows[1].trouble)).startswith(MISSING)
     assert rows[2].score is None and "none" in next(iter(rows[2].trouble))

@@ -13,9 +13,20 @@ from opennemo.errors import InvalidRequest
 from opennemo.evals import long_context
 from opennemo.evals.benchmark_data import BenchmarkData
 from opennemo.evals.evaluate import Request, evaluate
-from opennemo.evals.long_context import Prompt, documents, mark, needles, passkey, tasks
+from opennemo.evals.job import Job
+from opennemo.evals.long_context import (
+    TASKS,
+    WITHOUT_DATA,
+    Prompt,
+    documents,
+    mark,
+    needles,
+    passkey,
+    task,
+)
 from opennemo.evals.report import read
 from opennemo.evals.runs import Run
+from opennemo.evals.suites import Haystacks
 from tests.evals.conftest import SHARED, needs_shared
 
 SENTENCES = [f"Sentence number {i} of a long speech." for i in range(40)]
@@ -94,26 +105,33 @@ def test_the_words_around_the_needles_are_rulers():
 
 
 def test_prompts_fill_their_length_and_are_never_longer(llm, tmp_path):
-    made = {"passkey": (passkey, 8), "one": (MAKERS["single"], 8)}
-    run = Run(tmp_path, {})
-    rows, items = long_context.measure(llm, run, made, [700, 1000], [0.0, 1.0], 1, chat=False)
+    job = Job(run=Run(tmp_path, {}), tasks=("passkey", "niah_single_1"), limit=1)
+    options = Haystacks(lengths=(700, 1000), depths=(0.0, 1.0))
+    outcome = long_context.measure(llm, job, options)
+    rows, items = outcome.rows, outcome.items
     assert [(r.name, r.part, r.n) for r in rows] == [
-        ("passkey", "700", 2), ("passkey", "1,000", 2), ("one", "700", 2), ("one", "1,000", 2)
-    ]  # fmt: skip
+        (name, part, 2) for name in job.tasks for part in ("700", "1,000")
+    ]
     assert not any(r.trouble for r in rows) and len(items) == 8
-    size = long_context._largest(llm, passkey, 992)
-    prompt = long_context._fitting(llm, passkey, "x", size, 0.5, 992)
+    size = long_context.largest(llm, passkey, 992)
+    prompt = long_context.fitting(llm, passkey, "x", size, 0.5, 992)
     n = len(llm.encode(f"{prompt.text} {prompt.begins}"))
     assert 992 - 32 - 2 * len(long_context.NOISE) < n <= 992 - 32
     with pytest.raises(InvalidRequest, match="too few"):
-        long_context._largest(llm, passkey, 50)
+        long_context.largest(llm, passkey, 50)
 
 
 def test_a_model_whose_context_is_shorter_says_so(folder, tmp_path):
     asked = Request(
-        model=str(folder), suite="long", tasks=("passkey",), lengths=(512, 2048), limit=1,
-        depths=(0.0, 1.0), output=tmp_path, kv_format="fp8", kv_scale=1.0,
-    )  # fmt: skip
+        model=str(folder),
+        suite="long",
+        tasks=("passkey",),
+        limit=1,
+        options=Haystacks(lengths=(512, 2048), depths=(0.0, 1.0)),
+        output=tmp_path,
+        kv_format="fp8",
+        kv_scale=1.0,
+    )
     evaluate(asked, [])
     _, (short, long) = read(tmp_path)
     assert short.n == 2 and long.n == 0
@@ -121,18 +139,20 @@ def test_a_model_whose_context_is_shorter_says_so(folder, tmp_path):
     assert (tmp_path / "heatmap.png").exists() and (tmp_path / "heatmap.svg").exists()
 
 
-def test_unknown_tasks_and_missing_data_are_named(tmp_path):
+def test_unknown_tasks_and_missing_data_are_named(llm, tmp_path):
+    run = Run(tmp_path / "run", {})
     with pytest.raises(InvalidRequest, match="niah_single_1"):
-        tasks(BenchmarkData(None), ["niah"])
+        long_context.measure(llm, Job(run=run, tasks=("niah",)), Haystacks())
     with pytest.raises(InvalidRequest, match=r"ruler/squad_dev\.jsonl"):
-        tasks(BenchmarkData(tmp_path), ["qa_1"])
-    assert {"passkey", "vt"} <= tasks(BenchmarkData(None), None).keys()
+        task(BenchmarkData(tmp_path), "qa_1")
+    outcome = long_context.measure(llm, Job(run=run), Haystacks(lengths=(2048,)))  # too long
+    assert {row.name for row in outcome.rows} == {*WITHOUT_DATA}
 
 
 @needs_shared
 def test_the_published_documents_make_prompts():
-    made = tasks(BenchmarkData(SHARED), None)
-    assert len(made) == 12
-    for make, _ in made.values():
+    data = BenchmarkData(SHARED)
+    for make, _ in (task(data, name) for name in TASKS):
         prompt = make(random.Random(3), 20, 0.5)
         assert prompt.answers and len(prompt.text) > 500
+    assert len(TASKS) == 12

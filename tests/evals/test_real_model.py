@@ -37,18 +37,18 @@ def test_choices_of_table_1_are_those_of_the_hf_model(tmp_path):
     """24 questions of each, MMLU one of each subject; benchmarks/evaluation.py takes 200."""
     from lm_eval.models.huggingface import HFLM
 
+    from opennemo.evals.benchmarks import TABLE1
     from opennemo.evals.harness import OpenNemoLM
-    from opennemo.evals.suites import TABLE1
-    from opennemo.evals.tables import measure
+    from opennemo.evals.tables import run_tasks
     from opennemo.model.checkpoint import convert
     from opennemo.model.hub import locate
 
     convert(locate(MODEL), tmp_path / "model", to="hf")
     hf: Any = HFLM
     with LLM.load(str(tmp_path / "model")) as llm:
-        rows, ours = measure(OpenNemoLM(llm), TABLE1, BenchmarkData(SHARED), 24)
+        rows, ours = run_tasks(OpenNemoLM(llm), TABLE1, BenchmarkData(SHARED), 24)
     lm = hf(pretrained=str(tmp_path / "model"), dtype="float32", device="cpu", batch_size=8)
-    expected, theirs = measure(lm, TABLE1, BenchmarkData(SHARED), 24)
+    expected, theirs = run_tasks(lm, TABLE1, BenchmarkData(SHARED), 24)
     assert [row.score for row in rows] == pytest.approx([row.score for row in expected], abs=1e-2)
     for a, b in zip(ours, theirs, strict=True):
         if isinstance(a["answers"][0], str):
@@ -61,9 +61,9 @@ def test_choices_of_table_1_are_those_of_the_hf_model(tmp_path):
 @needs_shared
 def test_tasks_beyond_the_folder_load_from_files_in_their_shape(tmp_path, llm):
     """XWinograd and JCommonsenseQA, laid out like the hub from the files beside it."""
+    from opennemo.evals.benchmarks import MULTILINGUAL
     from opennemo.evals.harness import OpenNemoLM
-    from opennemo.evals.suites import MULTILINGUAL
-    from opennemo.evals.tables import measure
+    from opennemo.evals.tables import run_tasks
 
     def lay_out(name: str, kind: str, **splits: str) -> None:
         folder = tmp_path / name
@@ -80,7 +80,7 @@ def test_tasks_beyond_the_folder_load_from_files_in_their_shape(tmp_path, llm):
     wanted = [
         b for b in MULTILINGUAL if f"{b.name} {b.part}" in ("XWinograd fr", "JCommonsenseQA ja")
     ]
-    rows, _ = measure(OpenNemoLM(llm), wanted, BenchmarkData(tmp_path), 3)
+    rows, _ = run_tasks(OpenNemoLM(llm), wanted, BenchmarkData(tmp_path), 3)
     assert [(row.key, row.n) for row in rows] == [("XWinograd fr", 3), ("JCommonsenseQA ja", 3)]
 
 

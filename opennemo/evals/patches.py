@@ -1,0 +1,85 @@
+"""Changes to other packages while ours uses them; nothing else in `evals` changes a package.
+
+    lm-eval 0.4.13           shows bars and logs of its own, with no setting against the bars
+    datasets 5               finds a data set by a path only in the working directory
+    bfcl-eval 2026.3.23      imports every vendor's client beside its checker of calls
+
+Each is undone when the block ends, but for BFCL's table of models, which is missing otherwise.
+tests/evals/test_patches.py fails when one of them no longer works as it is changed here.
+"""
+
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+from opennemo.errors import OpenNemoError
+
+BFCL_MODEL = "opennemo"  # in the checker's table, as one whose names have "_" for "."
+LOGGERS = ("lm_eval", "lm-eval", "datasets", "fsspec")
+
+
+@contextmanager
+def quiet_harness() -> Iterator[None]:
+    """Inside, lm-eval and datasets show no bars and log errors alone."""
+    import datasets
+    import lm_eval.api.task
+
+    levels = {name: logging.getLogger(name).level for name in LOGGERS}
+    bars = datasets.is_progress_bar_enabled()
+    for name in LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    try:
+        with patch.object(lm_eval.api.task, "tqdm", lambda docs, **_: docs):
+            yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+        if bars:
+            datasets.enable_progress_bars()
+
+
+@contextmanager
+def datasets_from(root: Path, cache: str) -> Iterator[None]:
+    """Inside, `datasets.load_dataset` reads a folder that is laid out like the hub, and no hub.
+
+    Args:
+        cache: a name for what was read; the library takes from its cache by name, whatever
+            the files contain now.
+    """
+    import datasets
+
+    load = datasets.load_dataset
+
+    def load_from(path: str, *arguments: Any, **options: Any) -> Any:
+        if not (root / path).is_dir():
+            raise FileNotFoundError(f"{path} is not in the folder")
+        options["cache_dir"] = Path(datasets.config.HF_DATASETS_CACHE) / cache
+        return load(str(root / path), *arguments, **options)
+
+    with patch.object(datasets, "load_dataset", load_from):
+        yield
+
+
+def call_checker() -> Callable[..., dict[str, Any]]:
+    """BFCL's `ast_checker`, beside a table of models that imports no clients.
+
+    Raises:
+        OpenNemoError: the package is not installed.
+    """
+    name = "bfcl_eval.constants.model_config"
+    if find_spec("bfcl_eval") is None:
+        raise OpenNemoError("BFCL is missing: pip install --no-deps bfcl-eval==2026.3.23")
+    if name not in sys.modules:
+        table: Any = ModuleType(name)
+        table.MODEL_CONFIG_MAPPING = {BFCL_MODEL: SimpleNamespace(underscore_to_dot=True)}
+        sys.modules[name] = table
+    from bfcl_eval.eval_checker.ast_eval import ast_checker  # pyright: ignore[reportMissingImports]
+
+    return ast_checker.ast_checker
