@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 from opennemo.errors import InvalidRequest, OpenNemoError
 from opennemo.llm import LLM
@@ -16,23 +16,8 @@ from opennemo.model.hub import locate
 from opennemo.tokenizer import Tokenizer, load_tokenizer
 from opennemo.tokenizer.chat import Message, encode_chat, parse_reply
 
+Tools = list[dict[str, Any]] | None
 RETRIES = 2  # where they can help: no connection, a busy server, a timeout
-
-
-class ChatModel(Protocol):
-    """A model that answers conversations."""
-
-    @property
-    def name(self) -> str:
-        """In reports, and in the keys of remembered answers."""
-        ...
-
-    def ask(
-        self, messages: list[Message], tools: list[dict[str, Any]] | None = None,
-        grammar: bool = True, **sampling: Any,
-    ) -> Message:  # fmt: skip
-        """The answer; without `grammar` nothing holds it to the tools and their arguments."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -43,12 +28,13 @@ class LocalModel:
 
     @property
     def name(self) -> str:
+        """In reports, and in the keys of remembered answers."""
         return self.llm.name
 
     def ask(
-        self, messages: list[Message], tools: list[dict[str, Any]] | None = None,
-        grammar: bool = True, **sampling: Any,
-    ) -> Message:  # fmt: skip
+        self, messages: list[Message], tools: Tools = None, grammar: bool = True, **sampling: Any
+    ) -> Message:
+        """The answer; without `grammar` nothing holds it to the tools and their arguments."""
         if grammar:
             return self.llm.chat(messages, tools=tools, **sampling).message
         ids = encode_chat(self.llm.tokenizer, messages, tools)
@@ -67,6 +53,7 @@ class RemoteModel:
 
     @property
     def name(self) -> str:
+        """As of a LocalModel."""
         return self.model
 
     @classmethod
@@ -83,9 +70,9 @@ class RemoteModel:
             raise OpenNemoError(f"{url}: names no model") from None
 
     def ask(
-        self, messages: list[Message], tools: list[dict[str, Any]] | None = None,
-        grammar: bool = True, **sampling: Any,
-    ) -> Message:  # fmt: skip
+        self, messages: list[Message], tools: Tools = None, grammar: bool = True, **sampling: Any
+    ) -> Message:
+        """The answer, as of a LocalModel."""
         body: dict[str, Any] = {"model": self.model, **sampling}
         if grammar:
             body |= {"messages": messages} | ({"tools": tools} if tools else {})
@@ -105,9 +92,8 @@ class RemoteModel:
     def _client(self) -> Any:
         from openai import OpenAI
 
-        return OpenAI(
-            base_url=self.url, api_key=self.key, timeout=self.timeout, max_retries=RETRIES
-        )
+        settings: Any = {"timeout": self.timeout, "max_retries": RETRIES}
+        return OpenAI(base_url=self.url, api_key=self.key, **settings)
 
     def _call(self, path: str = "/models", body: dict[str, Any] | None = None) -> Any:
         """The server's JSON: of a POST where there is a body, else of a GET."""
@@ -126,6 +112,9 @@ class RemoteModel:
             raise OpenNemoError(f"{self.url}: {error.__cause__ or error}") from None
         except ValueError:
             raise OpenNemoError(f"{self.url}: the answer is not JSON") from None
+
+
+ChatModel = LocalModel | RemoteModel
 
 
 def is_server(model: str) -> bool:

@@ -80,8 +80,10 @@ def evaluate(
                 load=lambda format=format: (load or _load)(request, format),
             ) as model:  # fmt: skip
                 title = f"{model.name} {format or ''}".strip()
-                own = isinstance(model, LocalModel) and not suite.servers
-                outcome = suite.measure(model.llm if own else model, job, options)
+                asked = model
+                if isinstance(model, LocalModel) and not suite.servers:
+                    asked = model.llm
+                outcome = suite.measure(asked, job, options)
             run.write_items(outcome.items)
         finally:
             run.close()

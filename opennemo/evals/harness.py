@@ -146,7 +146,7 @@ class OpenNemoLM(TemplateLM):
                 self.cut.add(text)
             asked.append((ids[-room:], settings))
         keys = [digest("answer", question) for question in asked]
-        answers = {key: self.run and self.run.recall(key) for key in keys}
+        answers: dict[str, Any] = {key: self.run and self.run.recall(key) for key in keys}
         todo = list({keys[i]: i for i in range(len(asked)) if answers[keys[i]] is None}.values())
         todo.sort(key=lambda i: asked[i][0])  # neighbours share the beginning of their prompts
         with remembering("Answering", len(answers), len(answers) - len(todo)) as bar:

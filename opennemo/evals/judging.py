@@ -291,28 +291,16 @@ def agree(marks: Mapping[str, Any], given: Mapping[str, float]) -> list[ResultRo
     near = {item: float(abs(marks[item] - given[item]) <= 1) for item in common}
     apart = {item: marks[item] - given[item] for item in common}
     ours, theirs = ([m[item] for item in common] for m in (marks, given))
-    also = {
-        "correlation": correlation(ours, theirs),
-        "of ranks": correlation(*map(ranks, (ours, theirs))),
-    }
+    also = {"correlation": 0.0, "of ranks": 0.0}
+    if min(len({*ours}), len({*theirs})) > 1:  # else one of the two does not vary
+        from scipy import stats  # which lm-eval brings
+
+        pearson, spearman = stats.pearsonr(ours, theirs), stats.spearmanr(ours, theirs)
+        also = {"correlation": pearson.statistic, "of ranks": spearman.statistic}  # pyright: ignore
     return [
         ResultRow(name="agreement", part="within one mark", items=near, also=also, trouble=missing),
         ResultRow(name="agreement", part="mean difference", items=apart, percent=False),
     ]
-
-
-def correlation(a: Sequence[float], b: Sequence[float]) -> float:
-    """Pearson's, 0 where one of the two does not vary."""
-    mean_a, mean_b = sum(a) / max(1, len(a)), sum(b) / max(1, len(b))
-    both = sum((x - mean_a) * (y - mean_b) for x, y in zip(a, b, strict=True))
-    spread = sum((x - mean_a) ** 2 for x in a) * sum((y - mean_b) ** 2 for y in b)
-    return both / spread**0.5 if spread else 0.0
-
-
-def ranks(values: Sequence[float]) -> list[float]:
-    """The place of each value, equal ones sharing the mean of theirs."""
-    order = sorted(values)
-    return [order.index(v) + (order.count(v) - 1) / 2 for v in values]
 
 
 def wild_bench(

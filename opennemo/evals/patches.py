@@ -54,14 +54,14 @@ def datasets_from(root: Path, cache: str) -> Iterator[None]:
             the files contain now.
     """
     import datasets
+    import datasets.config
 
-    load = datasets.load_dataset
+    load, caches = datasets.load_dataset, Path(datasets.config.HF_DATASETS_CACHE)
 
     def load_from(path: str, *arguments: Any, **options: Any) -> Any:
         if not (root / path).is_dir():
             raise FileNotFoundError(f"{path} is not in the folder")
-        options["cache_dir"] = Path(datasets.config.HF_DATASETS_CACHE) / cache
-        return load(str(root / path), *arguments, **options)
+        return load(str(root / path), *arguments, **options | {"cache_dir": caches / cache})
 
     with patch.object(datasets, "load_dataset", load_from):
         yield
