@@ -12,8 +12,10 @@ import typer
 from typer.core import TyperGroup
 
 from opennemo.cli.options import (
+    LISTED,
     Device,
     Engines,
+    KvFormat,
     RayAddress,
     Replicas,
     extra,
@@ -102,7 +104,7 @@ def run(
     ] = None,
     format: Annotated[
         list[str] | None,
-        typer.Option(help="fp32, bf16, fp8, int8 or int4; repeat to compare with the first."),
+        typer.Option(help=f"Of the weights, {LISTED}; repeat to compare with the first."),
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Ask in the model's chat layout.")] = False,
     model_name: Annotated[str | None, typer.Option(help="Its name at its server.")] = None,
@@ -112,9 +114,7 @@ def run(
     tokenizer: Annotated[
         str | None, typer.Option(help="tools --no-grammar: of a server's model.")
     ] = None,
-    kv_cache_dtype: Annotated[
-        str | None, typer.Option(help="Of the KV cache: fp8 or int8, for instance.")
-    ] = None,
+    kv_format: KvFormat = None,
     kv_scale: Annotated[float | None, typer.Option(help="For fp8, where a model has none.")] = None,
     device: Device = None,
     engine: Engines = "process",
@@ -133,7 +133,7 @@ def run(
             model=model, suite=suite, options=options, limit=limit, data=data, output=output,
             tasks=tuple(tasks.split(",")) if tasks else (), device=device, chat=chat,
             model_name=model_name, key=os.environ.get(key_env, "none"), tokenizer=tokenizer,
-            kv_format=kv_cache_dtype, kv_scale=kv_scale,
+            kv_format=kv_format, kv_scale=kv_scale,
         )  # fmt: skip
         folders, lines, notes = evaluate(
             request, format or [], partial(_load_replicas, spread) if spread else None, n_engines
@@ -147,14 +147,16 @@ def _load_replicas(spread: list[str], request: Any, format: str | None) -> Any:
     """Many engines that look like one, as `serve --replicas` has them."""
     with serving():
         from opennemo.cluster.fleet import open_fleet
+        from opennemo.model.formats import FORMATS
         from opennemo.serve.logs import configure_logs
         from opennemo.serve.settings import read_settings
 
     configure_logs("warning")
+    plain = format in FORMATS and not FORMATS[format].in_codes
     chosen = given(
-        quantization=None if format in ("fp32", "bf16") else format, device=request.device,
+        dtype=FORMATS[format].dtype_name if format and plain else None,
+        quantization=None if plain else format, device=request.device,
         kv_cache_dtype=request.kv_format, kv_scale=request.kv_scale,
-        dtype={"fp32": "float32", "bf16": "bfloat16"}.get(format or ""),
     )  # fmt: skip
     options = [f"--{name.replace('_', '-')}={value}" for name, value in chosen.items()]
     # Nothing is listened on; without a port they are apart from those of a server here.

@@ -78,7 +78,8 @@ def quantize(
     source: Model,
     folder: NewFolder,
     format: Annotated[
-        str, typer.Option(help="fp8 and int8 round inputs as they come, fp8-static by calibration.")
+        str,
+        typer.Option(help="Number format; a static one needs --calibrate."),
     ] = "fp8",
     to: Annotated[str, typer.Option(help="hf, or mistral for fp8-static.")] = "hf",
     calibrate: Annotated[
@@ -93,13 +94,13 @@ def quantize(
     """Write a model in a number format that serves faster and in less memory; vLLM reads it too."""
     from opennemo.model.export import calibrate as run_over
     from opennemo.model.export import quantize as quantize_checkpoint
-    from opennemo.model.formats import FORMATS, names
+    from opennemo.model.formats import FORMATS, SCALED_KV, names
     from opennemo.model.hub import locate
     from opennemo.texts import Texts
 
     name, layout = one_of("--format", format, names("store")), one_of("--to", to, LAYOUTS)
     if kv is not None:
-        one_of("--kv", kv, ("fp8",))
+        one_of("--kv", kv, (SCALED_KV,))
     path, calibration = locate(source), None
     if FORMATS[name].static or kv:
         if not calibrate:

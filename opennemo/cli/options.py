@@ -25,6 +25,10 @@ Ranks = Annotated[
     int, typer.Option("--tensor-parallel-size", min=1, help="Processes, or GPUs, that share it.")
 ]
 NewFolder = Annotated[Path, typer.Argument(help="The folder to write; it must not contain files.")]
+LISTED = "`opennemo info MODEL` lists them"  # the table of formats is not read for --help
+KvFormat = Annotated[
+    str | None, typer.Option("--kv-cache-dtype", help=f"Number format of the KV cache; {LISTED}.")
+]
 Dtype = Annotated[
     str | None, typer.Option(help="bfloat16, float16 or float32; by default as stored.")
 ]

@@ -19,7 +19,7 @@ def plan(
     ] = None,
     stored: Annotated[
         str | None,
-        typer.Option(help="How its frozen weights are: bf16, fp8, fp8-static, int8, int4."),
+        typer.Option(help="Number format of its frozen weights, such as bf16 or fp8-static."),
     ] = None,
     share_of_peak: Annotated[
         float | None,
