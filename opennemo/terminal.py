@@ -16,7 +16,7 @@ from opennemo.tokenizer.chat import Message
 
 HELP = """\
 /reset        begin a new conversation
-/system TEXT  tell the model who it is, and begin anew; without TEXT, show it
+/system TEXT  set the system message, and begin anew; without TEXT, show it
 /save FILE    write the conversation as one line of JSON, ready for fine-tuning
 /exit         leave, as Ctrl-D does; Ctrl-C stops an answer"""
 
@@ -32,7 +32,7 @@ def answer(text: str, system: str | None, load: Callable[[], LLM], sampling: Any
 def converse(
     model: str, system: str | None, load: Callable[[], LLM], sampling: dict[str, Any]
 ) -> None:
-    """Load a model and talk to it until the user has had enough."""
+    """Load a model and talk to it until the user leaves."""
     console = Console()
     with suppress(ImportError):
         import readline  # noqa: F401  arrow keys and history in input()

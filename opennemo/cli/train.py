@@ -81,7 +81,7 @@ def _sampler(recipe: Any) -> Any:
         for line in lines:
             messages, tools = conversation_of(parse_line(line))
             messages = normalize(messages)
-            while messages and messages[-1]["role"] == "assistant":  # what is to be said
+            while messages and messages[-1]["role"] == "assistant":  # the answer to sample
                 messages.pop()
             asked.append((messages, tools))
 

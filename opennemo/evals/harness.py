@@ -44,7 +44,7 @@ class OpenNemoLM(TemplateLM):
         super().__init__()
         if isinstance(pretrained, str):
             kind = getattr(torch, dtype) if dtype and dtype != "auto" else None
-            if not torch.cuda.is_available():  # the harness says "cuda" where nothing is said
+            if not torch.cuda.is_available():  # "cuda" is the harness's default
                 device = None
             pretrained = LLM.load(pretrained, device=device, dtype=kind, format=format)
         self.llm, self.run = pretrained, run

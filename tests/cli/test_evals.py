@@ -41,7 +41,7 @@ def test_compare_reads_runs(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["nowhere", "--suite", "ppl"], "nowhere does not exist"),
         (["compare", "one"], "name two runs or more"),
@@ -52,11 +52,11 @@ def test_compare_reads_runs(tmp_path, monkeypatch, capsys):
         (["http://x/v1", "--suite", "ppl", "--engine", "ray"], "needs the model itself"),
     ],
 )
-def test_what_is_wrong_takes_one_line(arguments, said, tmp_path, monkeypatch, capsys):
+def test_what_is_wrong_takes_one_line(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert command(monkeypatch, *arguments) == 2
     error = capsys.readouterr().err.strip()
-    assert said in error and "\n" not in error
+    assert message in error and "\n" not in error
 
 
 def test_help_needs_no_model_and_no_extra():

@@ -1,21 +1,19 @@
 """The harness over our engine: what it measures is what it measures over Hugging Face's model."""
 
-import shutil
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
 
+from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from opennemo.engine import EngineConfig
 from opennemo.errors import ContextTooLong
 from opennemo.evals.benchmark_data import BenchmarkData
-from opennemo.evals.benchmarks import BENCHMARKS, TABLE1, Benchmark
+from opennemo.evals.benchmarks import TABLE1
 from opennemo.evals.harness import OpenNemoLM
-from opennemo.evals.rows import MISSING
 from opennemo.evals.tables import run_tasks
 from opennemo.llm import LLM
 from opennemo.tokenizer.chat import encode_chat
@@ -46,8 +44,6 @@ def test_scores_and_answers_are_those_of_the_hf_model(folder, llm, hub):
 
 
 def test_a_text_as_long_as_the_context_is_scored_whole(llm):
-    from lm_eval.api.instance import Instance
-
     text = "in the winter rivers run under ice " * 60  # more than one window
     request = Instance("loglikelihood_rolling", {}, (text,), 0)
     (ours,) = OpenNemoLM(llm).loglikelihood_rolling([request])
@@ -63,17 +59,7 @@ def test_requests_longer_than_the_context_are_cut_and_counted(folder, hub):
         rows, _ = run_tasks(lm, SMALL[:1], BenchmarkData(hub), 4)
         assert rows[0].n == 4 and rows[0].trouble == {"cut to the model's context": 4}
         with pytest.raises(ContextTooLong):
-            lm._loglikelihood_tokens([(("a", "b"), [5], [6] * 90)])
-
-
-def test_missing_data_and_unknown_tasks_are_named(llm, hub, tmp_path):
-    shutil.copytree(hub, tmp_path / "hub", dirs_exist_ok=True)
-    shutil.rmtree(tmp_path / "hub" / "allenai" / "winogrande")
-    broken = Benchmark(name="None", task="none", folder="hellaswag", shots=0, metric="acc")
-    rows, items = run_tasks(OpenNemoLM(llm), [*SMALL[:2], broken], BenchmarkData(tmp_path), 2)
-    assert [row.n for row in rows] == [2, 0, 0] and len(items) == 2
-    assert rows[1].score is None and next(iter(rows[1].trouble)).startswith(MISSING)
-    assert rows[2].score is None and "none" in next(iter(rows[2].trouble))
+            lm.loglikelihood([Instance("loglikelihood", {}, ("a", "b" * 90), 0)])
 
 
 def test_a_laid_out_conversation_becomes_the_ids_of_the_layout(llm):
@@ -84,17 +70,6 @@ def test_a_laid_out_conversation_becomes_the_ids_of_the_layout(llm):
     text = lm.apply_chat_template(talk)
     assert lm.tok_encode(text) == encode_chat(llm.tokenizer, talk)
     assert len(before) == 10  # until then the name of a control token is ten bytes
-
-
-def test_every_benchmark_names_a_task_of_the_harness():
-    from lm_eval import tasks
-
-    root = Path(tasks.__file__).parent
-    for benchmarks in BENCHMARKS.values():
-        for folder in {b.folder for b in benchmarks}:
-            manager = tasks.TaskManager(include_path=str(root / folder), include_defaults=False)
-            wanted = [b.task for b in benchmarks if b.folder == folder]
-            assert {*wanted} <= {*manager.all_tasks}
 
 
 def test_the_model_is_registered_for_the_harness_command_line(folder):
