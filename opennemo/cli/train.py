@@ -25,6 +25,8 @@ def train(
     On several devices or machines: torchrun --nproc-per-node 8 -m opennemo train RECIPE ...
     SIGTERM saves and stops (exit code 143); the same command goes on, also after a kill.
     """
+    import warnings
+
     import torch.distributed as dist
 
     from opennemo.train.config import read_recipe
@@ -32,6 +34,8 @@ def train(
     from opennemo.train.trainer import Stopped
 
     settings = read_recipe(recipe, set or ())
+    # PyTorch warns, at each save and load of a checkpoint, that there is one process.
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     if launched:
         import torch

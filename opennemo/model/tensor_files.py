@@ -67,9 +67,11 @@ def write_safetensors(
     path: Path,
     tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
     read: Callable[[str], Tensor],
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write tensors of these types and shapes, asking `read` for each when its turn comes."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # which transformers looks for
+    # transformers looks for the format.
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
     for name, (dtype, shape) in tensors.items():
         start, end = end, end + math.prod(shape) * dtype.itemsize

@@ -2,20 +2,20 @@
 
 A checkpoint is a folder `step-00001000` that takes its name when everything is in it: each rank
 writes its own shards into a hidden folder beside it, then rank 0 writes `checkpoint.json`, which
-lists every file, tensor and plain number, and renames the folder. So what has a name is complete,
-and older ones go only after that. Planning, resharding (any number of ranks reads what any other
-wrote) and copying aside so that training can go on are torch.distributed.checkpoint's; files are
-safetensors and JSON, for PyTorch's own writer pickles its index, and a pickle can run code.
+lists every file and plain number, and renames the folder. So what has a name is complete, and older
+ones go only after that. Planning, resharding (any number of ranks reads what any other wrote),
+copying aside so that training can go on, and reading are torch.distributed.checkpoint's; files are
+its safetensors. This file adds what that does not promise: names for what is complete, refusal of
+what is damaged or foreign, plain numbers without a pickle, and writing tensor by tensor. PyTorch's
+own writer holds all of a rank's tensors twice more in memory, and Python's lock while it copies
+them, for which training would wait.
 
 All ranks must see the same folder. This file does not know what a model, an optimizer or a run is.
 """
 
 import json
-import math
-import os
 import re
 import shutil
-import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -23,28 +23,31 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
 )
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
-from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
+from torch.distributed.checkpoint.storage import WriteResult
 
 from opennemo.errors import CheckpointError
-from opennemo.files import sync
+from opennemo.files import read_json, sync, write_json
 from opennemo.model.tensor_files import write_safetensors
 
 INDEX = "checkpoint.json"
 PLAIN = (bool, int, float, str, type(None))
+# What reading a damaged file may raise.
+DAMAGED = (
+    OSError, SafetensorError, RuntimeError, ValueError, TypeError, LookupError, AttributeError,
+    ArithmeticError, AssertionError,
+)  # fmt: skip
 
 
 class Checkpoints:
@@ -59,8 +62,6 @@ class Checkpoints:
         self._group: dist.ProcessGroup | None = None
         if dist.is_initialized():
             self._group = dist.new_group(backend="gloo")  # pyright: ignore[reportAttributeAccessIssue]
-        if self._group is None:  # PyTorch warns, at each save and load, that there is one process
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         self._saving: tuple[int, Future] | None = None
 
     def save(self, step: int, state: dict, *, wait: bool = False) -> None:
@@ -133,17 +134,16 @@ class Checkpoints:
         if step is None:
             raise CheckpointError(f"{self.folder}: there is no complete checkpoint in it")
         path = _path(self.folder, step)
-        index = _read_index(path)
+        values, stored = _read_index(path)
         leaves = {name: (holder, key) for name, holder, key in _leaves(state)}
         tensors = {n: holder[key] for n, (holder, key) in leaves.items() if _is_tensor(holder[key])}
-        wrong = [n for n in leaves if n not in index["tensors" if n in tensors else "values"]]
+        wrong = [n for n in leaves if n not in (stored if n in tensors else values)]
         for name, tensor in tensors.items():
-            found = index["tensors"].get(name, {})
-            expected = {"shape": list(tensor.shape), "dtype": _dtype_name(tensor.dtype)}
+            expected = _layout(tensor.shape, tensor.dtype)
             wrong += [
-                f"{name} ({key} {found[key]}, not {value})"
+                f"{name} ({key} {stored[name][key]}, not {value})"
                 for key, value in expected.items()
-                if found and found[key] != value
+                if name in stored and stored[name][key] != value
             ]
         if wrong:
             more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
@@ -153,43 +153,36 @@ class Checkpoints:
         try:
             load(
                 tensors,
-                storage_reader=_Reader(path, index),
+                storage_reader=HuggingFaceStorageReader(str(path)),
                 planner=DefaultLoadPlanner(flatten_state_dict=False),
                 process_group=self._group,
                 no_dist=self._group is None,
             )
         except CheckpointException as error:
             rank, (cause, _) = min(error.failures.items())
-            if not isinstance(cause, OSError | SafetensorError | RuntimeError):
+            if not isinstance(cause, DAMAGED):
                 raise cause from error
             raise CheckpointError(f"{path}: damaged ({cause}), says rank {rank}") from None
         for name, (holder, key) in leaves.items():
             if name not in tensors:
-                value = index["values"][name]  # JSON knows no tuples
+                value = values[name]  # JSON knows no tuples
                 holder[key] = tuple(value) if isinstance(holder[key], tuple) else value
         return step
 
 
-class _Writer(StorageWriter):
+class _Writer(HuggingFaceStorageWriter):
     """Writes one checkpoint, called by PyTorch in the order of the methods below."""
 
     def __init__(self, folder: Path, step: int, keep: int, values: dict[str, Any]):
         self.folder, self.step, self.keep, self.values = folder, step, keep, values
-        self.partial, self.rank = _partial(folder, step), 0
-
-    def reset(self, checkpoint_id: str | os.PathLike | None = None) -> None: ...
-
-    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        self.rank = kwargs["rank"]
-
-    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        return plan
+        self.partial = _partial(folder, step)
+        super().__init__(str(self.partial), save_distributed=True)
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """On rank 0, before any rank writes."""
         shutil.rmtree(self.partial, ignore_errors=True)  # of a run that was killed
         self.partial.mkdir(parents=True)
-        return plans
+        return super().prepare_global_plan(plans)
 
     def write_data(
         self, plan: SavePlan, planner: SavePlanner
@@ -204,44 +197,25 @@ class _Writer(StorageWriter):
             assert isinstance(tensor, Tensor)
             return tensor.detach().cpu()
 
-        layout = {}
+        layout, places = {}, {}
         for name, item in items.items():
             assert item.tensor_data is not None
-            layout[name] = item.tensor_data.properties.dtype, tuple(item.tensor_data.chunk.sizes)
+            chunk = item.tensor_data.chunk
+            layout[name] = item.tensor_data.properties.dtype, tuple(chunk.sizes)
+            places[name] = {"saved_offsets": list(chunk.offsets)}
         if items:
-            write_safetensors(path, layout, read)
+            write_safetensors(path, layout, read, {"DCP_SHARDING_INFO": json.dumps(places)})
             sync(path)
         written = torch.futures.Future()
-        written.set_result(
-            [
-                WriteResult(index=item.index, size_in_bytes=0, storage_data=path.name)
-                for item in plan.items
-            ]
-        )
+        written.set_result([WriteResult(item.index, 0, path.name) for item in plan.items])
         return written
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """On rank 0, when all have written: give the folder its name, then let old ones go."""
-        files = {r.index: r.storage_data for rank in results for r in rank}
-        tensors = {}
-        for name, tensor in metadata.state_dict_metadata.items():
-            assert isinstance(tensor, TensorStorageMetadata)
-            tensors[name] = {
-                "dtype": _dtype_name(tensor.properties.dtype),
-                "shape": list(tensor.size),
-                "chunks": [
-                    {
-                        "file": files[MetadataIndex(name, chunk.offsets)],
-                        "offsets": list(chunk.offsets),
-                        "shape": list(chunk.sizes),
-                    }
-                    for chunk in tensor.chunks
-                ],
-            }
-        sizes = {name: (self.partial / name).stat().st_size for name in sorted(set(files.values()))}
-        index = {"step": self.step, "files": sizes, "values": self.values, "tensors": tensors}
-        (self.partial / INDEX).write_text(json.dumps(index), "utf-8")
-        sync(self.partial / INDEX, self.partial)
+        sizes = {file.name: file.stat().st_size for file in sorted(self.partial.iterdir())}
+        index = {"step": self.step, "files": sizes, "values": self.values}
+        write_json(self.partial / INDEX, index)
+        sync(self.partial)
         path = _path(self.folder, self.step)
         if path.exists():  # a step saved for the second time
             _remove(path)
@@ -251,66 +225,6 @@ class _Writer(StorageWriter):
             _remove(_path(self.folder, step))
         for left in self.folder.glob(".step-*"):  # of runs that were killed
             shutil.rmtree(left, ignore_errors=True)
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike) -> bool:
-        return True
-
-
-class _Reader(StorageReader):
-    """Reads one checkpoint, called by PyTorch in the order of the methods below."""
-
-    def __init__(self, path: Path, index: dict[str, Any]):
-        self.path, self.index = path, index
-
-    def reset(self, checkpoint_id: str | os.PathLike | None = None) -> None: ...
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        tensors, files = {}, {}
-        for name, tensor in self.index["tensors"].items():
-            chunks = []
-            for chunk in tensor["chunks"]:
-                offsets = torch.Size(chunk["offsets"])
-                chunks.append(ChunkStorageMetadata(offsets, torch.Size(chunk["shape"])))
-                files[MetadataIndex(name, offsets)] = chunk["file"]
-            properties = TensorProperties(getattr(torch, tensor["dtype"]))
-            tensors[name] = TensorStorageMetadata(properties, torch.Size(tensor["shape"]), chunks)
-        return Metadata(tensors, storage_data=files)
-
-    def set_up_storage_reader(
-        self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
-    ) -> None:
-        self.files = metadata.storage_data
-
-    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        return plan
-
-    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        return plans
-
-    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> torch.futures.Future[None]:
-        """What this rank's shards overlap with, file by file; files are mapped, not read whole."""
-        by_file: dict[str, list] = {}
-        for item in plan.items:
-            by_file.setdefault(self.files[item.storage_index], []).append(item)
-        for name, items in by_file.items():
-            with safe_open(self.path / name, framework="pt") as file:
-                for item in items:
-                    part = file.get_tensor(item.storage_index.fqn)
-                    for dim, (start, length) in enumerate(
-                        zip(item.storage_offsets, item.lengths, strict=True)
-                    ):
-                        part = part.narrow(dim, start, length)
-                    target = planner.resolve_tensor(item).detach()
-                    target.copy_(part)
-                    planner.commit_tensor(item, target)
-        done = torch.futures.Future()
-        done.set_result(None)
-        return done
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike) -> bool:
-        return True
 
 
 def _leaves(node: dict | list, path: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -333,8 +247,8 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, PLAIN)
 
 
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _layout(shape: torch.Size, dtype: torch.dtype) -> dict[str, Any]:
+    return {"shape": list(shape), "dtype": str(dtype).removeprefix("torch.")}
 
 
 def _path(folder: Path, step: int) -> Path:
@@ -358,39 +272,34 @@ def _remove(path: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _read_index(path: Path) -> dict[str, Any]:
-    """What a checkpoint holds, after a look at its files."""
+def _read_index(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """The plain numbers of a checkpoint, and the layout of its tensors; its files are checked."""
+    if not (path / INDEX).exists():
+        raise CheckpointError(f"{path / INDEX}: No such file; not a whole checkpoint")
+    index = read_json(path / INDEX)
     try:
-        index = json.loads((path / INDEX).read_text("utf-8"))
-        for name, size in index["files"].items():
-            found = (path / Path(name).name).stat().st_size
-            if found != size:
-                raise CheckpointError(f"{path / name}: damaged: has {found:,} of {size:,} bytes")
-        for tensor in index["tensors"].values():
-            _check_parts(tensor, index["files"])
-        return {"tensors": dict(index["tensors"]), "values": dict(index["values"])}
-    except OSError as error:
-        raise CheckpointError(
-            f"{error.filename}: {error.strerror}; not a whole checkpoint"
-        ) from None
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        what = repr(error)[:300]
-        raise CheckpointError(f"{path / INDEX}: damaged ({what})") from None
-
-
-def _check_parts(tensor: dict[str, Any], files: dict[str, int]) -> None:
-    """Raises ValueError, or whatever looking raises, unless a tensor's parts can make it up."""
-    shape, n_numbers = tensor["shape"], 0
-    if not isinstance(getattr(torch, tensor["dtype"]), torch.dtype):
-        raise ValueError("an unknown type of numbers")
-    for part in tensor["chunks"]:
-        if part["file"] not in files:
-            raise ValueError("a part lies in a file that is not listed")
-        for start, length, size in zip(part["offsets"], part["shape"], shape, strict=True):
-            if any(type(n) is not int for n in (start, length, size)):
-                raise ValueError("a place is no whole number")
-            if not 0 <= start <= start + length <= size:
-                raise ValueError("a part lies outside its tensor")
-        n_numbers += math.prod(part["shape"])
-    if n_numbers != math.prod(shape):
-        raise ValueError("the parts of a tensor do not make it up")
+        values, sizes = dict(index["values"]), dict(index["files"])
+        if "tensors" in index and len(sizes) > 1:
+            raise CheckpointError(
+                f"{path}: several ranks of an older version wrote it, which this one cannot read"
+            )
+        names = {file.name for file in path.glob("*.safetensors")}
+        for name in sorted(names ^ sizes.keys()):
+            problem = "not in its index" if name in names else "No such file"
+            raise CheckpointError(f"{path / name}: {problem}; not a whole checkpoint")
+        for name, size in sizes.items():
+            if (actual := (path / name).stat().st_size) != size:
+                raise CheckpointError(f"{path / name}: damaged: has {actual:,} of {size:,} bytes")
+    except (OSError, ValueError, TypeError, LookupError) as error:
+        raise CheckpointError(f"{path / INDEX}: damaged ({repr(error)[:300]})") from None
+    layouts = {}
+    try:
+        stored = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+        for name, tensor in stored.items():
+            assert isinstance(tensor, TensorStorageMetadata)
+            if sum(chunk.sizes.numel() for chunk in tensor.chunks) != tensor.size.numel():
+                raise ValueError(f"the parts of {name} do not make it up")
+            layouts[name] = _layout(tensor.size, tensor.properties.dtype)
+    except DAMAGED as error:
+        raise CheckpointError(f"{path}: damaged ({repr(error)[:300]})") from None
+    return values, layouts

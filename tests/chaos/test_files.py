@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from opennemo.errors import CheckpointError, InvalidRequest
 from opennemo.tokenizer.chat import encode_chat
@@ -23,6 +24,7 @@ pytestmark = pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc, to measure memory"
 )
 
+SHARD = "rank-00000.safetensors"  # of a checkpoint
 CALL = {"name": "add", "arguments": '{"n": 1}'}
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
 CHATS = [
@@ -153,6 +155,7 @@ CASES: list[tuple[str, str, str, Callable]] = [
     ("keys", "keys", "", RAW),
     ("corpus", "corpus", "index.json", JSON),
     ("state", "state", "step-00000003/checkpoint.json", JSON),
+    ("state", "state", f"step-00000003/{SHARD}", SAFETENSORS),
 ]
 
 
@@ -272,20 +275,29 @@ def test_a_corpus_whose_index_is_no_index(good, tmp_path, keys, value):
 @pytest.mark.parametrize(
     ("keys", "value"),
     [
-        (("tensors",), None), (("tensors",), 3), (("tensors", "x"), []), (("values",), True),
-        (("tensors", "x", "dtype"), "load"), (("tensors", "x", "dtype"), 3),
-        (("tensors", "x", "chunks"), None), (("tensors", "x", "chunks"), []),
-        (("tensors", "x", "chunks", 0), [1]), (("tensors", "x", "shape"), [2**62, 2**62]),
-        (("tensors", "x", "chunks", 0, "offsets"), [-1]),
-        (("tensors", "x", "chunks", 0, "offsets"), [1]),
-        (("tensors", "x", "chunks", 0, "shape"), [True]),
-        (("tensors", "x", "chunks", 0, "file"), "../../../elsewhere.safetensors"),
+        (("values",), True), (("values",), None), (("files",), None),
+        (("files", SHARD), -1), (("files", SHARD), "x"), (("files", SHARD), {}),
+        (("files", "../../../elsewhere.safetensors"), 3),
         (("files",), []), (("files", "x" * 5000), 3),
     ],
 )  # fmt: skip
 def test_a_checkpoint_whose_index_is_no_index(good, tmp_path, keys, value):
     path = shutil.copytree(good["state"], tmp_path / "state")
     change(path / "step-00000003" / "checkpoint.json", *keys, value=value)
+    with pytest.raises(CheckpointError) as error:
+        loaders.open_state(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "offsets", [[-1], [1], [2**62], [2**70], [], [True], ["0"], [0.5], None, 3, {"0": 0}]
+)
+def test_a_checkpoint_whose_parts_lie_nowhere(good, tmp_path, offsets):
+    path = shutil.copytree(good["state"], tmp_path / "state")
+    file = path / "step-00000003" / SHARD
+    sharding = json.dumps({"x": {"saved_offsets": offsets}})
+    save_file(load_file(file), file, {"DCP_SHARDING_INFO": sharding})
+    change(path / "step-00000003" / "checkpoint.json", "files", SHARD, value=file.stat().st_size)
     with pytest.raises(CheckpointError) as error:
         loaders.open_state(path)
     assert "\n" not in str(error.value)

@@ -1,4 +1,3 @@
-import json
 import resource
 import signal
 import subprocess
@@ -12,6 +11,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from opennemo.errors import CheckpointError
@@ -137,7 +138,11 @@ def test_a_damaged_or_foreign_checkpoint_is_refused_in_one_line(tmp_path: Path):
     file.unlink()
     with pytest.raises(CheckpointError, match="No such file"):
         checkpoints.load(state)
-    (tmp_path / "step-00000001" / "checkpoint.json").write_text('{"files": 3}')
+    index = tmp_path / "step-00000001" / "checkpoint.json"
+    index.write_text('{"files": {"a": 1, "b": 1}, "values": {}, "tensors": {}}')
+    with pytest.raises(CheckpointError, match="several ranks of an older version wrote it"):
+        checkpoints.load(state)
+    index.write_text('{"files": 3}')
     with pytest.raises(CheckpointError, match=r"checkpoint\.json: damaged"):
         checkpoints.load(state)
     with pytest.raises(TypeError, match="trainer/odd"):
@@ -237,11 +242,12 @@ def test_any_number_of_ranks_reads_what_any_other_wrote(
     files = sorted(path.name for path in (tmp_path / "step-00000002").iterdir())
     ranks = [f"rank-{rank:05}.safetensors" for rank in range(n_ranks)]
     assert files == ["checkpoint.json", *ranks]
-    index = json.loads((tmp_path / "step-00000002" / "checkpoint.json").read_text())
-    chunks = index["tensors"]["model/layers.0.feed_forward.w1.weight"]["chunks"]
+    stored = HuggingFaceStorageReader(str(tmp_path / "step-00000002")).read_metadata()
+    tensor = stored.state_dict_metadata["model/layers.0.feed_forward.w1.weight"]
+    assert isinstance(tensor, TensorStorageMetadata)
     rows = 96 // n_ranks
-    assert sorted((chunk["offsets"], chunk["shape"]) for chunk in chunks) == [
-        ([start, 0], [rows, 48]) for start in range(0, 96, rows)
+    assert sorted((*chunk.offsets, *chunk.sizes) for chunk in tensor.chunks) == [
+        (start, 0, rows, 48) for start in range(0, 96, rows)
     ]
     # Several ranks -> one, which takes the very step that it would have taken alone.
     checkpoints = Checkpoints(tmp_path, keep=2)
