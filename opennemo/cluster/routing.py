@@ -24,7 +24,7 @@ SEQUENCE = 256  # tokens that an answer under way counts for, besides its prompt
 
 
 @dataclass
-class _Replica:
+class Memory:
     capacity: int = CAPACITY
     work: int = 0  # tokens
     kept: OrderedDict[int, None] = field(default_factory=OrderedDict)  # chunks, oldest use first
@@ -35,20 +35,20 @@ class Router:
 
     def __init__(self, chunk: int = CHUNK, sequence: int = SEQUENCE):
         self._chunk, self._sequence = chunk, sequence
-        self._replicas: dict[str, _Replica] = {}
-        self._holders: dict[int, set[str]] = {}  # of a chunk
+        self.replicas: dict[str, Memory] = {}
+        self.holders: dict[int, set[str]] = {}  # of a chunk
         self._under_way: dict[str, tuple[str, int]] = {}  # by request: where, and its work
 
     def update(self, replicas: dict[str, int | None]) -> None:
         """Tell which replicas there are, and how many tokens each keeps, if that is known."""
-        for name in self._replicas.keys() - replicas.keys():
-            for key in self._replicas.pop(name).kept:
+        for name in self.replicas.keys() - replicas.keys():
+            for key in self.replicas.pop(name).kept:
                 self._forget(key, name)
             lost = [request for request, (place, _) in self._under_way.items() if place == name]
             for request in lost:
                 del self._under_way[request]
         for name, capacity in replicas.items():
-            replica = self._replicas.setdefault(name, _Replica())
+            replica = self.replicas.setdefault(name, Memory())
             replica.capacity = capacity or replica.capacity
 
     def choose(
@@ -63,16 +63,16 @@ class Router:
         found = self._find(keys)
 
         def cost(name: str) -> tuple[int, int]:
-            replica = self._replicas[name]
+            replica = self.replicas[name]
             # Of two that are as good, the one that has more room to remember.
             return replica.work - found.get(name, 0), len(replica.kept)
 
-        names = self._replicas if among is None else [n for n in among if n in self._replicas]
+        names = self.replicas if among is None else [n for n in among if n in self.replicas]
         if not names:
             return ""
         name = min(names, key=cost)
         work = len(ids) - found.get(name, 0) + self._sequence
-        self._replicas[name].work += work
+        self.replicas[name].work += work
         self._under_way[request] = name, work
         self._remember(name, keys)
         return name
@@ -85,7 +85,7 @@ class Router:
         """A request has ended, however; unknown ones are ignored."""
         if request in self._under_way:
             name, work = self._under_way.pop(request)
-            self._replicas[name].work -= work
+            self.replicas[name].work -= work
 
     def _keys(self, ids: list[int], salt: bytes) -> list[int]:
         """Names of a prompt's whole chunks; the last token is always computed."""
@@ -98,9 +98,9 @@ class Router:
     def _find(self, keys: list[int]) -> dict[str, int]:
         """How many tokens of a prompt each replica holds, of those that hold any."""
         found: dict[str, int] = {}
-        holders: set[str] = set(self._replicas)
+        holders: set[str] = set(self.replicas)
         for depth, key in enumerate(keys):
-            here = self._holders.get(key, set())
+            here = self.holders.get(key, set())
             for name in holders - here:
                 found[name] = depth * self._chunk
             holders = holders & here
@@ -111,17 +111,17 @@ class Router:
         return found
 
     def _remember(self, name: str, keys: list[int]) -> None:
-        replica = self._replicas[name]
+        replica = self.replicas[name]
         for key in reversed(keys):  # the end of a prefix is forgotten before its start
             replica.kept[key] = None
             replica.kept.move_to_end(key)
-            self._holders.setdefault(key, set()).add(name)
+            self.holders.setdefault(key, set()).add(name)
         while len(replica.kept) * self._chunk > replica.capacity:
             key, _ = replica.kept.popitem(last=False)
             self._forget(key, name)
 
     def _forget(self, key: int, name: str) -> None:
-        holders = self._holders[key]
+        holders = self.holders[key]
         holders.discard(name)
         if not holders:
-            del self._holders[key]
+            del self.holders[key]

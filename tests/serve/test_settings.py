@@ -3,10 +3,6 @@
 import pytest
 
 from opennemo.errors import InvalidRequest
-from opennemo.model.formats import FORMATS
-from opennemo.model.quantization import QuantizedLinear
-from opennemo.serve.auth import Limits, hash_key, read_clients
-from opennemo.serve.loading import load_model
 from opennemo.serve.settings import read_settings
 
 
@@ -49,25 +45,3 @@ def test_wrong_settings_are_one_line(arguments, message):
 def test_listening_elsewhere_needs_a_key_or_courage():
     assert read_settings(["--host", "0.0.0.0", "--insecure"]).host == "0.0.0.0"
     assert read_settings(["--host", "0.0.0.0", "--api-key", "x" * 10]).api_key
-
-
-def test_key_files_hold_hashes_and_limits(tmp_path):
-    file = tmp_path / "keys"
-    digest = hash_key("secret").hex()
-    file.write_text(f"# comment\nalice {digest} requests_per_minute=5\nbob {digest.upper()}\n")
-    alice, bob = read_clients([], file, Limits(max_concurrent=3))
-    assert alice.limits == Limits(requests_per_minute=5, max_concurrent=3) and alice.name == "alice"
-    assert bob.limits == Limits(max_concurrent=3) and bob.digest == hash_key("secret")
-    for line in ("eve", f"eve {digest[:-1]}", f"eve {digest} speed=5", f"eve {digest} x"):
-        file.write_text(line)
-        with pytest.raises(InvalidRequest, match="line 1"):
-            read_clients([], file, Limits())
-
-
-def test_weights_are_rounded_as_they_are_loaded(folder):
-    with load_model(read_settings([str(folder), "--quantization", "fp8"])) as llm:
-        modules = dict(llm.engine.runner.model.named_modules())
-        layers = {n: m for n, m in modules.items() if n.endswith((".wq", ".w2"))}
-        assert layers
-        for layer in layers.values():
-            assert isinstance(layer, QuantizedLinear) and layer.format == FORMATS["fp8"]

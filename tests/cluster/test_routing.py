@@ -91,8 +91,8 @@ def test_what_is_remembered_stays_within_bounds_and_work_returns_to_nothing(data
                 router.update(dict.fromkeys(alive, 40))
     for request in open_requests:
         router.finish(request)
-    assert router._replicas.keys() == alive
-    assert all(replica.work == 0 for replica in router._replicas.values())
-    assert all(len(replica.kept) <= 10 for replica in router._replicas.values())
-    held = {(key, name) for name, r in router._replicas.items() for key in r.kept}
-    assert held == {(key, name) for key, who in router._holders.items() for name in who}
+    assert router.replicas.keys() == alive
+    assert all(replica.work == 0 for replica in router.replicas.values())
+    assert all(len(replica.kept) <= 10 for replica in router.replicas.values())
+    held = {(key, name) for name, r in router.replicas.items() for key in r.kept}
+    assert held == {(key, name) for key, who in router.holders.items() for name in who}
