@@ -79,7 +79,9 @@ class Store:
     @contextmanager
     def _read(self) -> Iterator[sqlite3.Connection]:
         if self._guard is None:
-            raise _unavailable("files and batches are off; the server's log says why")
+            raise Refusal(
+                503, "files and batches are off; the server's log says why", retry_after=5
+            )
         try:
             path = self._folder / "batches.sqlite3"
             with closing(
@@ -89,7 +91,7 @@ class Store:
                 db.execute("PRAGMA foreign_keys=ON")
                 yield db
         except sqlite3.OperationalError as error:
-            raise _unavailable(f"files cannot be kept: {error}") from None
+            raise Refusal(503, f"files cannot be kept: {error}", retry_after=5) from None
 
     @contextmanager
     def _write(self) -> Iterator[sqlite3.Connection]:
@@ -109,7 +111,7 @@ class Store:
             for number, data in enumerate(lines, 1):
                 size += len(data)
                 if number > self._max_lines:
-                    raise _too_large(f"a file may have {self._max_lines:,} lines")
+                    raise Refusal(413, f"a file may have {self._max_lines:,} lines")
                 if size > room:
                     raise self._full()
                 db.execute("INSERT INTO lines VALUES (?, ?, ?)", (file, number, data))
@@ -139,7 +141,7 @@ class Store:
             _find(db, "files", owner, id)
             query = f"SELECT id FROM batches WHERE input = ? AND status IN {AT_WORK}"
             if found := db.execute(query, (id,)).fetchone():
-                raise _refused(f"{found['id']} still needs this file: cancel it, or wait")
+                raise Refusal(400, f"{found['id']} still needs this file: cancel it, or wait")
             db.execute("DELETE FROM files WHERE id = ?", (id,))
 
     def add_batch(self, owner: str, input: str, model: str | None, **rest: Any) -> Row:
@@ -153,13 +155,13 @@ class Store:
         with self._write() as db:
             self._forget_old(db)
             if _find(db, "files", owner, input)["purpose"] != "batch":
-                raise _refused("the input file was not uploaded with purpose batch")
+                raise Refusal(400, "the input file was not uploaded with purpose batch")
             if self._room(db) < OVERHEAD:
                 raise self._full()
             query = f"SELECT count(*) FROM batches WHERE owner = ? AND status IN {AT_WORK}"
             if db.execute(query, (owner,)).fetchone()[0] >= MAX_AT_WORK:
                 raise Refusal(
-                    429, f"a key may have {MAX_AT_WORK} batches at work", "rate_limit_error",
+                    429, f"a key may have {MAX_AT_WORK} batches at work",
                     code="rate_limit_exceeded", retry_after=60,
                 )  # fmt: skip
             _save(db, batch)
@@ -292,7 +294,7 @@ class Store:
         """Forget a batch that is at its end; its files stay."""
         with self._write() as db:
             if _find(db, "batches", owner, id)["status"] in AT_WORK:
-                raise _refused("the batch is at work: cancel it first")
+                raise Refusal(400, "the batch is at work: cancel it first")
             db.execute("DELETE FROM batches WHERE id = ?", (id,))
 
     def _room(self, db: sqlite3.Connection) -> int:
@@ -301,7 +303,7 @@ class Store:
         return int(self._max_bytes - db.execute(query, (OVERHEAD, OVERHEAD)).fetchone()[0])
 
     def _full(self) -> Refusal:
-        return _too_large(f"all files together may have {self._max_bytes:,} bytes; delete some")
+        return Refusal(413, f"all files together may have {self._max_bytes:,} bytes; delete some")
 
     def _forget_old(self, db: sqlite3.Connection) -> None:
         now = int(time.time())
@@ -321,7 +323,7 @@ def _find(db: sqlite3.Connection, table: str, owner: str, id: str) -> Row:
     row = db.execute(f"SELECT * FROM {table} WHERE id = ? AND owner = ?", (id, owner)).fetchone()
     if row is None or (table == "files" and not row["ready"]):
         what = table.removesuffix("es") if table == "batches" else "file"
-        raise Refusal(404, f"there is no {what} {id[:100]}", "not_found_error", code="not_found")
+        raise Refusal(404, f"there is no {what} {id[:100]}", code="not_found")
     return _row(row)
 
 
@@ -348,15 +350,3 @@ def _new_file(
     values = (id, owner, filename, purpose, now, now + expires_in)
     db.execute(f"INSERT INTO files {columns} VALUES (?, ?, ?, ?, ?, ?, 0)", values)
     return id
-
-
-def _refused(message: str) -> Refusal:
-    return Refusal(400, message, "invalid_request_error")
-
-
-def _too_large(message: str) -> Refusal:
-    return Refusal(413, message, "request_too_large")
-
-
-def _unavailable(message: str) -> Refusal:
-    return Refusal(503, message, "service_unavailable", retry_after=5)

@@ -1,18 +1,16 @@
 """What only an administrator may do, behind a key of its own and absent without one."""
 
 import asyncio
-from typing import Annotated
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter
 from starlette.responses import Response
 
 from opennemo.errors import InvalidRequest
 from opennemo.serve.error_bodies import Json, Refusal
 from opennemo.serve.protocols.schema import AdapterRequest
-from opennemo.serve.service import Service, service_of
+from opennemo.serve.service import TheService
 
 router = APIRouter()
-TheService = Annotated[Service, Depends(service_of)]
 
 
 @router.post("/v1/load_lora_adapter")
@@ -34,7 +32,7 @@ async def load_adapter(body: AdapterRequest, service: TheService) -> Response:
 async def unload_adapter(body: AdapterRequest, service: TheService) -> Response:
     """Forget an adapter; answers that follow it end as they began."""
     if not service.llm.unload_adapter(body.lora_name):
-        raise Refusal(404, f"there is no adapter {body.lora_name!r}", "invalid_model")
+        raise Refusal(404, f"there is no adapter {body.lora_name!r}", type="invalid_model")
     return Json({"message": f"Success: LoRA adapter {body.lora_name} removed."})
 
 

@@ -103,19 +103,16 @@ async def _on_invalid(request: Request, error: Exception) -> Response:
     first = detail[0]
     where = ".".join(str(part) for part in first["loc"][1:])
     status = 400 if first["type"] == "json_invalid" else 422
-    refused = Refusal(
-        status, f"{where}: {first['msg']}" if where else first["msg"], "invalid_request_error",
-        param=where or None, detail=detail,
-    )  # fmt: skip
-    return error_response(refused, request.url.path)
+    message = f"{where}: {first['msg']}" if where else first["msg"]
+    return error_response(
+        Refusal(status, message, param=where or None, detail=detail), request.url.path
+    )
 
 
 async def _on_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, StarletteHTTPException)
     path = request.url.path
     message = f"there is nothing at {path[:200]}" if error.status_code == 404 else str(error.detail)
-    kinds = {404: "not_found_error", 413: "request_too_large"}
-    kind = kinds.get(error.status_code, "invalid_request_error")
-    response = error_response(Refusal(error.status_code, message, kind), path)
+    response = error_response(Refusal(error.status_code, message), path)
     response.headers.update(error.headers or {})
     return response

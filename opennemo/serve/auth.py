@@ -161,13 +161,11 @@ def _presented(headers: dict[bytes, bytes]) -> bytes:
 
 def _unauthorised() -> Refusal:
     return Refusal(
-        401, "no valid API key: send one as `Authorization: Bearer KEY`", "authentication_error",
-        code="invalid_api_key",
-    )  # fmt: skip
+        401, "no valid API key: send one as `Authorization: Bearer KEY`", code="invalid_api_key"
+    )
 
 
 def _too_much(limit: str, wait: float) -> Refusal:
     return Refusal(
-        429, f"this key is limited to {limit}", "rate_limit_error",
-        code="rate_limit_exceeded", retry_after=wait,
-    )  # fmt: skip
+        429, f"this key is limited to {limit}", code="rate_limit_exceeded", retry_after=wait
+    )

@@ -28,7 +28,7 @@ class BoundedHeaders(HttpToolsProtocol):
     _writing: asyncio.TimerHandle | None = None  # until the client has taken some of what waits
 
     def send_400_response(self, msg: str) -> None:
-        body = dumps(error_body(Refusal(400, msg, "invalid_request_error"), "")).encode()
+        body = dumps(error_body(Refusal(400, msg), "")).encode()
         head = "HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\nconnection: close\r\n"
         self.transport.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
         self.transport.close()

@@ -19,7 +19,7 @@ from opennemo.errors import (
 )
 
 MESSAGES = "/v1/messages"  # paths that begin so speak Anthropic's protocol
-_ANTHROPIC_TYPES = {
+TYPES = {  # of an error, by status
     400: "invalid_request_error",
     401: "authentication_error",
     403: "permission_error",
@@ -27,26 +27,31 @@ _ANTHROPIC_TYPES = {
     413: "request_too_large",
     422: "invalid_request_error",
     429: "rate_limit_error",
-    503: "overloaded_error",
+    499: "cancelled",
+    500: "internal_server_error",
+    501: "not_implemented",
+    503: "service_unavailable",
 }
+ANTHROPIC_TYPES = dict.fromkeys((499, 500, 501), "api_error") | {503: "overloaded_error"}
 
 
 class Refusal(OpenNemoError):
-    """A request that is turned down with a status of its own; `retry_after` is in seconds."""
+    """A request that is turned down with a status; `retry_after` is in seconds."""
 
     def __init__(
         self,
         status: int,
         message: str,
-        type: str,
         *,
+        type: str | None = None,
         code: str | None = None,
         param: str | None = None,
         retry_after: float | None = None,
         detail: list[dict] | None = None,
     ):
         super().__init__(message)
-        self.status, self.type, self.code, self.param = status, type, code, param
+        self.status, self.code, self.param = status, code, param
+        self.type = type or TYPES.get(status, TYPES[400])
         self.retry_after, self.detail = retry_after, detail
 
 
@@ -56,22 +61,22 @@ def refusal(error: OpenNemoError) -> Refusal:
         return error
     message = str(error)
     if isinstance(error, ContextTooLong):
-        return Refusal(400, message, "invalid_request_error", code="context_length_exceeded")
+        return Refusal(400, message, code="context_length_exceeded")
     if isinstance(error, InvalidRequest | CheckpointError):
         where, colon, _ = message.partition(":")
         param = where if colon and " " not in where else None
-        return Refusal(400, message, "invalid_request_error", param=param)
+        return Refusal(400, message, param=param)
     if isinstance(error, Overloaded):
-        return Refusal(503, message, "overloaded_error", code="overloaded", retry_after=1)
+        return Refusal(503, message, type="overloaded_error", code="overloaded", retry_after=1)
     if isinstance(error, Unavailable):
-        return Refusal(503, message, "service_unavailable", code="replica_lost", retry_after=1)
-    return Refusal(500, message, "internal_server_error")
+        return Refusal(503, message, code="replica_lost", retry_after=1)
+    return Refusal(500, message)
 
 
 def error_body(error: Refusal, path: str) -> dict[str, Any]:
     """The JSON that tells a client of an error, in the protocol of the path."""
     if path.startswith(MESSAGES):
-        kind = _ANTHROPIC_TYPES.get(error.status, "api_error")
+        kind = ANTHROPIC_TYPES.get(error.status) or TYPES.get(error.status, "api_error")
         return {"type": "error", "error": {"type": kind, "message": str(error)}}
     fields = {
         "message": str(error),

@@ -77,9 +77,7 @@ class Gate:
                 raise
             log.exception("defect", id=request_id, path=path)
             if not begun:
-                error = Refusal(
-                    500, "the server has a defect; its log tells", "internal_server_error"
-                )
+                error = Refusal(500, "the server has a defect; its log tells")
                 await error_response(error, path)(scope, receive, reply)
         finally:
             if status >= 400:
@@ -103,14 +101,14 @@ class Gate:
         host = headers.get(b"host", b"").decode("latin-1").lower()
         name = re.sub(r":\d*$", "", host).strip("[]")
         if self._service.settings.is_loopback and name not in ("localhost", "127.0.0.1", "::1"):
-            raise Refusal(403, "this server answers to localhost only", "permission_error")
+            raise Refusal(403, "this server answers to localhost only")
 
     def _check_size(self, path: str, headers: dict[bytes, bytes], sizes: dict[str, int]) -> None:
         """What announces its size is refused here; FastAPI counts the rest as it comes."""
         length = headers.get(b"content-length", b"0")
         most = sizes.get(path, self._service.settings.max_body_size)
         if length.isdigit() and int(length[:20]) > most:
-            raise Refusal(413, f"a body may have {most:,} bytes", "request_too_large")
+            raise Refusal(413, f"a body may have {most:,} bytes")
 
     def _headers(self, path: str, request_id: str) -> list[tuple[bytes, bytes]]:
         headers = [

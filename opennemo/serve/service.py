@@ -9,10 +9,10 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import structlog
-from fastapi import Request
+from fastapi import Depends, Request
 
 from opennemo.errors import InvalidRequest, OpenNemoError
 from opennemo.llm import LLM, Reply
@@ -107,10 +107,7 @@ class Service:
         if self._llm is None or not self.is_ready:
             what = "shutting down" if self.draining else "asleep" if self.asleep else "loading"
             what = "broken" if self.is_broken else what
-            raise Refusal(
-                503, f"the server is {what}", "service_unavailable", code=what.replace(" ", "_"),
-                retry_after=5,
-            )  # fmt: skip
+            raise Refusal(503, f"the server is {what}", code=what.replace(" ", "_"), retry_after=5)
         return self._llm
 
     @property
@@ -135,7 +132,7 @@ class Service:
         raise Refusal(
             404, f"there is no model {model!r} here; there are: "
             f"{', '.join([*self.names, *llm.adapters])[:500]}",
-            "invalid_model", code="model_not_found", param="model",
+            type="invalid_model", code="model_not_found", param="model",
         )  # fmt: skip
 
     async def start(
@@ -208,7 +205,7 @@ class Service:
         self.draining = True
         await self._wait_until_idle(self.settings.shutdown_timeout)
         for generation in list(self.active):
-            generation.abort(Refusal(503, "the server is shutting down", "service_unavailable"))
+            generation.abort(Refusal(503, "the server is shutting down"))
         await self._wait_until_idle(5)
 
     async def sleep(self) -> None:
@@ -246,5 +243,9 @@ def service_of(request: Request) -> Service:
 
 
 def client_of(request: Request) -> Client:
-    """Who asks, as the gate has found out; a dependency of routes."""
+    """The client that the gate has identified; a dependency of routes."""
     return request.state.client
+
+
+TheService = Annotated[Service, Depends(service_of)]
+TheClient = Annotated[Client, Depends(client_of)]

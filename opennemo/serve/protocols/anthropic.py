@@ -2,26 +2,23 @@
 
 import json
 from collections.abc import AsyncGenerator
-from typing import Annotated, Any
+from typing import Any
 
 import anyio
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from pydantic import Field
 from starlette.responses import Response
 
 from opennemo.engine import Token
 from opennemo.errors import InvalidRequest
 from opennemo.llm import LLM
-from opennemo.serve.auth import Client
 from opennemo.serve.error_bodies import Json
 from opennemo.serve.protocols.schema import Body, Messages, Stop, Tools
 from opennemo.serve.protocols.stream import STREAMS, EventStream, Generation, event
-from opennemo.serve.service import Service, client_of, service_of
+from opennemo.serve.service import TheClient, TheService
 from opennemo.tokenizer.chat import encode_chat
 
 router = APIRouter()
-TheService = Annotated[Service, Depends(service_of)]
-TheClient = Annotated[Client, Depends(client_of)]
 STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 PING = event({"type": "ping"}, "ping")
 

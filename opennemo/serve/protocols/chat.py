@@ -1,9 +1,9 @@
 """OpenAI's and Mistral's completions: of conversations and of plain texts, whole and streamed."""
 
 from collections.abc import AsyncGenerator, Callable
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 import opennemo
@@ -15,12 +15,10 @@ from opennemo.serve.auth import Client
 from opennemo.serve.error_bodies import Json, Refusal
 from opennemo.serve.protocols.schema import ChatRequest, CompletionRequest, Sampling
 from opennemo.serve.protocols.stream import STREAMS, EventStream, Generation, event
-from opennemo.serve.service import Service, client_of, service_of
+from opennemo.serve.service import Service, TheClient, TheService
 from opennemo.tokenizer import Tokenizer
 
 router = APIRouter()
-TheService = Annotated[Service, Depends(service_of)]
-TheClient = Annotated[Client, Depends(client_of)]
 DONE = event("[DONE]")
 FINGERPRINT = f"opennemo-{opennemo.__version__}"
 
@@ -325,12 +323,11 @@ def _sum(usages: list[dict[str, Any]]) -> dict[str, Any]:
 @router.post("/v1/fim/completions")
 async def fim_completions() -> Response:
     """Refuse to fill in the middle, which these models were not trained for."""
-    raise Refusal(
-        400, "this model was not trained to fill in the middle", "invalid_model", code="1500"
-    )
+    message = "this model was not trained to fill in the middle"
+    raise Refusal(400, message, type="invalid_model", code="1500")
 
 
 @router.post("/v1/embeddings")
 async def embeddings() -> Response:
     """Refuse to embed, which these models were not trained for."""
-    raise Refusal(501, "this server generates text; it has no embedding model", "not_implemented")
+    raise Refusal(501, "this server generates text; it has no embedding model")

@@ -1,19 +1,18 @@
 """Which models there are, and their tokenizer: lists, cards, text to ids and back."""
 
-from typing import Annotated, Any
+from typing import Any
 
 import anyio
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter
 from starlette.responses import Response
 
 from opennemo.errors import InvalidRequest
 from opennemo.serve.error_bodies import Json
 from opennemo.serve.protocols.schema import DetokenizeRequest, TokenizeRequest
-from opennemo.serve.service import NEMO_NAMES, Service, service_of
+from opennemo.serve.service import NEMO_NAMES, Service, TheService
 from opennemo.tokenizer.chat import encode_chat
 
 router = APIRouter()
-TheService = Annotated[Service, Depends(service_of)]
 
 
 @router.get("/v1/models")

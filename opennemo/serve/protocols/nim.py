@@ -1,16 +1,13 @@
 """Health, metrics and descriptions, at the paths that NVIDIA NIM and vLLM gave them."""
 
-from typing import Annotated
-
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter
 from starlette.responses import PlainTextResponse, Response
 
 import opennemo
 from opennemo.serve.error_bodies import Json
-from opennemo.serve.service import Service, service_of
+from opennemo.serve.service import TheService
 
 router = APIRouter()
-TheService = Annotated[Service, Depends(service_of)]
 OPEN = ("/health", "/ping", "/v1/health/live", "/v1/health/ready")  # need no key
 METRICS = ("/metrics", "/v1/metrics")
 LICENSE = {

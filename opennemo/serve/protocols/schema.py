@@ -74,9 +74,7 @@ class Body(BaseModel):
                 {"type": "extra_forbidden", "loc": ["body", name], "msg": "unknown field"}
                 for name in unknown
             ]
-            raise Refusal(
-                422, f"unknown fields: {', '.join(unknown)}", "invalid_request_error", detail=detail
-            )
+            raise Refusal(422, f"unknown fields: {', '.join(unknown)}", detail=detail)
         return sorted(extra)
 
 

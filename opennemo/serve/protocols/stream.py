@@ -61,7 +61,7 @@ class Generation:
             async for tokens in batches:
                 for token in tokens:
                     if token.finish_reason == "cancelled":
-                        raise self.failure or Refusal(499, "cancelled", "cancelled")
+                        raise self.failure or Refusal(499, "cancelled")
                     if self.keep_stop:
                         token.text += token.stopped_by or ""
                     if token.finish_reason == "stop" and self.answers[token.index].calls:
@@ -100,7 +100,7 @@ class Generation:
     async def _watch(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
-        self.abort(Refusal(499, "the client hung up", "cancelled"))
+        self.abort(Refusal(499, "the client hung up"))
 
     def _note_time(self) -> None:
         now = time.perf_counter()

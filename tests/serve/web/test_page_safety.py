@@ -149,7 +149,7 @@ def test_errors_stand_where_they_happen_and_can_be_retried(chat):
     page.press("#draft", "Enter")
     expect(page.locator(".running .stats")).to_contain_text("tokens")
     for generation in list(chat.server.service.active):
-        generation.abort(Refusal(503, "the server is shutting down", "service_unavailable"))
+        generation.abort(Refusal(503, "the server is shutting down"))
     expect(error).to_contain_text("shutting down")
     expect(page.locator(".assistant .markdown").last).not_to_be_empty()  # what came stays
 
