@@ -44,7 +44,7 @@ class Line:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer:
+class OutputLine:
     """A line of the output; `data` ends with a line end."""
 
     number: int
@@ -96,7 +96,7 @@ def parse(
     return Line(id=id, number=number, custom_id=custom_id, url=url, body=body)
 
 
-def answer_of(
+def output_line(
     id: str,
     number: int,
     custom_id: Any,
@@ -105,7 +105,7 @@ def answer_of(
     request_id: str | None = None,
     body: Any = None,
     error: dict[str, Any] | None = None,
-) -> Answer:
+) -> OutputLine:
     """The output line of a request that was answered with a status, or of one that never was."""
     response = None
     if status is not None:
@@ -119,7 +119,7 @@ def answer_of(
     # ASCII: a raw U+2028 would be a line end to many a reader of lines.
     data = json.dumps(record, allow_nan=False, separators=(",", ":")).encode() + b"\n"
     n_tokens = usage.get("completion_tokens") or usage.get("output_tokens") or 0
-    return Answer(number=number, ok=error is None, n_tokens=n_tokens, data=data)
+    return OutputLine(number=number, ok=error is None, n_tokens=n_tokens, data=data)
 
 
 class Slots:
@@ -148,16 +148,16 @@ class Slots:
 
 
 async def run(
-    lines: Iterable[Line | Answer],
+    lines: Iterable[Line | OutputLine],
     app: ASGIApp,
     client: Client,
     slots: Slots,
-    save: Callable[[list[Answer]], None],
+    save: Callable[[list[OutputLine]], None],
 ) -> None:
     """Answer lines, many at once, in no order.
 
     Args:
-        lines: an Answer among them is kept as it is.
+        lines: an OutputLine among them is saved as it is.
         save: keeps answers; is called on a thread, one call at a time, with all that have come
             during the last call, so that a slow disk makes few large writes and not a queue.
 
@@ -165,7 +165,7 @@ async def run(
         Exception: what `save` raises ends it all.
     """
     loop = asyncio.get_running_loop()
-    finished: asyncio.Queue[Answer | None] = asyncio.Queue(maxsize=1024)
+    finished: asyncio.Queue[OutputLine | None] = asyncio.Queue(maxsize=1024)
     resume_at = 0.0
 
     async def begin() -> None:
@@ -187,7 +187,7 @@ async def run(
             await begin()
         request_id = headers.get("x-request-id")
         await finished.put(
-            answer_of(
+            output_line(
                 line.id, line.number, line.custom_id,
                 status=status, request_id=request_id, body=body,
             )
@@ -207,7 +207,7 @@ async def run(
             outer.create_task(keep())
             async with asyncio.TaskGroup() as inner:
                 for line in lines:
-                    if isinstance(line, Answer):
+                    if isinstance(line, OutputLine):
                         await finished.put(line)
                         continue
                     await begin()

@@ -13,17 +13,16 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from opennemo.batch.lines import Answer, Line, LineError, Slots, answer_of, parse, run
+from opennemo.batch.lines import Line, LineError, OutputLine, Slots, output_line, parse, run
 from opennemo.errors import InvalidRequest, OpenNemoError
+from opennemo.progress import progress
 from opennemo.serve.app import create_app
-from opennemo.serve.logs import configure_logs
 from opennemo.serve.service import Service
 from opennemo.serve.settings import Settings
 
@@ -69,23 +68,22 @@ def run_batch(source: Path, target: Path, settings: Settings) -> bool:
 def _answer(
     input: BinaryIO, todo: list[Place], n_total: int, output: "_Output", settings: Settings
 ) -> None:
-    configure_logs("error")
-    service = Service(settings)
     with Console(stderr=True).status("Loading the model ..."):
-        service.load()
-    n_done = n_total - len(todo)
+        answerer = Answerer(settings)
+    n_tokens, n_before, started = 0, n_total - len(todo), time.monotonic()
+    n_done = n_before
     try:
-        with _progress(n_done, n_total) as report:
+        with progress("Answering", n_total, done=n_before) as bar:
 
-            def save(answers: list[Answer]) -> None:
-                nonlocal n_done
-                output.write(answers)
-                n_done += len(answers)
-                report(len(answers), sum(answer.n_tokens for answer in answers))
+            def save(lines: list[OutputLine]) -> None:
+                nonlocal n_done, n_tokens
+                output.write(lines)
+                n_done, n_tokens = n_done + len(lines), n_tokens + sum(x.n_tokens for x in lines)
+                seconds = time.monotonic() - started
+                lines_per_s, tokens_per_s = (n_done - n_before) / seconds, n_tokens / seconds
+                bar.update(n_done, note=f"{lines_per_s:.1f} lines/s, {tokens_per_s:.0f} tokens/s")
 
-            slots = Slots(settings.max_num_seqs + SPARE)
-            lines, client = lines_at(input, todo, service.names[0]), service.gatekeeper.anonymous
-            asyncio.run(run(lines, create_app(service), client, slots, save))
+            answerer.answer(input, todo, save)
     except KeyboardInterrupt:
         print(
             f"\nStopped with {n_done:,} of {n_total:,} lines answered; the same command goes on",
@@ -93,7 +91,27 @@ def _answer(
         )
         raise
     finally:
-        service.close()
+        answerer.close()
+
+
+class Answerer:
+    """A model and the application around it, which answer lines without a server."""
+
+    def __init__(self, settings: Settings):
+        self._service, self._n_slots = Service(settings), settings.max_num_seqs + SPARE
+        self._service.load()
+        self._app = create_app(self._service)
+
+    def answer(
+        self, input: BinaryIO, places: list[Place], save: Callable[[list[OutputLine]], None]
+    ) -> None:
+        """Answer the lines at some places of a file; `save` as for `run`."""
+        lines = lines_at(input, places, self._service.names[0])
+        client, slots = self._service.gatekeeper.anonymous, Slots(self._n_slots)
+        asyncio.run(run(lines, self._app, client, slots, save))
+
+    def close(self) -> None:
+        self._service.close()
 
 
 def places_in(input: BinaryIO) -> Iterator[Place]:
@@ -113,7 +131,7 @@ def places_in(input: BinaryIO) -> Iterator[Place]:
         offset += len(raw)
 
 
-def lines_at(input: BinaryIO, todo: list[Place], model: str) -> Iterator[Line | Answer]:
+def lines_at(input: BinaryIO, todo: list[Place], model: str) -> Iterator[Line | OutputLine]:
     """Requests; where a line is none, the answer that says so. `model` is meant by default."""
     for id, number, offset, is_new in todo:
         input.seek(offset)
@@ -129,7 +147,7 @@ def lines_at(input: BinaryIO, todo: list[Place], model: str) -> Iterator[Line | 
         except LineError as error:
             where = f"line {number}: {error.param}: " if error.param else f"line {number}: "
             problem = {"code": error.code, "message": f"{where}{error}", "param": error.param}
-            yield answer_of(id, number, error.custom_id, error=problem | {"line": number})
+            yield output_line(id, number, error.custom_id, error=problem | {"line": number})
 
 
 class _Output:
@@ -177,7 +195,7 @@ class _Output:
         except BlockingIOError:
             raise InvalidRequest(f"{self._path}: another opennemo batch writes it") from None
 
-    def write(self, answers: list[Answer]) -> None:
+    def write(self, answers: list[OutputLine]) -> None:
         """Add answers; they are on the disk when this returns, or none of them is."""
         data = b"".join(answer.data for answer in answers)
         try:
@@ -196,27 +214,3 @@ class _Output:
 
     def __exit__(self, *_: object) -> None:
         os.close(self._file)
-
-
-@contextmanager
-def _progress(n_done: int, n_total: int) -> Iterator[Callable[[int, int], None]]:
-    """Shows what comes (lines, tokens): a bar in a terminal, elsewhere a line for every tenth."""
-    console, started, first, n_tokens = Console(stderr=True), time.monotonic(), n_done, 0
-    columns = (TextColumn("Answering"), BarColumn(), MofNCompleteColumn(),
-               TextColumn("{task.fields[rate]}"), TimeRemainingColumn())  # fmt: skip
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=n_total, completed=n_done, rate="")
-
-        def report(n_lines: int, more_tokens: int) -> None:
-            nonlocal n_done, n_tokens
-            tenth = 10 * n_done // n_total
-            n_done, n_tokens = n_done + n_lines, n_tokens + more_tokens
-            seconds = time.monotonic() - started
-            lines_per_s, tokens_per_s = (n_done - first) / seconds, n_tokens / seconds
-            rate = f"{lines_per_s:.1f} lines/s, {tokens_per_s:.0f} tokens/s"
-            bar.update(task, completed=n_done, rate=rate)
-            if bar.disable and 10 * n_done // n_total > tenth:
-                left = f"{(n_total - n_done) / lines_per_s:.0f} s left"
-                print(f"{n_done:,} of {n_total:,} lines, {rate}, {left}", file=sys.stderr)
-
-        yield report

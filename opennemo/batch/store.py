@@ -16,7 +16,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, Literal
 
-from opennemo.batch.lines import Answer
+from opennemo.batch.lines import OutputLine
 from opennemo.serve.error_bodies import Refusal
 
 AT_WORK = ("validating", "in_progress", "cancelling")
@@ -244,7 +244,7 @@ class Store:
                 if data.strip():
                     yield number, data
 
-    def answer(self, batch: Row, answers: Iterable[Answer]) -> None:
+    def answer(self, batch: Row, answers: Iterable[OutputLine]) -> None:
         """Keep answers of a batch; those that come after its end are forgotten."""
         with self._write() as db:
             batch = _find(db, "batches", batch["owner"], batch["id"])

@@ -19,7 +19,7 @@ from typing import Any
 import structlog
 from starlette.types import ASGIApp
 
-from opennemo.batch.lines import Answer, Line, LineError, Slots, answer_of, parse, run
+from opennemo.batch.lines import Line, LineError, OutputLine, Slots, output_line, parse, run
 from opennemo.batch.store import Row, Store
 from opennemo.serve.auth import Client
 from opennemo.serve.error_bodies import Refusal
@@ -179,10 +179,10 @@ class Worker:
         """End a batch that was cancelled, or whose time is over, which its other lines are told."""
         message = "the batch's time was over before this line's turn"
 
-        def answers() -> Iterator[Answer]:
+        def answers() -> Iterator[OutputLine]:
             for line in self._lines(batch):
                 error = {"code": "batch_expired", "message": message}
-                yield answer_of(line.id, line.number, line.custom_id, error=error)
+                yield output_line(line.id, line.number, line.custom_id, error=error)
 
         if batch["status"] == "in_progress":
             self.store.answer(batch, answers())

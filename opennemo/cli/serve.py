@@ -80,6 +80,7 @@ def batch(
     """
     with serving():
         from opennemo.batch.offline import run_batch
+        from opennemo.serve.logs import configure_logs
         from opennemo.serve.settings import read_settings
 
     named = [f"--served-model-name={name}" for name in served_model_name or ()]
@@ -89,6 +90,7 @@ def batch(
     )  # fmt: skip
     options = [f"--{name.replace('_', '-')}={value}" for name, value in chosen.items()]
     _, spread = on_engines(engine, replicas, ray_address)
+    configure_logs("warning" if spread else "error")
     if spread:
         from opennemo.cluster.batch_parts import run_in_parts as run_batch
     # Nothing is listened on, whatever the environment says of hosts and keys.

@@ -7,23 +7,21 @@ output is there with every line answered once, or it is not there. The input, th
 folder of the output must be at the same path on every machine. Which machines there are Ray knows.
 """
 
-import asyncio
 import hashlib
 import json
 import logging
-import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from opennemo.batch.lines import Answer, Slots, run
-from opennemo.batch.offline import SPARE, Place, lines_at, places_in
+from opennemo.batch.lines import OutputLine
+from opennemo.batch.offline import Answerer, Place, places_in
 from opennemo.errors import InvalidRequest, OpenNemoError
-from opennemo.serve.app import create_app
+from opennemo.files import open_whole, write_whole
+from opennemo.progress import progress
 from opennemo.serve.logs import configure_logs
-from opennemo.serve.service import Service
 from opennemo.serve.settings import Settings
 
 LINES = 64  # of a part: what a kill may cost an engine
@@ -58,9 +56,9 @@ def run_in_parts(source: Path, target: Path, settings: Settings, make: Make | No
         n_done = len(places) - sum(len(lines) for _, lines in todo)
         if n_done:
             print(f"{n_done:,} of {len(places):,} lines are answered already")
-        for n_lines in (make or on_ray)(source, folder, todo, settings):
-            n_done += n_lines
-            print(f"{n_done:,} of {len(places):,} lines", file=sys.stderr)
+        with progress("Answering", len(places), done=n_done) as bar:
+            for n_lines in (make or on_ray)(source, folder, todo, settings):
+                bar.advance(n_lines)
         n_failed = _merge(folder, [name for name, _ in parts], target)
     except OSError as error:
         raise InvalidRequest(f"{error.filename or target}: {error.strerror}") from None
@@ -68,50 +66,38 @@ def run_in_parts(source: Path, target: Path, settings: Settings, make: Make | No
     return n_failed == 0
 
 
-class Answerer:
-    """An engine, and the application around it, for one part after the other."""
+class Maker:
+    """An engine that makes one part after the other; Ray gives each a process of its own."""
 
     def __init__(self, source: Path, folder: Path, settings: Settings):
         configure_logs("error")
-        self._source, self._folder, self._settings = source, folder, settings
-        self._service = Service(settings.model_copy(update={"replicas": 0}))
-        self._service.load()
-        self._app = create_app(self._service)
+        self._source, self._folder = source, folder
+        self._answerer = Answerer(settings.model_copy(update={"replicas": 0}))
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Make a part: {"part", "places" in JSON} -> {"n_lines", "error"}."""
         places = [(id, number, at, new) for id, number, at, new in json.loads(row["places"])]
-        answers: list[Answer] = []
-        slots = Slots(self._settings.max_num_seqs + SPARE)
+        lines: list[OutputLine] = []
         try:
             with self._source.open("rb") as input:
-                lines = lines_at(input, places, self._service.names[0])
-                client = self._service.gatekeeper.anonymous
-                asyncio.run(run(lines, self._app, client, slots, answers.extend))
-            partial = self._folder / f"{row['part']}.{os.getpid()}.tmp"
-            with partial.open("wb") as file:
-                file.writelines(a.data for a in sorted(answers, key=lambda a: a.number))
-                file.flush()
-                os.fsync(file.fileno())
-            partial.rename(self._folder / row["part"])
+                self._answerer.answer(input, places, lines.extend)
+            data = [line.data for line in sorted(lines, key=lambda line: line.number)]
+            write_whole(self._folder / row["part"], *data)
         except (OSError, OpenNemoError) as error:  # as a row: Ray would make pages of it
             return {"n_lines": 0, "error": str(error)}
-        return {"n_lines": len(answers), "error": ""}
+        return {"n_lines": len(lines), "error": ""}
 
     def close(self) -> None:
-        self._service.close()
+        self._answerer.close()
 
 
 def here(source: Path, folder: Path, parts: list[Part], settings: Settings) -> Iterator[int]:
     """One engine, in this process: what Ray's must equal."""
     if not parts:
         return
-    answerer = Answerer(source, folder, settings)
-    try:
+    with closing(Maker(source, folder, settings)) as maker:
         for row in _rows(parts):
-            yield _checked(answerer(row))
-    finally:
-        answerer.close()
+            yield _checked(maker(row))
 
 
 def on_ray(source: Path, folder: Path, parts: list[Part], settings: Settings) -> Iterator[int]:
@@ -120,7 +106,6 @@ def on_ray(source: Path, folder: Path, parts: list[Part], settings: Settings) ->
 
     if not parts:
         return
-    configure_logs("warning")
     ray = start_ray(settings)
     try:
         import ray.data as data  # pyright: ignore[reportMissingImports]
@@ -128,7 +113,7 @@ def on_ray(source: Path, folder: Path, parts: list[Part], settings: Settings) ->
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         data.DataContext.get_current().enable_progress_bars = False
         made = data.from_items(_rows(parts), override_num_blocks=len(parts)).map(
-            Answerer,  # pyright: ignore[reportArgumentType]  (a class is made once an engine)
+            Maker,  # pyright: ignore[reportArgumentType]  (a class is made once an engine)
             fn_constructor_args=(source, folder, settings),
             concurrency=min(settings.replicas, len(parts)),
             num_cpus=cpus_of(settings),
@@ -158,15 +143,13 @@ def _checked(row: dict[str, Any]) -> int:
 
 def _merge(folder: Path, names: list[str], target: Path) -> int:
     """The parts, one after the other, under the output's name; how many lines have an error."""
-    n_failed, partial = 0, folder / "whole.tmp"
-    with partial.open("wb") as whole:
+    n_failed, merged = 0, folder / "whole"
+    with open_whole(merged) as whole:
         for name in names:
             with (folder / name).open("rb") as part:
                 for line in part:
                     n_failed += json.loads(line)["error"] is not None
                     whole.write(line)
-        whole.flush()
-        os.fsync(whole.fileno())
-    partial.rename(target)
+    merged.rename(target)
     shutil.rmtree(folder)
     return n_failed

@@ -139,7 +139,7 @@ def test_files_that_cannot_be_meant(tmp_path):
         target.write_text(text)
         refused("is not an answer of a batch")
         assert target.read_text() == text
-    target.write_bytes(batch.answer_of("batch_req_x", 1, "other", error={}).data)
+    target.write_bytes(batch.output_line("batch_req_x", 1, "other", error={}).data)
     refused("1 answers in it are to no line of")
     target.unlink()
     target.mkdir()
