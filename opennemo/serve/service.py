@@ -135,6 +135,16 @@ class Service:
             type="invalid_model", code="model_not_found", param="model",
         )  # fmt: skip
 
+    async def chat(
+        self, client: Client, body: Any, *, prefix: str, salt: str | None = None
+    ) -> Generation:
+        """Begin to answer a conversation; `body.arguments(llm)` gives arguments of `LLM.chat`."""
+
+        def ask(llm: LLM, options: dict[str, Any]) -> Reply:
+            return llm.chat(**body.arguments(llm), **options)
+
+        return await self.start(client, body, ask, prefix=prefix, salt=salt)
+
     async def start(
         self,
         client: Client,

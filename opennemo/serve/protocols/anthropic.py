@@ -1,7 +1,7 @@
 """Anthropic's Messages API: its blocks to messages and back, whole and streamed."""
 
 import json
-from collections.abc import AsyncGenerator
+from collections.abc import Iterator
 from typing import Any
 
 import anyio
@@ -59,7 +59,7 @@ class MessagesRequest(CountRequest):
     top_k: int | None = Field(None, ge=0, lt=2**31)
     stop_sequences: Stop | None = None
 
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self, llm: LLM) -> dict[str, Any]:
         """Arguments for `LLM.chat`."""
         given: dict[str, Any] = {"max_tokens": self.max_tokens}
         for name in ("temperature", "top_p", "top_k"):
@@ -109,13 +109,9 @@ async def create_message(
     body: MessagesRequest, service: TheService, client: TheClient, request: Request
 ) -> Response:
     """Answer a conversation."""
-
-    def ask(llm: LLM, options: dict[str, Any]):
-        return llm.chat(**body.arguments(), **options)
-
-    generation = await service.start(client, body, ask, prefix="msg_")
+    generation = await service.chat(client, body, prefix="msg_")
     if body.stream:
-        return EventStream(generation, lambda batches: _events(generation, batches), ping=PING)
+        return EventStream(generation, _MessageStory(generation), ping=PING)
     await generation.whole(request.receive)
     text, calls = generation.answers[0].text, generation.answers[0].calls
     content: list[dict[str, Any]] = []
@@ -142,41 +138,44 @@ async def count_tokens(body: CountRequest, service: TheService) -> Response:
     return Json({"input_tokens": await anyio.to_thread.run_sync(count)})
 
 
-async def _events(
-    generation: Generation, batches: AsyncGenerator[list[Token], None]
-) -> AsyncGenerator[str, None]:
+class _MessageStory:
     """The events of a stream: blocks open, grow and close one after the other."""
-    yield _event("message_start", message=_head(generation))
-    index, kind = -1, ""  # of the block that is open
-    async for tokens in batches:
-        texts = []
-        for token in tokens:
-            for call in [None, *token.calls]:
-                text = token.text if call is None else ""
-                opens = bool(call and call.name) or (text and kind != "text")
-                if opens:
-                    if index >= 0:
-                        texts.append(_event("content_block_stop", index=index))
-                    index, kind = index + 1, "tool_use" if call else "text"
-                    block = {"type": "text", "text": "", "citations": None}
-                    if call:
-                        block = _tool_use(call.id, call.name, {})
-                    texts.append(_event("content_block_start", index=index, content_block=block))
-                if call and call.arguments:
-                    change = {"type": "input_json_delta", "partial_json": call.arguments}
-                elif text:
-                    change = {"type": "text_delta", "text": text}
-                else:
-                    continue
-                texts.append(_event("content_block_delta", index=index, delta=change))
-            if token.finish_reason:
-                if index >= 0:
-                    texts.append(_event("content_block_stop", index=index))
-                usage = {"output_tokens": generation.n_output_tokens}
-                texts.append(_event("message_delta", delta=_stop(generation), usage=usage))
-                texts.append(_event("message_stop"))
-        if texts or not tokens:
-            yield "".join(texts)
+
+    def __init__(self, generation: Generation):
+        self._generation = generation
+        self._index, self._kind = -1, ""  # of the block that is open
+
+    def begin(self) -> Iterator[str]:
+        yield _event("message_start", message=_head(self._generation))
+
+    def add(self, token: Token) -> Iterator[str]:
+        if token.text:
+            if self._kind != "text":
+                yield from self._open({"type": "text", "text": "", "citations": None})
+            yield self._delta({"type": "text_delta", "text": token.text})
+        for call in token.calls:
+            if call.name:
+                yield from self._open(_tool_use(call.id, call.name, {}))
+            if call.arguments:
+                yield self._delta({"type": "input_json_delta", "partial_json": call.arguments})
+
+    def end(self) -> Iterator[str]:
+        yield from self._close()
+        usage = {"output_tokens": self._generation.n_output_tokens}
+        yield _event("message_delta", delta=_stop(self._generation), usage=usage)
+        yield _event("message_stop")
+
+    def _open(self, block: dict[str, Any]) -> Iterator[str]:
+        yield from self._close()
+        self._index, self._kind = self._index + 1, block["type"]
+        yield _event("content_block_start", index=self._index, content_block=block)
+
+    def _close(self) -> Iterator[str]:
+        if self._index >= 0:
+            yield _event("content_block_stop", index=self._index)
+
+    def _delta(self, delta: dict[str, Any]) -> str:
+        return _event("content_block_delta", index=self._index, delta=delta)
 
 
 def _head(generation: Generation) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """OpenAI's and Mistral's completions: of conversations and of plain texts, whole and streamed."""
 
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Iterator
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -11,7 +11,6 @@ from opennemo.engine import Token
 from opennemo.errors import InvalidRequest
 from opennemo.llm import LLM
 from opennemo.reply import Answer
-from opennemo.serve.auth import Client
 from opennemo.serve.error_bodies import Json, Refusal
 from opennemo.serve.protocols.schema import ChatRequest, CompletionRequest, Sampling
 from opennemo.serve.protocols.stream import STREAMS, EventStream, Generation, event
@@ -21,6 +20,7 @@ from opennemo.tokenizer import Tokenizer
 router = APIRouter()
 DONE = event("[DONE]")
 FINGERPRINT = f"opennemo-{opennemo.__version__}"
+COUNTS = ("prompt_tokens", "completion_tokens", "total_tokens")
 
 
 @router.post("/v1/chat/completions", responses=STREAMS)
@@ -28,32 +28,15 @@ async def chat_completions(
     body: ChatRequest, service: TheService, client: TheClient, request: Request
 ) -> Response:
     """Answer a conversation."""
-    generation = await start_chat(service, client, body)
-    if body.stream:
-        llm, usage = service.llm, _usage_chunks(body, service)
-        return EventStream(
-            generation, lambda batches: _chat_chunks(generation, llm, body, batches, usage)
-        )
-    await generation.whole(request.receive)
-    return Json(chat_response(generation, service.llm, body), headers=generation.headers)
-
-
-async def start_chat(service: Service, client: Client, body: ChatRequest) -> Generation:
-    """Begin to answer a chat request, wherever it came from.
-
-    Raises:
-        OpenNemoError: it is wrong, too much, or comes at a bad time.
-    """
-
-    def ask(llm: LLM, options: dict[str, Any]):
-        return llm.chat(**body.arguments(llm), **options)
-
-    generation = await service.start(client, body, ask, prefix="chatcmpl-", salt=body.cache_salt)
+    generation = await service.chat(client, body, prefix="chatcmpl-", salt=body.cache_salt)
     generation.keep_stop = bool(body.include_stop_str_in_output)
-    return generation
+    if body.stream:
+        return EventStream(generation, _ChatStory(generation, service, body))
+    await generation.whole(request.receive)
+    return Json(_chat_response(generation, service.llm, body), headers=generation.headers)
 
 
-def chat_response(generation: Generation, llm: LLM, body: ChatRequest) -> dict[str, Any]:
+def _chat_response(generation: Generation, llm: LLM, body: ChatRequest) -> dict[str, Any]:
     """The body that answers a chat request, once all is there."""
     choices, mistral = [], body.is_mistral()  # whose first client wants a string, even if empty
     for i, answer in enumerate(generation.answers):
@@ -75,72 +58,66 @@ def chat_response(generation: Generation, llm: LLM, body: ChatRequest) -> dict[s
             "finish_reason": answer.finish_reason,
         }
         choices.append(entry | _extras(llm.tokenizer, generation, i, body))
+    content = {"choices": choices, "usage": generation.usage(), "service_tier": "default"}
+    return _head(generation, "chat.completion") | content
+
+
+def _head(generation: Generation, kind: str) -> dict[str, Any]:
     return {
         "id": generation.id,
-        "object": "chat.completion",
+        "object": kind,
         "created": generation.created,
         "model": generation.model,
-        "choices": choices,
-        "usage": generation.usage(),
         "system_fingerprint": FINGERPRINT,
-        "service_tier": "default",
     }
 
 
-async def _chat_chunks(
-    generation: Generation,
-    llm: LLM,
-    body: ChatRequest,
-    batches: AsyncGenerator[list[Token], None],
-    usage: Callable[[Generation, bool], dict[str, Any]],
-) -> AsyncGenerator[str, None]:
-    """The events of a chat stream; texts of one batch go out together."""
+class _ChatStory:
+    """The events of a chat stream."""
 
-    def chunk(i: int, delta: dict, finish: str | None = None, logprobs: Any = None) -> dict:
-        choice = {"index": i, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
-        return {
-            "id": generation.id,
-            "object": "chat.completion.chunk",
-            "created": generation.created,
-            "model": generation.model,
-            "system_fingerprint": FINGERPRINT,
-            "choices": [choice],
-        }
+    def __init__(self, generation: Generation, service: Service, body: ChatRequest):
+        self._generation, self._llm, self._body = generation, service.llm, body
+        self._n_open = len(generation.answers)
+        self._held: list[list[Token]] = [[] for _ in generation.answers]  # without text as yet
+        self._wants_usage = service.settings.mistral_usage or body.is_mistral()
 
-    prefix, n_open = body.prefix(), len(generation.answers)
-    held: list[list[Token]] = [[] for _ in generation.answers]  # tokens without text as yet
-    first = {"role": "assistant", "content": prefix}
-    yield "".join(event(chunk(i, first)) for i in range(n_open))
-    async for tokens in batches:
-        texts = []
-        for token in tokens:
-            i = token.index
-            held[i] += [token] if body.logprobs else ()
-            if token.text or (token.finish_reason and held[i]):
-                logprobs = _chat_logprobs(llm, held[i]) if body.logprobs else None
-                texts.append(event(chunk(i, {"content": token.text}, logprobs=logprobs)))
-                held[i] = []
-            for call in token.calls:
-                texts.append(event(chunk(i, {"tool_calls": [_call(call, delta=True)]})))
-            if token.finish_reason:
-                n_open -= 1
-                last = chunk(i, {}, token.finish_reason) | usage(generation, n_open == 0)
-                last["choices"][0] |= _extras(llm.tokenizer, generation, i, body)
-                texts.append(event(last))
-        if texts or not tokens:
-            yield "".join(texts)
-    if body.stream_options and body.stream_options.include_usage:
-        yield event(chunk(0, {}) | {"choices": [], "usage": generation.usage()})
-    yield DONE
+    def begin(self) -> Iterator[str]:
+        for i in range(self._n_open):
+            yield self._chunk(i, {"role": "assistant", "content": self._body.prefix()})
 
+    def add(self, token: Token) -> Iterator[str]:
+        i, wants_logprobs = token.index, self._body.logprobs
+        held = self._held[i]
+        held += [token] if wants_logprobs else ()
+        if token.text or (token.finish_reason and held):
+            logprobs = _chat_logprobs(self._llm, held) if wants_logprobs else None
+            yield self._chunk(i, {"content": token.text}, logprobs=logprobs)
+            held.clear()
+        for call in token.calls:
+            yield self._chunk(i, {"tool_calls": [_call(call, delta=True)]})
+        if token.finish_reason:
+            self._n_open -= 1
+            extras = _extras(self._llm.tokenizer, self._generation, i, self._body)
+            usage = self._last_usage()
+            yield self._chunk(i, {}, usage, finish_reason=token.finish_reason, **extras)
 
-def _usage_chunks(body: ChatRequest, service: Service) -> Callable[[Generation, bool], dict]:
-    """What a finishing chunk says of usage: for OpenAI's clients null, for Mistral's numbers."""
-    if body.stream_options and body.stream_options.include_usage:
-        return lambda generation, last: {"usage": None}
-    if not (service.settings.mistral_usage or body.is_mistral()):
-        return lambda generation, last: {}
-    return lambda generation, last: {"usage": generation.usage()} if last else {}
+    def _last_usage(self) -> dict[str, Any]:
+        """What a finishing chunk says of usage: for OpenAI's clients null, for Mistral's counts."""
+        if self._body.include_usage:
+            return {"usage": None}
+        wanted = self._wants_usage and not self._n_open
+        return {"usage": self._generation.usage()} if wanted else {}
+
+    def end(self) -> Iterator[str]:
+        if self._body.include_usage:
+            head = _head(self._generation, "chat.completion.chunk")
+            yield event(head | {"choices": [], "usage": self._generation.usage()})
+        yield DONE
+
+    def _chunk(self, i: int, delta: dict, beside: dict | None = None, /, **fields: Any) -> str:
+        choice = {"index": i, "delta": delta, "logprobs": None, "finish_reason": None} | fields
+        head = _head(self._generation, "chat.completion.chunk")
+        return event(head | {"choices": [choice]} | (beside or {}))
 
 
 def _call(call: Any, *, delta: bool = False) -> dict[str, Any]:
@@ -217,7 +194,7 @@ async def completions(
             generations[-1].keep_stop = bool(body.include_stop_str_in_output)
         llm, first = service.llm, generations[0]
         if body.stream:
-            return EventStream(first, lambda batches: _completion_chunks(first, llm, body, batches))
+            return EventStream(first, _CompletionStory(first, llm, body))
         for generation in generations:
             await generation.whole(request.receive)
     finally:
@@ -231,21 +208,10 @@ async def completions(
     ]
     usages = [generation.usage() for generation in generations]
     content = {
-        **_completion_head(first),
         "choices": [{**choice, "index": i} for i, choice in enumerate(choices)],
-        "usage": _sum(usages),
+        "usage": usages[0] | {name: sum(usage[name] for usage in usages) for name in COUNTS},
     }
-    return Json(content, headers=first.headers)
-
-
-def _completion_head(generation: Generation) -> dict[str, Any]:
-    return {
-        "id": generation.id,
-        "object": "text_completion",
-        "created": generation.created,
-        "model": generation.model,
-        "system_fingerprint": FINGERPRINT,
-    }
+    return Json(_head(first, "text_completion") | content, headers=first.headers)
 
 
 def _completion_choice(
@@ -287,37 +253,36 @@ def _completion_choice(
     return choice | (_extras(tokenizer, generation, index, body) if reason else {})
 
 
-async def _completion_chunks(
-    generation: Generation,
-    llm: LLM,
-    body: CompletionRequest,
-    batches: AsyncGenerator[list[Token], None],
-) -> AsyncGenerator[str, None]:
-    held = [Answer() for _ in generation.answers]  # tokens without text as yet
-    begun: set[int] = set()
-    async for tokens in batches:
-        texts = []
-        for token in tokens:
-            i, part = token.index, held[token.index]
-            part.tokens.append(token)
-            if token.text or token.finish_reason:
-                entry = _completion_choice(generation, llm, body, i, part, begins=i not in begun)
-                begun.add(i)
-                texts.append(event(_completion_head(generation) | {"choices": [entry]}))
-                held[i] = Answer()
-        if texts or not tokens:
-            yield "".join(texts)
-    if body.stream_options and body.stream_options.include_usage:
-        yield event(_completion_head(generation) | {"choices": [], "usage": generation.usage()})
-    yield DONE
+class _CompletionStory:
+    """The events of a stream of plain text."""
 
+    def __init__(self, generation: Generation, llm: LLM, body: CompletionRequest):
+        self._generation, self._llm, self._body = generation, llm, body
+        self._held = [Answer() for _ in generation.answers]  # tokens without text as yet
+        self._begun: set[int] = set()
 
-def _sum(usages: list[dict[str, Any]]) -> dict[str, Any]:
-    total = dict(usages[0])
-    for usage in usages[1:]:
-        for name in ("prompt_tokens", "completion_tokens", "total_tokens"):
-            total[name] += usage[name]
-    return total
+    def begin(self) -> Iterator[str]:
+        return iter(())
+
+    def add(self, token: Token) -> Iterator[str]:
+        i, part = token.index, self._held[token.index]
+        part.tokens.append(token)
+        if token.text or token.finish_reason:
+            begins = i not in self._begun
+            entry = _completion_choice(
+                self._generation, self._llm, self._body, i, part, begins=begins
+            )
+            yield self._chunk(choices=[entry])
+            self._begun.add(i)
+            self._held[i] = Answer()
+
+    def end(self) -> Iterator[str]:
+        if self._body.include_usage:
+            yield self._chunk(choices=[], usage=self._generation.usage())
+        yield DONE
+
+    def _chunk(self, **fields: Any) -> str:
+        return event(_head(self._generation, "text_completion") | fields)
 
 
 @router.post("/v1/fim/completions")

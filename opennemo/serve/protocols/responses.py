@@ -7,7 +7,7 @@ they grow, so that the last telling of a stream is also the answer of a request 
 import json
 import secrets
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
@@ -18,11 +18,13 @@ from opennemo.engine import Token
 from opennemo.errors import InvalidRequest
 from opennemo.llm import LLM
 from opennemo.serve.error_bodies import Json
-from opennemo.serve.protocols.schema import Body, Choice, Tools, response_format
+from opennemo.serve.protocols.schema import Body, ToolChoice, Tools, response_format
 from opennemo.serve.protocols.stream import STREAMS, EventStream, Generation, event
 from opennemo.serve.service import TheClient, TheService
 
 router = APIRouter()
+MESSAGE = {"type": "message", "role": "assistant"}
+PART = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
 
 
 class ResponsesRequest(Body):
@@ -31,7 +33,7 @@ class ResponsesRequest(Body):
     input: str | Annotated[list[dict[str, Any]], Field(min_length=1, max_length=4096)]
     instructions: str | None = None
     tools: Tools | None = None
-    tool_choice: Choice | None = None
+    tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = True
     text: dict[str, Any] | None = None
     max_output_tokens: int | None = Field(None, ge=1, lt=2**31)
@@ -43,7 +45,7 @@ class ResponsesRequest(Body):
     previous_response_id: str | None = None
     conversation: Any = None
 
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self, llm: LLM) -> dict[str, Any]:
         """Arguments for `LLM.chat`."""
         for name in ("previous_response_id", "conversation"):
             if getattr(self, name) is not None:
@@ -119,14 +121,10 @@ async def create_response(
     body: ResponsesRequest, service: TheService, client: TheClient, request: Request
 ) -> Response:
     """Answer a conversation."""
-
-    def ask(llm: LLM, options: dict[str, Any]):
-        return llm.chat(**body.arguments(), **options)
-
-    generation = await service.start(client, body, ask, prefix="resp_")
+    generation = await service.chat(client, body, prefix="resp_")
     story = _Story(generation, body, service.llm)
     if body.stream:
-        return EventStream(generation, story.tell)
+        return EventStream(generation, story)
     await generation.whole(request.receive)
     for token in generation.answers[0].tokens:
         for _ in story.add(token):
@@ -142,24 +140,18 @@ class _Story:
         self._items: list[dict[str, Any]] = []
         self._status, self._n_events = "in_progress", 0
 
-    async def tell(self, batches: AsyncGenerator[list[Token], None]) -> AsyncGenerator[str, None]:
-        """The stream's events."""
+    def begin(self) -> Iterator[str]:
         yield self._event("created", response=self.response())
         yield self._event("in_progress", response=self.response())
-        async for tokens in batches:
-            texts = [text for token in tokens for text in self.add(token)]
-            if texts or not tokens:
-                yield "".join(texts)
+
+    def end(self) -> Iterator[str]:
         yield self._event(self._status, response=self.response())
 
-    def add(self, token: Token):
-        """Take a token up -> the events that report it."""
+    def add(self, token: Token) -> Iterator[str]:
         if token.text:
             if not self._items:
-                yield from self._open(
-                    {"type": "message", "role": "assistant", "content": []}, "msg_"
-                )
-                part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+                yield from self._open(MESSAGE | {"content": []}, "msg_")
+                part = dict(PART)
                 self._items[-1]["content"].append(part)
                 yield self._event("content_part.added", **self._place(0), part=part)
             self._items[-1]["content"][0]["text"] += token.text
@@ -177,25 +169,18 @@ class _Story:
         if token.finish_reason:
             self._status = "incomplete" if token.finish_reason == "length" else "completed"
             if not self._items and not token.calls:  # an empty answer is a message, too
-                self._items.append(
-                    {
-                        "id": f"msg_{secrets.token_hex(12)}",
-                        "type": "message",
-                        "status": self._status,
-                        "role": "assistant",
-                        "content": [
-                            {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
-                        ],
-                    }
-                )
+                self._append(MESSAGE | {"content": [dict(PART)]}, "msg_", self._status)
             else:
                 yield from self._close(self._status)
 
     def _open(self, item: dict[str, Any], prefix: str):
-        head = {"id": f"{prefix}{secrets.token_hex(12)}", "type": "", "status": "in_progress"}
-        self._items.append(head | item)
+        self._append(item, prefix)
         index = len(self._items) - 1
         yield self._event("output_item.added", output_index=index, item=self._items[-1])
+
+    def _append(self, item: dict[str, Any], prefix: str, status: str = "in_progress") -> None:
+        id = f"{prefix}{secrets.token_hex(12)}"
+        self._items.append({"id": id, "type": "", "status": status} | item)
 
     def _close(self, status: str = "completed"):
         if not self._items:

@@ -47,7 +47,7 @@ Id = Annotated[int, Field(ge=0, lt=2**31)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Tools = Annotated[list[dict[str, Any]], Field(max_length=1024)]
 Messages = Annotated[list[dict[str, Any]], Field(min_length=1, max_length=4096)]
-Choice = str | dict[str, Any]
+ToolChoice = str | dict[str, Any]
 
 
 class Body(BaseModel):
@@ -76,6 +76,10 @@ class Body(BaseModel):
             ]
             raise Refusal(422, f"unknown fields: {', '.join(unknown)}", detail=detail)
         return sorted(extra)
+
+
+class StreamOptions(BaseModel):
+    include_usage: bool | None = False
 
 
 class Sampling(Body):
@@ -112,6 +116,13 @@ class Sampling(Body):
     return_token_ids: bool | None = False
     include_stop_str_in_output: bool | None = False
     structured_outputs: dict[str, Any] | None = None
+    response_format: dict[str, Any] | None = None
+    stream_options: StreamOptions | None = None
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with a chunk of usage."""
+        return bool(self.stream_options and self.stream_options.include_usage)
 
     def sampling(self, llm: LLM) -> dict[str, Any]:
         """Arguments for `LLM.chat` and `LLM.complete`; what is not given stays the model's own."""
@@ -130,7 +141,8 @@ class Sampling(Body):
             words = [start + w.lstrip() for w in self.bad_words for start in ("", " ")]
             found = {tuple(llm.tokenizer.encode(word)) for word in words}
             given["bad_words"] = tuple(ids for ids in found if ids)
-        return given | {"stop": tuple(self.stop or ())}
+        format = self.structure() or response_format(self.response_format)
+        return given | {"stop": tuple(self.stop or ()), "format": format}
 
     def structure(self) -> tuple[Kind, str] | None:
         """vLLM's `structured_outputs` as the kind of a grammar and its source."""
@@ -152,22 +164,16 @@ class Sampling(Body):
         return kinds[name], source if isinstance(source, str) else json.dumps(source)
 
 
-class StreamOptions(BaseModel):
-    include_usage: bool | None = False
-
-
 class ChatRequest(Sampling):
     """POST /v1/chat/completions, of OpenAI, Mistral and vLLM."""
 
     messages: Messages
     max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)
     tools: Tools | None = None
-    tool_choice: Choice | None = None
+    tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = True
-    response_format: dict[str, Any] | None = None
     logprobs: bool | None = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    stream_options: StreamOptions | None = None
     safe_prompt: bool | None = False
     continue_final_message: bool | None = False
     add_generation_prompt: bool | None = True
@@ -192,7 +198,6 @@ class ChatRequest(Sampling):
             "tools": self.tools or None,
             "tool_choice": self.tool_choice or "auto",
             "parallel_tool_calls": self.parallel_tool_calls is not False,
-            "format": self.structure() or response_format(self.response_format),
         }
 
     def is_mistral(self) -> bool:
@@ -222,8 +227,6 @@ class CompletionRequest(Sampling):
     echo: bool | None = False
     logprobs: int | None = Field(None, ge=0, le=20)
     max_tokens: int | None = Field(16, ge=0, lt=2**31)
-    response_format: dict[str, Any] | None = None
-    stream_options: StreamOptions | None = None
     add_special_tokens: bool | None = True
     truncate_prompt_tokens: int | None = Field(None, ge=1, lt=2**31)
 
@@ -246,9 +249,7 @@ class CompletionRequest(Sampling):
         """Arguments for `LLM.complete`, but for the prompt."""
         if self.suffix:
             raise InvalidRequest("suffix: this model was not trained to fill in the middle")
-        given = self.sampling(llm) | {
-            "format": self.structure() or response_format(self.response_format)
-        }
+        given = self.sampling(llm)
         if self.logprobs is not None:
             given["logprobs"] = self.logprobs
             if self.echo:

@@ -7,9 +7,9 @@ server that shuts down, an error), `close` runs once and frees its pages.
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import aclosing
-from typing import Any
+from typing import Any, Protocol
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -125,20 +125,24 @@ class Generation:
         }
 
 
-class EventStream(Response):
-    """A generation as server-sent events.
+class Story(Protocol):
+    """How a protocol reports an answer while it comes: each method gives events as text."""
 
-    `render` makes text of each batch of tokens. A response of our own, because Starlette's would
-    leave a generator that was never started unclosed, and because it watches for hang-ups itself.
+    def begin(self) -> Iterable[str]: ...
+
+    def add(self, token: Token) -> Iterable[str]: ...
+
+    def end(self) -> Iterable[str]: ...
+
+
+class EventStream(Response):
+    """A generation as server-sent events; those of tokens that came together go out together.
+
+    A response of our own, because Starlette's would leave a generator that was never started
+    unclosed, and because it watches for hang-ups itself.
     """
 
-    def __init__(
-        self,
-        generation: Generation,
-        render: Callable[[AsyncGenerator[list[Token], None]], AsyncGenerator[str, None]],
-        *,
-        ping: str = ": keep-alive\n\n",
-    ):
+    def __init__(self, generation: Generation, story: Story, *, ping: str = ": keep-alive\n\n"):
         headers = {
             "content-type": "text/event-stream; charset=utf-8",
             "cache-control": "no-cache",
@@ -146,10 +150,10 @@ class EventStream(Response):
         }
         self.status_code, self.background, self._ping = 200, None, ping
         self.init_headers(headers | generation.headers)
-        self._generation, self._render = generation, render
+        self._generation, self._story = generation, story
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        generation = self._generation
+        generation, story = self._generation, self._story
         watch = asyncio.create_task(generation._watch(receive))
 
         async def body(text: str, more: bool = True) -> None:
@@ -159,9 +163,13 @@ class EventStream(Response):
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             try:
-                async with aclosing(self._render(generation.tokens())) as texts:
-                    async for text in texts:
-                        await body(text or self._ping)
+                await body("".join(story.begin()))
+                async with aclosing(generation.tokens()) as batches:
+                    async for tokens in batches:
+                        text = "".join(text for token in tokens for text in story.add(token))
+                        if text or not tokens:
+                            await body(text or self._ping)
+                await body("".join(story.end()))
             except OpenNemoError as error:
                 path, refused = scope["path"], refusal(error)
                 name = "error" if path.startswith(("/v1/messages", "/v1/responses")) else None
