@@ -126,8 +126,9 @@ def run(
     n_engines, spread = on_engines(engine, replicas, ray_address)
     options = _options_from(find_suite(suite), own)
     with _packages():
-        from opennemo.evals.evaluate import Request, evaluate
+        from opennemo.evals.evaluate import evaluate
         from opennemo.evals.report import show
+        from opennemo.evals.request import Request
 
         request = Request(
             model=model, suite=suite, options=options, limit=limit, data=data, output=output,

@@ -13,9 +13,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from opennemo.errors import InvalidRequest, OpenNemoError
-from opennemo.evals.job import Job, Outcome
+from opennemo.evals.benchmark_data import BenchmarkData
+from opennemo.evals.request import Outcome, Request
 from opennemo.evals.rows import gather
-from opennemo.evals.runs import digest
+from opennemo.evals.runs import Run, digest
 from opennemo.evals.suites import Programs
 from opennemo.llm import LLM
 
@@ -23,19 +24,20 @@ STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")  # the harness's, where a 
 SECONDS, BYTES = 10, 2 << 30
 
 
-def measure(llm: LLM, job: Job, options: Programs) -> Outcome:
+def measure(llm: LLM, request: Request, run: Run) -> Outcome:
     """The share of problems whose first, greedy program passes (pass@1)."""
+    options: Programs = request.options
     if not options.run_code:
         raise InvalidRequest(
             "--suite code runs programs that the model wrote: allow it by --run-code"
         )
     source = "github.com/openai/human-eval, data"
-    problems = job.data.lines("humaneval.jsonl", source)[: job.limit]
+    problems = BenchmarkData(request.data).lines("humaneval.jsonl", source)[: request.limit]
 
     def write(problem: Mapping[str, Any]) -> str:
         return llm.complete(problem["prompt"], stop=STOP, temperature=0.0, max_tokens=512).text
 
-    programs = job.run.ask_all(
+    programs = run.ask_all(
         "Writing", problems, key=lambda p: digest("humaneval", llm.name, p["prompt"]), ask=write,
     )  # fmt: skip
     values: dict[str, float | str] = {}

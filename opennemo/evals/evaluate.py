@@ -2,45 +2,23 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from opennemo.engine import EngineConfig
 from opennemo.errors import InvalidRequest
 from opennemo.evals import report
-from opennemo.evals.benchmark_data import BenchmarkData
 from opennemo.evals.compare import side_by_side
 from opennemo.evals.endpoint import LocalModel, is_server, open_model
-from opennemo.evals.job import Job
+from opennemo.evals.request import Request
 from opennemo.evals.rows import ResultRow
 from opennemo.evals.runs import Run, digest, fingerprint
 from opennemo.evals.suites import find_suite, options_of
 from opennemo.llm import LLM
 from opennemo.model.hub import locate
 
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """What to measure. Fields that only say where things are do not change a run's name."""
-
-    model: str  # a folder, a .gguf, an id of the hub, or the address of a server
-    suite: str
-    options: Any = None  # the suite's own (suites.py); by default its defaults
-    tasks: tuple[str, ...] = ()
-    limit: int | None = None
-    data: Path | None = None
-    output: Path | None = None
-    device: str | None = None
-    chat: bool = False
-    model_name: str | None = None  # at a server
-    key: str = "none"
-    tokenizer: str | None = None  # of a server's model
-    kv_format: str | None = None
-    kv_scale: float | None = None
-
-
-PLACES = {"options", "data", "output", "device"}
+PLACES = {"options", "data", "output", "device"}  # of a request, that do not name its run
 Load = Callable[[Request, str | None], LLM]  # in a number format, if one is named
 
 
@@ -63,17 +41,14 @@ def evaluate(
         raise InvalidRequest("--engine ray needs the model itself, not a server")
     if at_server and not suite.servers:
         raise InvalidRequest(f"--suite {request.suite} needs the model itself, not a server")
-    options = request.options or suite.options()
-    settings = _settings(request, options)
+    request = replace(request, options=request.options or suite.options())
+    settings = _settings(request)
     name = request.model_name or Path(request.model.rstrip("/")).name.removesuffix(".gguf")
     parent = request.output or Path("runs") / f"{name}-{request.suite}-{digest(settings)[:8]}"
-    data = BenchmarkData(request.data)
     folders, measured = [], {}
     for format in formats or (None,):
         folder = parent / format if format and len(formats) > 1 else parent
         run = Run(folder, settings | {"format": format}, n_engines)
-        job = Job(run=run, suite=request.suite, data=data, tasks=request.tasks,
-                  limit=request.limit, chat=request.chat, device=request.device)  # fmt: skip
         try:
             with open_model(
                 request.model, request.model_name, request.key, request.tokenizer,
@@ -83,7 +58,7 @@ def evaluate(
                 asked = model
                 if isinstance(model, LocalModel) and not suite.servers:
                     asked = model.llm
-                outcome = suite.measure(asked, job, options)
+                outcome = suite.measure(asked, request, run)
             run.write_items(outcome.items)
         finally:
             run.close()
@@ -115,14 +90,14 @@ def _load(request: Request, format: str | None) -> LLM:
     return LLM.load(request.model, device=request.device, config=config, format=format)
 
 
-def _settings(request: Request, options: Any) -> dict[str, Any]:
+def _settings(request: Request) -> dict[str, Any]:
     """Everything that decides an answer; keys of servers do not, and are never written."""
-    values = {k: v for k, v in asdict(request).items() if k not in PLACES} | asdict(options)
+    values = {k: v for k, v in asdict(request).items() if k not in PLACES} | asdict(request.options)
     settings = {k: v for k, v in values.items() if not k.endswith("key")}
     settings["weights"] = _weights(request.model)
     for name, _, _, option in options_of(find_suite(request.suite)):
         if option.weights:
-            settings[f"{name}_weights"] = _weights(getattr(options, name))
+            settings[f"{name}_weights"] = _weights(getattr(request.options, name))
     return json.loads(json.dumps(settings, default=str))
 
 

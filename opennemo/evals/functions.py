@@ -15,10 +15,10 @@ from typing import Any
 from opennemo.errors import InvalidRequest, OpenNemoError
 from opennemo.evals.benchmark_data import read_lines
 from opennemo.evals.endpoint import ChatModel
-from opennemo.evals.job import Job, Outcome
 from opennemo.evals.patches import BFCL_MODEL, call_checker
+from opennemo.evals.request import Outcome, Request
 from opennemo.evals.rows import gather
-from opennemo.evals.runs import digest
+from opennemo.evals.runs import Run, digest
 from opennemo.evals.suites import Calls
 
 CATEGORIES = ("simple_python", "multiple", "parallel", "parallel_multiple", "irrelevance")
@@ -27,13 +27,14 @@ TYPES = {"dict": "object", "float": "number", "tuple": "array", "any": "string",
 TYPES |= {name: name for name in ("string", "integer", "number", "boolean", "array", "object")}
 
 
-def measure(model: ChatModel, job: Job, options: Calls) -> Outcome:
+def measure(model: ChatModel, request: Request, run: Run) -> Outcome:
     """Share of questions whose calls are right, by category, and the calls one by one.
 
     With `required` an answer must be a call, and only one where one is asked for; BFCL leaves both
     to the model.
     """
-    categories, grammar, required = job.chosen(CATEGORIES), options.grammar, options.required
+    options: Calls = request.options
+    categories, grammar, required = request.chosen(CATEGORIES), options.grammar, options.required
     if required and not grammar:
         raise InvalidRequest("--required needs the grammar, which --no-grammar leaves out")
 
@@ -43,12 +44,12 @@ def measure(model: ChatModel, job: Job, options: Calls) -> Outcome:
 
     check, asked = call_checker(), []
     for category in categories:
-        asked += [(category, q) for q in questions(category)[: job.limit]]
+        asked += [(category, q) for q in questions(category)[: request.limit]]
     prompts = [
         (q["question"][0], [as_tool(f) for f in q["function"]], settings(category))
         for category, q in asked
     ]
-    answers = job.run.ask_all(
+    answers = run.ask_all(
         f"Calls of {model.name}", prompts,
         key=lambda a: digest("tools", model.name, grammar, a),
         ask=lambda a: model.ask(a[0], a[1], grammar, **a[2]),

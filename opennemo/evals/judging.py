@@ -20,7 +20,7 @@ from typing import Any
 from opennemo.errors import InvalidRequest, OpenNemoError
 from opennemo.evals.benchmark_data import BenchmarkData, read_lines
 from opennemo.evals.endpoint import ChatModel, open_model
-from opennemo.evals.job import Job, Outcome
+from opennemo.evals.request import Outcome, Request
 from opennemo.evals.rows import ResultRow, gather
 from opennemo.evals.runs import Run, digest
 from opennemo.evals.suites import Judges
@@ -46,27 +46,28 @@ ANNOUNCED = {
 NO_MARK = "the judge gave no mark"
 
 
-def measure(model: ChatModel, job: Job, options: Judges) -> Outcome:
+def measure(model: ChatModel, request: Request, run: Run) -> Outcome:
     """Marks of a judge for the model's answers, and the controls that were asked for.
 
     Raises:
         InvalidRequest: no judge was named, or a file is missing.
     """
-    judge = options.judge
+    options: Judges = request.options
+    data, judge = BenchmarkData(request.data), options.judge
     if not judge:
         raise InvalidRequest("--suite chat needs --judge, a model or the address of a server")
-    wanted = job.chosen(TASKS, ("mt-bench", "wildbench"))
+    wanted = request.chosen(TASKS, ("mt-bench", "wildbench"))
     with open_model(
         judge, options.judge_name, options.judge_key, None,
-        load=lambda: LLM.load(judge, device=job.device),
+        load=lambda: LLM.load(judge, device=request.device),
     ) as judge_model:  # fmt: skip
-        judging = Judging(judge_model, job.run, options.repeats)
+        judging = Judging(judge_model, run, options.repeats)
         rows, items, notes = [], [], []
         if judge_model.name == model.name:
             notes.append(f"{model.name} judges itself, which is known to favour it.")
-        bench = MTBench(job.data, job.limit, options.references)
+        bench = MTBench(data, request.limit, options.references)
         if "mt-bench" in wanted:
-            answers = bench.answers(model, job.run)
+            answers = bench.answers(model, run)
             marks = bench.grade(judging, answers)
             rows += bench.rows(marks, judge_model.name)
             items = [{"id": number, "answers": answer} for number, answer in answers.items()]
@@ -85,7 +86,7 @@ def measure(model: ChatModel, job: Job, options: Judges) -> Outcome:
             }
             rows += agree(bench.grade(judging, turns), scores)
         if "wildbench" in wanted:
-            rows += wild_bench(job.data, model, judging, job.limit)
+            rows += wild_bench(data, model, judging, request.limit)
         if judging.spreads:
             spread = sum(judging.spreads) / len(judging.spreads)
             notes.append(f"Repeated marks of one answer have a standard deviation of {spread:.2f}.")

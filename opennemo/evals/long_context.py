@@ -19,9 +19,9 @@ from typing import Any
 
 from opennemo.errors import InvalidRequest, OpenNemoError
 from opennemo.evals.benchmark_data import BenchmarkData
-from opennemo.evals.job import Job, Outcome
+from opennemo.evals.request import Outcome, Request
 from opennemo.evals.rows import gather
-from opennemo.evals.runs import digest
+from opennemo.evals.runs import Run, digest
 from opennemo.evals.suites import Haystacks
 from opennemo.llm import LLM
 
@@ -219,18 +219,19 @@ def _hotpot(data: BenchmarkData) -> list[tuple[str, list[str], list[str]]]:
     ]
 
 
-def measure(llm: LLM, job: Job, options: Haystacks) -> Outcome:
+def measure(llm: LLM, request: Request, run: Run) -> Outcome:
     """The share of answers that are right, by task and length, ten prompts for each and depth.
 
     Items are "task/length/depth/number". Without data, the tasks that need none are measured.
     """
-    names = job.chosen(TASKS, None if job.data.folder else WITHOUT_DATA)
-    tasks = {name: task(job.data, name) for name in names}
+    options: Haystacks = request.options
+    names = request.chosen(TASKS, None if request.data else WITHOUT_DATA)
+    tasks = {name: task(BenchmarkData(request.data), name) for name in names}
 
     def ask(question: tuple[Prompt, int]) -> str:
         prompt, max_tokens = question
         settings: dict[str, Any] = {"temperature": 0.0, "max_tokens": max_tokens}
-        if not job.chat:
+        if not request.chat:
             return llm.complete(f"{prompt.text} {prompt.begins}", **settings).text
         talk: list[dict[str, Any]] = [{"role": "user", "content": prompt.text}]
         talk += [{"role": "assistant", "content": prompt.begins, "prefix": True}]
@@ -241,7 +242,7 @@ def measure(llm: LLM, job: Job, options: Haystacks) -> Outcome:
         cells = [
             (f"{name}/{length}/{100 * depth:.0f}/{i}", depth)
             for depth in options.depths
-            for i in range(job.limit or 10)
+            for i in range(request.limit or 10)
         ]
         values: dict[str, float | str] = {}
         if length > llm.engine.max_context:
@@ -251,9 +252,9 @@ def measure(llm: LLM, job: Job, options: Haystacks) -> Outcome:
             room = length - max_tokens
             size = largest(llm, make, room)
             prompts = {key: fitting(llm, make, key, size, depth, room) for key, depth in cells}
-            answers = job.run.ask_all(
+            answers = run.ask_all(
                 f"{name}, {length:,} tokens", [(prompt, max_tokens) for prompt in prompts.values()],
-                key=lambda q: digest("long", job.chat, q[0].text, q[0].begins, q[1]), ask=ask,
+                key=lambda q: digest("long", request.chat, q[0].text, q[0].begins, q[1]), ask=ask,
                 side_by_side=max(1, min(8, llm.engine.max_context // length)),
             )  # fmt: skip
             for (key, prompt), text in zip(prompts.items(), answers, strict=True):

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from opennemo.errors import InvalidRequest
-from opennemo.evals.job import Job, Outcome
+from opennemo.evals.request import Outcome, Request
 from opennemo.evals.rows import ResultRow
 from opennemo.evals.runs import Run, score_all
 from opennemo.evals.suites import TextFiles
@@ -17,15 +17,16 @@ from opennemo.llm import LLM
 from opennemo.texts import Texts
 
 
-def measure(llm: LLM, job: Job, options: TextFiles) -> Outcome:
+def measure(llm: LLM, request: Request, run: Run) -> Outcome:
     """Bits per byte of files of texts, one row for each language that they name.
 
     Raises:
         InvalidRequest: no file was named.
     """
+    options: TextFiles = request.options
     if not options.texts:
         raise InvalidRequest("--suite ppl needs --texts FILE, repeatable")
-    return Outcome(bits_per_byte(llm, options.texts, job.run, job.limit))
+    return Outcome(bits_per_byte(llm, options.texts, run, request.limit))
 
 
 def bits_per_byte(

@@ -1,7 +1,7 @@
 """The suites by name: the module that measures each, and the options that only it has.
 
-A new suite is an entry of `SUITES` and a module with a function `measure(model, job, options)`,
-which returns an `Outcome` (job.py). The command line makes its options from the fields here, so
+A new suite is an entry of `SUITES` and a module with a function `measure(model, request, run)`,
+which returns an `Outcome` (request.py). The command line makes its options from the fields here, so
 this module imports no other.
 """
 
@@ -85,9 +85,9 @@ class Suite:
     servers: bool = False
     heat_map: bool = False  # drawn by depth and length, instead of bars
 
-    def measure(self, model: Any, job: Any, options: Any) -> Any:
+    def measure(self, model: Any, request: Any, run: Any) -> Any:
         """Call the module's function; model is an LLM, or a ChatModel where servers will do."""
-        return import_module(f"opennemo.evals.{self.module}").measure(model, job, options)
+        return import_module(f"opennemo.evals.{self.module}").measure(model, request, run)
 
 
 SUITES = {

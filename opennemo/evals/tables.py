@@ -12,15 +12,16 @@ from typing import Any
 from opennemo.errors import InvalidRequest
 from opennemo.evals.benchmark_data import BenchmarkData
 from opennemo.evals.benchmarks import BENCHMARKS, Benchmark
-from opennemo.evals.job import Job, Outcome
 from opennemo.evals.patches import quiet_harness
+from opennemo.evals.request import Outcome, Request
 from opennemo.evals.rows import MISSING, ResultRow
+from opennemo.evals.runs import Run
 from opennemo.llm import LLM
 
 SHOTS_SEED = 1234  # the harness's own
 
 
-def measure(llm: LLM, job: Job, options: Any) -> Outcome:
+def measure(llm: LLM, request: Request, run: Run) -> Outcome:
     """Rows of the suite's benchmarks that were asked for by name, task or part; all by default.
 
     Raises:
@@ -28,15 +29,17 @@ def measure(llm: LLM, job: Job, options: Any) -> Outcome:
     """
     from opennemo.evals.harness import OpenNemoLM
 
-    benchmarks, tasks = BENCHMARKS[job.suite], {*job.tasks}
+    benchmarks, tasks = BENCHMARKS[request.suite], {*request.tasks}
     chosen = [b for b in benchmarks if not tasks or {b.name, b.task, b.part} & tasks]
     if not chosen:
         names = ", ".join(dict.fromkeys(b.name for b in benchmarks))
-        raise InvalidRequest(f"--tasks {', '.join(job.tasks)}: there are {names}")
-    if job.data.folder is None:
+        raise InvalidRequest(f"--tasks {', '.join(request.tasks)}: there are {names}")
+    if request.data is None:
         print("Data that are not in the cache yet are fetched from the Hugging Face hub.")
-    lm = OpenNemoLM(llm, run=job.run)
-    rows, items = run_tasks(lm, chosen, job.data, job.limit, chat=job.chat)
+    lm = OpenNemoLM(llm, run=run)
+    rows, items = run_tasks(
+        lm, chosen, BenchmarkData(request.data), request.limit, chat=request.chat
+    )
     return Outcome(rows, items, [f"{b.name}: {b.why}." for b in chosen if b.why])
 
 

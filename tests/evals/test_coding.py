@@ -4,10 +4,9 @@ import pytest
 
 from opennemo.errors import InvalidRequest
 from opennemo.evals import coding
-from opennemo.evals.benchmark_data import BenchmarkData
 from opennemo.evals.coding import run_program
-from opennemo.evals.evaluate import Request, evaluate
-from opennemo.evals.job import Job
+from opennemo.evals.evaluate import evaluate
+from opennemo.evals.request import Request
 from opennemo.evals.runs import Run
 from opennemo.evals.suites import Programs
 from tests.evals.conftest import write_lines
@@ -31,8 +30,9 @@ def test_humaneval_counts_what_passes(llm, tmp_path, monkeypatch):
     ])  # fmt: skip
     # What a random model writes after a whole function is no Python; this one writes nothing.
     monkeypatch.setattr(coding, "STOP", tuple({chr(i) for i in range(256)} | {"\ufffd"}))
-    job = Job(run=Run(tmp_path / "run", {}), data=BenchmarkData(tmp_path))
-    outcome = coding.measure(llm, job, Programs(run_code=True))
+    options = Programs(run_code=True)
+    request = Request(model=llm.name, suite="code", data=tmp_path, options=options)
+    outcome = coding.measure(llm, request, Run(tmp_path / "run", {}))
     rows, items = outcome.rows, outcome.items
     assert rows[0].n == 2 and rows[0].score in (0.0, 50.0)
     assert {i["id"] for i in items} == {"T/0", "T/1"} and items[1]["wrong"]

@@ -11,7 +11,8 @@ import pytest
 from opennemo.errors import InvalidRequest
 from opennemo.evals import report
 from opennemo.evals.benchmark_data import BenchmarkData
-from opennemo.evals.evaluate import Request, evaluate
+from opennemo.evals.evaluate import evaluate
+from opennemo.evals.request import Request
 from opennemo.evals.suites import TextFiles
 from tests.evals.conftest import write_lines
 

@@ -13,8 +13,8 @@ from opennemo.evals.functions import (
     questions,
     verdict,
 )
-from opennemo.evals.job import Job
 from opennemo.evals.patches import call_checker
+from opennemo.evals.request import Request
 from opennemo.evals.runs import Run
 from opennemo.evals.suites import Calls
 from opennemo.llm import LLM
@@ -90,16 +90,17 @@ def test_with_and_without_a_grammar_in_this_process_and_on_our_server(folder, tm
         remote = RemoteModel(f"{server.url}/v1", llm.name, tokenizer=llm.tokenizer)
         for where, model in (("here", LocalModel(llm)), ("there", remote)):
             for grammar in (True, False):
-                run = Run(tmp_path / f"{where}{grammar}", {})
-                job = Job(run=run, tasks=("simple_python",), limit=2)
-                outcome = measure(model, job, Calls(grammar=grammar))
+                request = Request(model=llm.name, suite="tools", tasks=("simple_python",), limit=2,
+                                  options=Calls(grammar=grammar))  # fmt: skip
+                outcome = measure(model, request, Run(tmp_path / f"{where}{grammar}", {}))
                 rows, items = outcome.rows, outcome.items
                 assert rows[0].n + sum(rows[0].trouble.values()) == 2
                 results[where, grammar] = [
                     (i["id"], i["wrong"], i["answer"].get("content")) for i in items
                 ]
-        job = Job(run=Run(tmp_path / "required", {}), tasks=("multiple",), limit=3)
-        outcome = measure(remote, job, Calls(required=True))
+        request = Request(model=llm.name, suite="tools", tasks=("multiple",), limit=3,
+                          options=Calls(required=True))  # fmt: skip
+        outcome = measure(remote, request, Run(tmp_path / "required", {}))
         rows, items = outcome.rows, outcome.items
         assert rows[0].setting == "with grammar, a call required"
         assert all(len(item["answer"].get("tool_calls") or [0]) == 1 for item in items)

@@ -10,7 +10,7 @@ from opennemo.errors import InvalidRequest
 from opennemo.evals import report
 from opennemo.evals.benchmark_data import BenchmarkData
 from opennemo.evals.endpoint import LocalModel, RemoteModel
-from opennemo.evals.evaluate import Request, evaluate
+from opennemo.evals.evaluate import evaluate
 from opennemo.evals.judging import (
     NO_MARK,
     Judging,
@@ -20,6 +20,7 @@ from opennemo.evals.judging import (
     wild_bench,
     wild_score,
 )
+from opennemo.evals.request import Request
 from opennemo.evals.runs import Run
 from opennemo.evals.suites import Judges
 from tests.evals.conftest import SHARED, needs_shared, serving, write_lines

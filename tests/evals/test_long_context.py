@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from opennemo.errors import InvalidRequest
 from opennemo.evals import long_context
 from opennemo.evals.benchmark_data import BenchmarkData
-from opennemo.evals.evaluate import Request, evaluate
-from opennemo.evals.job import Job
+from opennemo.evals.evaluate import evaluate
 from opennemo.evals.long_context import (
     TASKS,
     WITHOUT_DATA,
@@ -25,6 +24,7 @@ from opennemo.evals.long_context import (
     task,
 )
 from opennemo.evals.report import read
+from opennemo.evals.request import Request
 from opennemo.evals.runs import Run
 from opennemo.evals.suites import Haystacks
 from tests.evals.conftest import SHARED, needs_shared
@@ -104,13 +104,17 @@ def test_the_words_around_the_needles_are_rulers():
             assert piece.strip() in prompt.begins
 
 
+def asked(**settings) -> Request:
+    return Request(model="tiny", suite="long", **settings)
+
+
 def test_prompts_fill_their_length_and_are_never_longer(llm, tmp_path):
-    job = Job(run=Run(tmp_path, {}), tasks=("passkey", "niah_single_1"), limit=1)
     options = Haystacks(lengths=(700, 1000), depths=(0.0, 1.0))
-    outcome = long_context.measure(llm, job, options)
+    request = asked(tasks=("passkey", "niah_single_1"), limit=1, options=options)
+    outcome = long_context.measure(llm, request, Run(tmp_path, {}))
     rows, items = outcome.rows, outcome.items
     assert [(r.name, r.part, r.n) for r in rows] == [
-        (name, part, 2) for name in job.tasks for part in ("700", "1,000")
+        (name, part, 2) for name in request.tasks for part in ("700", "1,000")
     ]
     assert not any(r.trouble for r in rows) and len(items) == 8
     size = long_context.largest(llm, passkey, 992)
@@ -122,7 +126,7 @@ def test_prompts_fill_their_length_and_are_never_longer(llm, tmp_path):
 
 
 def test_a_model_whose_context_is_shorter_says_so(folder, tmp_path):
-    asked = Request(
+    request = Request(
         model=str(folder),
         suite="long",
         tasks=("passkey",),
@@ -132,7 +136,7 @@ def test_a_model_whose_context_is_shorter_says_so(folder, tmp_path):
         kv_format="fp8",
         kv_scale=1.0,
     )
-    evaluate(asked, [])
+    evaluate(request, [])
     _, (short, long) = read(tmp_path)
     assert short.n == 2 and long.n == 0
     assert long.trouble == {"the model's context is 1,024 tokens": 2}
@@ -142,10 +146,11 @@ def test_a_model_whose_context_is_shorter_says_so(folder, tmp_path):
 def test_unknown_tasks_and_missing_data_are_named(llm, tmp_path):
     run = Run(tmp_path / "run", {})
     with pytest.raises(InvalidRequest, match="niah_single_1"):
-        long_context.measure(llm, Job(run=run, tasks=("niah",)), Haystacks())
+        long_context.measure(llm, asked(tasks=("niah",), options=Haystacks()), run)
     with pytest.raises(InvalidRequest, match=r"ruler/squad_dev\.jsonl"):
         task(BenchmarkData(tmp_path), "qa_1")
-    outcome = long_context.measure(llm, Job(run=run), Haystacks(lengths=(2048,)))  # too long
+    options = Haystacks(lengths=(2048,))  # longer than the model's context
+    outcome = long_context.measure(llm, asked(options=options), run)
     assert {row.name for row in outcome.rows} == {*WITHOUT_DATA}
 
 

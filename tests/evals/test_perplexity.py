@@ -7,8 +7,9 @@ import torch
 
 from opennemo.errors import InvalidRequest
 from opennemo.evals import perplexity
-from opennemo.evals.evaluate import Request, evaluate
+from opennemo.evals.evaluate import evaluate
 from opennemo.evals.report import read
+from opennemo.evals.request import Request
 from opennemo.evals.runs import Run
 from opennemo.evals.suites import TextFiles
 from opennemo.model.attention import Packed

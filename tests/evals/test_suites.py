@@ -10,9 +10,10 @@ from typer.testing import CliRunner
 
 from opennemo.cli.evals import with_suites
 from opennemo.evals import report
-from opennemo.evals.evaluate import Request, evaluate
-from opennemo.evals.job import Job, Outcome
+from opennemo.evals.evaluate import evaluate
+from opennemo.evals.request import Outcome, Request
 from opennemo.evals.rows import gather
+from opennemo.evals.runs import Run
 from opennemo.evals.suites import SUITES, Option, Suite
 
 
@@ -25,8 +26,8 @@ class Toys:
 def test_a_toy_suite_is_measured_and_has_its_options(folder, tmp_path, monkeypatch):
     toys: Any = ModuleType("opennemo.evals.toys")
 
-    def measure(llm: Any, job: Job, options: Toys) -> Outcome:
-        return Outcome(gather("toys", {str(i): 1.0 for i in range(options.marbles)}))
+    def measure(llm: Any, request: Request, run: Run) -> Outcome:
+        return Outcome(gather("toys", {str(i): 1.0 for i in range(request.options.marbles)}))
 
     toys.measure = measure
     monkeypatch.setitem(sys.modules, toys.__name__, toys)

@@ -1,26 +1,32 @@
-"""What every suite gets beside the model, and what it returns."""
+"""What is measured, as every suite gets it, and what a suite returns."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from opennemo.errors import InvalidRequest
-from opennemo.evals.benchmark_data import BenchmarkData
 from opennemo.evals.rows import ResultRow
-from opennemo.evals.runs import Run
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
-    """One measurement of one model."""
+class Request:
+    """A suite of questions to a model."""
 
-    run: Run
-    suite: str = ""
-    data: BenchmarkData = field(default_factory=BenchmarkData)
+    model: str  # a folder, a .gguf, an id of the hub, or the address of a server
+    suite: str
+    options: Any = None  # the suite's own (suites.py); None: its defaults
     tasks: tuple[str, ...] = ()
     limit: int | None = None
-    chat: bool = False  # prompts are laid out as conversations, as instruct models are used
+    data: Path | None = None
+    output: Path | None = None
     device: str | None = None
+    chat: bool = False  # prompts are laid out as conversations, as instruct models are used
+    model_name: str | None = None  # at a server
+    key: str = "none"
+    tokenizer: str | None = None  # of a server's model
+    kv_format: str | None = None
+    kv_scale: float | None = None
 
     def chosen(self, names: Sequence[str], default: Sequence[str] | None = None) -> Sequence[str]:
         """The tasks that were asked for, else the default ones, else all.
