@@ -25,12 +25,13 @@ def train(
     On several devices or machines: torchrun --nproc-per-node 8 -m opennemo train RECIPE ...
     SIGTERM saves and stops (exit code 143); the same command goes on, also after a kill.
     """
+    import signal
     import warnings
 
     import torch.distributed as dist
 
     from opennemo.train.config import read_recipe
-    from opennemo.train.run import train as run_train
+    from opennemo.train.run import begin, finish
     from opennemo.train.trainer import Stopped
 
     settings = read_recipe(recipe, set or ())
@@ -45,7 +46,11 @@ def train(
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         dist.init_process_group("nccl" if on_gpu else "gloo")
     try:
-        made = run_train(settings, run, sample=_sampler(settings))
+        trainer = begin(settings, run, sample=_sampler(settings))
+        before = signal.signal(signal.SIGTERM, lambda *_: trainer.stop())
+        trainer.train()
+        signal.signal(signal.SIGTERM, before)
+        made = finish(trainer)
     except Stopped as stopped:
         print(f"opennemo: {run}: {stopped}; the same command goes on", file=sys.stderr)
         raise typer.Exit(143) from None

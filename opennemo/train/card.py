@@ -4,33 +4,29 @@ Nothing in it is written by hand and nothing is left empty: what is not known is
 Format: the Hugging Face hub's README.md with YAML in front.
 """
 
-import json
 import platform
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import ModelCard, ModelCardData
 
+from opennemo.files import read_json
 from opennemo.train.config import Recipe, to_json
 from opennemo.train.metrics import read_metrics
 
 SHOWN = ("loss", "valid_loss", "valid_bits_per_byte", "accuracy", "valid_accuracy")
 
 
-def write_card(recipe: Recipe, run: Path, folder: Path) -> None:
-    """Write README.md into a folder that a run made."""
-    records = read_metrics(run)
-    data = json.loads((run / "data.json").read_text("utf-8"))
-    parent = recipe.model.path
-    front = ["library_name: opennemo", f"license: {json.dumps(recipe.licence or 'unknown')}"]
-    if parent:
-        front.append(f"base_model: {json.dumps(parent)}")
+def write_card(recipe: Recipe, run: Path, folder: Path, *, stored: str = "float32") -> None:
+    """Write README.md into a folder that a run made, whose weights are in the format `stored`."""
+    records, data, parent = read_metrics(run), read_json(run / "data.json"), recipe.model.path
     facts = {
         "parent": parent or f"none: new weights of the shape {recipe.model.shape}",
         "objective": recipe.objective,
         "adapter": _adapter(recipe),
-        "number format": _format(recipe, folder),
+        "number format": _format(recipe, stored),
         "steps": f"{recipe.steps:,} of {recipe.data.rows} rows of {recipe.data.window:,} tokens",
         "seed": str(recipe.seed),
         "steps skipped": f"{sum(r['skipped'] or 0 for r in records):.0f}, for their gradient",
@@ -38,13 +34,16 @@ def write_card(recipe: Recipe, run: Path, folder: Path) -> None:
         "software": f"opennemo {version('opennemo')}, torch {torch.__version__}",
         "licence": recipe.licence or "not stated in the recipe",
     }
-    lines = ["---", *front, "---", "", f"# {run.resolve().name}", ""]
+    front = ModelCardData(
+        library_name="opennemo", license=recipe.licence or "unknown", base_model=parent
+    )
+    lines = ["---", front.to_yaml(), "---", "", f"# {run.resolve().name}", ""]
     lines += ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in facts.items())]
     lines += ["", "## Results", "", *_results(records), "", "## Data", ""]
-    for part, found in data.items():
-        lines += [f"**{part}**", "", *_data(found), ""]
+    for name, part in data.items():
+        lines += [f"**{name}**", "", *_data(part), ""]
     lines += ["## Recipe", "", "```json", to_json(recipe).rstrip(), "```", ""]
-    (folder / "README.md").write_text("\n".join(lines), "utf-8")
+    ModelCard("\n".join(lines)).save(folder / "README.md")
 
 
 def hardware() -> str:
@@ -70,21 +69,21 @@ def _results(records: list[dict[str, Any]]) -> list[str]:
     return ["| | at first | at last |", "|---|---|---|", *rows] if rows else ["None were recorded."]
 
 
-def _data(found: dict[str, Any]) -> list[str]:
-    if not found:
+def _data(part: dict[str, Any]) -> list[str]:
+    if not part:
         return ["None."]
-    if "sources" in found:
+    if "sources" in part:
         return [
             f"- {source['path']}: {source['tokens']:,} tokens in {source['documents']:,} "
             f"documents, {source['share']:.0%} of what was drawn; index SHA-256 "
             f"{source['index_sha256'][:16]}"
-            for source in found["sources"]
+            for source in part["sources"]
         ]
-    lines = [f"- {name}" for name in found["files"]]
+    lines = [f"- {name}" for name in part["files"]]
     return [
         *lines,
-        f"- {found['conversations']:,} conversations, {found['tokens']:,} tokens, of which "
-        f"{found['trained_tokens']:,} are learnt; {len(found['left_out']):,} lines left out",
+        f"- {part['conversations']:,} conversations, {part['tokens']:,} tokens, of which "
+        f"{part['trained_tokens']:,} are learnt; {len(part['left_out']):,} lines left out",
     ]
 
 
@@ -95,10 +94,10 @@ def _adapter(recipe: Recipe) -> str:
     return f"LoRA of rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(lora.layers)}"
 
 
-def _format(recipe: Recipe, folder: Path) -> str:
+def _format(recipe: Recipe, stored: str) -> str:
     qat = recipe.qat
     if qat is None:
         return "float32, no quantisation awareness"
-    kept = f"stored in {qat.format}" if folder.name == qat.format else "float32"
     kv = ", keys and values in FP8" if qat.kv else ""
-    return f"{kept}; learnt as if rounded to {qat.format}{kv} from {qat.start:.0%} of the steps on"
+    place = "float32" if stored == "float32" else f"stored in {stored}"
+    return f"{place}; learnt as if rounded to {qat.format}{kv} from {qat.start:.0%} of the steps on"

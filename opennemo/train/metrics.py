@@ -1,8 +1,8 @@
-"""What a run tells: a line of JSON a step, TensorBoard's events, a bar in the terminal, plots.
+"""What a run records: a line of JSON a step, TensorBoard's events, and plots of them.
 
 `metrics.jsonl` is the record; everything else can be made from it. A run that goes on from a
-checkpoint first forgets what was written after it, so that the record reads as if nothing had
-happened. Which numbers there are is the trainer's business.
+checkpoint first drops what was written after it, so that the record reads as if nothing had
+happened. The trainer decides which numbers there are.
 """
 
 import json
@@ -13,13 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from opennemo.errors import InvalidRequest
+from opennemo.files import write_whole
 
 FILE = "metrics.jsonl"
-LINE_EVERY = 10.0  # seconds between lines where there is no terminal
 # What is drawn, one plot each, if the run has it: title, axis, and the series.
 PLOTS = (
     ("loss", "nats", ("loss", "valid_loss")),
@@ -39,9 +37,9 @@ class Log:
         from tensorboardX import SummaryWriter
 
         path = run / FILE
-        kept = [record for record in _records(path) if record["step"] < first_step]
-        lines = "".join(json.dumps(record) + "\n" for record in kept)
-        path.write_text(lines, "utf-8")
+        records = [record for record in _records(path) if record["step"] < first_step]
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        write_whole(path, lines.encode())
         self._file = path.open("a", encoding="utf-8")
         events = run / "tensorboard"
         self._events = SummaryWriter(str(events), purge_step=first_step, flush_secs=30)
@@ -59,47 +57,15 @@ class Log:
         self._events.close()
 
 
-class Display:
-    """How a run goes, for people: a bar in a terminal, a line now and then elsewhere."""
-
-    def __init__(self, total: int, first_step: int, *, quiet: bool = False):
-        self.console = Console(stderr=True, quiet=quiet, highlight=False)
-        self._is_bar, self._last = self.console.is_terminal and not quiet, 0.0
-        self._total, self._started, self._first = total, time.monotonic(), first_step
-        columns = (
-            BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[told]}"),
-            TimeRemainingColumn(),
-        )  # fmt: skip
-        self._bar = Progress(*columns, console=self.console, disable=not self._is_bar)
-        self._task = self._bar.add_task("", total=total, completed=first_step, told="")
-
-    def __enter__(self) -> "Display":
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def step(self, done: int, values: Mapping[str, float]) -> None:
-        told = "  ".join(
-            f"{label} {format(values[key], shape)}"
-            for key, label, shape in (
-                ("loss", "loss", ".4f"),
-                ("accuracy", "right", ".1%"),
-                ("tokens_per_second", "tok/s", ",.0f"),
-                ("mfu", "MFU", ".0%"),
-            )
-            if key in values
-        )
-        self._bar.update(self._task, completed=done, told=told)
-        now = time.monotonic()
-        if not self._is_bar and (now - self._last >= LINE_EVERY or done == self._total):
-            self._last = now
-            left = (now - self._started) / max(1, done - self._first) * (self._total - done)
-            self.say(f"step {done:,} of {self._total:,}  {told}  {_clock(left)} left")
-
-    def say(self, text: str) -> None:
-        self.console.print(text, markup=False)
+def note(values: Mapping[str, float]) -> str:
+    """What a person wants to see of a step, in one line."""
+    shapes = (
+        ("loss", "loss", ".4f"), ("accuracy", "right", ".1%"),
+        ("tokens_per_second", "tok/s", ",.0f"), ("mfu", "MFU", ".0%"),
+    )  # fmt: skip
+    return "  ".join(
+        f"{label} {format(values[key], shape)}" for key, label, shape in shapes if key in values
+    )
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
@@ -121,10 +87,9 @@ def plot(runs: Sequence[Path], out: Path) -> None:
         InvalidRequest: a folder holds no run, or the picture is of no known kind.
     """
     records = {run.resolve().name: read_metrics(run) for run in runs}
-    known = {key for found in records.values() for record in found for key in record}
-    shown = [
-        (t, axis, found) for t, axis, keys in PLOTS if (found := [k for k in keys if k in known])
-    ]
+    recorded = {key for lines in records.values() for record in lines for key in record}
+    plots = [(title, axis, [k for k in keys if k in recorded]) for title, axis, keys in PLOTS]
+    shown = [plot for plot in plots if plot[2]]
 
     import matplotlib
 
@@ -141,9 +106,9 @@ def plot(runs: Sequence[Path], out: Path) -> None:
     for axis in axes.flat[len(shown) :]:
         axis.set_axis_off()
     for axis, (title, unit, keys) in zip(axes.flat, shown, strict=False):
-        for name, found in records.items():
+        for name, lines in records.items():
             for key in keys:
-                points = [(r["step"], r[key]) for r in found if r.get(key) is not None]
+                points = [(r["step"], r[key]) for r in lines if r.get(key) is not None]
                 if points:
                     dense = len(points) > 60
                     label = (
@@ -181,15 +146,9 @@ def _wait(device: torch.device) -> None:
 
 
 def _records(path: Path) -> Iterable[dict[str, Any]]:
-    """Whole lines of a record; a last one that a kill cut off is none."""
+    """The lines of a record, but for a last one that a kill cut off."""
     if not path.exists():
         return
     for line in path.read_text("utf-8").splitlines(keepends=True):
         if line.endswith("\n"):
             yield json.loads(line)
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}"

@@ -8,7 +8,6 @@
 The same command goes on with a run that was stopped or killed. Models are written once, at the end.
 """
 
-import shutil
 from pathlib import Path
 
 import torch
@@ -17,7 +16,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from opennemo.errors import InvalidRequest
-from opennemo.files import read_json
+from opennemo.files import new_folder, read_json, write_whole
 from opennemo.model.checkpoint import save
 from opennemo.model.companions import copy_companions
 from opennemo.model.export import Calibration, quantize
@@ -38,20 +37,33 @@ def train(
 ) -> dict[str, Path]:
     """Begin a run in a folder, or go on with it, and write what comes out; gives those folders.
 
+    Raises: as `begin`, `Trainer.train`.
+    """
+    trainer = begin(recipe, run, sample=sample, quiet=quiet)
+    trainer.train()
+    return finish(trainer)
+
+
+def begin(
+    recipe: Recipe, run: Path, *, sample: Sample | None = None, quiet: bool = False
+) -> Trainer:
+    """The trainer of a run, at its first step or at that of the last checkpoint.
+
     Raises:
-        InvalidRequest: the folder holds another run, or files that are none.
-        Stopped: by SIGTERM, after saving.
+        InvalidRequest: the folder holds another run, or other files.
     """
     open_run(recipe, run)
     device = _device(recipe)
     setup = Setup.make(recipe, device)
     if _is_first():
         same_data(run / "data.json", setup.data)
-    trainer = Trainer(recipe, run, setup, device, sample=sample, quiet=quiet)
-    if trainer.step < recipe.steps:
-        trainer.train()
-    gather_(setup.model)
-    return export(recipe, run, setup) if _is_first() else {}
+    return Trainer(recipe, run, setup, device, sample=sample, quiet=quiet)
+
+
+def finish(trainer: Trainer) -> dict[str, Path]:
+    """Write what a run at its last step made; gives the folders."""
+    gather_(trainer.model)
+    return export(trainer.recipe, trainer.run, trainer.setup) if _is_first() else {}
 
 
 def open_run(recipe: Recipe, run: Path) -> None:
@@ -75,7 +87,7 @@ def open_run(recipe: Recipe, run: Path) -> None:
         raise InvalidRequest(f"{run}: exists, and holds no run; choose another name")
     try:
         run.mkdir(parents=True, exist_ok=True)
-        saved.write_text(to_json(recipe), "utf-8")
+        write_whole(saved, to_json(recipe).encode())
     except OSError as error:
         raise InvalidRequest(f"{run}: cannot be written: {error.strerror}") from None
 
@@ -94,41 +106,39 @@ def gather_(model: Transformer) -> None:
 
 def export(recipe: Recipe, run: Path, setup: Setup) -> dict[str, Path]:
     """Write what a run made: a model folder or an adapter, and the model in its number format."""
-    made: dict[str, Path] = {}
-    base = recipe.model.path or ""
     if recipe.lora is not None:
-        adapter = run / "adapter"
-        if not adapter.exists():
-            save_adapter(setup.model, adapter, base_model_name=base)
-            write_card(recipe, run, adapter)
+        if not (adapter := run / "adapter").exists():
+            with new_folder(adapter) as folder:
+                save_adapter(setup.model, folder, base_model_name=recipe.model.path or "")
+                write_card(recipe, run, folder)
         return {"adapter": adapter}
-    made["model"] = folder = run / "model"
-    if not folder.exists():
-        save_model(setup.model, setup.tokenizer_path, folder, setup)
-        write_card(recipe, run, folder)
+    made = {"model": run / "model"}
+    if not made["model"].exists():
+        with new_folder(made["model"]) as folder:
+            save_model(setup, folder)
+            write_card(recipe, run, folder)
     if recipe.qat is not None:
         made[recipe.qat.format] = coded = run / recipe.qat.format
         if not coded.exists():
-            quantize(
-                folder, coded, format=recipe.qat.format, kv=recipe.qat.kv,
-                calibration=learned_scales(setup.model),
-            )  # fmt: skip
-            write_card(recipe, run, coded)
+            with new_folder(coded) as folder:
+                quantize(
+                    made["model"], folder, format=recipe.qat.format, kv=recipe.qat.kv,
+                    calibration=learned_scales(setup.model),
+                )  # fmt: skip
+                write_card(recipe, run, folder, stored=recipe.qat.format)
     return made
 
 
-def save_model(model: Transformer, tokenizer_path: Path, folder: Path, setup: Setup) -> None:
+def save_model(setup: Setup, folder: Path) -> None:
     """A model folder with its tokenizer, in Hugging Face's layout, in float32."""
-    partial = folder.with_name(f".{folder.name}.whole")
-    shutil.rmtree(partial, ignore_errors=True)
-    save(model, partial)
-    if tokenizer_path.exists() and (tokenizer_path.is_dir() or tokenizer_path.suffix == ".gguf"):
-        copy_companions(tokenizer_path, partial, layout="hf")
+    save(setup.model, folder)
+    path = setup.tokenizer_path
+    if path.exists() and (path.is_dir() or path.suffix == ".gguf"):
+        copy_companions(path, folder, layout="hf")
     else:  # a tokenizer by itself
         if isinstance(setup.tokenizer, Tekken):
-            setup.tokenizer.save(partial / "tekken.json")
-        save_huggingface(setup.tokenizer, partial)
-    partial.rename(folder)
+            setup.tokenizer.save(folder / "tekken.json")
+        save_huggingface(setup.tokenizer, folder)
 
 
 def learned_scales(model: Transformer) -> Calibration:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from opennemo.errors import InvalidRequest
+from opennemo.files import write_whole
 from opennemo.model.checkpoint import load, open_checkpoint
 from opennemo.model.formats import FORMATS
 from opennemo.model.hub import locate
@@ -169,8 +170,8 @@ def same_data(before: Path, now: dict[str, Any]) -> None:
     """
     text = json.dumps(now, indent=1, ensure_ascii=False, default=str)
     if not before.exists():
-        before.write_text(text, "utf-8")
+        write_whole(before, text.encode())
     elif before.read_text("utf-8") != text:
         raise InvalidRequest(
-            f"{before.parent}: its data changed since the run began ({before.name} tells)"
+            f"{before.parent}: its data changed since the run began (see {before.name})"
         )

@@ -6,18 +6,17 @@ state is what a checkpoint holds. So a run that was killed goes on to the very b
 not. The gradient of a step is the sum of its losses over the number of its units, however they are
 divided into passes and over ranks.
 
-It does not know files of models (`run.py`), nor the engine: who wants samples passes a function in.
+It does not know files of models (`run.py`), nor the engine: samples come from a function that the
+caller passes in. It installs no signal handlers either: a command line calls `stop`.
 """
 
 import json
 import math
-import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -32,13 +31,15 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import FSDPModule
 
 from opennemo.errors import InvalidRequest, OpenNemoError
+from opennemo.files import open_whole
 from opennemo.model.parallel import data_rank, make_mesh, shard_
 from opennemo.model.quantization import observers, set_qat_
 from opennemo.model.transformer import Transformer
+from opennemo.progress import Bar, progress
 from opennemo.tokenizer.tokenizer import Tokenizer
 from opennemo.train.checkpoints import Checkpoints
 from opennemo.train.config import Recipe
-from opennemo.train.metrics import Display, Log, matmul_flops
+from opennemo.train.metrics import Log, matmul_flops, note
 from opennemo.train.objectives import next_token, objective, sequence_log_probs
 from opennemo.train.optim import clip, optimizers, rate, set_rate
 from opennemo.train.packing import IGNORED, Batch, ExampleRows, PackedRows, collate, step_rows
@@ -48,11 +49,12 @@ Sample = Callable[[Transformer, Tokenizer], list[dict[str, Any]]]
 # How much of a static scale's largest magnitude a step forgets, so that one outlier of the first
 # steps does not cost precision for good: half of it is gone after 700 steps.
 FORGET = 0.999
+LINE_EVERY = 10.0  # seconds between lines where there is no terminal
 MAX_SKIPPED = 20  # steps in a row with a gradient that is not finite
 
 
 class Stopped(Exception):
-    """A signal asked the run to stop, and its state is saved."""
+    """The run was asked to stop, and its state is saved."""
 
 
 class Trainer:
@@ -65,7 +67,7 @@ class Trainer:
         """Continue the run in this folder from its last checkpoint, or begin it.
 
         Args:
-            sample: answers for the log, made at evaluations by whoever has an engine.
+            sample: makes answers for the log at evaluations.
         """
         self.recipe, self.run, self.setup, self.sample = recipe, run, setup, sample
         self.rank, self.n_ranks = (
@@ -99,34 +101,40 @@ class Trainer:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.seen = np.zeros(self.model.config.vocab_size, bool)  # ids that occurred
         self.n_skipped = 0
-        self.stop = False
+        self._stopping = False
         self.references: dict[int, np.ndarray] = {}  # by id of rows
         self.checkpoints = Checkpoints(run / "checkpoints", keep=recipe.saving.keep)
         self.step = 0
         if self.checkpoints.latest() is not None:
             self.step = self._load()
 
+    def stop(self) -> None:
+        """End `train` after the step at hand; a signal handler or another thread may call this."""
+        self._stopping = True
+
     def train(self) -> None:
-        """Run to the last step, saving and evaluating on the way.
+        """Run to the last step, saving and evaluating on the way; nothing if that is reached.
 
         Raises:
-            Stopped: by SIGTERM; the same run goes on from there another time.
+            Stopped: `stop` was called; the same run goes on from there another time.
             OpenNemoError: the gradient is not finite any more.
         """
+        if self.step >= self.recipe.steps:
+            return
         if self.recipe.objective == "preference":
             self._compute_references()
         log = None if self.rank else Log(self.run, self.step)
         peak = matmul_flops(self.device, self._dtype)
-        display = Display(self.recipe.steps, self.step, quiet=self.quiet)
         skipped_in_a_row = 0
-        with self._stop_on_signal(), display, ThreadPoolExecutor(1) as loader:
+        display = self._progress("Training", self.recipe.steps, self.step)
+        with display as bar, ThreadPoolExecutor(1) as loader:
             coming = loader.submit(self._batches, self.step)
             for step in range(self.step, self.recipe.steps):
                 started = time.perf_counter()
                 batches = coming.result()
                 waited = time.perf_counter() - started
                 coming = loader.submit(self._batches, step + 1)
-                values = self._step(step, batches)
+                values = self.update(step, batches)
                 skipped_in_a_row = skipped_in_a_row + 1 if values["skipped"] else 0
                 self.step = step + 1
                 seconds = time.perf_counter() - started
@@ -139,13 +147,13 @@ class Trainer:
                     values |= self.evaluate(self.setup.valid)
                 if log is not None:
                     log.write(step, values)
-                display.step(self.step, values)
+                bar.update(self.step, note=note(values))
                 if skipped_in_a_row > MAX_SKIPPED:
                     raise OpenNemoError(
                         f"step {step}: {skipped_in_a_row} steps in a row with a gradient that is "
                         "not finite; begin anew with a lower optim.lr or a longer optim.warmup"
                     )
-                self._tell(display, step, values)
+                self._report(bar, step, values)
                 stop = self._agreed_to_stop()
                 if stop or self._is_due(self.recipe.saving.every):
                     self.checkpoints.save(self.step, self._state(), wait=stop)
@@ -155,7 +163,7 @@ class Trainer:
         if log is not None:
             log.close()
 
-    def _step(self, step: int, batches: list[Batch]) -> dict[str, float]:
+    def update(self, step: int, batches: list[Batch]) -> dict[str, float]:
         """One update of the weights; what it was like."""
         recipe = self.recipe
         torch.manual_seed(_mix(recipe.seed, step, self.rank))
@@ -210,9 +218,9 @@ class Trainer:
                     else next_token(model, batch, self.mesh)
                 )
             targets = batch.targets[batch.targets != IGNORED].cpu().numpy()
-            found = {"loss": loss, **sums, "units": batch.n_units / copies}
-            found["bytes"] = int(self.setup.token_bytes[targets].sum()) / copies
-            for name, value in found.items():
+            parts = {"loss": loss, **sums, "units": batch.n_units / copies}
+            parts["bytes"] = int(self.setup.token_bytes[targets].sum()) / copies
+            for name, value in parts.items():
                 totals[name] = totals.get(name, 0.0) + float(value)
         self._part_weights()
         totals = {name: float(self._sum(torch.tensor(v).double())) for name, v in totals.items()}
@@ -225,8 +233,8 @@ class Trainer:
     def unseen(self) -> list[int]:
         """Ids of the vocabulary, control tokens left out, that have not occurred so far."""
         tokenizer = self.setup.tokenizer
-        found = np.flatnonzero(~self.seen[: tokenizer.vocab_size]).tolist()
-        return [id for id in found if id not in tokenizer.control_names]
+        ids = np.flatnonzero(~self.seen[: tokenizer.vocab_size]).tolist()
+        return [id for id in ids if id not in tokenizer.control_names]
 
     def _batches(self, step: int) -> list[Batch]:
         """What this rank computes in a step, one batch a pass."""
@@ -240,8 +248,8 @@ class Trainer:
         return batches
 
     def _collate(self, rows: PackedRows, indices: Any) -> Batch:
-        found = [rows[index] for index in indices]
-        return collate(found, self.model.config.sliding_window, self.references.get(id(rows)))
+        window = self.model.config.sliding_window
+        return collate([rows[i] for i in indices], window, self.references.get(id(rows)))
 
     @torch.no_grad()
     def _compute_references(self) -> None:
@@ -266,23 +274,20 @@ class Trainer:
                 continue
             if self.step:
                 raise OpenNemoError(f"{file} is missing, and the model has changed since")
-            found = np.zeros((len(rows.units), 2), np.float32)
+            log_probs = np.zeros((len(rows.units), 2), np.float32)
             n_rows = min(len(rows), n_visited)
-            display = Display(n_rows, 0, quiet=self.quiet)
-            display.say(f"Reference log-probabilities of {n_rows:,} rows of pairs")
-            with display:
+            with self._progress("Reference log-probabilities", n_rows) as bar:
                 for index in range(n_rows):
                     row = rows[index]
                     batch = collate([row], self.model.config.sliding_window).to(self.device)
                     with self._precision():
-                        log_probs, _ = sequence_log_probs(self.model, batch)
-                    found[row.units] = log_probs.float().cpu().numpy().reshape(-1, 2)
-                    display.step(index + 1, {})
+                        of_row, _ = sequence_log_probs(self.model, batch)
+                    log_probs[row.units] = of_row.float().cpu().numpy().reshape(-1, 2)
+                    bar.update(index + 1)
             if not self.rank:
-                partial = file.with_suffix(".partial.npy")
-                np.save(partial, found)
-                partial.rename(file)
-            self.references[id(rows)] = found
+                with open_whole(file) as content:
+                    np.save(content, log_probs)
+            self.references[id(rows)] = log_probs
         self._part_weights()
 
     def _part_weights(self) -> None:
@@ -293,16 +298,16 @@ class Trainer:
 
     def _settle_scales(self, step: int) -> None:
         """Bring ranks' static scales together, and let them forget a little."""
-        qat, found = self.recipe.qat, observers(self.model)
+        qat, scales = self.recipe.qat, observers(self.model)
         assert qat is not None
-        if not found or step / self.recipe.steps >= qat.freeze:
+        if not scales or step / self.recipe.steps >= qat.freeze:
             return
         with torch.no_grad():
-            together = torch.cat([largest.flatten() for largest in found.values()])
+            together = torch.cat([largest.flatten() for largest in scales.values()])
             if self.n_ranks > 1:
                 dist.all_reduce(together, dist.ReduceOp.MAX)
-            parts = together.mul_(FORGET).split([largest.numel() for largest in found.values()])
-            for largest, part in zip(found.values(), parts, strict=True):
+            parts = together.mul_(FORGET).split([largest.numel() for largest in scales.values()])
+            for largest, part in zip(scales.values(), parts, strict=True):
                 largest.copy_(part.view_as(largest))
 
     def _state(self) -> dict[str, Any]:
@@ -324,21 +329,24 @@ class Trainer:
         self.n_skipped = state["trainer"]["skipped"]
         return step
 
-    def _tell(self, display: Display, step: int, values: dict[str, float]) -> None:
-        """What is worth a line of its own."""
+    def _progress(self, what: str, total: int, done: int = 0) -> AbstractContextManager[Bar]:
+        return progress(what, total, done=done, seconds=LINE_EVERY, quiet=self.quiet)
+
+    def _report(self, bar: Bar, step: int, values: dict[str, float]) -> None:
+        """Print what is worth a line of its own, and draw samples."""
         if values["skipped"]:
-            display.say(f"step {step}: the gradient is not finite; the step is skipped")
+            bar.say(f"step {step}: the gradient is not finite; the step is skipped")
         held_out = {k: v for k, v in values.items() if k.startswith("valid_")}
         if held_out:
-            told = "  ".join(f"{k.removeprefix('valid_')} {v:.4f}" for k, v in held_out.items())
-            display.say(f"step {self.step:,}  held out: {told}")
+            losses = "  ".join(f"{k.removeprefix('valid_')} {v:.4f}" for k, v in held_out.items())
+            bar.say(f"step {self.step:,}  held out: {losses}")
         if self.sample is not None and not self.rank and self._is_due(self.recipe.evaluation.every):
             with (self.run / "samples.jsonl").open("a", encoding="utf-8") as file:
                 for answer in self.sample(self.model, self.setup.tokenizer):
                     file.write(json.dumps({"step": step, **answer}, ensure_ascii=False) + "\n")
         if self.step == self.recipe.steps and (unseen := self.unseen()):
             shown = ", ".join(repr(self.setup.tokenizer.token_bytes(id)) for id in unseen[:5])
-            display.say(
+            bar.say(
                 f"{len(unseen):,} of {self.setup.tokenizer.vocab_size:,} ids never occurred, so "
                 f"their rows are as they were at first: {shown}{' ...' * (len(unseen) > 5)}"
             )
@@ -377,22 +385,7 @@ class Trainer:
         return value
 
     def _agreed_to_stop(self) -> bool:
-        return bool(self._sum(torch.tensor(float(self.stop))) > 0)
-
-    @contextmanager
-    def _stop_on_signal(self) -> Iterator[None]:
-        def stop(_number: int, _frame: FrameType | None) -> None:
-            self.stop = True
-
-        try:
-            before = signal.signal(signal.SIGTERM, stop)
-        except ValueError:  # not the main thread: whoever runs us there stops us otherwise
-            yield
-            return
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, before)
+        return bool(self._sum(torch.tensor(float(self._stopping))) > 0)
 
 
 def _mix(*numbers: int) -> int:

@@ -64,7 +64,7 @@ def recipe_of(case: str, make_recipe):
 def test_resumed_is_uninterrupted_bit_for_bit(make_recipe, tmp_path, case, monkeypatch):
     recipe = recipe_of(case, make_recipe)
     train(recipe, tmp_path / "whole", quiet=True)
-    step, n_steps = Trainer._step, 0
+    step, n_steps = Trainer.update, 0
 
     def dies_in_the_third(self, *args):
         nonlocal n_steps
@@ -73,7 +73,7 @@ def test_resumed_is_uninterrupted_bit_for_bit(make_recipe, tmp_path, case, monke
             raise KeyboardInterrupt
         return step(self, *args)
 
-    monkeypatch.setattr(Trainer, "_step", dies_in_the_third)
+    monkeypatch.setattr(Trainer, "update", dies_in_the_third)
     with pytest.raises(KeyboardInterrupt):
         train(recipe, tmp_path / "resumed", quiet=True)
     monkeypatch.undo()
@@ -183,7 +183,7 @@ def test_signals_and_kills_cost_nothing(recipe_file, tmp_path):
 
 def test_a_gradient_that_is_not_finite_is_skipped_and_counted(make_recipe, tmp_path, monkeypatch):
     recipe = make_recipe(steps=5)
-    step = Trainer._step
+    step = Trainer.update
 
     def poisoned(self, number, batches):
         weight = self.model.layers[0].feed_forward.w2.weight
@@ -195,7 +195,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted(make_recipe, tmp_p
             weight.data.copy_(kept)
         return values
 
-    monkeypatch.setattr(Trainer, "_step", poisoned)
+    monkeypatch.setattr(Trainer, "update", poisoned)
     train(recipe, tmp_path / "run", quiet=True)
     records = read_metrics(tmp_path / "run")
     assert [r["skipped"] for r in records] == [0, 0, 1, 0, 0]
