@@ -24,7 +24,7 @@ from opennemo.cli.options import (
     serving,
 )
 from opennemo.errors import InvalidRequest
-from opennemo.evals.suites import SUITES, Suite, find_suite, options_of
+from opennemo.evals.suites import SUITES, Option, Suite, find_suite, options_of
 
 
 class ModelByDefault(TyperGroup):
@@ -46,43 +46,45 @@ app = typer.Typer(
 
 def with_suites(command: Callable[..., None]) -> Callable[..., None]:
     """The command, with the options of all suites in place of `**own`."""
-    parameters = dict(inspect.signature(command).parameters)
-    del parameters["own"]
-    for suite_name, suite in SUITES.items():
-        for name, kind, default, option in options_of(suite):
-            help, flag = f"{suite_name}: {option.help}", f"--{name.replace('_', '-')}"
-            if option.env:
-                name, default = f"{name}_env", option.env
-                declared = Annotated[str, typer.Option(help=help)]
-            elif kind is bool:  # a flag that is on by default can be switched off
-                names = () if default else (flag,)
-                declared = Annotated[bool, typer.Option(*names, help=help)]
-            elif kind == tuple[Path, ...]:
-                declared, default = Annotated[list[Path] | None, typer.Option(help=help)], None
-            elif get_origin(kind) is tuple:
-                declared, default = Annotated[str | None, typer.Option(help=help)], None
-            else:
-                declared = Annotated[kind, typer.Option(help=help, min=option.at_least)]
-            parameters[name] = inspect.Parameter(
-                name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=declared
-            )
-    command.__signature__ = inspect.Signature([*parameters.values()])  # pyright: ignore
-    command.__annotations__ = {name: p.annotation for name, p in parameters.items()}
+    parameters = [p for p in inspect.signature(command).parameters.values() if p.name != "own"]
+    parameters += [
+        _parameter(suite_name, *described)
+        for suite_name, suite in SUITES.items()
+        for described in options_of(suite)
+    ]
+    command.__signature__ = inspect.Signature(parameters)  # pyright: ignore
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
     return command
+
+
+def _parameter(suite: str, name: str, kind: Any, default: Any, option: Option) -> inspect.Parameter:
+    """How the command line takes an option: secrets by a variable, numbers between commas."""
+    flags = []
+    if option.env:
+        name, kind, default = f"{name}_env", str, option.env
+    elif kind == tuple[Path, ...]:
+        kind, default = list[Path] | None, None
+    elif get_origin(kind) is tuple:
+        kind, default = str | None, None
+    elif default is False:
+        flags = [f"--{name.replace('_', '-')}"]  # without --no-...
+    shown = typer.Option(*flags, help=f"{suite}: {option.help}", min=option.at_least)
+    keyword, declared = inspect.Parameter.KEYWORD_ONLY, Annotated[kind, shown]
+    return inspect.Parameter(name, keyword, default=default, annotation=declared)
 
 
 def _options_from(suite: Suite, values: Mapping[str, Any]) -> Any:
     """The suite's own options, out of what the command line got for all suites."""
     chosen = {}
     for name, kind, _, option in options_of(suite):
+        value = values[f"{name}_env" if option.env else name]
         if option.env:
-            chosen[name] = os.environ.get(values[f"{name}_env"])
+            value = os.environ.get(value)
         elif kind == tuple[Path, ...]:
-            chosen[name] = tuple(values[name] or ())
+            value = tuple(value or ())
         elif get_origin(kind) is tuple:
-            chosen[name] = _numbers(f"--{name}", values[name], get_args(kind)[0])
-        else:
-            chosen[name] = values[name]
+            value = _numbers(f"--{name}", value, get_args(kind)[0])
+        chosen[name] = value
     return suite.options(**given(**chosen))
 
 
