@@ -147,7 +147,7 @@ def main() -> None:
             measured[model] = measure(llm, cases, options, None)
             print(json.dumps({model: measured[model]}), flush=True)
             if options.adapter and model == options.models[0]:
-                llm.load_adapter("adapter", options.adapter)
+                llm.engine.load_adapter("adapter", options.adapter)
                 measured[str(options.adapter)] = measure(llm, cases, options, "adapter")
     table, rows = Table("", *measured), []
     base = next(iter(measured))

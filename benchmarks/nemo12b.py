@@ -26,7 +26,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
-from opennemo.engine import Engine, EngineConfig, SamplingParams, Token
+from opennemo.engine import EngineConfig, LocalEngine, SamplingParams, Token
 from opennemo.files import new_folder
 from opennemo.model import compressed
 from opennemo.model.checkpoint import load, weight_shapes, write_model
@@ -103,7 +103,7 @@ def main() -> None:
         n_bytes = sum(
             t.nbytes for name, t in model.state_dict().items() if "tok_embeddings" not in name
         )
-        engine = Engine(model, [], EngineConfig(n_pages=64))
+        engine = LocalEngine(model, [], EngineConfig(n_pages=64))
         seconds = time.perf_counter() - start
     finally:
         if options.folder is None:

@@ -41,8 +41,9 @@ from rich.table import Table
 
 from opennemo.cluster.routing import Router
 from opennemo.engine.kv_cache import KVCache
+from opennemo.engine.params import SamplingParams
 from opennemo.engine.scheduler import Scheduler
-from opennemo.engine.sequence import SamplingParams, Sequence
+from opennemo.engine.sequence import Sequence
 
 DAY = 86_400
 PAGE, MAX_BATCHED, MAX_SEQUENCES = 16, 512, 64  # the engine's own defaults
@@ -309,13 +310,14 @@ def measured() -> Times:
     """Fitted to steps of the small model in float32, on one thread of this machine."""
     from opennemo.engine.runner import Runner
     from opennemo.engine.sequence import Chunk
+    from opennemo.engine.sizes import CacheSize
     from opennemo.model.checkpoint import load
     from opennemo.model.hub import locate
-    from opennemo.model.pages import Pages
 
     torch.set_num_threads(1)
     model = load(locate("smollm2-135m-instruct"), dtype=torch.float32)
-    runner = Runner(model, lambda: Pages.empty(model.config, 1024, PAGE, "fp32"))
+    size = CacheSize(n_pages=1024, n_spare=0, page_size=PAGE, format="fp32", scale=None)
+    runner = Runner(model, size)
     cases, seconds = [], []
     # (sequences, tokens computed of each, tokens before them)
     for n, new, past in ((1, 1, 64), (1, 1, 1500), (8, 1, 256), (32, 1, 256), (32, 1, 448),

@@ -12,11 +12,11 @@ from collections.abc import Sequence as Many
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 
-from opennemo.engine import Engine, EngineConfig, SamplingParams
+from opennemo.engine import Engine, EngineConfig, LocalEngine, SamplingParams
 from opennemo.engine.grammar import (
     ANY_TEXT,
     GrammarCompiler,
@@ -32,7 +32,6 @@ from opennemo.model.checkpoint import load, open_checkpoint
 from opennemo.model.companions import read_generation_config
 from opennemo.model.formats import FORMATS
 from opennemo.model.hub import locate
-from opennemo.model.lora import Adapter, load_adapter
 from opennemo.model.quantization import quantize_, quantize_head_
 from opennemo.model.tensor_parallel import check_divides, load_share
 from opennemo.model.transformer import Transformer
@@ -60,7 +59,6 @@ class LLM:
     def __init__(self, name: str, tokenizer: Tokenizer, engine: Engine, defaults: SamplingParams):
         """Takes a running engine; `defaults` are the model's own sampling settings."""
         self.name, self.tokenizer, self.engine, self.defaults = name, tokenizer, engine, defaults
-        self.adapters: dict[str, Adapter] = {}
 
     @classmethod
     def load(
@@ -117,12 +115,12 @@ class LLM:
             # A quarter of a small model's time is its head. Codes of 8 bits cost it next to nothing
             # (docs/log.md), and it is what llama.cpp does, too; folders keep it whole for others.
             quantize_head_(net, FORMATS["int8"])
-        engine = Engine(net, eos_ids, config, checkpoint.read_kv_scale(), ranks)
+        engine = LocalEngine(net, eos_ids, config, checkpoint.read_kv_scale(), ranks)
         engine.start()
         return cls(_name(path, model), tokenizer, engine, defaults)
 
     @classmethod
-    def around(cls, model: str, engine: Engine) -> Self:
+    def around(cls, model: str, engine: Engine) -> "LLM":
         """The text side of a model alone, around an engine that has the rest of it elsewhere.
 
         Raises:
@@ -133,7 +131,7 @@ class LLM:
         return cls(_name(path, model), tokenizer, engine, defaults)
 
     def close(self) -> None:
-        """Stop the engine; answers that are not finished are cancelled."""
+        """Close the engine; answers that are not finished are cancelled."""
         self.engine.close()
 
     def __enter__(self) -> "LLM":
@@ -202,10 +200,7 @@ class LLM:
     def score(
         self, pairs: Many[Pair], on_score: Callable[[int, Score], None] | None = None
     ) -> list[Score]:
-        """How likely continuations are, each (ids of its context, its own ids); see Engine.score.
-
-        What contexts and continuations share is computed once, so ask for many at a time.
-        """
+        """How likely continuations are, each (ids of its context, its own ids); see `Engine`."""
         return self.engine.score(pairs, on_score)
 
     def encode(self, text: str) -> list[int]:
@@ -221,33 +216,6 @@ class LLM:
         # A model may have more rows than the vocabulary has tokens; nothing stands for those.
         tokens += [b""] * (self.engine.vocab_size - len(tokens))
         return GrammarCompiler(tokens, tokenizer.control, tokenizer.eos_id, tokenizer.encode)
-
-    def load_adapter(self, name: str, folder: Path) -> None:
-        """Read a LoRA adapter that PEFT saved; from now on requests may name it.
-
-        Raises:
-            CheckpointError: it cannot be read, or is not for this model.
-        """
-        self.adapters[name] = load_adapter(folder, self.engine.runner.model)
-
-    def unload_adapter(self, name: str) -> bool:
-        """Forget an adapter; answers that follow it end as they began. False if there is none."""
-        return self.adapters.pop(name, None) is not None
-
-    def reset_prefix_cache(self) -> None:
-        """Forget all cached prompts, before the next step."""
-        self.engine.call(self.engine.cache.reset)
-
-    def sleep(self) -> None:
-        """Stop the engine and give its cache back, and on a GPU the weights' memory, too."""
-        self.engine.stop()
-        self.engine.cache.reset()
-        self.engine.runner.sleep()
-
-    def wake(self) -> None:
-        """The opposite of `sleep`."""
-        self.engine.runner.wake()
-        self.engine.start()
 
     def _answer_format(
         self, tools: list[Tool], required: bool, parallel: bool, format: tuple[Kind, str] | None
@@ -279,11 +247,8 @@ class LLM:
         salt: bytes = b"",
     ) -> "Reply":
         params = replace(self.defaults, **sampling)
-        if adapter is not None and adapter not in self.adapters:
-            raise InvalidRequest(f"there is no adapter {adapter!r}, only {sorted(self.adapters)}")
         reply = Reply(self.tokenizer, self.engine, ids, n, stop, calls)
-        lora = self.adapters[adapter] if adapter else None
-        reply.id = self.engine.submit(ids, params, reply.listen, n=n, adapter=lora, salt=salt)
+        reply.id = self.engine.submit(ids, params, reply.listen, n=n, adapter=adapter, salt=salt)
         return reply
 
 
@@ -297,7 +262,7 @@ def answer_all(
     longest = model.config.max_position_embeddings
     pages = max(64, 8 * -(-min(longest, 2048) // 16))
     config = EngineConfig(n_pages=pages, adapters=True, max_context=min(longest, 2048))
-    engine = Engine(model, {tokenizer.eos_id}, config)
+    engine = LocalEngine(model, {tokenizer.eos_id}, config)
     engine.start()
     with LLM("", tokenizer, engine, SamplingParams(temperature=0.0)) as llm:
         replies = [llm.chat(m, tools=tools or None, **sampling) for m, tools in conversations]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from opennemo.engine import Engine, EngineConfig, SamplingParams, Token
+from opennemo.engine import EngineConfig, LocalEngine, SamplingParams, Token
 from opennemo.llm import LLM
 from opennemo.model.checkpoint import convert, load
 from opennemo.model.formats import FORMATS
@@ -64,7 +64,7 @@ def test_answers_to_50_prompts_do_not_depend_on_company(weights: str, kv: str):
     prompts = [tokenizer.encode(text) for text in texts]
 
     def answers(crowd: list[list[int]], **config) -> tuple[list[list[int]], int]:
-        engine = Engine(deepcopy(model), [], EngineConfig(kv_format=kv, **config))
+        engine = LocalEngine(deepcopy(model), [], EngineConfig(kv_format=kv, **config))
         heard: dict[int, list[int]] = {}
 
         def listen(event: Token) -> None:

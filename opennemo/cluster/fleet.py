@@ -32,12 +32,13 @@ import torch
 
 from opennemo.cluster.local_ray import keep_ray_here
 from opennemo.cluster.replica import Replica
-from opennemo.engine import EngineConfig, SamplingParams, Token
+from opennemo.engine import SamplingParams, Token
+from opennemo.engine.params import check_request
 from opennemo.engine.scoring import Pair, Score
-from opennemo.engine.sequence import check_request
 from opennemo.engine.token import TokenCallback
 from opennemo.errors import OpenNemoError, Overloaded, Unavailable
 from opennemo.llm import LLM
+from opennemo.model.transformer import ModelConfig
 from opennemo.serve.loading import adapters_of
 from opennemo.serve.settings import Settings
 
@@ -47,60 +48,30 @@ STATS = 2.0  # seconds between looks at what the replicas count
 log = structlog.get_logger("opennemo.serve")
 
 
-def open_fleet(settings: Settings) -> "FleetLLM":
+def open_fleet(settings: Settings) -> LLM:
     """Start the replicas, and wait until they are loaded.
 
     Raises:
         OpenNemoError: Ray is missing, there is no cluster, or a replica cannot be started.
     """
-    fleet: Any = Fleet(settings)  # does for an Engine
-    llm = FleetLLM.around(settings.model, fleet)  # what is wrong with the model is told at once
-    llm.adapters |= {n: Remote(n, str(f.absolute())) for n, f in adapters_of(settings).items()}
+    fleet = Fleet(settings)
+    llm = LLM.around(settings.model, fleet)  # an error in the model is raised before Ray starts
     try:
-        llm.engine.start()
+        fleet.start()
     except BaseException:
-        llm.close()
+        fleet.close()
         raise
     return llm
 
 
-class Remote(tuple[str, str]):
-    """An adapter that replicas have: its name and its folder, which each can load it from."""
-
-    def __new__(cls, name: str, folder: str) -> "Remote":
-        return super().__new__(cls, (name, folder))
-
-
-class FleetLLM(LLM):
-    """The model that many replicas have."""
-
-    engine: "Fleet"  # pyright: ignore[reportIncompatibleVariableOverride]
-    adapters: dict[str, Remote]  # pyright: ignore[reportIncompatibleVariableOverride]
-
-    def load_adapter(self, name: str, folder: Path) -> None:
-        """Load it on all replicas; those that come later load it when it is first asked for."""
-        adapter = Remote(name, str(folder.absolute()))
-        self.engine.broadcast("load_adapter", tuple(adapter))
-        self.adapters[name] = adapter
-
-    def reset_prefix_cache(self) -> None:
-        self.engine.broadcast("reset_prefix_cache")
-
-    def sleep(self) -> None:
-        self.engine.broadcast("sleep")
-
-    def wake(self) -> None:
-        self.engine.broadcast("wake")
-
-    def restart_replicas(self) -> None:
-        """Replace them one after the other; each ends only when it has answered what it has."""
-        self.engine.deploy()
-
-
 class Fleet:
-    """What an LLM and its replies need of an engine, over all replicas."""
+    """An `Engine` over all replicas."""
 
-    failed, seconds_in_step = False, 0.0  # of one replica Ray learns, and acts
+    eos_ids: frozenset[int]
+    vocab_size: int
+    max_context: int
+    model_config: ModelConfig
+    failed, seconds_in_step = False, 0.0  # Ray watches each replica and replaces it
 
     def __init__(self, settings: Settings):
         self._settings, self._generation = settings, 0
@@ -108,12 +79,10 @@ class Fleet:
         port = settings.port or f"process-{os.getpid()}"
         self._app = f"opennemo-{socket.gethostname()}-{port}"
         self._n_most = settings.max_replicas or settings.replicas
-        self.config = EngineConfig(
-            max_sequences=settings.max_num_seqs, max_queued=settings.max_num_queued_reqs
-        )
         self._per_replica = settings.max_num_seqs + settings.max_num_queued_reqs
         self._ids = itertools.count(1)
         self._running: dict[int, _Running] = {}
+        self.adapters = {n: str(f.absolute()) for n, f in adapters_of(settings).items()}  # folders
         self._stats: list[dict[str, float]] = []
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(
@@ -134,11 +103,6 @@ class Fleet:
             setattr(self, name, value)
         asyncio.run_coroutine_threadsafe(self._look(), self._loop)
         log.info("replicas", n=settings.replicas, cluster=settings.ray_address or "own")
-
-    eos_ids: frozenset[int]
-    vocab_size: int
-    max_context: int
-    model_config: Any
 
     def deploy(self) -> None:
         """Start the replicas, or replace those that run; waits until the last is ready.
@@ -189,19 +153,17 @@ class Fleet:
 
     def submit(
         self, prompt_ids: list[int], params: SamplingParams, on_token: TokenCallback, *, n: int = 1,
-        adapter: Remote | None = None, salt: bytes = b"",
+        adapter: str | None = None, salt: bytes = b"",
     ) -> int:  # fmt: skip
         """As Engine.submit; events come on the fleet's thread."""
-        check_request(
-            prompt_ids, params, n, max_context=self.max_context, vocab_size=self.vocab_size
-        )
+        check_request(self, prompt_ids, params, n, adapter)
         if len(self._running) >= self._per_replica * max(1, len(self._stats)):
             raise Overloaded(f"{len(self._running)} requests are under way; try again later")
         fields = vars(params) | {"logit_bias": dict(params.logit_bias)}
         fields["grammar"] = params.grammar and params.grammar.definition
         request_id = next(self._ids)
         running = self._running[request_id] = _Running(request_id, n, on_token)
-        call = (prompt_ids, salt, fields, n, adapter and tuple(adapter))
+        call = (prompt_ids, salt, fields, n, adapter and (adapter, self.adapters[adapter]))
         self._loop.call_soon_threadsafe(self._begin, running, call)
         return request_id
 
@@ -235,6 +197,24 @@ class Fleet:
         except ExceptionGroup as group:
             raise group.exceptions[0] from None
         return scores
+
+    def load_adapter(self, name: str, folder: Path) -> None:
+        """Load it on all replicas; those that come later load it when it is first asked for."""
+        path = str(folder.absolute())
+        self.broadcast("load_adapter", (name, path))
+        self.adapters[name] = path
+
+    def unload_adapter(self, name: str) -> bool:
+        return self.adapters.pop(name, None) is not None
+
+    def reset_prefix_cache(self) -> None:
+        self.broadcast("reset_prefix_cache")
+
+    def sleep(self) -> None:
+        self.broadcast("sleep")
+
+    def wake(self) -> None:
+        self.broadcast("wake")
 
     def cancel(self, request_id: int, index: int | None = None) -> None:
         """As Engine.cancel; of several answers the replica goes on with one that is given up."""

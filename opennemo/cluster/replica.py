@@ -46,7 +46,6 @@ class Replica:
         def begin() -> int:
             if adapter:
                 self.load_adapter(adapter)
-            lora = self._llm.adapters[adapter[0]] if adapter else None
             if params["grammar"]:
                 params["grammar"] = self._llm.grammars.compile(*params["grammar"])
 
@@ -54,8 +53,9 @@ class Replica:
                 with suppress(RuntimeError):  # the loop is closed
                     loop.call_soon_threadsafe(tokens.put_nowait, token)
 
+            name = adapter and adapter[0]
             asked = SamplingParams(**params)
-            return self._llm.engine.submit(ids, asked, listen, n=n, adapter=lora, salt=salt)
+            return self._llm.engine.submit(ids, asked, listen, n=n, adapter=name, salt=salt)
 
         request_id = await asyncio.to_thread(begin)
         try:
@@ -78,17 +78,17 @@ class Replica:
         name, folder = adapter
         with self._loading:
             if self._folders.get(name) != folder:
-                self._llm.load_adapter(name, Path(folder))
+                self._llm.engine.load_adapter(name, Path(folder))
                 self._folders[name] = folder
 
     def reset_prefix_cache(self) -> None:
-        self._llm.reset_prefix_cache()
+        self._llm.engine.reset_prefix_cache()
 
     def sleep(self) -> None:
-        self._llm.sleep()
+        self._llm.engine.sleep()
 
     def wake(self) -> None:
-        self._llm.wake()
+        self._llm.engine.wake()
 
     def describe(self) -> dict[str, Any]:
         """What whoever asks it must know of the engine."""
@@ -101,8 +101,7 @@ class Replica:
 
     def record_routing_stats(self) -> dict[str, int]:
         """Told to Ray, for `Prefixes`."""
-        cache = self._llm.engine.cache
-        return {"n_tokens": cache.n_pages * cache.page_size}
+        return {"n_tokens": int(self._llm.engine.stats()["kv_cache_tokens"])}
 
     def check_health(self) -> None:
         """Asked by Ray, which replaces a replica that raises."""

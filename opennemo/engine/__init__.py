@@ -1,7 +1,9 @@
 """Token ids in, token ids out: many requests at once over one model and one paged KV cache."""
 
-from opennemo.engine.engine import Engine, EngineConfig
-from opennemo.engine.sequence import SamplingParams
+from opennemo.engine.engine import Engine
+from opennemo.engine.local import LocalEngine
+from opennemo.engine.params import SamplingParams
+from opennemo.engine.sizes import EngineConfig
 from opennemo.engine.token import Token
 
-__all__ = ["Engine", "EngineConfig", "SamplingParams", "Token"]
+__all__ = ["Engine", "EngineConfig", "LocalEngine", "SamplingParams", "Token"]

@@ -14,17 +14,15 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from functools import partial
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from opennemo.engine.runner import Runner
+from opennemo.engine.sizes import CacheSize
 from opennemo.errors import OpenNemoError
-from opennemo.model.pages import Pages
 from opennemo.model.transformer import Transformer
 
 PATIENCE = timedelta(minutes=5)  # with a rank that does not join in
@@ -68,9 +66,9 @@ class Ranks:
             self.close()
             raise
 
-    def begin(self, n_pages: int, page_size: int, format: str, kv_scale: Tensor | None) -> None:
-        """Tell the others the size of the KV cache, and its format as Pages.empty takes it."""
-        with self.told("begin", n_pages, page_size, format, kv_scale):
+    def begin(self, size: CacheSize) -> None:
+        """Send the others the size of the KV cache."""
+        with self.told("begin", size):
             pass
 
     @contextmanager
@@ -143,9 +141,8 @@ def follow(
         pipe.send(str(error) or type(error).__name__)
         return
     with suppress(EOFError, OSError):  # rank 0 has ended
-        _, (n_pages, page_size, format, kv_scale) = pipe.recv()
-        pages = (n_pages, page_size, format, _device(device, rank), kv_scale)
-        runner = Runner(model, partial(Pages.empty, model.config, *pages))
+        _, (size,) = pipe.recv()
+        runner = Runner(model, size)
         while True:
             verb, args = pipe.recv()
             getattr(runner, verb)(*args)

@@ -5,7 +5,6 @@ cache. It knows nothing of requests' fates, only which tokens stand where and wh
 Rows that follow an adapter take PyTorch's path through the same pages, beside the compiled one.
 """
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from opennemo.engine.sequence import Chunk
+from opennemo.engine.sizes import CacheSize
 from opennemo.model.attention import Paged
 from opennemo.model.lora import Adapter, adapted
 from opennemo.model.pages import Pages
@@ -54,16 +54,16 @@ class Runner:
     def __init__(
         self,
         model: Transformer,
-        make_pages: Callable[[], Pages],
+        size: CacheSize,
         adapters: bool = False,
         ranks: Together | None = None,
     ):
-        self.model, self._make_pages, self._ranks = model.eval(), make_pages, ranks
+        self.model, self._size, self._ranks = model.eval(), size, ranks
         self._step: Step | None = compile_step(model, release=not adapters)
         self._adapted_step = TorchStep(model) if adapters else None
         self.device = model.tok_embeddings.weight.device
-        self.pages = make_pages()
-        self.page_size = self.pages.codes.shape[3]
+        self.pages = size.make(model)
+        self.page_size = size.page_size
 
     @property
     def is_broken(self) -> bool:
@@ -87,7 +87,7 @@ class Runner:
         with self._together("wake"):
             if self._step is None:
                 self._step = compile_step(self.model.to(self.device))
-            self.pages = self._make_pages()
+            self.pages = self._size.make(self.model)
 
     def copy_page(self, source: int, target: int) -> None:
         """Copy the keys and values of a page, all layers', into another."""

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opennemo.engine.sequence import SamplingParams, Sequence
+from opennemo.engine.params import SamplingParams
+from opennemo.engine.sequence import Sequence
 from opennemo.engine.token import TokenLogprobs
 
 HEAD = 1024

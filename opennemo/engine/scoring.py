@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from opennemo.engine.kv_cache import KVCache
+from opennemo.engine.params import SamplingParams
 from opennemo.engine.runner import Runner
-from opennemo.engine.sequence import Chunk, SamplingParams, Sequence
+from opennemo.engine.sequence import Chunk, Sequence
 from opennemo.errors import OpenNemoError
 
 Pair = tuple[list[int], list[int]]  # ids of a context, and of what is to follow it
@@ -190,7 +191,7 @@ def _plan(pairs: Many[Pair]) -> list[_Job]:
             while path and path[-1].n_shared >= n_shared:
                 path.pop()
             parent = path[-1] if path else None
-            sequence = Sequence(0, tokens, SamplingParams(), lambda event: None, max_tokens=0)
+            sequence = Sequence(0, tokens, SamplingParams(), lambda token: None, max_tokens=0)
             jobs.append(_Job(sequence, n_shared, parent))
             if parent:
                 parent.children.append(jobs[-1])

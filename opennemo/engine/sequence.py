@@ -1,4 +1,4 @@
-"""One request's life in the engine: what was asked, what is known so far, what happened.
+"""One request's life in the engine: its tokens, how far they are computed, what happened.
 
 A sequence is a list of token ids of which the first `n_computed` have their keys and values in the
 cache. Prefill, chunked prefill, decoding, recomputation after preemption and the checking of
@@ -6,87 +6,14 @@ drafted tokens are then one thing: compute some of the tokens that are pending. 
 no tensors.
 """
 
-import itertools
 import random
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
+from functools import cached_property
 
-from opennemo.engine.grammar import Grammar, Matcher
+from opennemo.engine.grammar import Matcher
+from opennemo.engine.params import SamplingParams
 from opennemo.engine.token import TokenCallback, TokenLogprobs
-from opennemo.errors import ContextTooLong, InvalidRequest
 from opennemo.model.lora import Adapter
-
-MAX_ANSWERS = 16  # n of one request
-
-_BOUNDS: dict[str, tuple[float, float]] = {
-    "max_tokens": (1, 2**31),
-    "min_tokens": (0, 2**31),
-    "temperature": (0, 100),
-    "top_k": (0, 2**31),
-    "top_p": (0, 1),
-    "min_p": (0, 1),
-    "repetition_penalty": (0.01, 100),
-    "presence_penalty": (-100, 100),
-    "frequency_penalty": (-100, 100),
-    "logprobs": (0, 100),
-    "prompt_logprobs": (0, 100),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingParams:
-    """How to choose tokens. The defaults are greedy, without limits but the model's own.
-
-    Raises:
-        InvalidRequest: a number out of bounds, naming the field and what is allowed.
-    """
-
-    max_tokens: int | None = None  # None: as many as the context has room for
-    min_tokens: int = 0  # EOS and stop ids are masked until then
-    temperature: float = 0.0  # 0: greedy
-    top_k: int = 0  # 0: off
-    top_p: float = 1.0
-    min_p: float = 0.0  # drop tokens below this share of the likeliest one's probability
-    repetition_penalty: float = 1.0  # divides logits of tokens seen in prompt or answer (CTRL)
-    presence_penalty: float = 0.0  # subtracted once from tokens seen in the answer
-    frequency_penalty: float = 0.0  # subtracted for each time a token stands in the answer
-    logit_bias: Mapping[int, float] = field(default_factory=lambda: MappingProxyType({}))
-    allowed_ids: frozenset[int] | None = None  # nothing else is chosen; a grammar goes before it
-    bad_words: tuple[tuple[int, ...], ...] = ()  # ids that never follow one another in the answer
-    stop_ids: frozenset[int] = frozenset()  # besides the model's EOS
-    ignore_eos: bool = False
-    seed: int | None = None  # same seed, same answer, whatever else is in the batch
-    logprobs: int | None = None  # report the chosen token's, and this many of the likeliest
-    prompt_logprobs: int | None = None  # the same for the tokens of the prompt
-    grammar: Grammar | None = None  # the answer follows it to its end; min_tokens gives way
-
-    def __post_init__(self) -> None:
-        for name, (low, high) in _BOUNDS.items():
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:  # NaN fails this, too
-                raise InvalidRequest(f"{name} is {value}, allowed is {low:g} to {high:g}")
-        if self.top_p == 0:
-            raise InvalidRequest("top_p is 0, allowed is more than 0, up to 1")
-        if any(not -100 <= bias <= 100 for bias in self.logit_bias.values()):
-            raise InvalidRequest("logit_bias holds a value outside -100 to 100")
-        if self.allowed_ids is not None and min(self.allowed_ids, default=-1) < 0:
-            raise InvalidRequest("allowed_ids is empty or names an id below 0")
-        if any(not word or min(word) < 0 for word in self.bad_words):
-            raise InvalidRequest("bad_words holds an empty word or names an id below 0")
-
-    @property
-    def penalises(self) -> bool:
-        """Whether the choice of a token depends on which tokens came before."""
-        penalties = (self.repetition_penalty - 1, self.presence_penalty, self.frequency_penalty)
-        return any(penalties)
-
-    @property
-    def can_be_drafted(self) -> bool:
-        """Whether several tokens may be checked at once: greedy, each independent of the rest."""
-        greedy = self.temperature == 0 and not self.penalises and self.min_tokens == 0
-        free = not self.bad_words and self.grammar is None
-        return greedy and free and self.logprobs is None
 
 
 @dataclass(eq=False)
@@ -110,14 +37,16 @@ class Sequence:
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=lambda: [None])
     matcher: Matcher | None = None  # where the answer stands in its grammar
     finished: bool = False
-    rng: random.Random = field(init=False)
 
     def __post_init__(self) -> None:
         self.n_prompt = len(self.tokens)
         if self.params.grammar is not None:
             self.matcher = self.params.grammar.start()
+
+    @cached_property
+    def rng(self) -> random.Random:
         seed = self.params.seed
-        self.rng = random.Random(None if seed is None else f"{seed}/{self.index}")
+        return random.Random(None if seed is None else f"{seed}/{self.index}")
 
     @property
     def n_pending(self) -> int:
@@ -156,37 +85,3 @@ class Chunk:
         if self.sequence.params.prompt_logprobs is not None and self.sequence.n_output == 0:
             return self.n_new
         return 1 + len(self.draft) if self.reaches_end else 0
-
-
-def check_request(
-    prompt_ids: list[int], params: SamplingParams, n: int, *, max_context: int, vocab_size: int
-) -> int:
-    """How many tokens of context a prompt leaves for each of n answers.
-
-    Raises:
-        ContextTooLong: none.
-        InvalidRequest: an empty prompt, an id outside the vocabulary, too many answers.
-    """
-    if not prompt_ids:
-        raise InvalidRequest("the prompt is empty: at least one token is needed")
-    check_ids(prompt_ids, vocab_size)
-    named: dict[str, Iterable[int]] = {
-        "logit_bias": params.logit_bias,
-        "stop_ids": params.stop_ids,
-        "allowed_ids": params.allowed_ids or (),
-        "bad_words": itertools.chain(*params.bad_words),
-    }
-    for name, ids in named.items():
-        if any(not 0 <= id < vocab_size for id in ids):
-            raise InvalidRequest(f"{name} names an id outside 0 to {vocab_size - 1}")
-    if not 1 <= n <= MAX_ANSWERS:
-        raise InvalidRequest(f"n is {n}, allowed is 1 to {MAX_ANSWERS}")
-    if len(prompt_ids) >= max_context:
-        raise ContextTooLong(len(prompt_ids) + 1, max_context)
-    return max_context - len(prompt_ids)
-
-
-def check_ids(ids: list[int], vocab_size: int) -> None:
-    """Raises: InvalidRequest, one of some ids (at least one) is not in the vocabulary."""
-    if not 0 <= min(ids) <= max(ids) < vocab_size:
-        raise InvalidRequest(f"a token id is outside the vocabulary (0 to {vocab_size - 1})")

@@ -16,22 +16,22 @@ router = APIRouter()
 @router.post("/v1/load_lora_adapter")
 async def load_adapter(body: AdapterRequest, service: TheService) -> Response:
     """Load an adapter from a folder below `--lora-root`."""
-    llm, root = service.llm, service.settings.lora_root
+    engine, root = service.llm.engine, service.settings.lora_root
     if root is None:
         raise InvalidRequest("lora_path: the server was started without --lora-root")
     folder = (root / (body.lora_path or body.lora_name)).resolve()
     if not folder.is_relative_to(root.resolve()) or "://" in (body.lora_path or ""):
         raise InvalidRequest("lora_path: must be a folder below --lora-root")
-    if body.lora_name in service.names or body.lora_name in llm.adapters:
+    if body.lora_name in service.names or body.lora_name in engine.adapters:
         raise InvalidRequest(f"lora_name: {body.lora_name} exists already")
-    await asyncio.to_thread(llm.load_adapter, body.lora_name, folder)
+    await asyncio.to_thread(engine.load_adapter, body.lora_name, folder)
     return Json({"message": f"Success: LoRA adapter {body.lora_name} added."})
 
 
 @router.post("/v1/unload_lora_adapter")
 async def unload_adapter(body: AdapterRequest, service: TheService) -> Response:
     """Forget an adapter; answers that follow it end as they began."""
-    if not service.llm.unload_adapter(body.lora_name):
+    if not service.llm.engine.unload_adapter(body.lora_name):
         raise Refusal(404, f"there is no adapter {body.lora_name!r}", type="invalid_model")
     return Json({"message": f"Success: LoRA adapter {body.lora_name} removed."})
 
@@ -39,7 +39,7 @@ async def unload_adapter(body: AdapterRequest, service: TheService) -> Response:
 @router.post("/reset_prefix_cache")
 async def reset_prefix_cache(service: TheService) -> Response:
     """Forget all cached prompts."""
-    await asyncio.to_thread(service.llm.reset_prefix_cache)
+    await asyncio.to_thread(service.llm.engine.reset_prefix_cache)
     return Json({"message": "The prefix cache is empty."})
 
 
@@ -48,7 +48,7 @@ async def restart_replicas(service: TheService) -> Response:
     """Replace all replicas, one after the other, with the model as it is on disk now."""
     if not service.settings.replicas:
         raise InvalidRequest("the server was started without --replicas")
-    await asyncio.to_thread(service.llm.restart_replicas)  # pyright: ignore
+    await asyncio.to_thread(service.llm.engine.deploy)  # pyright: ignore
     return Json({"message": "All replicas are new."})
 
 

@@ -42,7 +42,7 @@ def load_model(settings: Settings) -> LLM:
     )  # fmt: skip
     try:
         for name, folder in modules.items():
-            llm.load_adapter(name, folder)
+            llm.engine.load_adapter(name, folder)
     except OpenNemoError:
         llm.close()
         raise

@@ -116,7 +116,7 @@ class Service:
 
     def serves(self, model: str) -> bool:
         """Whether a model's name is one of ours, or an adapter's."""
-        return model in self.names or (self._llm is not None and model in self._llm.adapters)
+        return model in self.names or (self._llm is not None and model in self._llm.engine.adapters)
 
     def adapter(self, model: str | None) -> str | None:
         """The adapter that a model's name stands for; None for the model itself.
@@ -127,11 +127,11 @@ class Service:
         llm = self.llm
         if model is None or model in self.names:
             return None
-        if model in llm.adapters:
+        if model in llm.engine.adapters:
             return model
         raise Refusal(
             404, f"there is no model {model!r} here; there are: "
-            f"{', '.join([*self.names, *llm.adapters])[:500]}",
+            f"{', '.join([*self.names, *llm.engine.adapters])[:500]}",
             type="invalid_model", code="model_not_found", param="model",
         )  # fmt: skip
 
@@ -223,11 +223,11 @@ class Service:
         llm = self.llm
         self.asleep = True
         await self._wait_until_idle(self.settings.shutdown_timeout)
-        await asyncio.to_thread(llm.sleep)
+        await asyncio.to_thread(llm.engine.sleep)
 
     async def wake(self) -> None:
         if self._llm is not None and self.asleep:
-            await asyncio.to_thread(self._llm.wake)
+            await asyncio.to_thread(self._llm.engine.wake)
             self.asleep = False
 
     async def _wait_until_idle(self, seconds: float) -> None:

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from opennemo.engine import Engine, EngineConfig, SamplingParams
-from opennemo.errors import CheckpointError
+from opennemo.engine import EngineConfig, LocalEngine, SamplingParams
+from opennemo.errors import CheckpointError, InvalidRequest
 from opennemo.model.lora import Adapter, load_adapter
 from opennemo.model.transformer import Transformer
 
@@ -42,7 +42,7 @@ def merged(model: Transformer, adapter: Adapter) -> Transformer:
     return copy
 
 
-def run(engine: Engine, requests: list) -> list[list[int]]:
+def run(engine: LocalEngine, requests: list) -> list[list[int]]:
     answers: list[list[int]] = [[] for _ in requests]
     for i, (prompt, adapter) in enumerate(requests):
         listen = lambda event, i=i: answers[i].append(event.id)  # noqa: E731
@@ -53,25 +53,32 @@ def run(engine: Engine, requests: list) -> list[list[int]]:
 
 
 def test_rows_follow_their_own_adapters(model, tmp_path):
-    first = load_adapter(write_adapter(tmp_path / "a", 1), model)
-    second = load_adapter(
-        write_adapter(tmp_path / "b", 2, rank=2, modules=("down_proj",), use_rslora=True), model
-    )
+    folders = {
+        "first": write_adapter(tmp_path / "a", 1),
+        "second": write_adapter(tmp_path / "b", 2, rank=2, modules=("down_proj",), use_rslora=True),
+    }
+    first, second = (merged(model, load_adapter(folder, model)) for folder in folders.values())
     prompt = list(range(40))  # the same for all: the prefix cache must keep them apart
-    engine = Engine(deepcopy(model), [], EngineConfig(adapters=True))
-    together = run(engine, [(prompt, None), (prompt, first), (prompt, second), ([9], first)] * 2)
+    engine = LocalEngine(deepcopy(model), [], EngineConfig(adapters=True))
+    for name, folder in folders.items():
+        engine.load_adapter(name, folder)
+    asked = [(prompt, None), (prompt, "first"), (prompt, "second"), ([9], "first")]
+    together = run(engine, asked * 2)
     want = [
-        run(Engine(deepcopy(m), [], EngineConfig(adapters=True)), [(p, None)])[0]
+        run(LocalEngine(deepcopy(m), [], EngineConfig(adapters=True)), [(p, None)])[0]
         for m, p in (
             (model, prompt),
-            (merged(model, first), prompt),
-            (merged(model, second), prompt),
-            (merged(model, first), [9]),
+            (first, prompt),
+            (second, prompt),
+            (first, [9]),
         )
     ]
     assert together == want * 2
     assert len({tuple(answer) for answer in want}) == 4
-    assert run(engine, [(prompt, second), (prompt, None)]) == [want[2], want[0]]
+    assert run(engine, [(prompt, "second"), (prompt, None)]) == [want[2], want[0]]
+    assert engine.unload_adapter("second") and not engine.unload_adapter("second")
+    with pytest.raises(InvalidRequest, match=r"no adapter 'second', only \['first'\]"):
+        run(engine, [(prompt, "second")])
 
 
 def test_adapters_that_do_not_fit_are_refused(model, tmp_path):

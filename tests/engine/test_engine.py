@@ -12,7 +12,7 @@ from queue import Queue
 import pytest
 import torch
 
-from opennemo.engine import Engine, EngineConfig, SamplingParams, Token
+from opennemo.engine import EngineConfig, LocalEngine, SamplingParams, Token
 from opennemo.errors import ContextTooLong, InvalidRequest, Overloaded
 from opennemo.model.attention import Packed
 from opennemo.model.formats import FORMATS
@@ -30,7 +30,7 @@ def prompts(n: int, shared: int = 0) -> list[list[int]]:
     return [start + [rng.randrange(320) for _ in range(rng.randint(1, 30))] for _ in range(n)]
 
 
-def run(engine: Engine, requests: list[tuple[list[int], SamplingParams]], **kwargs) -> list:
+def run(engine: LocalEngine, requests: list[tuple[list[int], SamplingParams]], **kwargs) -> list:
     """Everything each request heard, with the engine stepped by hand."""
     heard: dict[int, list[Token]] = defaultdict(list)
     ids = [
@@ -43,7 +43,7 @@ def run(engine: Engine, requests: list[tuple[list[int], SamplingParams]], **kwar
     return [heard[id] for id in ids]
 
 
-def answers(engine: Engine, texts: list[list[int]], params: SamplingParams) -> list[list[int]]:
+def answers(engine: LocalEngine, texts: list[list[int]], params: SamplingParams) -> list[list[int]]:
     events = run(engine, [(text, params) for text in texts])
     return [[e.id for e in heard if e.id is not None] for heard in events]
 
@@ -59,7 +59,7 @@ def greedy(model: Transformer, prompt: list[int], n: int) -> list[int]:
 
 
 def test_greedy_equals_the_definition(model):
-    engine = Engine(deepcopy(model), eos_ids=[])
+    engine = LocalEngine(deepcopy(model), eos_ids=[])
     params = SamplingParams(max_tokens=12)
     for prompt in prompts(6):
         assert answers(engine, [prompt], params) == [greedy(model, prompt, 12)]
@@ -85,8 +85,8 @@ def test_greedy_equals_the_definition(model):
 )
 def test_answers_do_not_depend_on_how_work_is_shared(model, config, params):
     texts = prompts(12, shared=20)
-    alone = [answers(Engine(deepcopy(model), [EOS]), [text], params)[0] for text in texts]
-    engine = Engine(deepcopy(model), [EOS], config)
+    alone = [answers(LocalEngine(deepcopy(model), [EOS]), [text], params)[0] for text in texts]
+    engine = LocalEngine(deepcopy(model), [EOS], config)
     assert answers(engine, texts, params) == alone
     assert answers(engine, texts, params) == alone  # now with whatever the cache has learnt
     if config.n_pages:
@@ -100,9 +100,9 @@ def test_fifty_greedy_answers_are_the_same_in_any_company(model, weights, kv):
         quantize_(model, FORMATS[weights], head=FORMATS[weights])
     texts, params = prompts(50, shared=20), SamplingParams(max_tokens=12)
 
-    def engine(**config) -> Engine:
+    def engine(**config) -> LocalEngine:
         formats = EngineConfig(kv_format=kv, kv_scale=2**-7, **config)
-        return Engine(deepcopy(model), [EOS], formats)
+        return LocalEngine(deepcopy(model), [EOS], formats)
 
     one = engine(prefix_caching=False)
     alone = [answers(one, [text], params)[0] for text in texts]
@@ -119,18 +119,18 @@ def test_fifty_greedy_answers_are_the_same_in_any_company(model, weights, kv):
 
 def test_a_cache_in_fp8_asks_for_scales(model):
     with pytest.raises(InvalidRequest, match="needs the scales of keys and values"):
-        Engine(model, [], EngineConfig(kv_format="fp8"))
+        LocalEngine(model, [], EngineConfig(kv_format="fp8"))
     with pytest.raises(InvalidRequest, match="'int5'; allowed: fp32"):
-        Engine(model, [], EngineConfig(kv_format="int5"))
-    own = Engine(deepcopy(model), [], kv_scale=torch.full((2, 2), 2.0**-7))
-    given = Engine(deepcopy(model), [], EngineConfig(kv_format="fp8", kv_scale=2**-7))
+        LocalEngine(model, [], EngineConfig(kv_format="int5"))
+    own = LocalEngine(deepcopy(model), [], kv_scale=torch.full((2, 2), 2.0**-7))
+    given = LocalEngine(deepcopy(model), [], EngineConfig(kv_format="fp8", kv_scale=2**-7))
     params, texts = SamplingParams(max_tokens=12), prompts(6)
     assert own.runner.pages.format == "fp8"
     assert answers(own, texts, params) == answers(given, texts, params)
 
 
 def test_prefix_cache_saves_work_and_says_so(model):
-    engine = Engine(deepcopy(model), [EOS])
+    engine = LocalEngine(deepcopy(model), [EOS])
     prompt = prompts(1, shared=40)[0]
     params = SamplingParams(max_tokens=2)
     cold = run(engine, [(prompt, params)])[0]
@@ -142,13 +142,15 @@ def test_prefix_cache_saves_work_and_says_so(model):
 
 @pytest.mark.parametrize("prefix_caching", [True, False])
 def test_n_answers_share_the_prompt_and_differ(model, prefix_caching):
-    engine = Engine(deepcopy(model), [], EngineConfig(prefix_caching=prefix_caching, page_size=4))
+    engine = LocalEngine(
+        deepcopy(model), [], EngineConfig(prefix_caching=prefix_caching, page_size=4)
+    )
     prompt = prompts(1, shared=41)[0]
     events = run(engine, [(prompt, SAMPLED)], n=5)[0]
     texts = [tuple(e.id for e in events if e.index == i) for i in range(5)]
     assert len(set(texts)) == 5 and all(len(t) == 20 for t in texts)
     assert all(e.n_cached_tokens == (len(prompt) - 1) // 4 * 4 for e in events if e.index > 0)
-    alone = run(Engine(deepcopy(model), []), [(prompt, SAMPLED)])[0]
+    alone = run(LocalEngine(deepcopy(model), []), [(prompt, SAMPLED)])[0]
     assert texts[0] == tuple(e.id for e in alone)
 
 
@@ -158,7 +160,7 @@ def test_sampling_follows_the_softmax(model):
     with torch.inference_mode():
         logits = model.output(model(torch.tensor(prompt), Packed.of(3))[-1])
     probs = (logits / 2).softmax(-1)
-    engine = Engine(deepcopy(model), [], EngineConfig(max_queued=5000))
+    engine = LocalEngine(deepcopy(model), [], EngineConfig(max_queued=5000))
     counts = torch.zeros(320)
     requests = [
         (prompt, SamplingParams(temperature=2.0, max_tokens=1, seed=i)) for i in range(4000)
@@ -175,7 +177,7 @@ def test_logprobs_and_prompt_logprobs_are_the_models(model):
     prompt = prompts(1)[0][:9]
     params = SamplingParams(max_tokens=3, logprobs=4, prompt_logprobs=2, temperature=0.7, seed=1)
     for config in (EngineConfig(), EngineConfig(max_batched_tokens=4)):
-        engine = Engine(deepcopy(model), [], config)
+        engine = LocalEngine(deepcopy(model), [], config)
         for _ in range(2):  # the second time, the prefix cache could be tempted
             events = run(engine, [(prompt, params)])[0]
             tokens = prompt + [e.id for e in events]
@@ -192,7 +194,7 @@ def test_logprobs_and_prompt_logprobs_are_the_models(model):
 
 
 def test_penalties_biases_and_stops(model):
-    engine = Engine(deepcopy(model), [EOS])
+    engine = LocalEngine(deepcopy(model), [EOS])
     prompt = prompts(1)[0]
 
     def answer(**params) -> list[int]:
@@ -213,7 +215,7 @@ def test_penalties_biases_and_stops(model):
 
 
 def test_the_border_of_the_context(model):
-    engine = Engine(deepcopy(model), [], EngineConfig(max_context=64))
+    engine = LocalEngine(deepcopy(model), [], EngineConfig(max_context=64))
     for room, prompt in ((1, [1] * 63), (2, [1] * 62)):
         events = run(engine, [(prompt, SamplingParams())])[0]
         assert [e.finish_reason for e in events] == [None] * (room - 1) + ["length"]
@@ -225,7 +227,7 @@ def test_the_border_of_the_context(model):
 
 
 def test_bad_requests_are_refused_with_a_reason(model):
-    engine = Engine(deepcopy(model), [])
+    engine = LocalEngine(deepcopy(model), [])
     for prompt, message in (([], "empty"), ([320], "vocabulary"), ([-1], "vocabulary")):
         with pytest.raises(InvalidRequest, match=message):
             engine.submit(prompt, SamplingParams(), print)
@@ -239,7 +241,7 @@ def test_bad_requests_are_refused_with_a_reason(model):
 
 
 def test_a_full_queue_refuses_and_recovers(model):
-    engine = Engine(deepcopy(model), [], EngineConfig(max_queued=3))
+    engine = LocalEngine(deepcopy(model), [], EngineConfig(max_queued=3))
     params, heard = SamplingParams(max_tokens=1), []
     for _ in range(3):
         engine.submit([1, 2], params, heard.append)
@@ -258,7 +260,7 @@ def test_a_number_that_is_not_finite_fails_its_own_request_only(model):
     bad.load_state_dict(model.state_dict())
     bad.requires_grad_(False)
     bad.tok_embeddings.weight[300] = torch.nan
-    engine = Engine(deepcopy(bad), [])
+    engine = LocalEngine(deepcopy(bad), [])
     params = SamplingParams(max_tokens=5)
     first, broken, last = run(engine, [([1, 2], params), ([1, 300], params), ([3], params)])
     assert broken[-1].finish_reason == "error" and "not finite" in broken[-1].error
@@ -267,7 +269,9 @@ def test_a_number_that_is_not_finite_fails_its_own_request_only(model):
 
 
 def test_threads_submit_and_cancel_at_any_time(model):
-    engine = Engine(deepcopy(model), [], EngineConfig(page_size=4, n_pages=40, max_queued=10_000))
+    engine = LocalEngine(
+        deepcopy(model), [], EngineConfig(page_size=4, n_pages=40, max_queued=10_000)
+    )
     engine.start()
     ends: dict[int, list[Token]] = defaultdict(list)
     done = threading.Semaphore(0)
@@ -298,7 +302,7 @@ def test_threads_submit_and_cancel_at_any_time(model):
 
 
 def test_stopping_cancels_what_is_left(model):
-    engine = Engine(deepcopy(model), [])
+    engine = LocalEngine(deepcopy(model), [])
     heard: list[Token] = []
     engine.start()
     engine.submit([1], SamplingParams(max_tokens=250), heard.append)
@@ -307,7 +311,7 @@ def test_stopping_cancels_what_is_left(model):
 
 
 def test_a_defect_in_a_step_leaves_nobody_waiting(model, monkeypatch):
-    engine = Engine(deepcopy(model), [])
+    engine = LocalEngine(deepcopy(model), [])
     heard: Queue[Token] = Queue()
     run, failures = engine.runner.run, iter([KeyError("a defect")])
 
@@ -330,13 +334,13 @@ def test_a_context_that_does_not_fit_into_memory_is_shortened(model, monkeypatch
     page = 2 * 2 * 16 * 2 * 16 * 4  # bytes: k and v, layers, tokens, heads, channels, float32
     weights = sum(p.nbytes for p in model.parameters())
     memory = {"cpu": int((weights + 5.5 * page) / 0.9)}
-    monkeypatch.setattr("opennemo.engine.engine.machine_memory", lambda: memory)
-    engine = Engine(deepcopy(model), [])
+    monkeypatch.setattr("opennemo.engine.sizes.machine_memory", lambda: memory)
+    engine = LocalEngine(deepcopy(model), [])
     assert (engine.cache.n_pages, engine.max_context) == (5, 80)
 
 
 def test_a_reset_and_one_of_several_answers_cancelled(model):
-    engine = Engine(deepcopy(model), [], EngineConfig(page_size=4))
+    engine = LocalEngine(deepcopy(model), [], EngineConfig(page_size=4))
     heard: dict[int, list[Token]] = defaultdict(list)
     params = SamplingParams(temperature=1, max_tokens=10, seed=3)
     id = engine.submit([1] * 20, params, lambda e: heard[e.index].append(e), n=3)
@@ -356,7 +360,7 @@ def test_a_reset_and_one_of_several_answers_cancelled(model):
 @pytest.mark.slow
 def test_memory_is_flat_over_ten_thousand_requests(model):
     """And of ten thousand at once, those that find no room are refused, the others answered."""
-    engine = Engine(model, [EOS], EngineConfig(max_queued=500))
+    engine = LocalEngine(model, [EOS], EngineConfig(max_queued=500))
     sizes, refused, ended = [], 0, []
 
     def listen(event: Token) -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opennemo.engine import Engine, SamplingParams
+from opennemo.engine import LocalEngine, SamplingParams
 from opennemo.engine.grammar import ANY_TEXT, GrammarCompiler, tool_call_grammar
 from opennemo.errors import InvalidRequest
 
@@ -38,7 +38,7 @@ def compiler() -> GrammarCompiler:
 
 
 def ask(model, grammars: list, **params) -> list[list[int]]:
-    engine = Engine(deepcopy(model), [2])
+    engine = LocalEngine(deepcopy(model), [2])
     answers: dict[int, list[int]] = {}
     ends = {}
 
@@ -195,7 +195,7 @@ def test_no_tools_to_call_is_said(compiler):
 
 @pytest.mark.parametrize("regex", ["a+", "(a|b)+c{100000}"])
 def test_a_grammar_that_never_ends_stops_its_own_request_only(model, compiler, regex):
-    engine, ends = Engine(deepcopy(model), [2]), {}
+    engine, ends = LocalEngine(deepcopy(model), [2]), {}
 
     def listen(event) -> None:
         if event.finish_reason:

@@ -4,8 +4,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opennemo.engine.kv_cache import KVCache
+from opennemo.engine.params import SamplingParams
 from opennemo.engine.scheduler import Scheduler, look_up
-from opennemo.engine.sequence import SamplingParams, Sequence
+from opennemo.engine.sequence import Sequence
 
 VOCAB = 3  # few, so that prefixes coincide
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opennemo.engine import Engine, EngineConfig, SamplingParams
+from opennemo.engine import EngineConfig, LocalEngine, SamplingParams
 from opennemo.engine.scoring import Pair
 from opennemo.errors import ContextTooLong, InvalidRequest, OpenNemoError
 from opennemo.model.attention import Packed
@@ -52,7 +52,7 @@ def questions(seed: int, n: int) -> list[Pair]:
     ids=lambda c: ",".join(f"{k}={v}" for k, v in vars(c).items() if v != vars(EngineConfig())[k]),
 )
 def test_scores_equal_the_definition(model, config):
-    engine = Engine(deepcopy(model), [], config)
+    engine = LocalEngine(deepcopy(model), [], config)
     pairs = questions(3, 30)
     for score, pair in zip(engine.score(pairs), pairs, strict=True):
         logprob, greedy = defined(model, pair)
@@ -64,7 +64,9 @@ def test_scores_equal_the_definition(model, config):
 
 
 MODEL = Transformer(PRESETS["tiny"]).eval().requires_grad_(False)
-ENGINE = Engine(deepcopy(MODEL), [], EngineConfig(page_size=4, n_pages=40, max_batched_tokens=16))
+ENGINE = LocalEngine(
+    deepcopy(MODEL), [], EngineConfig(page_size=4, n_pages=40, max_batched_tokens=16)
+)
 
 
 @settings(max_examples=25, deadline=None)
@@ -77,7 +79,7 @@ def test_any_tree_of_requests_is_scored_and_leaves_no_page_behind(seed, n):
 
 
 def test_each_different_prefix_is_computed_once(model):
-    engine, pairs = Engine(model, []), questions(5, 40)
+    engine, pairs = LocalEngine(model, []), questions(5, 40)
     computed = []
     run = engine.runner.run
     engine.runner.run = lambda chunks: (
@@ -91,7 +93,7 @@ def test_each_different_prefix_is_computed_once(model):
 
 
 def test_choices_of_one_token_take_one_row(model):
-    engine, rows = Engine(model, []), []
+    engine, rows = LocalEngine(model, []), []
     run = engine.runner.run
     engine.runner.run = lambda chunks: (rows.extend(c.n_rows for c in chunks), run(chunks))[1]
     scores = engine.score([([5, 6, 7], [token]) for token in (1, 2, 3)])
@@ -100,7 +102,7 @@ def test_choices_of_one_token_take_one_row(model):
 
 def test_scoring_and_answering_go_on_side_by_side(model):
     engine, pairs = (
-        Engine(deepcopy(model), [], EngineConfig(max_batched_tokens=16)),
+        LocalEngine(deepcopy(model), [], EngineConfig(max_batched_tokens=16)),
         questions(7, 20),
     )
     tokens, ended, heard = [], threading.Event(), []
@@ -117,7 +119,7 @@ def test_scoring_and_answering_go_on_side_by_side(model):
     engine.stop()
     assert sorted(heard) == list(range(len(pairs)))
     assert scores[0].logprob == pytest.approx(defined(model, pairs[0])[0], abs=1e-3)
-    alone, engine = [], Engine(deepcopy(model), [])
+    alone, engine = [], LocalEngine(deepcopy(model), [])
     engine.submit([1, 2, 3], SamplingParams(max_tokens=30), lambda e: alone.append(e.id))
     while engine.step():
         pass
@@ -125,7 +127,7 @@ def test_scoring_and_answering_go_on_side_by_side(model):
 
 
 def test_a_wrong_request_says_so_and_a_failure_gives_pages_back(model):
-    engine = Engine(model, [], EngineConfig(max_context=20))
+    engine = LocalEngine(model, [], EngineConfig(max_context=20))
     for pair in (([], [1]), ([1], []), ([1], [320]), ([-1], [2])):
         with pytest.raises(InvalidRequest):
             engine.score([pair])
@@ -134,7 +136,7 @@ def test_a_wrong_request_says_so_and_a_failure_gives_pages_back(model):
     assert engine.score([([1] * 20, [2])])
     broken = deepcopy(MODEL)
     broken.norm.weight.fill_(float("nan"))
-    broken = Engine(broken, [])
+    broken = LocalEngine(broken, [])
     with pytest.raises(OpenNemoError, match="not finite"):
         broken.score(questions(1, 5))
     assert broken.cache.n_used == 0

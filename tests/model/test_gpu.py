@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from opennemo.engine import Engine, EngineConfig, SamplingParams, Token
+from opennemo.engine import EngineConfig, LocalEngine, SamplingParams, Token
 from opennemo.model.attention import FUSED_PAGE_SIZE, Paged
 from opennemo.model.formats import FORMATS
 from opennemo.model.pages import Pages
@@ -216,7 +216,7 @@ def test_answers_do_not_depend_on_how_many_are_answered(kv: str):
         config = EngineConfig(
             max_sequences=n, kv_format=kv, n_pages=60, max_batched_tokens=max_batched_tokens
         )
-        engine, found = Engine(model(), [], config), [[] for _ in prompts]
+        engine, found = LocalEngine(model(), [], config), [[] for _ in prompts]
         for prompt, tokens in zip(prompts, found, strict=True):
 
             def hear(event: Token, tokens: list[int] = tokens) -> None:
@@ -236,7 +236,7 @@ def test_answers_do_not_depend_on_how_many_are_answered(kv: str):
 
 @pytest.mark.parametrize("kv", on_gpu("fp8"))
 def test_an_engine_sleeps_and_wakes(kv: str):
-    engine = Engine(model(), [], EngineConfig(kv_format=kv, kv_scale=0.05, n_pages=4))
+    engine = LocalEngine(model(), [], EngineConfig(kv_format=kv, kv_scale=0.05, n_pages=4))
 
     def answer() -> list[int | None]:
         tokens: list[int | None] = []

@@ -14,7 +14,7 @@ import structlog
 import torch
 
 from opennemo.batch.api import mount
-from opennemo.engine import Engine, EngineConfig, SamplingParams
+from opennemo.engine import EngineConfig, LocalEngine, SamplingParams
 from opennemo.llm import LLM
 from opennemo.model.checkpoint import save
 from opennemo.model.transformer import PRESETS, Transformer
@@ -40,7 +40,7 @@ def make_tiny_llm(logit_bias: dict[int, float] | None = None, **config) -> LLM:
     torch.manual_seed(0)
     shape = replace(PRESETS["tiny"], max_position_embeddings=4096)
     model = Transformer(shape).eval().requires_grad_(False)
-    engine = Engine(model, [VOCABULARY.eos_id], EngineConfig(**config))
+    engine = LocalEngine(model, [VOCABULARY.eos_id], EngineConfig(**config))
     engine.start()
     # An answer without a word is right, but clients' own checks ask for at least one.
     defaults = SamplingParams(temperature=1.0, seed=2, min_tokens=1, logit_bias=logit_bias or {})

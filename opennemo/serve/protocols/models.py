@@ -18,7 +18,7 @@ router = APIRouter()
 @router.get("/v1/models")
 async def list_models(service: TheService) -> Response:
     """The model under each of its names, and its adapters."""
-    names = [*service.names, *service.llm.adapters]
+    names = [*service.names, *service.llm.engine.adapters]
     return Json({"object": "list", "data": [card(service, name) for name in names]})
 
 

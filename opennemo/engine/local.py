@@ -1,0 +1,319 @@
+"""The engine of this process: many requests at once over one model and one paged KV cache.
+
+    step:  calls -> Scheduler.next_step -> Runner.run -> sample -> tokens
+
+A request that fails (no room, numbers that are not finite) gets the error in a token of its own,
+and the others go on. The engine knows ids, not text.
+"""
+
+import itertools
+import logging
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Many
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from opennemo.engine.kv_cache import KVCache
+from opennemo.engine.loop import Loop
+from opennemo.engine.params import SamplingParams, check_ids, check_request
+from opennemo.engine.ranks import Ranks
+from opennemo.engine.runner import Runner
+from opennemo.engine.sampler import bias_, sample, token_logprobs
+from opennemo.engine.scheduler import Scheduler
+from opennemo.engine.scoring import MAX_LOGITS, Pair, Score, Scoring
+from opennemo.engine.sequence import Chunk, Sequence
+from opennemo.engine.sizes import EngineConfig, cache_size
+from opennemo.engine.token import FinishReason, Token, TokenCallback, TokenLogprobs
+from opennemo.errors import ContextTooLong, InvalidRequest, Overloaded
+from opennemo.model.lora import Adapter, load_adapter
+from opennemo.model.transformer import Transformer
+
+log = logging.getLogger(__name__)
+
+
+class LocalEngine(Loop):
+    """An `Engine`; `start` it, or call `step` as long as it returns True."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        eos_ids: Iterable[int],
+        config: EngineConfig | None = None,
+        kv_scale: Tensor | None = None,
+        ranks: Ranks | None = None,
+    ):
+        """`kv_scale` (L, 2) are the scales of keys and of values, for a cache in fp8.
+
+        With `ranks` the model is the share of rank 0.
+
+        Raises:
+            InvalidRequest: the KV cache's format is unknown, or fp8 and without scales.
+        """
+        super().__init__()
+        self.config = config = config or EngineConfig()
+        self.eos_ids = frozenset(eos_ids)
+        self.model_config, self.vocab_size = model.config, model.config.vocab_size
+        longest = model.config.max_position_embeddings
+        longest = min(config.max_context or longest, longest)
+        size = cache_size(model, config, longest, kv_scale)
+        self.max_context = min(longest, size.n_pages * size.page_size)
+        self.cache = KVCache(size.n_pages, size.page_size, config.prefix_caching)
+        self.scheduler = Scheduler(
+            self.cache, config.max_batched_tokens, config.max_sequences, config.n_draft_tokens
+        )
+        if ranks is not None:
+            ranks.begin(size)
+        self.ranks = ranks
+        self.runner = Runner(model, size, config.adapters, ranks)
+        self.adapters: dict[str, Adapter] = {}
+        self._ids = itertools.count(1)
+        self._sequences: dict[int, list[Sequence]] = {}  # alive, by request
+        self._masks = ThreadPoolExecutor(1, "opennemo-grammar")
+
+    def submit(
+        self,
+        prompt_ids: list[int],
+        params: SamplingParams,
+        on_token: TokenCallback,
+        *,
+        n: int = 1,
+        adapter: str | None = None,
+        salt: bytes = b"",
+    ) -> int:
+        room = check_request(self, prompt_ids, params, n, adapter)
+        if len(self.scheduler.waiting) + len(self._calls) >= self.config.max_queued:
+            raise Overloaded(
+                f"{self.config.max_queued} requests are waiting already; try again later"
+            )
+        lora = None if adapter is None else self.adapters[adapter]
+        if lora is not None:
+            if not self.config.adapters:
+                raise InvalidRequest("this engine was started without adapters")
+            # The same prompt has other keys and values under an adapter.
+            salt += b"/adapter %d" % lora.number
+        max_tokens = min(params.max_tokens or room, room)
+        request_id = next(self._ids)
+        answers = [
+            Sequence(request_id, list(prompt_ids), params, on_token, max_tokens, i, salt, lora)
+            for i in range(n)
+        ]
+        for follower in answers[1:]:
+            follower.leader = answers[0]
+        self.call(lambda: self._add(answers))
+        return request_id
+
+    def score(
+        self, pairs: Many[Pair], on_score: Callable[[int, Score], None] | None = None
+    ) -> list[Score]:
+        for context, continuation in pairs:
+            ids = context + continuation
+            if not context or not continuation:
+                raise InvalidRequest("a context and a continuation need at least one token each")
+            if len(ids) - 1 > self.max_context:
+                raise ContextTooLong(len(ids) - 1, self.max_context)
+            check_ids(ids, self.vocab_size)
+        max_tokens = min(self.config.max_batched_tokens, max(64, MAX_LOGITS // self.vocab_size))
+        scoring = Scoring(pairs, self.cache, self.runner, max_tokens, on_score)
+        done = Future[list[Score]]()
+
+        def go_on() -> None:  # a step of the scoring, between two steps of everybody else's
+            try:
+                if scoring.step():
+                    self.call(go_on)
+                else:
+                    done.set_result(scoring.scores)
+            except BaseException as error:  # noqa: BLE001  the caller raises it
+                scoring.close()
+                done.set_exception(error)
+
+        self.call(go_on)
+        while self._thread is None and not done.done():
+            self.step()
+        return done.result()
+
+    def cancel(self, request_id: int, index: int | None = None) -> None:
+        self.call(lambda: self._cancel(request_id, index))
+
+    def load_adapter(self, name: str, folder: Path) -> None:
+        self.adapters[name] = load_adapter(folder, self.runner.model)
+
+    def unload_adapter(self, name: str) -> bool:
+        return self.adapters.pop(name, None) is not None
+
+    def reset_prefix_cache(self) -> None:
+        self.call(self.cache.reset)
+
+    def sleep(self) -> None:
+        self.stop()
+        self.cache.reset()
+        self.runner.sleep()
+
+    def wake(self) -> None:
+        self.runner.wake()
+        self.start()
+
+    def close(self) -> None:
+        self.stop()
+        if self.ranks is not None:
+            self.ranks.close()
+
+    def stats(self) -> dict[str, float]:
+        scheduler, cache = self.scheduler, self.cache
+        return {
+            "requests_running": len(scheduler.running),
+            "requests_waiting": len(scheduler.waiting),
+            "kv_cache_pages": cache.n_pages,
+            "kv_cache_pages_used": cache.n_used,
+            "kv_cache_tokens": cache.n_pages * cache.page_size,
+            "prefix_cache_queries": cache.n_asked_tokens,
+            "prefix_cache_hits": cache.n_hit_tokens,
+            "preemptions": scheduler.n_preemptions,
+        }
+
+    def _step(self) -> bool:
+        chunks = self.scheduler.next_step()
+        if not chunks:
+            return bool(self.scheduler.waiting)
+        masks = self._masks.submit(self._fill_masks, chunks)  # while the model runs
+        try:
+            logits = self.runner.run(chunks)
+        except RuntimeError as error:  # out of memory, a kernel that fails: theirs, not everyone's
+            log.exception("a step of %d sequences failed", len(chunks))
+            for chunk in chunks:
+                self._finish(chunk.sequence, "error", f"the model failed: {error}")
+            self.failed = self.failed or self.runner.is_broken
+            return True
+        self._advance(chunks, logits, masks.result())
+        return True
+
+    def _add(self, answers: list[Sequence]) -> None:
+        self._sequences[answers[0].request_id] = answers
+        for sequence in answers:
+            self.scheduler.add(sequence)
+
+    def _cancel(self, request_id: int, index: int | None = None) -> None:
+        for sequence in list(self._sequences.get(request_id, ())):
+            if index in (None, sequence.index):
+                self._finish(sequence, "cancelled")
+
+    def _fill_masks(self, chunks: list[Chunk]) -> dict[Sequence, np.ndarray]:
+        """Which tokens may come next, one bit each, for answers that follow a grammar."""
+        masks = {}
+        for chunk in chunks:
+            matcher = chunk.sequence.matcher
+            if matcher is not None and chunk.reaches_end:
+                masks[chunk.sequence] = np.zeros(-(-self.vocab_size // 32), np.int32)
+                matcher.fill(masks[chunk.sequence])
+        return masks
+
+    def _advance(
+        self, chunks: list[Chunk], logits: Tensor, masks: dict[Sequence, np.ndarray]
+    ) -> None:
+        """Book what was computed, choose tokens where a chunk reached its end, and pass them on."""
+        ends = list(itertools.accumulate(chunk.n_rows for chunk in chunks))
+        ready = [(c, end - 1) for c, end in zip(chunks, ends, strict=True) if c.reaches_end]
+        plain = [(chunk, row) for chunk, row in ready if not chunk.draft]
+        sequences = [chunk.sequence for chunk, _ in plain]
+        bits = {i: masks[s] for i, s in enumerate(sequences) if s in masks}
+        index = torch.tensor([row for _, row in plain], dtype=torch.int64)
+        index = index.to(logits.device, non_blocking=True)
+        tokens = sample(logits[index], sequences, self.eos_ids, bits)
+        # On a GPU nothing waits for the step before its last number is needed, here.
+        numbers = torch.cat((logits.amax(-1).isfinite(), tokens)).tolist()
+        healthy, tokens = numbers[: len(logits)], numbers[len(logits) :]
+        for chunk, end in zip(chunks, ends, strict=True):
+            sequence, start = chunk.sequence, end - chunk.n_rows
+            if not all(healthy[start:end]):
+                self._finish(sequence, "error", "the model computed a number that is not finite")
+                continue
+            if sequence in masks and not masks[sequence].any():
+                reason = sequence.matcher and sequence.matcher.error
+                self._finish(sequence, "error", f"the grammar allows no token: {reason}")
+                continue
+            if sequence.params.prompt_logprobs is not None and sequence.n_output == 0:
+                self._note_prompt_logprobs(chunk, logits[start:end])
+            sequence.n_computed += chunk.n_new
+            self.cache.publish(sequence)
+        for (chunk, row), token in zip(plain, tokens, strict=True):
+            sequence, n_top = chunk.sequence, chunk.sequence.params.logprobs
+            if not sequence.finished:
+                logprobs = None if n_top is None else token_logprobs(logits[row], token, n_top)
+                self._append(sequence, token, logprobs)
+        for chunk, row in ready:
+            if chunk.draft and not chunk.sequence.finished:
+                self._check_draft(chunk, logits[row - len(chunk.draft) : row + 1])
+
+    def _check_draft(self, chunk: Chunk, logits: Tensor) -> None:
+        """Keep the drafted tokens as far as greedy choice agrees, and the one token after them."""
+        sequence, logits = chunk.sequence, logits.clone()
+        for row in logits:  # what depends on the answer so far is not drafted
+            bias_(row, sequence, self.eos_ids)
+        for guess, token in zip((*chunk.draft, None), logits.argmax(-1).tolist(), strict=True):
+            self._append(sequence, token, None)
+            if sequence.finished or token != guess:
+                return
+            sequence.n_computed += 1
+            self.cache.publish(sequence)
+
+    def _note_prompt_logprobs(self, chunk: Chunk, logits: Tensor) -> None:
+        """Keep how likely the model found each token of the prompt; row i predicts token i + 1."""
+        sequence = chunk.sequence
+        n_top = sequence.params.prompt_logprobs or 0
+        following = sequence.tokens[sequence.n_computed + 1 :]
+        for row, token in zip(logits, following, strict=False):
+            sequence.prompt_logprobs.append(token_logprobs(row, token, n_top))
+
+    def _append(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None) -> None:
+        """Add a chosen token, and end the answer where it says so."""
+        sequence.tokens.append(token)
+        params, reason, matcher = sequence.params, None, sequence.matcher
+        if matcher is not None and (error := matcher.advance(token)):
+            self._finish(sequence, "error", f"the grammar cannot go on: {error}")
+            return
+        ends = token in params.stop_ids or (token in self.eos_ids and not params.ignore_eos)
+        if ends or (matcher is not None and matcher.complete):
+            reason = "stop"
+        elif sequence.n_output >= sequence.max_tokens:
+            reason = "length"
+        first = sequence.n_output == 1 and params.prompt_logprobs is not None
+        news = Token(
+            request_id=sequence.request_id,
+            index=sequence.index,
+            id=token,
+            logprobs=logprobs,
+            prompt_logprobs=tuple(sequence.prompt_logprobs) if first else None,
+            finish_reason=reason,
+            n_cached_tokens=sequence.n_cached,
+        )
+        if reason:
+            self._forget(sequence)
+        sequence.on_token(news)
+
+    def _finish(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> None:
+        """End an answer from outside: cancelled, or failed."""
+        self._forget(sequence)
+        sequence.on_token(
+            Token(
+                request_id=sequence.request_id,
+                index=sequence.index,
+                finish_reason=reason,
+                error=error,
+                n_cached_tokens=sequence.n_cached,
+            )
+        )
+
+    def _give_up(self, error: str | None = None) -> None:
+        for sequence in [s for alive in self._sequences.values() for s in alive]:
+            self._finish(sequence, "error" if error else "cancelled", error)
+
+    def _forget(self, sequence: Sequence) -> None:
+        sequence.finished = True
+        self.scheduler.remove(sequence)
+        alive = self._sequences[sequence.request_id]
+        alive.remove(sequence)
+        if not alive:
+            del self._sequences[sequence.request_id]
