@@ -11,6 +11,9 @@ The command line prints one as a single line and exits with code 2; the server a
 status. Anything else that escapes is a defect of ours and keeps its traceback.
 """
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 
 class OpenNemoError(Exception):
     """The root of the tree: catch this to catch everything a user can cause."""
@@ -41,3 +44,20 @@ class Overloaded(Unavailable):
 
 class CheckpointError(OpenNemoError):
     """A model folder is missing, incomplete, damaged, or of a kind that is not supported."""
+
+
+def named_problems(problems: Sequence[Mapping[str, Any]]) -> str:
+    """The first five problems that pydantic has with some settings, in one line, by key."""
+    lines = []
+    for problem in problems[:5]:
+        key, value = ".".join(map(str, problem["loc"])), problem["input"]
+        if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+            lines.append(f"{key} is not a setting")
+        elif problem["type"] in ("missing", "missing_keyword_only_argument"):
+            lines.append(f"{key} is missing")
+        else:
+            own = problem["type"] == "value_error"  # of a validator of ours
+            text = str(problem["ctx"]["error"]) if own else problem["msg"]
+            whole = own and not isinstance(value, str)  # it is about several settings at once
+            lines.append(text if whole else f"{key} is {value!r}: {text}")
+    return "; ".join(lines)

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from opennemo.cli.options import given, standard_input
+from opennemo.progress import stages
 
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Look at, compare and learn vocabularies."
@@ -94,15 +95,13 @@ def train(
     processes: Annotated[int, typer.Option(help="That count words side by side.")] = 2,
 ) -> None:
     """Learn a byte-level BPE vocabulary; writes tekken.json and tokenizer.json with equal ids."""
-    from opennemo.data.display import progress
-    from opennemo.data.vocabulary import VocabularySettings, read_settings
+    from opennemo.data.vocabulary import make_settings
     from opennemo.data.vocabulary import train as learn
     from opennemo.texts import Texts
     from opennemo.tokenizer.tekken import Tekken
 
-    changes = given(vocab_size=vocab_size, temperature=temperature)
-    wanted = read_settings(settings, **changes) if settings else VocabularySettings(**changes)
-    with progress() as report:
+    wanted = make_settings(settings, **given(vocab_size=vocab_size, temperature=temperature))
+    with stages("share") as report:
         base = Tekken.load(extend) if extend else None
         trained = learn(Texts(corpus), wanted, base=base, processes=processes, report=report)
     trained.save(output)

@@ -17,7 +17,7 @@ from itertools import chain
 
 import numpy as np
 
-from opennemo.data.words import Report
+from opennemo.progress import Stages
 
 EDGE, DEAD = -1, -2  # cells between words, and cells in which no symbol begins or ends
 FLOORS = 16  # how much rarer than the most frequent pair the noted ones may be
@@ -30,19 +30,19 @@ NOT_UTF8 = b"\xff"
 def learn_merges(
     words: Mapping[str, int],
     n_tokens: int,
-    known: Sequence[bytes],
+    given: Sequence[bytes],
     encode: Callable[[str], Sequence[int]] | None = None,
-    report: Report | None = None,
+    report: Stages | None = None,
 ) -> list[bytes]:
     """Up to `n_tokens` tokens that BPE makes of the words, in order; fewer if no pair is left.
 
     Args:
         words: each with how often it counts; the counts together stay below 2**62.
-        known: the tokens to begin with, the single bytes in order or more.
-        encode: how `known` spells a word, as ranks; by default in single bytes.
+        given: the tokens to begin with, the single bytes in order or more.
+        encode: how `given` spells a word, as ranks; by default in single bytes.
     """
-    tokens, made, seen = list(known), [], set(known)
-    begin, end, weight = _lay_out(words, known, encode)
+    tokens, made, seen = list(given), [], set(given)
+    begin, end, weight = _lay_out(words, given, encode)
     while len(made) < n_tokens:
         lengths = np.array([len(token) for token in tokens], np.int32)
         floor, places, heap = _note_pairs(begin, weight, lengths, n_tokens - len(made))
@@ -88,13 +88,13 @@ def learn_merges(
                 places[pair] = where
                 heapq.heappush(heap, (-count, pair))
             if report and len(made) % 512 == 0:
-                report("learning merges", len(made) / n_tokens)
+                report("Learning merges", len(made), n_tokens)
     return made
 
 
 def _lay_out(
     words: Mapping[str, int],
-    known: Sequence[bytes],
+    given: Sequence[bytes],
     encode: Callable[[str], Sequence[int]] | None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The symbol that begins in each cell, the one that ends there, and how often it counts."""
@@ -106,7 +106,7 @@ def _lay_out(
     else:
         spelled = chain.from_iterable((*encode(word), EDGE) for word in words)
         symbols = np.array([EDGE, *spelled], np.int32)
-        lengths = np.array([*map(len, known), 1], np.int32)[symbols]  # an edge takes one cell
+        lengths = np.array([*map(len, given), 1], np.int32)[symbols]  # an edge takes one cell
         ends = lengths.cumsum()
         begin = np.full(ends[-1], DEAD, np.int32)
         end = begin.copy()

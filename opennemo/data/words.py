@@ -18,18 +18,17 @@ from dataclasses import dataclass, field
 import regex  # comes with tiktoken; reads \p{...} as the Rust libraries do
 
 from opennemo.errors import InvalidRequest
+from opennemo.progress import Stages
 from opennemo.texts import Texts
 from opennemo.tokenizer.patterns import PATTERNS
 from opennemo.tokenizer.tokenizer import repair_surrogates
 
-# With these patterns a word may begin with a space, but no other word goes on over one behind which
-# there is something. So a text is cut there first, fast, and only different parts are matched.
+# With these patterns a word may begin with a space, and nowhere else does it hold a space that is
+# followed by something. So a text is cut there first, fast, and only different parts are matched.
 CUT = re.compile(r" (?=\S)")
 BATCH_CHARS = 4 << 20  # characters that a process counts at a time
 MAX_WORD_CHARS = 1_000  # a longer word, such as an image in base64, teaches nothing
 MAX_WEIGHED_BYTES = 1 << 30  # that all words together count as
-
-Report = Callable[[str, float], None]  # what is being done, and how much of it: 0 to 1
 
 
 @dataclass
@@ -56,8 +55,8 @@ class WordCounts:
             language = max(self.words, key=lambda name: len(self.words[name]))
             counts = self.words[language]
             threshold = sorted(counts.values())[len(counts) // 2]
-            kept = {word: n for word, n in counts.items() if n > threshold}
-            self.words[language] = Counter(kept)
+            frequent = {word: n for word, n in counts.items() if n > threshold}
+            self.words[language] = Counter(frequent)
             self.missed[language] += threshold
 
 
@@ -83,18 +82,17 @@ def compiled(pattern: str) -> regex.Pattern[str]:
 
 
 def count_words(
-    texts: Texts, pattern: str, max_words: int, *, processes: int = 1, report: Report | None = None
+    texts: Texts, pattern: str, max_words: int, *, processes: int = 1, report: Stages | None = None
 ) -> WordCounts:
     """Split all texts into words and count them; more processes change nothing but the time."""
     result = WordCounts()
-    say = report or (lambda stage, share: None)
-    stage = "counting words"
-    batches = _batches(texts, result.n_bytes, lambda n: say(stage, n / max(1, texts.n_bytes)))
+    say = report or (lambda stage, done, total: None)
+    batches = _batches(texts, result.n_bytes, lambda n: say("Counting words", n, texts.n_bytes))
     if processes == 1:
         for batch in batches:
             result.add(_count(pattern, batch), max_words)
     else:
-        # Spawned, not forked: whoever calls may have threads.
+        # Spawned, not forked: the caller may have threads.
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(processes, mp_context=spawn) as pool:
             pending: deque[Future[dict[str, Counter[str]]]] = deque()

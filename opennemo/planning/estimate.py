@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from opennemo.errors import InvalidRequest
+from opennemo.model.formats import FORMATS, names
 from opennemo.model.transformer import PRESETS, ModelConfig
 from opennemo.planning.machines import GB, GIB, Machines
 from opennemo.train.config import Recipe
@@ -19,14 +20,6 @@ from opennemo.train.objectives import CHUNK
 # While computing, without and with compilation: what torchtitan reached with Llama 3.1 8B on 8 and
 # on 128 H100s (docs/performance.md there).
 SHARE_OF_PEAK = {False: 0.33, True: 0.39}
-# Bytes of a number, and of scales for a row of D numbers (`model/compressed.py`).
-STORED = {
-    "bf16": (2.0, lambda width: 0.0),
-    "fp8": (1.0, lambda width: 4.0),
-    "fp8-static": (1.0, lambda width: 0.0),
-    "int8": (1.0, lambda width: 4.0),
-    "int4": (0.5, lambda width: 4 * width / 32),
-}
 
 
 @dataclass
@@ -52,25 +45,25 @@ def resolve_shape(recipe: Recipe, shape: str | None, stored: str | None) -> tupl
     Raises:
         InvalidRequest: it is not there, and no shape is named; or there is no such shape.
     """
-    found = recipe.model.new_shape
+    config = recipe.model.new_shape
     if shape is not None:
         if shape not in PRESETS:
             raise InvalidRequest(f"--shape is {shape}, allowed are {', '.join(PRESETS)}")
-        found = PRESETS[shape]
-    if found is None:
+        config = PRESETS[shape]
+    if config is None:
         path = Path(recipe.model.path or "")
         if not path.exists():
             raise InvalidRequest(f"model.path {path} is not there: name its shape with --shape")
         from opennemo.model.checkpoint import open_checkpoint
 
         checkpoint = open_checkpoint(path)
-        found, stored = checkpoint.config, stored or checkpoint.format
+        config, stored = checkpoint.config, stored or checkpoint.format
     stored = stored or "bf16"
-    if stored not in STORED:
-        raise InvalidRequest(f"--stored is {stored}, allowed are {', '.join(STORED)}")
+    if stored not in (allowed := ("bf16", *names("store"))):
+        raise InvalidRequest(f"--stored is {stored}, allowed are {', '.join(allowed)}")
     if stored != "bf16" and recipe.lora is None:
         raise InvalidRequest(f"weights stored as {stored} cannot learn: add a [lora] table")
-    return found, stored
+    return config, stored
 
 
 def plan(
@@ -208,8 +201,10 @@ def _count_base(add, work: _Work, stored: str, over: str) -> None:
         how = f"{matrices + rest:,} x {number} B{over}"
         add("frozen weights", how, (matrices + rest) * number / ranks)
         return
-    size, scales = STORED[stored]
-    of_rows = work.config.n_layers * sum(o * scales(i) for o, i in work.matrices.values())
+    weights = FORMATS[stored].weights
+    size = weights.bits / 8
+    n_scales = sum(o * weights.scales_in_row(i) for o, i in work.matrices.values())
+    of_rows = 4 * work.config.n_layers * n_scales
     how = f"{matrices:,} x {size:g} B ({stored}) + {of_rows / GIB:.2f} GiB of scales"
     add("frozen blocks", how, matrices * size + of_rows)
     add("frozen tables", f"{rest:,} x {number} B{over}", rest * number / ranks)

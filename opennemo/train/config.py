@@ -10,15 +10,22 @@ import json
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import (
+    AfterValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 from pydantic.dataclasses import dataclass
 
-from opennemo.errors import InvalidRequest
+from opennemo.errors import InvalidRequest, named_problems
+from opennemo.model.formats import names
 from opennemo.model.transformer import PRESETS, ModelConfig
 
-Kind = TypeVar("Kind")
 STRICT = ConfigDict(extra="forbid", strict=True)
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
@@ -28,26 +35,39 @@ Number = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Shape = dataclass(ModelConfig, frozen=True, kw_only=True, config=STRICT)
 
 
+def _trained_format(name: str) -> str:
+    if name not in names("train"):
+        raise ValueError(f"allowed are {', '.join(names('train'))}")
+    return name
+
+
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Model:
     """What is trained: a model that is there (`path`), or a new one of a `shape`."""
 
     path: str | None = None  # a folder, a .gguf file or a Hugging Face id
-    # A name of PRESETS, or its fields.
+    # A name of PRESETS, or the fields of a shape.
     shape: str | Shape | None = None  # pyright: ignore[reportInvalidTypeForm]
     tokenizer: str | None = None  # for a new model: a folder or file
     # For a longer context than the model had: its rotation is slowed down, its limit raised.
     rope_theta: Annotated[float, Field(gt=0)] | None = None
     max_position_embeddings: Positive | None = None
 
+    @model_validator(mode="after")
+    def _is_one(self) -> Self:
+        if (self.path is None) == (self.shape is None):
+            raise ValueError("give model.path or model.shape, one of the two")
+        if isinstance(self.shape, str) and self.shape not in PRESETS:
+            names = ", ".join(PRESETS)
+            raise ValueError(f"model.shape is {self.shape!r}, allowed are {names}")
+        if self.shape is not None and self.tokenizer is None:
+            raise ValueError("model.tokenizer is missing: a new model needs one")
+        return self
+
     @property
     def new_shape(self) -> ModelConfig | None:
         """The shape of a new model."""
         if isinstance(self.shape, str):
-            if self.shape not in PRESETS:
-                raise InvalidRequest(
-                    f"model.shape is {self.shape!r}, which is none of {', '.join(PRESETS)}"
-                )
             return PRESETS[self.shape]
         return None if self.shape is None else ModelConfig(**vars(self.shape))
 
@@ -72,6 +92,15 @@ class TrainingData:
     skip_bad: bool = False  # leave out lines that cannot be used, rather than stop
     valid_rows: Positive = 32  # of an evaluation
 
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        if self.rows % self.micro_rows and self.micro_rows < self.rows:
+            raise ValueError(
+                f"data.rows is {self.rows}, which is not a multiple of data.micro_rows, "
+                f"{self.micro_rows}"
+            )
+        return self
+
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Optim:
@@ -93,7 +122,7 @@ class Optim:
 class Qat:
     """Learn as if rounded already, so that export loses nothing."""
 
-    format: Literal["fp8", "fp8-static", "int8", "int4"] = "fp8-static"
+    format: Annotated[str, AfterValidator(_trained_format)] = "fp8-static"
     kv: bool = False  # queries, keys and values in FP8, too
     start: Share = 0.0  # of all steps; before, the run is in full precision
     freeze: Share = 0.9  # of all steps, after which static scales stay
@@ -161,6 +190,12 @@ class Recipe:
     evaluation: Evaluation = Evaluation()
     parallel: Parallel = Parallel()
 
+    @model_validator(mode="after")
+    def _can_be_adapted(self) -> Self:
+        if self.lora and self.model.path is None:
+            raise ValueError("lora adapts a model that is there: give model.path")
+        return self
+
 
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """A TOML file as a recipe; `overrides` are `key.key=value`, the value in TOML or a bare word.
@@ -179,9 +214,7 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise InvalidRequest(f"{path}: not TOML: {error}") from None
     for override in overrides:
         _override(tree, override)
-    recipe = parse_recipe(tree, str(path))
-    _check(recipe, str(path))
-    return recipe
+    return parse_recipe(tree, str(path))
 
 
 def parse_recipe(tree: dict[str, Any], where: str) -> Recipe:
@@ -190,16 +223,8 @@ def parse_recipe(tree: dict[str, Any], where: str) -> Recipe:
         # As JSON, in which a strict tree takes tables for dataclasses and arrays for tuples.
         return TypeAdapter(Recipe).validate_json(json.dumps(tree, default=str))
     except ValidationError as error:
-        problems = []
-        for problem in error.errors(include_url=False)[:5]:
-            key = ".".join(str(part) for part in problem["loc"])
-            if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-                problems.append(f"{key} is not a setting")
-            elif problem["type"] in ("missing", "missing_keyword_only_argument"):
-                problems.append(f"{key} is missing")
-            else:
-                problems.append(f"{key} is {problem['input']!r}: {problem['msg']}")
-        raise InvalidRequest(f"{where}: {'; '.join(problems)}") from None
+        problems = named_problems(error.errors(include_url=False))
+        raise InvalidRequest(f"{where}: {problems}") from None
 
 
 def to_json(recipe: Recipe) -> str:
@@ -239,19 +264,3 @@ def _override(tree: dict[str, Any], override: str) -> None:
         if not isinstance(tree, dict):
             raise InvalidRequest(f"--set {override}: {parent} is a value, and has no {last}")
     tree[last] = value
-
-
-def _check(recipe: Recipe, where: str) -> None:
-    """What no single field can say."""
-    model, data = recipe.model, recipe.data
-    if (model.path is None) == (model.shape is None):
-        raise InvalidRequest(f"{where}: give model.path or model.shape, one of the two")
-    if model.new_shape is not None and model.tokenizer is None:
-        raise InvalidRequest(f"{where}: model.tokenizer is missing: a new model needs one")
-    if data.rows % data.micro_rows and data.micro_rows < data.rows:
-        raise InvalidRequest(
-            f"{where}: data.rows is {data.rows}, which is no multiple of data.micro_rows, "
-            f"{data.micro_rows}"
-        )
-    if recipe.lora and model.path is None:
-        raise InvalidRequest(f"{where}: lora adapts a model that is there: give model.path")

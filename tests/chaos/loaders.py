@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from opennemo.batch.lines import LineError, parse
-from opennemo.data.vocabulary import read_settings as read_vocabulary_settings
+from opennemo.data.vocabulary import make_settings
 from opennemo.model import layouts
 from opennemo.model.checkpoint import load, save
 from opennemo.model.companions import read_generation_config
@@ -96,7 +96,7 @@ LOADERS: dict[str, Callable[[Path], object]] = {
     "chats": lambda path: read_examples([path], TOKENIZER, max_tokens=500)[1].refuse_bad_lines(),
     "pairs": lambda path: read_pairs([path], TOKENIZER, max_tokens=500)[1].refuse_bad_lines(),
     "recipe": read_recipe,
-    "vocabulary settings": read_vocabulary_settings,
+    "vocabulary settings": make_settings,
     "server settings": lambda path: read_settings(["--config", str(path)]),
     "keys": lambda path: read_clients([], path, Limits()),
     "batch": open_batch,

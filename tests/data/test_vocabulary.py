@@ -10,12 +10,13 @@ from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
 from opennemo.data.vocabulary import (
     VocabularySettings,
-    read_settings,
+    make_settings,
     train,
 )
 from opennemo.errors import InvalidRequest
 from opennemo.texts import Texts
 from opennemo.tokenizer.bpe import merge
+from opennemo.tokenizer.patterns import PATTERNS
 from opennemo.tokenizer.tekken import Tekken
 
 GREEK = "Όλοι οι άνθρωποι γεννιούνται ελεύθεροι και ίσοι στα δικαιώματα. "  # noqa: RUF001
@@ -91,22 +92,22 @@ def test_extending_keeps_the_ids_and_learns_the_new_language(tekken: Tekken, tmp
     ("settings", "message"),
     [
         ({"vocab_size": 1256}, "no room for 256 bytes and 1,000 control tokens"),
-        ({"temperature": 0}, "temperature must be above 0"),
-        ({"weights": {"el": -1}}, "weights finite"),
+        ({"temperature": 0}, "temperature is 0: Input should be greater than 0"),
+        ({"weights": {"el": -1}}, "weights.el is -1: Input should be greater than or equal to 0"),
         ({"weights": {"xx": 1}}, "weights for languages without texts: xx"),
         ({"weights": {"el": 0, "code": 0}}, "weights of all languages are 0"),
-        ({"pattern": "(?:[a-z"}, "is none of tekken, o200k, llama3, gpt2 and does not compile"),
+        ({"pattern": "(?:[a-z"}, f"is none of {', '.join(PATTERNS)} and does not compile"),
         ({"pattern": "(a|b)"}, "has groups"),
         ({"pattern": "[a-z]+"}, "would lose"),
         ({"vocab_size": 900_000}, "the texts are too small"),
-        ({"max_words": 3}, "must be 1,000 or more"),
+        ({"max_words": 3}, "max_words is 3: Input should be greater than or equal to 1000"),
     ],
 )
 def test_settings_that_cannot_be_met_get_one_clear_line(
     corpus: Texts, settings: dict, message: str
 ):
     with pytest.raises(InvalidRequest, match=message.replace("(", "\\(")) as error:
-        train(corpus, VocabularySettings(**settings))
+        train(corpus, make_settings(**settings))
     assert "\n" not in str(error.value)
 
 
@@ -114,22 +115,22 @@ def test_settings_come_from_a_file(tmp_path: Path):
     file = tmp_path / "settings.toml"
     file.write_text("vocab_size = 5000\ntemperature = 2\n[weights]\nel = 3\n")
     expected = VocabularySettings(vocab_size=6000, temperature=2, weights={"el": 3})
-    assert read_settings(file, vocab_size=6000) == expected
+    assert make_settings(file, vocab_size=6000) == expected
     for text, message in (
-        ("vocab_size = 'big'", "vocab_size is 'big', but must be of the type of 131072"),
-        ("vocabulary = 1", "no setting 'vocabulary' \\(there are vocab_size, "),
-        ("[weights]\nel = 'x'", "the weight of el is 'x', not a number"),
+        ("vocab_size = 'big'", "vocab_size is 'big': Input should be a valid integer"),
+        ("vocabulary = 1", "vocabulary is not a setting"),
+        ("[weights]\nel = 'x'", "weights.el is 'x': Input should be a valid number"),
         ("vocab_size =", "cannot be read as TOML"),
     ):
         file.write_text(text)
         with pytest.raises(InvalidRequest, match=message):
-            read_settings(file)
+            make_settings(file)
 
 
 @pytest.mark.parametrize("size", [32_768, 131_072])
 def test_the_recipes_are_valid(size: int):
     file = Path(__file__).parents[2] / "recipes" / f"opennemo-tekken-{size >> 10}k.toml"
-    assert read_settings(file).vocab_size == size
+    assert make_settings(file).vocab_size == size
 
 
 def test_an_empty_corpus_is_an_error(tmp_path: Path):

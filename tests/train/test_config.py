@@ -46,7 +46,10 @@ def test_defaults_overrides_and_a_round_trip(write, tmp_path):
         ('optim = { lr = "fast" }', "optim.lr is 'fast': Input should be a valid number"),
         ("optim = { lr = -1.0 }", "optim.lr is -1.0: Input should be greater than 0"),
         ("seed = true", "seed is True: Input should be a valid integer"),
-        ("qat = { format = 'fp7' }", "qat.format is 'fp7': Input should be 'fp8'"),
+        (
+            "qat = { format = 'fp7' }",
+            "qat.format is 'fp7': allowed are fp8, fp8-static, int8",
+        ),
         ("lora = { rank = 4 }", "lora adapts a model that is there: give model.path"),
         ("objective = 'next'", "objective is 'next'"),
         ("[", "not TOML"),
@@ -69,7 +72,7 @@ def test_what_is_missing_is_named(write):
         read_recipe(write(MINIMAL.replace('shape = "tiny", ', "")))
     with pytest.raises(InvalidRequest, match="key=value"):
         read_recipe(write(MINIMAL), ["optim.lr"])
-    with pytest.raises(InvalidRequest, match="no multiple"):
+    with pytest.raises(InvalidRequest, match="not a multiple"):
         read_recipe(write(MINIMAL), ["data.rows=6", "data.micro_rows=4"])
 
 
