@@ -102,7 +102,7 @@ def here(source: Path, folder: Path, parts: list[Part], settings: Settings) -> I
 
 def on_ray(source: Path, folder: Path, parts: list[Part], settings: Settings) -> Iterator[int]:
     """As many engines as there are replicas, where Ray finds room for them."""
-    from opennemo.cluster.fleet import cpus_of, gpus_of, start_ray
+    from opennemo.cluster.session import cpus_of, gpus_of, start_ray
 
     if not parts:
         return

@@ -14,11 +14,8 @@ else it fails, and says so: what a client has seen is never answered anew.
 # pyright: reportMissingImports=false
 import asyncio
 import itertools
-import logging
 import os
-import signal
 import socket
-import sys
 import threading
 from collections.abc import Callable
 from collections.abc import Sequence as Many
@@ -28,10 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import structlog
-import torch
 
-from opennemo.cluster.local_ray import keep_ray_here
 from opennemo.cluster.replica import Replica
+from opennemo.cluster.session import cpus_of, gpus_of, reason, start_ray
 from opennemo.engine import SamplingParams, Token
 from opennemo.engine.params import check_request
 from opennemo.engine.scoring import Pair, Score
@@ -148,7 +144,7 @@ class Fleet:
         try:
             handle = serve.run(replica, name=self._app, route_prefix=None)
         except RuntimeError as error:
-            raise OpenNemoError(f"the replicas cannot be started: {_told(error)}") from None
+            raise OpenNemoError(f"the replicas cannot be started: {reason(error)}") from None
         self._handle, self._asked = handle, handle.options(method_name="answer", stream=True)
 
     def submit(
@@ -352,66 +348,3 @@ class _Running:
         for i in sorted(self._open):
             if index in (None, i):
                 self.tell(Token(request_id=self.id, index=i, finish_reason=reason, error=error))
-
-
-def start_ray(settings: Settings) -> Any:
-    """Ray, joined or started for this process: on loopback, with a token, without a dashboard."""
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # it would tell its makers
-    n = settings.max_replicas or settings.replicas
-    options: dict[str, Any] = {"address": settings.ray_address}
-    if settings.ray_address is None:
-        keep_ray_here()
-        # In milliseconds; with its own 15 seconds it gives up on a machine that is busy.
-        os.environ |= {"RAY_agent_register_timeout_ms": "100000"}
-        n_cpus = max(os.cpu_count() or 1, cpus_of(settings) * n)
-        options = {
-            "num_cpus": n_cpus, "include_dashboard": False, "object_store_memory": 2**28,
-        }  # fmt: skip
-    try:
-        import ray
-        import ray.serve  # what it needs may be missing, too
-    except ImportError as error:
-        raise OpenNemoError(
-            f"{error.name} is missing: --replicas needs Ray Serve; in the checkout: "
-            "pip install -e '.[scale]'"
-        ) from None
-    for name in ("ray", "ray.serve"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
-    try:
-        ray.init(**options, **quiet)
-    except Exception as error:  # Ray has many kinds, and bare ones
-        ray.shutdown()
-        where = settings.ray_address or "a cluster of its own"
-        raise OpenNemoError(f"--replicas: cannot use {where}: {_told(error)}") from error
-    if threading.current_thread() is threading.main_thread():  # Ray's own prints pages
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    there = ray.cluster_resources()
-    for kind, each in (("CPU", cpus_of(settings)), ("GPU", gpus_of(settings))):
-        if each * settings.replicas > (n_there := there.get(kind, 0)):
-            told = f"{settings.replicas} replicas need {each:g} {kind}s each, there are {n_there:g}"
-            if settings.ray_address is None:
-                ray.shutdown()
-                raise OpenNemoError(f"--replicas: {told}")
-            log.warning("waiting for machines", reason=told)  # a cluster may grow
-    return ray
-
-
-def cpus_of(settings: Settings) -> int:
-    """Threads of a replica: by default its share of this host's, of a cluster's one."""
-    n = settings.max_replicas or settings.replicas
-    share = 1 if settings.ray_address else max(1, (os.cpu_count() or 1) // n)
-    return settings.replica_cpus or share
-
-
-def gpus_of(settings: Settings) -> float:
-    if settings.replica_gpus is not None:
-        return settings.replica_gpus
-    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return 0.0 if device == "cpu" else float(settings.tensor_parallel_size)
-
-
-def _told(error: BaseException) -> str:
-    """The last line of what Ray says, which is the reason, where it says why."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines or [type(error).__name__])[-1][:300]

@@ -6,7 +6,6 @@ asks whether it is well and lets it end when it has answered what it has. Text i
 """
 
 import asyncio
-import importlib
 import threading
 from collections.abc import AsyncIterator
 from contextlib import suppress
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 
+from opennemo.cluster.session import listen_on_loopback
 from opennemo.engine import SamplingParams, Token
 from opennemo.engine.scoring import Pair, Score
 from opennemo.errors import OpenNemoError
@@ -28,7 +28,7 @@ class Replica:
     def __init__(self, settings: Settings, generation: int):
         """A new `generation` is what Ray takes for new code, and replaces the old one by."""
         if settings.ray_address is None:
-            _listen_on_loopback()
+            listen_on_loopback()
         if settings.replica_cpus:
             torch.set_num_threads(settings.replica_cpus)
         self._llm = load_model(settings)
@@ -111,12 +111,3 @@ class Replica:
     def __del__(self) -> None:
         if hasattr(self, "_llm"):
             self._llm.close()
-
-
-def _listen_on_loopback() -> None:
-    """Ray Serve opens a port of each replica's on all addresses; here all is on this machine."""
-    replica: Any = importlib.import_module("ray.serve._private.replica")
-    if bind := getattr(replica, "add_port_to_grpc_server", None):
-        replica.add_port_to_grpc_server = lambda server, address: bind(
-            server, address.replace("[::]", "127.0.0.1")
-        )
