@@ -6,6 +6,7 @@ mean there. This and the command line are the only places that read the environm
 
 import os
 import shlex
+import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,13 +14,11 @@ from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
     CliPositionalArg,
-    CliSettingsSource,
     InitSettingsSource,
     NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     SettingsError,
-    TomlConfigSettingsSource,
 )
 
 from opennemo.errors import InvalidRequest
@@ -142,8 +141,14 @@ class Settings(BaseSettings):
 
     @model_validator(mode="before")
     @classmethod
-    def _split_lists(cls, values: Any) -> Any:
-        """Commas separate names in the environment, as in NIM."""
+    def _read_file_and_lists(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """What the file says counts least; commas separate names in the environment, as in NIM."""
+        if file := values.get("config"):
+            try:
+                values = tomllib.loads(Path(file).read_text("utf-8")) | values
+            except (OSError, ValueError) as error:
+                what = error.strerror if isinstance(error, OSError) else error
+                raise InvalidRequest(f"--config {file}: {what}") from None
         for name in ("served_model_name", "allowed_origins", "api_key", "lora_modules"):
             if isinstance(values.get(name), str):
                 values[name] = [v.strip() for v in values[name].split(",") if v.strip()]
@@ -188,27 +193,9 @@ def read_settings(arguments: list[str]) -> Settings:
     """
     # A later flag wins over an earlier one, so those of the environment come first.
     arguments = [*shlex.split(os.environ.get("NIM_PASSTHROUGH_ARGS", "")), *arguments]
-
-    class Sources(Settings):
-        """Serve a model to clients of OpenAI, Mistral, Anthropic and NVIDIA NIM."""
-
-        @classmethod
-        def settings_customise_sources(
-            cls, settings_cls: type[BaseSettings], **named: Any
-        ) -> tuple[PydanticBaseSettingsSource, ...]:
-            cli = CliSettingsSource(
-                settings_cls, cli_parse_args=arguments, cli_prog_name="opennemo serve",
-                cli_exit_on_error=False,
-            )  # fmt: skip
-            file = cli().get("config") or os.environ.get("OPENNEMO_CONFIG")
-            if file and not Path(file).is_file():
-                raise InvalidRequest(f"--config {file} does not exist")
-            toml = TomlConfigSettingsSource(settings_cls, file) if file else None
-            rest = super().settings_customise_sources(settings_cls, **named)
-            return (cli, *rest, *([toml] if toml else []))
-
     try:
-        return Settings.model_construct(**Sources().model_dump())  # pyright: ignore[reportCallIssue]
+        options: dict[str, Any] = {"_cli_parse_args": arguments, "_cli_exit_on_error": False}
+        return Settings(**options, _cli_prog_name="opennemo serve")  # pyright: ignore
     except ValidationError as error:
         first = error.errors()[0]
         where = "-".join(str(part) for part in first["loc"]).replace("_", "-")

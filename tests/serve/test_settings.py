@@ -31,7 +31,7 @@ def test_precedence(monkeypatch, tmp_path):
         (["--host", "0.0.0.0"], "needs --api-key, or --insecure"),
         (["--api-key", "short"], "at least 8"),
         (["--nonsense"], "--nonsense"),
-        (["--config", "/no/such.toml"], "does not exist"),
+        (["--config", "/no/such.toml"], "--config /no/such.toml: No such file"),
         (["--dtype", "int3"], "--dtype"),
         (["--tool-call-parser", "hermes"], "tool-call-parser"),
     ],
