@@ -22,7 +22,7 @@ from opennemo.serve.protocols import anthropic, chat, models, nim, responses
 from opennemo.serve.service import Service
 from opennemo.serve.tracing import trace
 
-ERRORS = {400, 401, 403, 404, 405, 413, 422, 429, 500, 501, 503}
+ERRORS = {400, 401, 403, 404, 405, 413, 422, 429, 431, 500, 501, 503}
 WEB = Path(__file__).parent / "web"
 PROTOCOLS = (chat, responses, anthropic, models, nim)
 log = structlog.get_logger("opennemo.serve")

@@ -15,6 +15,7 @@ import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from opennemo.serve import admin
+from opennemo.serve.bounded_http import MAX_HEADERS
 from opennemo.serve.error_bodies import Refusal, error_response
 from opennemo.serve.service import INSIDE, Service
 
@@ -63,6 +64,7 @@ class Gate:
             client = scope.get(INSIDE)  # a line of a batch was let in when the batch was
             if client is None:
                 self._check_host(headers)
+                self._check_head(scope)
                 self._check_size(path, headers, scope["app"].state.body_sizes)
                 client = self._identify(path, headers)
             scope.setdefault("state", {})["client"] = client
@@ -102,6 +104,12 @@ class Gate:
         name = re.sub(r":\d*$", "", host).strip("[]")
         if self._service.settings.is_loopback and name not in ("localhost", "127.0.0.1", "::1"):
             raise Refusal(403, "this server answers to localhost only")
+
+    def _check_head(self, scope: Scope) -> None:
+        """A head that came in one read; bounded_http.py refuses one that goes on."""
+        size = len(scope["raw_path"]) + len(scope["query_string"])
+        if size + sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADERS:
+            raise Refusal(431, f"headers may have {MAX_HEADERS:,} bytes")
 
     def _check_size(self, path: str, headers: dict[bytes, bytes], sizes: dict[str, int]) -> None:
         """What announces its size is refused here; FastAPI counts the rest as it comes."""

@@ -100,6 +100,9 @@ def test_bodies_and_headers_are_bounded(running, tiny_llm):
             big = {**BODY, "messages": [{"role": "user", "content": "x" * 20_000}]}
             assert http.post(CHAT, json=big).status_code == 413
             assert http.post(CHAT, json=BODY).status_code == 200
+            for n_bytes, status in ((60_000, 200), (70_000, 431), (100_000, 431), (200_000, 431)):
+                answer = http.get("/health", headers={"x": "y" * n_bytes})
+                assert answer.status_code == status, n_bytes
         port = int(server.url.rsplit(":", 1)[1])
         with socket.create_connection(("127.0.0.1", port)) as raw:
             raw.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\nx: ")
