@@ -25,7 +25,7 @@ except ImportError:
 
 DAMAGED = (gzip.BadGzipFile, zlib.error, EOFError, *([zstandard.ZstdError] if zstandard else ()))
 JSON_LINES, PLAIN, PARQUET = (".jsonl", ".ndjson"), (".txt", ".text", ".md"), (".parquet",)
-KNOWN = JSON_LINES + PLAIN + PARQUET
+KINDS = JSON_LINES + PLAIN + PARQUET
 PACKED = (".gz", ".zst")
 LANGUAGE_KEYS = ("language", "lang", "iso")
 LICENCE_KEYS = ("licence", "license")
@@ -86,9 +86,9 @@ class Texts:
     """
 
     def __init__(self, paths: Sequence[Path | str]):
-        found = [file for path in paths for file in _files(path)]
-        self.files = [file for file, _ in found]
-        self.sizes = [size for _, size in found]
+        files = [file for path in paths for file in _files(path)]
+        self.files = [file for file, _ in files]
+        self.sizes = [size for _, size in files]
         self.n_bytes = sum(self.sizes)
         self.n_broken = 0
 
@@ -96,7 +96,7 @@ class Texts:
         return self.read(lambda n_bytes: None)
 
     def read(self, report: Callable[[int], None]) -> Iterator[tuple[str, str]]:
-        """Go through the texts; `report` hears how many bytes of the files have been read."""
+        """Go through the texts; `report` is called with the bytes of the files read so far."""
         self.n_broken, before = 0, 0
         for file, size in zip(self.files, self.sizes, strict=True):
             name = name_of(file)
@@ -171,7 +171,7 @@ def _files(path: Path | str) -> list[tuple[Path | str, int]]:
     if "://" in str(path):
         with _remote(str(path)) as (system, inner):
             names = system.find(inner) if system.isdir(inner) else [inner]
-            found = [(system.unstrip_protocol(n), system.size(n) or 0) for n in sorted(names)]
+            files = [(system.unstrip_protocol(n), system.size(n) or 0) for n in sorted(names)]
             is_folder = system.isdir(inner)
     else:
         path = Path(path)
@@ -179,14 +179,14 @@ def _files(path: Path | str) -> list[tuple[Path | str, int]]:
         names = sorted(file for file in path.rglob("*") if file.is_file()) if is_folder else [path]
         if not path.exists():
             raise InvalidRequest(f"{path}: no such file or folder")
-        found = [(file, file.stat().st_size) for file in names]
-    known = [(file, size) for file, size in found if _kind(file) in KNOWN]
-    if not known and is_folder:
-        raise InvalidRequest(f"{path}: no {', '.join(KNOWN)} file in this folder")
-    if not known:
-        types = ", ".join(KNOWN)
+        files = [(file, file.stat().st_size) for file in names]
+    texts = [(file, size) for file, size in files if _kind(file) in KINDS]
+    if not texts and is_folder:
+        raise InvalidRequest(f"{path}: no {', '.join(KINDS)} file in this folder")
+    if not texts:
+        types = ", ".join(KINDS)
         raise InvalidRequest(f"{path}: not a known type of text ({types}, also as .gz or .zst)")
-    return known
+    return texts
 
 
 @contextmanager

@@ -78,7 +78,7 @@ def tokenize(
             job,
             engine=engine,
             workers=workers or processors(),
-            progress=lambda stage, *amount: show(stage.capitalize(), *amount),
+            progress=show,
         )
     seconds = time.monotonic() - began
     Console().print(table(report))

@@ -23,7 +23,7 @@ import numpy as np
 from opennemo.errors import InvalidRequest, OpenNemoError
 
 STAGES = ("mojibake", "nfc", "identify", "repetition", "exact", "near")  # in the order they run
-IDENTIFY_CHARS = 1000  # of a text that its language is told by
+IDENTIFY_CHARS = 1000  # of a text by which its language is identified
 SHINGLE, BANDS, ROWS = 5, 14, 8
 MIN_WORDS = 50  # of a text that the rules of repetition fit; Gopher has no shorter ones
 # Thai to Khmer, kana and Han put no space between words: there each character counts as one.
@@ -110,7 +110,7 @@ def stages(cleaning: Cleaning) -> list[Stage]:
         if "repetition" in chosen:
             functions.append(_repetition)
         if "near" in chosen:
-            import rensa  # noqa: F401  missing is found out now
+            import rensa  # noqa: F401  raises now if it is missing
     except ModuleNotFoundError as error:
         raise OpenNemoError(
             f"{error.name} is missing: cleaning needs more packages; in the checkout: "
@@ -226,9 +226,9 @@ def _identify() -> Callable[[Document], Document]:
     return name
 
 
-def _languages(kept: frozenset[str]) -> Callable[[Document], Document]:
+def _languages(allowed: frozenset[str]) -> Callable[[Document], Document]:
     def check(document: Document) -> Document:
-        return document if document.language in kept else replace(document, dropped="language")
+        return document if document.language in allowed else replace(document, dropped="language")
 
     return check
 

@@ -149,8 +149,10 @@ class Comparison:
                 )
                 for x, ratio in zip(places, ratios, strict=True):
                     axes.text(x, 0.04, f"{ratio:.2f}", ha="center", size=7.5, color="white")
-                said = (claims or {}).get(name, {})
-                marks = [(p, said[c]) for p, c in zip(places, languages, strict=True) if c in said]
+                claimed = (claims or {}).get(name, {})
+                marks = [
+                    (p, claimed[c]) for p, c in zip(places, languages, strict=True) if c in claimed
+                ]
                 if marks:
                     y = [ratio for _, ratio in marks]
                     starts, ends = ([x + side * width * 0.47 for x, _ in marks] for side in (-1, 1))

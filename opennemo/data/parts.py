@@ -1,4 +1,4 @@
-"""Parts of a corpus: how its files are cut into chunks, what is made of one, and who makes it.
+"""Parts of a corpus: how its files are cut into chunks, what is made of one, and where.
 
 One idea makes it simple: files alone decide what a chunk is, and what is made of it is a pure
 function, written as one file or not at all. So it does not matter which process of which engine
@@ -11,16 +11,11 @@ import errno
 import io
 import json
 import logging
-import multiprocessing
 import os
-import signal
-import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +24,7 @@ import numpy as np
 from opennemo.cluster.local_ray import keep_ray_here
 from opennemo.data.cleaning import Cleaning, Document, Stage, keys, stages
 from opennemo.data.tally import Tally
+from opennemo.data.workers import in_order
 from opennemo.errors import OpenNemoError
 from opennemo.files import write_whole
 from opennemo.texts import Excerpt, Texts, excerpts, name_of
@@ -75,16 +71,16 @@ class TextChunk:
         return f"{self.group:07}-{self.number:07}{'-last' * self.last}.npz"
 
 
-def groups(texts: Texts, n_bytes: int) -> list[tuple[list[Path | str], int]]:
+def group_files(texts: Texts, n_bytes: int) -> list[tuple[list[Path | str], int]]:
     """The files in order, small ones together, each group with its bytes on disk."""
-    found: list[tuple[list[Path | str], int]] = []
+    groups: list[tuple[list[Path | str], int]] = []
     for file, size in zip(texts.files, texts.sizes, strict=True):
-        if found and found[-1][1] + size <= n_bytes:
-            files, before = found[-1]
-            found[-1] = ([*files, file], before + size)
+        if groups and groups[-1][1] + size <= n_bytes:
+            files, before = groups[-1]
+            groups[-1] = ([*files, file], before + size)
         else:
-            found.append(([file], size))
-    return found
+            groups.append(([file], size))
+    return groups
 
 
 def chunks(job: Job, group: int, files: Iterable[Path | str]) -> Iterator[TextChunk]:
@@ -148,17 +144,17 @@ def make_part(job: Job, chunk: TextChunk) -> tuple[int, int]:
             report.count("changed", change, document.language, 1, document.text_bytes)
         if document.dropped:
             report.count("dropped", document.dropped, document.language, 1, document.text_bytes)
-    kept = [document for document in documents if not document.dropped]
-    origins = {(d.language, d.source, d.licence): 0 for d in kept}
+    rest = [document for document in documents if not document.dropped]
+    origins = {(d.language, d.source, d.licence): 0 for d in rest}
     origins = {origin: i for i, origin in enumerate(sorted(origins))}
-    ids = [_encode(tokenizer, document.text) for document in kept]
+    ids = [_encode(tokenizer, document.text) for document in rest]
     notes = {"origins": list(origins), "report": report.rows()}
     part = {
         "ids": np.concatenate([np.zeros(0, np.uint32), *ids]),
         "ends": np.cumsum([len(each) for each in ids], dtype=np.int64),
-        "text_bytes": np.array([len(d.text.encode()) for d in kept], np.int64),
-        "origin": np.array([origins[d.language, d.source, d.licence] for d in kept], np.int64),
-        "keys": keys(kept, job.cleaning),
+        "text_bytes": np.array([len(d.text.encode()) for d in rest], np.int64),
+        "origin": np.array([origins[d.language, d.source, d.licence] for d in rest], np.int64),
+        "keys": keys(rest, job.cleaning),
         "notes": np.frombuffer(json.dumps(notes).encode(), np.uint8),
     }
     content = io.BytesIO()
@@ -186,42 +182,13 @@ def on_processes(
 ) -> Iterator[tuple[int, int]]:
     """Run on this machine."""
     todo = (chunk for group, names in files.items() for chunk in chunks(job, group, names))
-    if workers == 1:
-        yield from (make_part(job, chunk) for chunk in todo)
-        return
-    # Spawned, not forked: whoever calls may have threads.
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, spawn, initializer=_follow_parent) as pool:
-        pending: deque[Future[tuple[int, int]]] = deque()
-        try:
-            for chunk in todo:
-                pending.append(pool.submit(make_part, job, chunk))
-                if len(pending) > 2 * workers:  # so that chunks do not pile up
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        except BrokenProcessPool:
-            raise OpenNemoError(
-                "a worker was killed, perhaps for want of memory: with fewer --workers the same "
-                f"command needs less, and goes on with what lies in {job.out}"
-            ) from None
-        finally:
-            for future in pending:
-                future.cancel()
-
-
-def _follow_parent() -> None:
-    """Let a worker end with the process that started it, however that ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it too, and says what to do
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def follow() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
+    try:
+        yield from in_order(partial(make_part, job), todo, workers)
+    except BrokenProcessPool:
+        raise OpenNemoError(
+            "a worker was killed, perhaps for want of memory: with fewer --workers the same "
+            f"command needs less, and goes on with what lies in {job.out}"
+        ) from None
 
 
 def on_ray(job: Job, files: dict[int, list[Path | str]], workers: int) -> Iterator[tuple[int, int]]:
@@ -255,8 +222,8 @@ def on_ray(job: Job, files: dict[int, list[Path | str]], workers: int) -> Iterat
         try:
             if not error:
                 make_part(job, TextChunk(**row, excerpts=held))
-        except (OSError, OpenNemoError) as failed:
-            error = in_one_line(failed, job)
+        except (OSError, OpenNemoError) as cause:
+            error = in_one_line(cause, job)
         return {"group": row["group"], "n_read": row["n_read"], "error": error}
 
     if not ray.is_initialized():
@@ -273,13 +240,13 @@ def on_ray(job: Job, files: dict[int, list[Path | str]], workers: int) -> Iterat
         yield row["group"], row["n_read"]
 
 
-# Each takes what is to be done by group, and tells which group is done how far.
+# Each takes what is to be done by group, and yields which group is done how far.
 Engine = Callable[[Job, dict[int, list[Path | str]], int], Iterator[tuple[int, int]]]
 ENGINES: dict[str, Engine] = {"processes": on_processes, "ray": on_ray}
 
 
 def in_one_line(error: OSError | OpenNemoError, job: Job) -> str:
-    """What to tell of an error, in one line."""
+    """The message of an error, in one line."""
     if isinstance(error, OpenNemoError):
         return str(error)
     if error.errno in NO_ROOM:

@@ -2,15 +2,15 @@
 
 One idea makes it simple: everything that takes long is done to parts of the input, each by itself
 (parts.py). Only then are copies found, in the order of the input and over all of it, and what is
-left is laid end to end. So the result is the same whoever made the parts and in whatever order,
-and whether or not it was interrupted; no date or path of a machine is in it but the inputs' own.
+left is laid end to end. So the result does not depend on which process made a part, nor on their
+order, nor on interruptions; of dates and paths only the inputs' own are in it.
 
 It does not know what cleaning is (cleaning.py), nor how shards are read (corpus.py).
 """
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,20 +19,19 @@ from typing import Any
 import numpy as np
 
 from opennemo.data.cleaning import Cleaning
-from opennemo.data.parts import ENGINES, Job, finished, groups, in_one_line, tools
+from opennemo.data.parts import ENGINES, Job, finished, group_files, in_one_line, tools
 from opennemo.data.tally import Tally
 from opennemo.errors import InvalidRequest, OpenNemoError
-from opennemo.files import write_whole
+from opennemo.files import read_json, write_json
+from opennemo.progress import Stages
 from opennemo.texts import Texts
 from opennemo.train.corpus import ShardWriter, describe_tokenizer
 
 LIBRARIES = ("ftfy", "py3langid", "rensa")  # whose results may change with their versions
 
-Progress = Callable[[str, int, int], None]  # what is being done, how much, and of how much
-
 
 def prepare(
-    job: Job, *, engine: str = "processes", workers: int = 1, progress: Progress | None = None
+    job: Job, *, engine: str = "processes", workers: int = 1, progress: Stages | None = None
 ) -> dict[str, Any]:
     """Make shards of texts, or go on with it; returns the report, which also lies beside them.
 
@@ -51,15 +50,15 @@ def prepare(
         record = _begin(job, texts)
         if (job.out / "index.json").exists():
             shutil.rmtree(parts, ignore_errors=True)
-            return json.loads((job.out / "report.json").read_text("utf-8"))
-        files = groups(texts, job.chunk_bytes)
+            return read_json(job.out / "report.json")
+        files = group_files(texts, job.chunk_bytes)
         done = finished(parts)
-        say("tokenizing", n_done := sum(files[i][1] for i in done), texts.n_bytes)
+        say("Tokenizing", n_done := sum(files[i][1] for i in done), texts.n_bytes)
         reached = dict.fromkeys(range(len(files)), 0)
         todo = {i: names for i, (names, _) in enumerate(files) if i not in done}
         for group, n_read in ENGINES[engine](job, todo, workers):
             reached[group] = max(reached[group], n_read)
-            say("tokenizing", n_done + sum(reached.values()), texts.n_bytes)
+            say("Tokenizing", n_done + sum(reached.values()), texts.n_bytes)
         return _finish(job, record, say)
     except OSError as error:
         raise OpenNemoError(in_one_line(error, job)) from error
@@ -88,7 +87,7 @@ def _begin(job: Job, texts: Texts) -> dict[str, Any]:
     parts = job.out / "parts"
     for file in (job.out / "report.json", parts / "plan.json"):
         if file.exists():
-            before = json.loads(file.read_text("utf-8"))
+            before = read_json(file)
             if other := [name for name in record if before.get(name) != record[name]]:
                 raise InvalidRequest(
                     f"{job.out}: begun with other {' and '.join(other)}; give the same, or "
@@ -100,11 +99,11 @@ def _begin(job: Job, texts: Texts) -> dict[str, Any]:
     if job.out.exists() and any(path != parts for path in job.out.iterdir()):
         raise InvalidRequest(f"{job.out}: holds other files; give an empty folder or a new one")
     parts.mkdir(parents=True, exist_ok=True)
-    write_whole(parts / "plan.json", json.dumps(record).encode())
+    write_json(parts / "plan.json", record)
     return record
 
 
-def _finish(job: Job, record: dict[str, Any], say: Progress) -> dict[str, Any]:
+def _finish(job: Job, record: dict[str, Any], say: Stages) -> dict[str, Any]:
     """Leave out copies, write shards, the report and the index, and throw the parts away."""
     parts = sorted((job.out / "parts").glob("[0-9]*.npz"))
     copies = _copies(parts, job.cleaning)
@@ -118,16 +117,15 @@ def _finish(job: Job, record: dict[str, Any], say: Progress) -> dict[str, Any]:
         for row in notes["report"]:
             report.count(*row)
         copy = copies[seen : seen + len(ends)]
-        lengths, kept, seen = np.diff(ends, prepend=0), copy == 0, seen + len(ends)
+        lengths, unique, seen = np.diff(ends, prepend=0), copy == 0, seen + len(ends)
         _count(report, notes["origins"], origin, copy, text_bytes, lengths)
-        writer.add(ids[np.repeat(kept, lengths)], np.cumsum(lengths[kept]), text_bytes[kept])
+        writer.add(ids[np.repeat(unique, lengths)], np.cumsum(lengths[unique]), text_bytes[unique])
         written += path.stat().st_size
-        say("writing shards", written, n_bytes)
+        say("Writing shards", written, n_bytes)
     content = report.content()
     if not content["kept"]["documents"]:
         raise InvalidRequest(f"{job.out}: no text is left of {content['read']['documents']:,}")
-    data = json.dumps(record | content, indent=1, ensure_ascii=False).encode() + b"\n"
-    write_whole(job.out / "report.json", data)
+    write_json(job.out / "report.json", record | content)
     writer.finish()
     shutil.rmtree(job.out / "parts")
     return record | content
@@ -164,11 +162,11 @@ def _copies(parts: Sequence[Path], cleaning: Cleaning) -> np.ndarray:
             sizes.append(part["keys"].shape)
     copies = np.zeros(sum(n for n, _ in sizes), np.uint8)
     for column in range(sizes[0][1]):
-        found = []
+        keys = []
         for path in parts:  # column by column, or memory would hold fifteen times as much
             with np.load(path) as part:
-                found.append(part["keys"][:, column])
-        _, first, which = np.unique(np.concatenate(found), return_index=True, return_inverse=True)
+                keys.append(part["keys"][:, column])
+        _, first, which = np.unique(np.concatenate(keys), return_index=True, return_inverse=True)
         copy = first[which] != np.arange(len(copies))
         copies[copy & (copies == 0)] = 1 if column == 0 and "exact" in cleaning.stages else 2
     return copies

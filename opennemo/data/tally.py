@@ -79,18 +79,18 @@ def table(content: Mapping[str, Any]) -> Group:
     tables = [happened]
     for section in ORIGINS:
         rows = sorted(content[section].items(), key=lambda pair: -pair[1]["text_bytes"])
-        kept = Table(section, "documents", "MB", "tokens", "bytes/token", box=None)
+        rest = Table(section, "documents", "MB", "tokens", "bytes/token", box=None)
         for name, row in rows[:SHOWN]:
             counts = (
                 f"{row['documents']:,}",
                 f"{row['text_bytes'] / 1e6:,.1f}",
                 f"{row['tokens']:,}",
             )
-            kept.add_row(name, *counts, f"{row['text_bytes'] / row['tokens']:.2f}")
+            rest.add_row(name, *counts, f"{row['text_bytes'] / row['tokens']:.2f}")
         if more := rows[SHOWN:]:
-            kept.add_row(f"{len(more)} more", f"{sum(row['documents'] for _, row in more):,}")
+            rest.add_row(f"{len(more)} more", f"{sum(row['documents'] for _, row in more):,}")
         if rows:
-            tables += [Table(box=None), kept]
+            tables += [Table(box=None), rest]
     for each in tables:
         for column in each.columns[1:]:
             column.justify = "left" if column.header == "most of them in" else "right"

@@ -2,8 +2,8 @@
 
 Repairing has one rule: a conversation is cut back to its last answer up to which it is good.
 That takes care of questions without an answer, results without a call, calls to no tool and
-conversations that are too long; whoever speaks under another name is renamed first. What has no
-good beginning is left out, and listed. What a run would take is the business of plan.py.
+conversations that are too long; roles under other names are renamed first. A line without a good
+beginning is left out, and listed. planning/ estimates what a run would take.
 
 Like `utils/validate_data.py` and `utils/reformat_data.py` of mistral-finetune.
 """
@@ -103,13 +103,13 @@ def repair(line: bytes, reader: Reader) -> dict[str, Any] | None:
     is_system = [m.get("role") in ("system", "developer") for m in messages]
     system = [m for m, is_it in zip(messages, is_system, strict=True) if is_it]
     turns = [m for m, is_it in zip(messages, is_system, strict=True) if not is_it]
-    kept = {k: row[k] for k in row.keys() & {"lang", "language", "source", "licence", "kind"}}
+    fields = {k: row[k] for k in row.keys() & {"lang", "language", "source", "licence", "kind"}}
     if tools:
-        kept["tools"] = tools
+        fields["tools"] = tools
     if reader.pairs:
-        kept |= {key: row.get(key) for key in ("chosen", "rejected")}
+        fields |= {key: row.get(key) for key in ("chosen", "rejected")}
     for beginning in [turns] if reader.pairs else _beginnings(turns):
-        candidate = {"messages": [*system, *beginning], **kept}
+        candidate = {"messages": [*system, *beginning], **fields}
         try:
             (reader.pair if reader.pairs else reader.examples)(candidate, Report())
         except InvalidRequest:

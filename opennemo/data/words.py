@@ -8,15 +8,15 @@ It does not know what a token is. Sampling by temperature: arXiv:1907.05019. Pru
 and Motwani, "Approximate Frequency Counts over Data Streams" (2002).
 """
 
-import multiprocessing
 import re
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 
 import regex  # comes with tiktoken; reads \p{...} as the Rust libraries do
 
+from opennemo.data.workers import in_order
 from opennemo.errors import InvalidRequest
 from opennemo.progress import Stages
 from opennemo.texts import Texts
@@ -88,20 +88,8 @@ def count_words(
     result = WordCounts()
     say = report or (lambda stage, done, total: None)
     batches = _batches(texts, result.n_bytes, lambda n: say("Counting words", n, texts.n_bytes))
-    if processes == 1:
-        for batch in batches:
-            result.add(_count(pattern, batch), max_words)
-    else:
-        # Spawned, not forked: the caller may have threads.
-        spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(processes, mp_context=spawn) as pool:
-            pending: deque[Future[dict[str, Counter[str]]]] = deque()
-            for batch in batches:
-                pending.append(pool.submit(_count, pattern, batch))
-                if len(pending) > 2 * processes:  # so that texts do not pile up
-                    result.add(pending.popleft().result(), max_words)
-            while pending:
-                result.add(pending.popleft().result(), max_words)
+    for words in in_order(partial(_count, pattern), batches, processes):
+        result.add(words, max_words)
     result.n_broken = texts.n_broken
     if not any(result.words.values()):
         raise InvalidRequest(f"no text to learn from ({result.n_broken:,} lines were unreadable)")

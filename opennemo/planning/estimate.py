@@ -75,7 +75,7 @@ def plan(
     Args:
         share_of_peak: of the card's operations a second, while computing; see above.
     """
-    made, work = Plan(), _Work(recipe, config, machines)
+    made, work = Plan(), Work(recipe, config, machines)
     made.problems += work.problems()
     if work.n_data < 1:
         return made
@@ -90,7 +90,7 @@ def plan(
     return made
 
 
-class _Work:
+class Work:
     """How the ranks divide a recipe's work, and the sizes of its parts."""
 
     def __init__(self, recipe: Recipe, config: ModelConfig, machines: Machines):
@@ -157,7 +157,7 @@ class _Work:
             yield f"tensor_parallel {self.tp} reaches over nodes of {self.machines.gpus}"
 
 
-def _count_memory(made: Plan, work: _Work, stored: str) -> None:
+def _count_memory(made: Plan, work: Work, stored: str) -> None:
     recipe, config, machines = work.recipe, work.config, work.machines
     many, tp, number = machines.n_ranks > 1, work.tp, machines.card.bytes
     ranks = work.fsdp * tp
@@ -191,7 +191,7 @@ def _count_memory(made: Plan, work: _Work, stored: str) -> None:
     add("everything else", "PyTorch, its libraries' buffers, fragments (assumed)", overhead)
 
 
-def _count_base(add, work: _Work, stored: str, over: str) -> None:
+def _count_base(add, work: Work, stored: str, over: str) -> None:
     """The frozen model below adapters. Codes are not divided over ranks."""
     number = work.machines.card.bytes
     rest = work.n_tables * work.table + work.norms
@@ -212,37 +212,35 @@ def _count_base(add, work: _Work, stored: str, over: str) -> None:
     add("one matrix unpacked", f"{largest:,} x {8 + number} B", largest * (8 + number))
 
 
-def activations(work: _Work) -> dict[str, float]:
+def activations(work: Work) -> dict[str, float]:
     """Numbers a token that one block keeps for its backward pass, by what they are."""
-    c, tp = work.config, work.tp
-    static = work.recipe.qat is not None and "static" in work.recipe.qat.format
-    rounded = work.recipe.qat is not None
-    number = work.machines.card.bytes
-    kept = {
+    c, tp, qat, number = work.config, work.tp, work.recipe.qat, work.machines.card.bytes
+    numbers = {
         "residuals": 2 * c.dim / tp,
         "normed": 2 * c.dim,
         "queries, keys, values and their mixture": 2 * (work.q + work.kv) / tp,
         "feed-forward": 4 * c.hidden_dim / tp,
+        # Of attention's and the norms' rows, in float32.
+        "sums": (c.n_heads / tp + 2) * 4 / number,
     }
-    kept["sums"] = (c.n_heads / tp + 2) * 4 / number  # of attention's and the norms' rows, float32
     if work.recipe.lora:
-        kept["adapters"] = len(work.recipe.lora.layers) * work.rank
+        numbers["adapters"] = len(work.recipe.lora.layers) * work.rank
     else:  # norms that learn keep their normalised input
-        kept["norms"] = 2 * c.dim / tp
-    if rounded:
+        numbers["norms"] = 2 * c.dim / tp
+    if qat is not None:
         # Each layer rounds for itself, and keeps what it rounded: wq, wk, wv; w1, w3; wo; w2.
-        kept["rounded inputs"] = 5 * c.dim + work.q / tp - 2 * c.dim
+        numbers["rounded inputs"] = 5 * c.dim + work.q / tp - 2 * c.dim
         inputs = 5 * c.dim + (work.q + c.hidden_dim) / tp
-        if static:  # one byte each for which were clipped
-            kept["which were clipped"] = inputs / number
-    return kept
+        if FORMATS[qat.format].static:  # one byte each for which were clipped
+            numbers["which were clipped"] = inputs / number
+    return numbers
 
 
-def _count_activations(add, work: _Work) -> None:
+def _count_activations(add, work: Work) -> None:
     recipe, config, number = work.recipe, work.config, work.machines.card.bytes
-    kept = sum(activations(work).values())
+    numbers = sum(activations(work).values())
     n, layers = work.tokens, config.n_layers
-    of_block = n * kept * number
+    of_block = n * numbers * number
     rounded = work.block / work.tp * number if recipe.qat else 0.0
     again = 0.0
     if recipe.parallel.activation_checkpointing:
@@ -250,7 +248,7 @@ def _count_activations(add, work: _Work) -> None:
         add("inputs of blocks", how, layers * n * config.dim * number / work.tp)
         layers, again = 1, of_block
     else:
-        how = f"{layers} x {n:,} tokens x {kept:,.0f} x {number} B"
+        how = f"{layers} x {n:,} tokens x {numbers:,.0f} x {number} B"
         add("activations", how, layers * of_block)
     if rounded:
         how = f"{layers} x {work.block:,} x {number} B{_by(work.tp)}"
@@ -268,11 +266,11 @@ def _count_activations(add, work: _Work) -> None:
         return
     then = f"(the head's before: {head / GIB:.2f} GiB)"
     if again:
-        add("one block again", f"{n:,} tokens x {kept:,.0f} x {number} B", again)
+        add("one block again", f"{n:,} tokens x {numbers:,.0f} x {number} B", again)
     add("a block's way back", f"{n:,} tokens x {width:,.0f} x {number} B {then}", block - again)
 
 
-def _count_time(made: Plan, work: _Work, share_of_peak: float) -> None:
+def _count_time(made: Plan, work: Work, share_of_peak: float) -> None:
     recipe, c, machines = work.recipe, work.config, work.machines
     card, data = machines.card, recipe.data
     say = lambda what, how: made.speed.append((what, how))  # noqa: E731
@@ -317,7 +315,7 @@ def _count_time(made: Plan, work: _Work, share_of_peak: float) -> None:
     say("a checkpoint", f"{size / GB:,.1f} GB, {recipe.saving.keep} kept")
 
 
-def _count_communication(made: Plan, work: _Work) -> tuple[float, float]:
+def _count_communication(made: Plan, work: Work) -> tuple[float, float]:
     """Seconds that weights with gradients, and activations, take to travel in a step."""
     c, card, number, gpus = (
         work.config,
@@ -357,7 +355,7 @@ def _remedy(recipe: Recipe, config: ModelConfig, machines: Machines, stored: str
         if getattr(getattr(recipe, table), name) == value:
             continue
         recipe = replace(recipe, **{table: replace(getattr(recipe, table), **{name: value})})
-        work = _Work(recipe, config, machines)
+        work = Work(recipe, config, machines)
         if list(work.problems()):
             continue
         changed = [c for c in changed if not c.startswith(f"{table}.{name} ")]
@@ -370,7 +368,7 @@ def _remedy(recipe: Recipe, config: ModelConfig, machines: Machines, stored: str
         return "; no division of the work makes it fit: take more or larger cards, or adapt: [lora]"
     for smaller in ("fp8", "int4") if stored == "bf16" else ("int4",):
         made = Plan()
-        _count_memory(made, _Work(recipe, config, machines), smaller)
+        _count_memory(made, Work(recipe, config, machines), smaller)
         if made.total <= machines.card.memory:
             also = "".join(f", {change}" for change in changed)
             return f"; over weights stored as {smaller}{also} it is {made.total / GIB:.1f}"

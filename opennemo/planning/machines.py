@@ -60,6 +60,6 @@ def parse_machines(gpus: str, nodes: int) -> Machines:
         memory = float(machine_memory()["cpu"])
         return Machines(name, Card(memory=memory, flops=flops, overhead=0.7 * GIB, bytes=4), 1, 1)
     if name not in CARDS or n < 1:
-        known = ", ".join(name.upper() for name in CARDS)
-        raise InvalidRequest(f"--gpus is {gpus}: write a number and a card, 8xH100; known: {known}")
+        cards = ", ".join(name.upper() for name in CARDS)
+        raise InvalidRequest(f"--gpus is {gpus}: write a number and a card, 8xH100; known: {cards}")
     return Machines(name.upper(), CARDS[name], n, nodes)

@@ -66,7 +66,7 @@ class BadLine(NamedTuple):
 
 @dataclass
 class Report:
-    """What was found in some files.
+    """What some files hold.
 
     Attributes:
         lengths: tokens of each sequence, in order; of a pair there are two.
@@ -87,8 +87,8 @@ class Report:
 
     def percentiles(self, *shares: float) -> list[int]:
         """Lengths that so many percent of the sequences do not exceed; 0 if there are none."""
-        found = np.percentile(self.lengths or [0], shares, method="lower")
-        return [int(length) for length in found]
+        lengths = np.percentile(self.lengths or [0], shares, method="lower")
+        return [int(length) for length in lengths]
 
     def add(self, other: "Report") -> None:
         """Take over what another part of the same files gave."""
@@ -101,7 +101,7 @@ class Report:
         self.bad += other.bad
 
     def refuse_bad_lines(self) -> None:
-        """For who trains only on files that are good throughout.
+        """Raise unless every line is good.
 
         Raises:
             InvalidRequest: there are bad lines; the first five are named.
@@ -150,15 +150,15 @@ class Reader:
         self.tokenizer, self.max_tokens, self.pairs = tokenizer, max_tokens, pairs
 
     def read(self, file: str, lines: list[tuple[int, bytes]]) -> tuple[list[Any], Report]:
-        found: list[Any] = []
+        units: list[Any] = []
         report = Report()
         for number, line in lines:
             try:
                 row = parse_line(line)
-                found += self.pair(row, report) if self.pairs else self.examples(row, report)
+                units += self.pair(row, report) if self.pairs else self.examples(row, report)
             except InvalidRequest as error:
                 report.bad.append(BadLine(file, number, str(error)))
-        return found, report
+        return units, report
 
     def examples(self, row: dict[str, Any], report: Report) -> list[Example]:
         messages, tools = conversation_of(row)
@@ -215,18 +215,18 @@ def _read(paths: Sequence[Path], reader: Reader, processes: int | None) -> tuple
     if processes == 1:
         shares = [_read_share(paths, reader, 0, 1)]
     else:
-        # Spawned, not forked: whoever calls may have threads.
+        # Spawned, not forked: the caller may have threads.
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(processes, mp_context=spawn) as pool:
             ranks = range(processes)
             todo = [pool.submit(_read_share, paths, reader, r, processes) for r in ranks]
             shares = [future.result() for future in todo]
-    found: list[Any] = []
+    units: list[Any] = []
     report = Report()
     for batch in (batch for row in zip_longest(*shares) for batch in row if batch is not None):
-        found += batch[0]
+        units += batch[0]
         report.add(batch[1])
-    return found, report
+    return units, report
 
 
 def _read_share(

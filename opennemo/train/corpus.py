@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from opennemo.errors import CheckpointError, InvalidRequest
-from opennemo.files import write_whole
+from opennemo.files import write_json, write_whole
 from opennemo.tokenizer.load import open_tokenizer
 from opennemo.tokenizer.tokenizer import Tokenizer
 
@@ -217,7 +217,7 @@ class ShardWriter:
             for name in ("tokens", "documents", "text_bytes")
         }
         index = {"format": FORMAT, "tokenizer": self._tokenizer, **totals, "shards": self._shards}
-        write_whole(self._folder / "index.json", json.dumps(index, indent=1).encode() + b"\n")
+        write_json(self._folder / "index.json", index)
         return index
 
     def _flush(self) -> None:
@@ -267,7 +267,7 @@ class _Shards:
             texts += [shard[kind]["sha256"] for shard in self._index for kind in ("ids", "ends")]
             vocab_size = self.tokenizer["vocab_size"]
             if not (isinstance(vocab_size, int) and all(isinstance(t, str) for t in texts)):
-                raise TypeError("a hash, a name or a size is none")
+                raise TypeError("a hash, a name or a size is invalid")
         except FileNotFoundError as error:
             what = Path(error.filename).name
             hint = "; `opennemo tokenize` writes it last" if what == "index.json" else ""
@@ -301,11 +301,11 @@ class _Shards:
                 return hashlib.file_digest(content, "sha256").hexdigest()
 
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-            for (shard, kind), found in zip(files, threads.map(digest, files), strict=True):
-                if found != shard[kind]["sha256"]:
+            for (shard, kind), actual in zip(files, threads.map(digest, files), strict=True):
+                if actual != shard[kind]["sha256"]:
                     raise CheckpointError(
                         f"{self.path / shard['name']}.{kind}: damaged, its SHA-256 is "
-                        f"{found[:12]} and not {shard[kind]['sha256'][:12]}"
+                        f"{actual[:12]} and not {shard[kind]['sha256'][:12]}"
                     )
 
     def _pieces(self, begin: int, end: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -104,9 +104,9 @@ def distil(
         losses = head_losses(model, hidden.detach(), targets)
 
     def divergence(hidden: Tensor, weight: Tensor, wanted: Tensor) -> Tensor:
-        found = F.linear(hidden, weight).float().log_softmax(-1)
+        ours = F.linear(hidden, weight).float().log_softmax(-1)
         aim = F.linear(wanted, teacher.output.weight).float().log_softmax(-1)
-        return F.kl_div(found, aim, reduction="sum", log_target=True)
+        return F.kl_div(ours, aim, reduction="sum", log_target=True)
 
     weight = head_weight(model)
     parts = [

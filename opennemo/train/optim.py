@@ -30,21 +30,21 @@ def optimizers(model: nn.Module, settings: Optim) -> list[torch.optim.Optimizer]
         for parameters, decay in ((decayed, settings.weight_decay), (plain, 0.0))
         if parameters
     ]
-    found: list[torch.optim.Optimizer] = []
+    chosen: list[torch.optim.Optimizer] = []
     if groups:
-        found.append(
+        chosen.append(
             torch.optim.AdamW(
                 groups, settings.lr, betas=settings.betas, eps=settings.eps, fused=True
             )
         )
     if matrices:
-        found.append(
+        chosen.append(
             torch.optim.Muon(
                 matrices, settings.lr, weight_decay=settings.weight_decay,
                 adjust_lr_fn="match_rms_adamw",
             )
         )  # fmt: skip
-    return found
+    return chosen
 
 
 def rate(step: int, steps: int, settings: Optim) -> float:

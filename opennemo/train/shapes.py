@@ -54,21 +54,21 @@ def conversation_of(row: dict[str, Any]) -> tuple[list[Message], list[Tool]]:
         InvalidRequest: the line has no shape that is known.
     """
     shapes = {"messages": _messages, "interactions": _messages, "conversations": _sharegpt}
-    found = [key for key in shapes if key in row]
-    if len(found) > 1:
-        raise InvalidRequest(f"both {' and '.join(found)} are given; there can be one")
-    if found:
-        turns = row[found[0]]
+    keys = [key for key in shapes if key in row]
+    if len(keys) > 1:
+        raise InvalidRequest(f"both {' and '.join(keys)} are given; there can be one")
+    if keys:
+        turns = row[keys[0]]
         if not isinstance(turns, list) or not turns or not all(isinstance(t, dict) for t in turns):
-            raise InvalidRequest(f"{found[0]}: must be a list of at least one object")
-        messages = shapes[found[0]](turns)
+            raise InvalidRequest(f"{keys[0]}: must be a list of at least one object")
+        messages = shapes[keys[0]](turns)
     elif "instruction" in row and "output" in row:
         messages = _alpaca(row)
     else:
-        keys = ", ".join(list(row)[:5]) or "nothing"
+        names = ", ".join(list(row)[:5]) or "nothing"
         raise InvalidRequest(
             "no conversation: it needs `messages`, `conversations`, or `instruction` and `output`; "
-            f"found {keys}"
+            f"found {names}"
         )
     if row.get("only_last"):
         *earlier, last = messages
@@ -141,8 +141,8 @@ def _sharegpt(turns: list[dict]) -> list[Message]:
         role = SPEAKERS.get(str(speaker).lower().replace("-", "_"))
         content = turn.get("value", turn.get("content"))
         if role is None:
-            known = ", ".join(SPEAKERS)
-            raise InvalidRequest(f"conversations[{i}].from: {speaker!r} is not one of {known}")
+            speakers = ", ".join(SPEAKERS)
+            raise InvalidRequest(f"conversations[{i}].from: {speaker!r} is not one of {speakers}")
         message = _message(role, content)
         if role == "call":
             message = {**_message("assistant", ""), "tool_calls": _calls(content, i)}

@@ -137,7 +137,7 @@ def test_any_number_of_workers_makes_the_same(
     job = Job(inputs=(texts,), out=tmp_path / "2", cleaning=Cleaning(stages=STAGES), **SMALL)
     prepare(job, workers=2, progress=lambda *at: heard.append(at))
     assert files(tmp_path / "2") == expected
-    for stage in ("tokenizing", "writing shards"):
+    for stage in ("Tokenizing", "Writing shards"):
         done = [done for name, done, _ in heard if name == stage]
         assert done == sorted(done)
         assert done[-1] == next(total for name, _, total in heard if name == stage)
@@ -183,7 +183,7 @@ def test_killed_it_goes_on_to_the_same_bytes(
     (parts / ".half-written").write_bytes(b"PK")  # as a kill at another moment leaves
 
     def compare(stage: str, done: int, total: int) -> None:
-        if stage == "writing shards" and parts.exists():
+        if stage == "Writing shards" and parts.exists():
             assert len(list(parts.glob("*.npz"))) > len(left)
             assert {path: path.stat().st_mtime_ns for path in left} == left, "made again"
 
@@ -290,7 +290,7 @@ def test_a_worker_that_is_killed_is_said_so(texts: Path, tmp_path: Path):
     job = Job(inputs=(texts,), out=tmp_path, **SMALL)
 
     def kill(stage: str, done: int, total: int) -> None:
-        if done and stage == "tokenizing":
+        if done and stage == "Tokenizing":
             os.kill(children(os.getpid())[-1], signal.SIGKILL)
 
     with pytest.raises(OpenNemoError, match="a worker was killed"):

@@ -18,7 +18,7 @@ from opennemo.model.formats import FORMATS
 from opennemo.model.lora import add_lora_
 from opennemo.model.quantization import prepare_qat_, quantize_
 from opennemo.model.transformer import PRESETS, ModelConfig, Transformer, rotary
-from opennemo.planning.estimate import _Work, activations, plan, resolve_shape
+from opennemo.planning.estimate import Work, activations, plan, resolve_shape
 from opennemo.planning.machines import CARDS, GIB, Card, Machines, parse_machines
 from opennemo.train.config import Recipe, parse_recipe
 
@@ -87,21 +87,21 @@ def test_activations_are_those_that_pytorch_keeps(change: Any, tables: dict):
         dim=80, n_layers=1, n_heads=8, n_kv_heads=2, head_dim=16, hidden_dim=256, vocab_size=320
     )
     n_tokens = 37  # like no width of a weight
-    planned = sum(activations(_Work(recipe_of(**tables), config, CPU)).values())
+    planned = sum(activations(Work(recipe_of(**tables), config, CPU)).values())
     assert planned * 4 * n_tokens == kept_by_a_block(config, change, n_tokens)
 
 
 def test_weights_and_adapters_are_counted_as_models_have_them():
     for config in (NEMO, PRESETS["nano-60m"]):
-        work = _Work(recipe_of(lora={"rank": 16, "layers": ["wq", "w2"]}), config, CPU)
+        work = Work(recipe_of(lora={"rank": 16, "layers": ["wq", "w2"]}), config, CPU)
         shapes = weight_shapes(config).values()
         assert work.n_weights == sum(torch.Size(shape).numel() for shape in shapes)
-    assert _Work(recipe_of(), NEMO, CPU).n_weights == 12_247_782_400
+    assert Work(recipe_of(), NEMO, CPU).n_weights == 12_247_782_400
     tiny = PRESETS["tiny"]
     model = Transformer(tiny)
     add_lora_(model, rank=4, alpha=8, generator=torch.Generator())
     learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert _Work(recipe_of(lora={"rank": 4}), tiny, CPU).n_adapters == learning
+    assert Work(recipe_of(lora={"rank": 4}), tiny, CPU).n_adapters == learning
 
 
 def test_nemo_is_adapted_in_24_gb_over_codes_and_not_over_bf16():
