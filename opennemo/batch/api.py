@@ -243,12 +243,12 @@ def get_job(batches: TheBatches, owner: Owner, id: str, inline: bool | None = No
     row = batches.store.find("batches", owner, id)
     card = job_card(row)
     if inline and row["status"] not in AT_WORK:
-        found = [
+        files = [
             batches.store.find("files", owner, f) for f in (row["output"], row["error_file"]) if f
         ]
-        if sum(file["bytes"] for file in found) > MAX_INLINE:
+        if sum(file["bytes"] for file in files) > MAX_INLINE:
             raise InvalidRequest(f"inline: more than {MAX_INLINE:,} bytes; download output_file")
-        data = b"".join(part for file in found for part in batches.store.content(file["id"]))
+        data = b"".join(part for file in files for part in batches.store.content(file["id"]))
         card["outputs"] = [json.loads(line) for line in data.splitlines()]
     return Json(card)
 

@@ -111,9 +111,9 @@ def output_line(
     if status is not None:
         response = {"status_code": status, "request_id": request_id, "body": body}
         if status != 200:
-            found = body.get("error", {}) if isinstance(body, dict) else {}
-            code = found.get("code") or found.get("type") or "error"
-            error = {"code": code, "message": found.get("message"), "param": found.get("param")}
+            problem = body.get("error", {}) if isinstance(body, dict) else {}
+            code = problem.get("code") or problem.get("type") or "error"
+            error = {"code": code, "message": problem.get("message"), "param": problem.get("param")}
     usage = (body.get("usage") if isinstance(body, dict) else None) or {}
     record = {"id": id, "custom_id": custom_id, "response": response, "error": error}
     # ASCII: a raw U+2028 would be a line end to many a reader of lines.
@@ -123,7 +123,7 @@ def output_line(
 
 
 class Slots:
-    """How many lines may be answered at the same time; whoever waits longest is next.
+    """How many lines may be answered at the same time; the line that waits longest is next.
 
     Every live request (`n_live`) takes a place from the lines, down to one, so that people do not
     wait for batches. It decides over lines that begin; those that run are left to end.

@@ -123,7 +123,7 @@ def places_in(input: BinaryIO) -> Iterator[Place]:
             times[digest] += 1
             id = hashlib.sha256(digest + times[digest].to_bytes(8, "big")).hexdigest()[:24]
             custom_id = None
-            with suppress(LineError):  # told of when its turn comes
+            with suppress(LineError):  # reported when its turn comes
                 custom_id = parse(text, "", number).custom_id
             yield f"batch_req_{id}", number, offset, custom_id not in seen
             if custom_id is not None:
@@ -132,7 +132,7 @@ def places_in(input: BinaryIO) -> Iterator[Place]:
 
 
 def lines_at(input: BinaryIO, todo: list[Place], model: str) -> Iterator[Line | OutputLine]:
-    """Requests; where a line is none, the answer that says so. `model` is meant by default."""
+    """Requests, or the error lines of invalid ones. `model` is the default of a body."""
     for id, number, offset, is_new in todo:
         input.seek(offset)
         try:

@@ -39,7 +39,7 @@ CREATE INDEX IF NOT EXISTS batches_of ON batches(owner);
 CREATE INDEX IF NOT EXISTS batches_at_work ON batches(status);
 """
 COLUMNS = ("id", "owner", "status", "created_at", "model", "input", "output", "error_file")
-KEPT = 30 * 86400  # seconds that a file is kept unless told otherwise; a batch twice as long
+KEPT = 30 * 86400  # seconds that a file is kept by default; a batch twice as long
 OVERHEAD = 1024  # bytes that a file or batch counts for besides its content
 MAX_AT_WORK = 64  # batches of one owner
 Row = dict[str, Any]
@@ -140,8 +140,8 @@ class Store:
         with self._write() as db:
             _find(db, "files", owner, id)
             query = f"SELECT id FROM batches WHERE input = ? AND status IN {AT_WORK}"
-            if found := db.execute(query, (id,)).fetchone():
-                raise Refusal(400, f"{found['id']} still needs this file: cancel it, or wait")
+            if user := db.execute(query, (id,)).fetchone():
+                raise Refusal(400, f"{user['id']} still needs this file: cancel it, or wait")
             db.execute("DELETE FROM files WHERE id = ?", (id,))
 
     def add_batch(self, owner: str, input: str, model: str | None, **rest: Any) -> Row:
@@ -315,8 +315,8 @@ class Store:
 
 
 def _row(row: sqlite3.Row) -> Row:
-    found = dict(row)
-    return found | json.loads(found.pop("rest", "{}"))
+    values = dict(row)
+    return values | json.loads(values.pop("rest", "{}"))
 
 
 def _find(db: sqlite3.Connection, table: str, owner: str, id: str) -> Row:

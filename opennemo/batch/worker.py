@@ -25,7 +25,7 @@ from opennemo.serve.auth import Client
 from opennemo.serve.error_bodies import Refusal
 from opennemo.serve.service import Service
 
-MAX_ERRORS = 100  # told of a batch that is not valid
+MAX_ERRORS = 100  # reported of an invalid batch
 log = structlog.get_logger("opennemo.serve")
 
 
@@ -113,7 +113,7 @@ class Worker:
                 del self._tasks[id]
                 if not task.cancelled() and (error := task.exception()):
                     log.error("defect", batch=id, exc_info=error)
-                    problem = {"code": "internal_server_error", "message": "the log tells more"}
+                    problem = {"code": "internal_server_error", "message": "see the server's log"}
                     await asyncio.to_thread(self.store.finish, batch, "failed", [problem])
             elif task is None and self._can_begin(batch):
                 self._tasks[id] = asyncio.create_task(self._process(batch))
@@ -176,7 +176,7 @@ class Worker:
         return self.store.begin(batch, n_total=n_total, model=models.pop())
 
     def _give_up(self, batch: Row) -> None:
-        """End a batch that was cancelled, or whose time is over, which its other lines are told."""
+        """End a batch that was cancelled or has expired; lines without an answer get an error."""
         message = "the batch's time was over before this line's turn"
 
         def answers() -> Iterator[OutputLine]:
@@ -190,5 +190,5 @@ class Worker:
 
 
 def owner_of(client: Client) -> str:
-    """Whose files and batches a client's are: told by the key itself, as names may change hands."""
+    """The owner of a client's files and batches: its key, since names may change hands."""
     return hashlib.sha256(b"opennemo batches of " + client.digest).hexdigest()

@@ -177,8 +177,8 @@ class Fleet:
 
         async def score_part(part: list[int]) -> None:
             async with free:
-                found = await self._score([pairs[i] for i in part])
-            for i, score in zip(part, found, strict=True):
+                part_scores = await self._score([pairs[i] for i in part])
+            for i, score in zip(part, part_scores, strict=True):
                 scores[i] = score
                 if on_score:
                     on_score(i, score)
@@ -233,9 +233,9 @@ class Fleet:
 
     def stats(self) -> dict[str, float]:
         """As Engine.stats, of all replicas, a moment ago."""
-        found = self._stats
-        total = {name: sum(stats[name] for stats in found) for name in (found or [{}])[0]}
-        return {"kv_cache_pages": 1, "kv_cache_pages_used": 0, **total, "replicas": len(found)}
+        replicas = self._stats
+        total = {name: sum(stats[name] for stats in replicas) for name in (replicas or [{}])[0]}
+        return {"kv_cache_pages": 1, "kv_cache_pages_used": 0, **total, "replicas": len(replicas)}
 
     def close(self) -> None:
         """End the replicas, and the cluster if it is ours; what runs is cancelled."""

@@ -8,8 +8,8 @@ import sys
 def keep_ray_here() -> None:
     """Set what Ray reads as it is imported; where that has happened, it is left as it is.
 
-    Whoever may talk to Ray may run code: it gets an address of this host alone, even on Linux, and
-    a token that no other process knows. Its makers are told nothing.
+    A process that may talk to Ray may run code, so Ray gets an address of this host alone, even on
+    Linux, and a token that no other process knows. No usage is reported to its makers.
     """
     if "ray" not in sys.modules:
         os.environ |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}

@@ -1,6 +1,6 @@
 """Ray Serve's side of the router: Ray says which replicas there are, routing.py which is to answer.
 
-Ray makes one in each process that has a handle, asks it about every call, and tells it when a call
+Ray makes one in each process that has a handle, asks it about every call, and reports when a call
 has ended. What Ray does itself (it notices lost replicas, keeps those that are full or that are
 being replaced out, and holds calls while there is none) stays Ray's.
 """
@@ -13,7 +13,7 @@ from opennemo.cluster.routing import Router
 
 
 class Prefixes(RequestRouter):
-    """Routes calls of (token ids, salt, ...) by their beginning; others go to whoever is free."""
+    """Routes calls of (token ids, salt, ...) by their beginning; others go to any that is free."""
 
     def initialize_state(self, **_: object) -> None:
         self._router = Router()

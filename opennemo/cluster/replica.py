@@ -1,4 +1,4 @@
-"""One engine of many, in a process that Ray watches: what it is asked, and what it tells.
+"""One engine of many, in a process that Ray watches: what it is asked, and what it answers.
 
 It is asked for answers, and sends the engine's events, as many at a time as have come; what the
 application needs for all replicas alike (adapters, an empty cache, sleep) each does for itself. Ray
@@ -91,7 +91,7 @@ class Replica:
         self._llm.engine.wake()
 
     def describe(self) -> dict[str, Any]:
-        """What whoever asks it must know of the engine."""
+        """What the fleet must know of the engine."""
         engine = self._llm.engine
         names = ("eos_ids", "vocab_size", "max_context", "model_config")
         return {name: getattr(engine, name) for name in names}
@@ -100,7 +100,7 @@ class Replica:
         return self._llm.engine.stats()
 
     def record_routing_stats(self) -> dict[str, int]:
-        """Told to Ray, for `Prefixes`."""
+        """Reported to Ray, for `Prefixes`."""
         return {"n_tokens": int(self._llm.engine.stats()["kv_cache_tokens"])}
 
     def check_health(self) -> None:

@@ -60,18 +60,18 @@ class Router:
         """
         self.finish(request)
         keys = self._keys(ids, salt)
-        found = self._find(keys)
+        cached = self._find(keys)
 
         def cost(name: str) -> tuple[int, int]:
             replica = self.replicas[name]
             # Of two that are as good, the one that has more room to remember.
-            return replica.work - found.get(name, 0), len(replica.kept)
+            return replica.work - cached.get(name, 0), len(replica.kept)
 
         names = self.replicas if among is None else [n for n in among if n in self.replicas]
         if not names:
             return ""
         name = min(names, key=cost)
-        work = len(ids) - found.get(name, 0) + self._sequence
+        work = len(ids) - cached.get(name, 0) + self._sequence
         self.replicas[name].work += work
         self._under_way[request] = name, work
         self._remember(name, keys)
@@ -97,18 +97,18 @@ class Router:
 
     def _find(self, keys: list[int]) -> dict[str, int]:
         """How many tokens of a prompt each replica holds, of those that hold any."""
-        found: dict[str, int] = {}
+        cached: dict[str, int] = {}
         holders: set[str] = set(self.replicas)
         for depth, key in enumerate(keys):
             here = self.holders.get(key, set())
             for name in holders - here:
-                found[name] = depth * self._chunk
+                cached[name] = depth * self._chunk
             holders = holders & here
             if not holders:
                 break
         for name in holders:
-            found[name] = len(keys) * self._chunk
-        return found
+            cached[name] = len(keys) * self._chunk
+        return cached
 
     def _remember(self, name: str, keys: list[int]) -> None:
         replica = self.replicas[name]

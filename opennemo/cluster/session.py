@@ -36,7 +36,7 @@ def listen_on_loopback() -> None:
 
 def start_ray(settings: Settings) -> Any:
     """Ray, joined or started for this process: on loopback, with a token, without a dashboard."""
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # it would tell its makers
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # it would report to its makers
     n = settings.max_replicas or settings.replicas
     options: dict[str, Any] = {"address": settings.ray_address}
     if settings.ray_address is None:
@@ -69,11 +69,11 @@ def start_ray(settings: Settings) -> Any:
     there = ray.cluster_resources()
     for kind, each in (("CPU", cpus_of(settings)), ("GPU", gpus_of(settings))):
         if each * settings.replicas > (n_there := there.get(kind, 0)):
-            told = f"{settings.replicas} replicas need {each:g} {kind}s each, there are {n_there:g}"
+            need = f"{settings.replicas} replicas need {each:g} {kind}s each, there are {n_there:g}"
             if settings.ray_address is None:
                 ray.shutdown()
-                raise OpenNemoError(f"--replicas: {told}")
-            log.warning("waiting for machines", reason=told)  # a cluster may grow
+                raise OpenNemoError(f"--replicas: {need}")
+            log.warning("waiting for machines", reason=need)  # a cluster may grow
     return ray
 
 

@@ -98,8 +98,8 @@ async def _on_error(request: Request, error: Exception) -> Response:
 async def _on_invalid(request: Request, error: Exception) -> Response:
     """A body that does not fit the schema: 400 if it is no JSON at all, else 422 with places."""
     assert isinstance(error, RequestValidationError)
-    found = error.errors()
-    detail = [{"type": e["type"], "loc": list(e["loc"]), "msg": e["msg"]} for e in found[:20]]
+    errors = error.errors()
+    detail = [{"type": e["type"], "loc": list(e["loc"]), "msg": e["msg"]} for e in errors[:20]]
     first = detail[0]
     where = ".".join(str(part) for part in first["loc"][1:])
     status = 400 if first["type"] == "json_invalid" else 422

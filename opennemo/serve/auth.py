@@ -1,7 +1,7 @@
-"""Who asks, and how much they may: API keys, hashed at rest, each with limits of its own.
+"""API keys, hashed at rest, each with limits of its own.
 
 Keys are random and long, so SHA-256 is enough; every known key is compared with each time, in
-constant time, so that timing tells nothing. Limits are windows that move with a clock nobody can
+constant time, so that timing reveals nothing. Limits are windows that move with a clock nobody can
 set: by the time of day, a clock put back would lock a key out.
 """
 
@@ -83,13 +83,13 @@ class Gatekeeper:
         """
         if not self.clients:
             return self.anonymous
-        digest, found = _presented(headers), None
+        digest, match = _presented(headers), None
         for client in self.clients:
             if hmac.compare_digest(digest, client.digest):
-                found = client
-        if found is None:
+                match = client
+        if match is None:
             raise _unauthorised()
-        return found
+        return match
 
     def check_admin(self, headers: dict[bytes, bytes]) -> None:
         """Raises: Refusal, 401, unless the admin key is given."""
@@ -139,8 +139,8 @@ def read_clients(keys: list[str], file: Path | None, limits: Limits) -> list[Cli
         if not (words := line.split("#")[0].split()):
             continue
         own = dict(word.split("=", 1) for word in words[2:] if "=" in word)
-        known = set(own) <= set(Limits.__dataclass_fields__)
-        if len(own) != len(words[2:]) or not known or not all(v.isdecimal() for v in own.values()):
+        are_limits = own.keys() <= vars(limits).keys() and all(v.isdecimal() for v in own.values())
+        if len(own) != len(words[2:]) or not are_limits:
             raise InvalidRequest(f"{file}, line {number}: limits are {', '.join(vars(Limits()))}")
         if len(words) < 2 or not re.fullmatch("[0-9a-fA-F]{64}", words[1]):
             raise InvalidRequest(

@@ -19,8 +19,9 @@ MAX_HEADERS = 64 * 1024  # bytes
 class BoundedHeaders(HttpToolsProtocol):
     """uvicorn's protocol with bounds on headers, in bytes and in time, and on standing still.
 
-    Without them headers would fill the memory, and who never finishes a request, or never reads an
-    answer, would keep what it holds for ever. What is no HTTP gets the body that every error has.
+    Without them headers would fill the memory, and a client that never finishes a request, or never
+    reads an answer, would keep what it holds for ever. Input that
+    is not HTTP gets the usual error body.
     """
 
     _n_head: int | None = None  # bytes of the headers being read
@@ -74,13 +75,13 @@ class BoundedHeaders(HttpToolsProtocol):
         return self.loop.call_later(self.timeout_keep_alive, call)
 
     def _still_reading(self) -> None:
-        if self.flow.read_paused:  # it is we who do not read on
+        if self.flow.read_paused:  # the server itself has paused
             self._reading = self._later(self._still_reading)
         else:
             self.transport.abort()
 
     def timeout_keep_alive_handler(self) -> None:
-        self.transport.abort()  # `close` would wait for who does not read the last answer
+        self.transport.abort()  # `close` would wait for a client that does not read
 
     def pause_writing(self) -> None:
         super().pause_writing()

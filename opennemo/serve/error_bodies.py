@@ -74,7 +74,7 @@ def refusal(error: OpenNemoError) -> Refusal:
 
 
 def error_body(error: Refusal, path: str) -> dict[str, Any]:
-    """The JSON that tells a client of an error, in the protocol of the path."""
+    """The JSON that reports an error, in the protocol of the path."""
     if path.startswith(MESSAGES):
         kind = ANTHROPIC_TYPES.get(error.status) or TYPES.get(error.status, "api_error")
         return {"type": "error", "error": {"type": kind, "message": str(error)}}

@@ -79,7 +79,7 @@ class Gate:
                 raise
             log.exception("defect", id=request_id, path=path)
             if not begun:
-                error = Refusal(500, "the server has a defect; its log tells")
+                error = Refusal(500, "the server has a defect; see its log")
                 await error_response(error, path)(scope, receive, reply)
         finally:
             if status >= 400:

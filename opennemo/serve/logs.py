@@ -13,7 +13,7 @@ from opennemo.serve.error_bodies import dumps
 
 
 class LogStream:
-    """Standard error; a full disk ends no request, and is told of when it has room again."""
+    """Standard error; a full disk ends no request, and is reported when it has room again."""
 
     def __init__(self) -> None:
         self._file, self._failure = sys.stderr, None

@@ -35,7 +35,7 @@ VLLM = {  # ours, without prefix -> vLLM's
 }
 FAST = (0.001, 0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.25, 0.5, 1, 2.5, 5, 10, 40, 160, 640, 2560)
 SLOW = (0.3, 0.5, 1, 1.5, 2.5, 5, 10, 20, 40, 60, 120, 480, 1920, 7680)
-ENGINE = {  # what Engine.stats tells; many replicas add theirs up
+ENGINE = {  # from Engine.stats; many replicas add theirs up
     "replicas": (GaugeMetricFamily, "Engines that answer"),
     "requests_running": (GaugeMetricFamily, "Answers being computed"),
     "requests_waiting": (GaugeMetricFamily, "Answers waiting for their turn"),

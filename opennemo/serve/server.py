@@ -1,4 +1,4 @@
-"""The process that listens: uvicorn, told to drain before it stops.
+"""The process that listens: uvicorn, which drains before it stops.
 
 This file has what belongs to a process of its own: signal handlers and the limit of open files.
 """

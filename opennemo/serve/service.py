@@ -1,4 +1,4 @@
-"""The server's state: the model, who is being answered, whether more may come.
+"""The server's state: the model, the answers under way, and whether it takes more.
 
 HTTP stays outside: routes ask `start` for a generation and put it into their protocol's words.
 """
@@ -82,8 +82,8 @@ class Service:
         config = llm.engine.model_config
         is_nemo = (config.dim, config.n_layers, config.vocab_size) == (5120, 40, 131072)
         is_instruct = llm.tokenizer.instruct_version is not None
-        known = NEMO_NAMES if is_nemo and is_instruct else ()
-        self.names = self.settings.served_model_name or [*known, llm.name]
+        nemo_names = NEMO_NAMES if is_nemo and is_instruct else ()
+        self.names = self.settings.served_model_name or [*nemo_names, llm.name]
         asked = min(config.max_position_embeddings, self.settings.max_model_len or 2**31)
         if llm.engine.max_context < asked:
             log.warning("context shortened to what memory has room for",

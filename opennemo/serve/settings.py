@@ -1,4 +1,4 @@
-"""What a server is told: command line, environment, a TOML file, defaults, in this order.
+"""A server's settings: command line over environment over a TOML file over defaults.
 
 Names are vLLM's, since people know them; `NIM_*` variables of NVIDIA's containers mean what they
 mean there. This and the command line are the only places that read the environment.
@@ -101,7 +101,9 @@ class Settings(BaseSettings):
         None, gt=0, le=2**20, description="For fp8 where the model brings no scales, such as 1."
     )
     enable_prefix_caching: bool = True
-    share_prefix_cache: bool = Field(False, description="Between keys, who then trust each other.")
+    share_prefix_cache: bool = Field(
+        False, description="Between keys, which must trust each other."
+    )
     num_speculative_tokens: int = Field(0, ge=0, le=64, description="Guessed by prompt lookup.")
     override_generation_config: dict[str, float] = Field(
         {}, description='Defaults of requests, e.g. {"temperature": 0.3}.'

@@ -68,7 +68,7 @@ class MessagesRequest(CountRequest):
         choice = self.tool_choice or {}
         kind = choice.get("type", "auto")
         if kind not in ("auto", "any", "none", "tool"):
-            raise InvalidRequest("tool_choice.type: is none of auto, any, tool, none")
+            raise InvalidRequest("tool_choice.type: must be auto, any, tool or none")
         tool_choice = {"type": "function", "name": choice.get("name")} if kind == "tool" else kind
         return given | {
             **self.conversation(),

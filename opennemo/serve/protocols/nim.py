@@ -56,7 +56,7 @@ async def version() -> Response:
 
 @router.get("/load")
 async def load(service: TheService) -> Response:
-    """How many requests are being answered, as vLLM tells it."""
+    """How many requests are being answered, as vLLM reports it."""
     return Json({"server_load": len(service.active)})
 
 

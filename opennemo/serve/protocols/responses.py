@@ -1,7 +1,7 @@
 """OpenAI's Responses API, without memory: every request brings its whole conversation.
 
-The protocol tells the same answer three times (delta, done, completed); `_Story` keeps the items as
-they grow, so that the last telling of a stream is also the answer of a request without one.
+The protocol reports the same answer three times (delta, done, completed). `_Story` keeps the items
+as they grow, so the last event of a stream is also the answer of a request without a stream.
 """
 
 import json

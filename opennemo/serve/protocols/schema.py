@@ -139,8 +139,8 @@ class Sampling(Body):
                 raise InvalidRequest(f"allowed_token_ids: names an id outside 0 to {n - 1}")
         if self.bad_words:  # as vLLM does: at the beginning of a text, and behind a space
             words = [start + w.lstrip() for w in self.bad_words for start in ("", " ")]
-            found = {tuple(llm.tokenizer.encode(word)) for word in words}
-            given["bad_words"] = tuple(ids for ids in found if ids)
+            encoded = {tuple(llm.tokenizer.encode(word)) for word in words}
+            given["bad_words"] = tuple(ids for ids in encoded if ids)
         format = self.structure() or response_format(self.response_format)
         return given | {"stop": tuple(self.stop or ()), "format": format}
 
@@ -303,6 +303,4 @@ def response_format(format: dict[str, Any] | None) -> tuple[Kind, str] | None:
         if not isinstance(schema, dict):
             raise InvalidRequest("response_format.json_schema.schema: must be a JSON schema object")
         return "json_schema", json.dumps(schema)
-    raise InvalidRequest(
-        f"response_format.type: {kind!r} is none of text, json_object, json_schema"
-    )
+    raise InvalidRequest(f"response_format.type: {kind!r} must be text, json_object or json_schema")
