@@ -12,7 +12,6 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -91,15 +90,6 @@ class Maker:
         self._answerer.close()
 
 
-def here(source: Path, folder: Path, parts: list[Part], settings: Settings) -> Iterator[int]:
-    """One engine, in this process: what Ray's must equal."""
-    if not parts:
-        return
-    with closing(Maker(source, folder, settings)) as maker:
-        for row in _rows(parts):
-            yield _checked(maker(row))
-
-
 def on_ray(source: Path, folder: Path, parts: list[Part], settings: Settings) -> Iterator[int]:
     """As many engines as there are replicas, where Ray finds room for them."""
     from opennemo.cluster.session import cpus_of, gpus_of, start_ray
@@ -112,15 +102,15 @@ def on_ray(source: Path, folder: Path, parts: list[Part], settings: Settings) ->
 
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         data.DataContext.get_current().enable_progress_bars = False
-        made = data.from_items(_rows(parts), override_num_blocks=len(parts)).map(
+        made = data.from_items(rows(parts), override_num_blocks=len(parts)).map(
             Maker,  # pyright: ignore[reportArgumentType]  (a class is made once an engine)
             fn_constructor_args=(source, folder, settings),
             concurrency=min(settings.replicas, len(parts)),
             num_cpus=cpus_of(settings),
             num_gpus=gpus_of(settings),
         )
-        for row in made.iter_rows():
-            yield _checked(row)
+        for row in made.iterrows():
+            yield n_lines_of(row)
     finally:
         ray.shutdown()
 
@@ -131,11 +121,13 @@ def _part(places: list[Place]) -> Part:
     return f"{places[0][1]:010d}-{digest}.jsonl", places
 
 
-def _rows(parts: list[Part]) -> list[dict[str, str]]:
+def rows(parts: list[Part]) -> list[dict[str, str]]:
+    """Parts as what a `Maker` is called with."""
     return [{"part": name, "places": json.dumps(places)} for name, places in parts]
 
 
-def _checked(row: dict[str, Any]) -> int:
+def n_lines_of(row: dict[str, Any]) -> int:
+    """What a `Maker` has returned. Raises: OpenNemoError, it could not make the part."""
     if row["error"]:
         raise OpenNemoError(row["error"])
     return row["n_lines"]

@@ -1,5 +1,6 @@
 """A batch in parts: whatever ended the run before, each line is answered once, in order."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -11,6 +12,13 @@ from opennemo.serve.settings import Settings
 from tests.servers import needs_ray
 
 N = 150
+
+
+def here(source, folder, todo, settings):
+    """One engine, in this process: what Ray's must equal."""
+    with contextlib.closing(parts.Maker(source, folder, settings)) as maker:
+        for row in parts.rows(todo):
+            yield parts.n_lines_of(maker(row))
 
 
 @pytest.fixture
@@ -28,7 +36,7 @@ def test_parts_that_were_made_stay_as_they_are(source: Path, folder: Path, tmp_p
     target, made = tmp_path / "out.jsonl", tmp_path / "out.jsonl.parts"
 
     def break_off(*work):
-        for n in parts.here(*work):
+        for n in here(*work):
             yield n
             raise KeyboardInterrupt
 
@@ -38,21 +46,21 @@ def test_parts_that_were_made_stay_as_they_are(source: Path, folder: Path, tmp_p
     before = first.read_bytes()
     (made / f"{first.name}.1.tmp").write_bytes(b"half a part")
     assert not target.exists()
-    assert parts.run_in_parts(source, target, settings, parts.here) is False  # line 8 has an error
+    assert parts.run_in_parts(source, target, settings, here) is False  # line 8 has an error
     answers = [json.loads(line) for line in target.read_bytes().splitlines()]
     assert target.read_bytes().startswith(before)
     assert [a["custom_id"] for a in answers] == [None if i == 7 else f"{i}" for i in range(N)]
     assert [i for i, a in enumerate(answers) if a["error"]] == [7]
     assert not made.exists()
     with pytest.raises(InvalidRequest, match="exists already"):
-        parts.run_in_parts(source, target, settings, parts.here)
+        parts.run_in_parts(source, target, settings, here)
 
 
 @pytest.mark.slow
 @needs_ray
 def test_ray_makes_the_same(source: Path, folder: Path, tmp_path: Path):
     said = {}
-    for name, make in (("here", parts.here), ("ray", parts.on_ray)):
+    for name, make in (("here", here), ("ray", parts.on_ray)):
         settings = Settings(model=str(folder), device="cpu", replicas=2)  # pyright: ignore
         target = tmp_path / f"{name}.jsonl"
         parts.run_in_parts(source, target, settings, make)
