@@ -21,7 +21,7 @@ MINUTE = 60  # seconds
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limits:
+class KeyLimits:
     """What one key may ask for; 0 is no limit."""
 
     requests_per_minute: int = 0
@@ -60,7 +60,7 @@ class Client:
     """Somebody with a key, or everybody where none is asked for."""
 
     name: str
-    limits: Limits
+    limits: KeyLimits
     digest: bytes = b""
     n_running: int = field(default=0, init=False)
     requests: Window = field(default_factory=Window, init=False)
@@ -70,7 +70,7 @@ class Client:
 class Gatekeeper:
     """Knows the keys and keeps the limits."""
 
-    def __init__(self, clients: list[Client], limits: Limits, admin_key: str | None = None):
+    def __init__(self, clients: list[Client], limits: KeyLimits, admin_key: str | None = None):
         self.clients = clients
         self.anonymous = Client("anonymous", limits)
         self.admin_digest = hash_key(admin_key) if admin_key else None
@@ -122,7 +122,7 @@ def hash_key(key: str) -> bytes:
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
 
 
-def read_clients(keys: list[str], file: Path | None, limits: Limits) -> list[Client]:
+def read_clients(keys: list[str], file: Path | None, limits: KeyLimits) -> list[Client]:
     """Clients from keys in the clear, and from a file of lines `NAME SHA256 [LIMIT=NUMBER ...]`.
 
     Raises:
@@ -141,7 +141,7 @@ def read_clients(keys: list[str], file: Path | None, limits: Limits) -> list[Cli
         own = dict(word.split("=", 1) for word in words[2:] if "=" in word)
         are_limits = own.keys() <= vars(limits).keys() and all(v.isdecimal() for v in own.values())
         if len(own) != len(words[2:]) or not are_limits:
-            raise InvalidRequest(f"{file}, line {number}: limits are {', '.join(vars(Limits()))}")
+            raise InvalidRequest(f"{file}, line {number}: limits are {', '.join(vars(limits))}")
         if len(words) < 2 or not re.fullmatch("[0-9a-fA-F]{64}", words[1]):
             raise InvalidRequest(
                 f"{file}, line {number}: expected NAME and the key's SHA-256 in hex"

@@ -16,7 +16,7 @@ from fastapi import Depends, Request
 
 from opennemo.errors import InvalidRequest, OpenNemoError
 from opennemo.llm import LLM, Reply
-from opennemo.serve.auth import Client, Gatekeeper, Limits, read_clients
+from opennemo.serve.auth import Client, Gatekeeper, KeyLimits, read_clients
 from opennemo.serve.error_bodies import Refusal
 from opennemo.serve.loading import load_model
 from opennemo.serve.prometheus import Metrics
@@ -40,7 +40,7 @@ class Service:
     def __init__(self, settings: Settings, open_model: Callable[[Settings], LLM] = load_model):
         """`open_model` makes the model when `load` is called."""
         self.settings, self._open_model = settings, open_model
-        limits = Limits(
+        limits = KeyLimits(
             requests_per_minute=settings.requests_per_minute,
             tokens_per_minute=settings.tokens_per_minute,
             max_concurrent=settings.max_concurrent,
@@ -53,7 +53,6 @@ class Service:
         self.draining = self.asleep = False
         self.names: list[str] = []
         self._llm: LLM | None = None
-        self._tasks: set[asyncio.Task] = set()
 
     def load(self) -> None:
         """Load the model and see it compute a token; slow, for a thread of its own.
