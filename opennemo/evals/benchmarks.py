@@ -7,6 +7,7 @@ thing: Mistral says only that it used a library of its own.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 MODELS = ("Mistral NeMo 12B", "Gemma 2 9B", "Llama 3 8B")
 
@@ -79,58 +80,42 @@ TABLE1 = [
     ),
 ]  # fmt: skip
 
-OKAPI = "okapi/{}_multilingual"
 MMLU_BY_LANGUAGE = {
     "fr": 62.3, "de": 62.7, "es": 64.6, "it": 61.3, "pt": 63.3, "ru": 59.2, "zh": 59.0, "ja": 59.0,
 }  # fmt: skip
+
+
+def _in(languages: str, task: str, *, name: str, **fields: Any) -> list[Benchmark]:
+    """A benchmark for each language, whose code stands in the name of the task."""
+    scores = MMLU_BY_LANGUAGE if name == "MMLU" else {}
+    return [
+        Benchmark(
+            name=name, part=language, task=task.format(language), **fields,
+            announced={MODELS[0]: scores[language]} if language in scores else {},
+        )
+        for language in languages.split()
+    ]  # fmt: skip
+
+
 # Nobody has translated HellaSwag and ARC to Japanese for the harness, nor HellaSwag to Chinese.
 MULTILINGUAL = [
-    *(
-        Benchmark(
-            name="HellaSwag", part=language, task=f"hellaswag_{language}", shots=0,
-            folder=OKAPI.format("hellaswag"), metric="acc_norm", why="as in English",
-        )
-        for language in ("fr", "de", "es", "it", "pt", "ru")
-    ),
-    *(
-        Benchmark(
-            name="ARC challenge", part=language, task=f"arc_{language}", shots=0,
-            folder=OKAPI.format("arc"), metric="acc_norm", why="published numbers are acc_norm",
-        )
-        for language in ("fr", "de", "es", "it", "pt", "ru", "zh")
-    ),
-    *(
-        Benchmark(
-            name="MMLU", part=language, task=f"m_mmlu_{language}", shots=5,
-            folder=OKAPI.format("mmlu"), metric="acc", why="as in English",
-            announced={MODELS[0]: MMLU_BY_LANGUAGE[language]},
-        )
-        for language in ("fr", "de", "es", "it", "pt", "ru", "zh")
-    ),
-    Benchmark(
-        name="MMLU", part="ja", task="global_mmlu_full_ja", folder="global_mmlu/full/ja", shots=5,
-        metric="acc", why="Global-MMLU, as Okapi has no Japanese",
-        announced={MODELS[0]: MMLU_BY_LANGUAGE["ja"]},
-    ),
-    *(
-        Benchmark(
-            name="MGSM", part=language, task=f"mgsm_native_cot_{language}", shots=8,
-            folder="mgsm/native_cot", metric="exact_match", filter="flexible-extract",
-            why="the last number of an answer that thinks in the language of the question",
-        )
-        for language in ("fr", "de", "es", "ru", "zh", "ja")
-    ),
-    *(
-        Benchmark(
-            name="XWinograd", part="ja" if language == "jp" else language, shots=0, metric="acc",
-            task=f"xwinograd_{language}", folder="xwinograd", why="as Winogrande",
-        )
-        for language in ("fr", "pt", "ru", "zh", "jp")
-    ),
-    Benchmark(
-        name="JCommonsenseQA", part="ja", task="ja_leaderboard_jcommonsenseqa", shots=3,
-        folder="japanese_leaderboard", metric="acc", why="the likeliest answer",
-    ),
+    *_in("fr de es it pt ru", "hellaswag_{}", name="HellaSwag", shots=0, metric="acc_norm",
+         folder="okapi/hellaswag_multilingual", why="as in English"),
+    *_in("fr de es it pt ru zh", "arc_{}", name="ARC challenge", shots=0, metric="acc_norm",
+         folder="okapi/arc_multilingual", why="published numbers are acc_norm"),
+    *_in("fr de es it pt ru zh", "m_mmlu_{}", name="MMLU", shots=5, metric="acc",
+         folder="okapi/mmlu_multilingual", why="as in English"),
+    *_in("ja", "global_mmlu_full_{}", name="MMLU", shots=5, metric="acc",
+         folder="global_mmlu/full/ja", why="Global-MMLU, as Okapi has no Japanese"),
+    *_in("fr de es ru zh ja", "mgsm_native_cot_{}", name="MGSM", shots=8, metric="exact_match",
+         folder="mgsm/native_cot", filter="flexible-extract",
+         why="the last number of an answer that thinks in the language of the question"),
+    *_in("fr pt ru zh", "xwinograd_{}", name="XWinograd", shots=0, metric="acc",
+         folder="xwinograd", why="as Winogrande"),
+    *_in("ja", "xwinograd_jp", name="XWinograd", shots=0, metric="acc",
+         folder="xwinograd", why="as Winogrande"),
+    *_in("ja", "ja_leaderboard_jcommonsenseqa", name="JCommonsenseQA", shots=3, metric="acc",
+         folder="japanese_leaderboard", why="the likeliest answer"),
 ]  # fmt: skip
 
 BENCHMARKS = {"table1": TABLE1, "multilingual": MULTILINGUAL}

@@ -8,6 +8,7 @@ are right or wrong, else of a normal distribution, and is corrected for the numb
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from statistics import NormalDist
 
 from opennemo.errors import InvalidRequest
@@ -57,11 +58,8 @@ def _normal(value: float, error: float | None) -> float:
 def holm(values: Sequence[float]) -> list[float]:
     """p-values corrected so that one false alarm in all of them stays as unlikely as in one."""
     order = sorted(range(len(values)), key=values.__getitem__)
-    corrected, largest = [1.0] * len(values), 0.0
-    for rank, i in enumerate(order):
-        largest = max(largest, min(1.0, (len(values) - rank) * values[i]))
-        corrected[i] = largest
-    return corrected
+    scaled = (min(1.0, (len(values) - rank) * values[i]) for rank, i in enumerate(order))
+    return [p for _, p in sorted(zip(order, accumulate(scaled, max), strict=True))]
 
 
 def side_by_side(runs: Mapping[str, Sequence[ResultRow]]) -> Cells:
@@ -74,29 +72,27 @@ def side_by_side(runs: Mapping[str, Sequence[ResultRow]]) -> Cells:
     keys = [k for k in base if all(k in rows for _, rows in others) and base[k].items]
     if not keys:
         raise InvalidRequest("these runs have no benchmark in common")
-    head, lines = ["benchmark", "items", base_name], []
-    columns = []
+    columns = [
+        ["benchmark", *keys, f"mean of {len(keys)}"],
+        ["items", *(f"{base[key].n:,}" for key in keys), ""],
+        [base_name, *(score(base[key]) for key in keys), _mean(base, keys)],
+    ]
     for name, rows in others:
-        head += [name, "difference", "p"]
         steps = [difference(base[key], rows[key]) for key in keys]
-        corrected = holm([step.p for step in steps if step])
-        columns.append((rows, steps, iter(corrected)))
-    for i, key in enumerate(keys):
-        line = [key, f"{base[key].n:,}", score(base[key])]
-        for rows, steps, corrected in columns:
-            step = steps[i]
-            line += [score(rows[key]), "-", ""] if step is None else [
-                score(rows[key]), _signed(step.value, step.error), _p(next(corrected))
-            ]  # fmt: skip
-        lines.append(line)
-    if len({base[key].percent for key in keys}) == 1 < len(keys):  # else a mean says nothing
-        lines.append([f"mean of {len(keys)}", "", _mean(base, keys)])
-        for rows, steps, _ in columns:
-            taken = [step for step in steps if step] or [Difference(0, 0.0, None, 1.0)]
-            error = math.sqrt(sum((step.error or 0) ** 2 for step in taken)) / len(taken)
-            value = sum(step.value for step in taken) / len(taken)
-            lines[-1] += [_mean(rows, keys), _signed(value, error), _p(_normal(value, error))]
-    return [head, *lines]
+        taken = [step for step in steps if step] or [Difference(0, 0.0, None, 1.0)]
+        corrected = iter(holm([step.p for step in taken]))
+        error = math.sqrt(sum((step.error or 0) ** 2 for step in taken)) / len(taken)
+        value = sum(step.value for step in taken) / len(taken)
+        shown = [_signed(step.value, step.error) if step else "-" for step in steps]
+        chances = [_p(next(corrected)) if step else "" for step in steps]
+        columns += [
+            [name, *(score(rows[key]) for key in keys), _mean(rows, keys)],
+            ["difference", *shown, _signed(value, error)],
+            ["p", *chances, _p(_normal(value, error))],
+        ]
+    lines = [list(line) for line in zip(*columns, strict=True)]
+    alike = len({base[key].percent for key in keys}) == 1 < len(keys)  # else a mean says nothing
+    return lines if alike else lines[:-1]
 
 
 def _mean(rows: Mapping[str, ResultRow], keys: Sequence[str]) -> str:

@@ -43,50 +43,32 @@ class LocalModel:
 
 @dataclass(frozen=True)
 class RemoteModel:
-    """A model at a server, by the address that ends in /v1."""
+    """A model at a server, by the address that ends in /v1; without a name, the server's first."""
 
     url: str
-    model: str
+    name: str
     key: str = "none"
     timeout: float = 600  # seconds
     tokenizer: Tokenizer | None = None  # the model's own; needed without a grammar
 
-    @property
-    def name(self) -> str:
-        """As of a LocalModel."""
-        return self.model
-
     @classmethod
-    def connect(cls, url: str, model: str | None, key: str, tokenizer: Tokenizer | None = None):
-        """The server's model of this name, or its first.
-
-        Raises:
-            OpenNemoError: there is no such server.
-        """
-        server = cls(url, model or "", key, tokenizer=tokenizer)
-        try:
-            return server if model else replace(server, model=server._call()["data"][0]["id"])
-        except (LookupError, TypeError):
-            raise OpenNemoError(f"{url}: names no model") from None
+    def connect(cls, url: str, name: str | None, key: str, tokenizer: Tokenizer | None = None):
+        """The server's model of this name, or its first; raises OpenNemoError if it has none."""
+        server = cls(url, name or "", key, tokenizer=tokenizer)
+        return server if name else replace(server, name=server._call("/models", "data", "id"))
 
     def ask(
         self, messages: list[Message], tools: Tools = None, grammar: bool = True, **sampling: Any
     ) -> Message:
         """The answer, as of a LocalModel."""
-        body: dict[str, Any] = {"model": self.model, **sampling}
+        body: dict[str, Any] = {"model": self.name, **sampling}
         if grammar:
             body |= {"messages": messages} | ({"tools": tools} if tools else {})
-            return self._choice("/chat/completions", body, "message")
+            return self._call("/chat/completions", "choices", "message", body)
         if self.tokenizer is None:
             raise InvalidRequest("without a grammar the server's tokenizer is needed: --tokenizer")
         body |= {"prompt": encode_chat(self.tokenizer, messages, tools), "return_token_ids": True}
-        return parse_reply(self.tokenizer, self._choice("/completions", body, "token_ids"))
-
-    def _choice(self, path: str, body: dict[str, Any], part: str) -> Any:
-        try:
-            return self._call(path, body)["choices"][0][part]
-        except (LookupError, TypeError):
-            raise OpenNemoError(f"{self.url}: the answer is not a completion") from None
+        return parse_reply(self.tokenizer, self._call("/completions", "choices", "token_ids", body))
 
     @cached_property
     def _client(self) -> Any:
@@ -95,23 +77,28 @@ class RemoteModel:
         settings: Any = {"timeout": self.timeout, "max_retries": RETRIES}
         return OpenAI(base_url=self.url, api_key=self.key, **settings)
 
-    def _call(self, path: str = "/models", body: dict[str, Any] | None = None) -> Any:
-        """The server's JSON: of a POST where there is a body, else of a GET."""
+    def _call(self, path: str, group: str, part: str, body: dict[str, Any] | None = None) -> Any:
+        """A part of the first of a group in the answer to a POST, or a GET without a body."""
         import openai
 
         try:
             if body is None:
-                return self._client.get(path, cast_to=object)
-            return self._client.post(path, body=body, cast_to=object)
+                content = self._client.get(path, cast_to=object)
+            else:
+                content = self._client.post(path, body=body, cast_to=object)
+            return content[group][0][part]
         except openai.APIStatusError as error:
             text = " ".join(error.response.text[:300].split())
-            raise OpenNemoError(f"{self.url}: HTTP {error.status_code}: {text}") from None
+            why = f"HTTP {error.status_code}: {text}"
         except openai.APITimeoutError:
-            raise OpenNemoError(f"{self.url}: no answer in {self.timeout:g} s") from None
+            why = f"no answer in {self.timeout:g} s"
         except openai.APIConnectionError as error:
-            raise OpenNemoError(f"{self.url}: {error.__cause__ or error}") from None
+            why = str(error.__cause__ or error)
         except ValueError:
-            raise OpenNemoError(f"{self.url}: the answer is not JSON") from None
+            why = "the answer is not JSON"
+        except (LookupError, TypeError):
+            why = f"the answer has no {group}"
+        raise OpenNemoError(f"{self.url}: {why}")
 
 
 ChatModel = LocalModel | RemoteModel

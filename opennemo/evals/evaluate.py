@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -48,20 +49,17 @@ def evaluate(
     folders, measured = [], {}
     for format in formats or (None,):
         folder = parent / format if format and len(formats) > 1 else parent
-        run = Run(folder, settings | {"format": format}, n_engines)
-        try:
-            with open_model(
+        with (
+            closing(Run(folder, settings | {"format": format}, n_engines)) as run,
+            open_model(
                 request.model, request.model_name, request.key, request.tokenizer,
                 load=lambda format=format: (load or _load)(request, format),
-            ) as model:  # fmt: skip
-                title = f"{model.name} {format or ''}".strip()
-                asked = model
-                if isinstance(model, LocalModel) and not suite.servers:
-                    asked = model.llm
-                outcome = suite.measure(asked, request, run)
+            ) as model,
+        ):  # fmt: skip
+            title = f"{model.name} {format or ''}".strip()
+            asked = model.llm if isinstance(model, LocalModel) and not suite.servers else model
+            outcome = suite.measure(asked, request, run)
             run.write_items(outcome.items)
-        finally:
-            run.close()
         report.write(run.folder, outcome.rows, title, outcome.notes)
         if suite.heat_map:
             report.heat_map(run.folder, outcome.rows)

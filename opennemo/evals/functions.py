@@ -8,7 +8,6 @@ Gorilla (arXiv:2305.15334) and the Berkeley function-calling leaderboard, versio
 
 import json
 from collections.abc import Callable, Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +93,9 @@ def verdict(
 
 def questions(category: str) -> list[dict[str, Any]]:
     """BFCL's questions, each with its `ground_truth`."""
-    spec = find_spec("bfcl_eval")
-    assert spec is not None and spec.origin is not None
-    folder = Path(spec.origin).parent / "data"
+    import bfcl_eval  # pyright: ignore[reportMissingImports]
+
+    folder = Path(bfcl_eval.__path__[0]) / "data"
     lines = read_lines(folder / f"BFCL_v4_{category}.json")
     answers = folder / "possible_answer" / f"BFCL_v4_{category}.json"
     truth = {a["id"]: a["ground_truth"] for a in read_lines(answers)} if answers.exists() else {}
@@ -106,10 +105,8 @@ def questions(category: str) -> list[dict[str, Any]]:
 def as_tool(function: Mapping[str, Any]) -> dict[str, Any]:
     """BFCL's description of a function as OpenAI's, whose names have no dots."""
     described = {"name": function["name"].replace(".", "_"), "description": function["description"]}
-    return {
-        "type": "function",
-        "function": {**described, "parameters": _schema(function["parameters"])},
-    }
+    described["parameters"] = _schema(function["parameters"])
+    return {"type": "function", "function": described}
 
 
 def _schema(value: Any) -> Any:

@@ -20,7 +20,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from opennemo.errors import ContextTooLong, InvalidRequest, OpenNemoError
-from opennemo.evals.runs import Run, digest, remembering, score_all
+from opennemo.evals.runs import Note, Run, digest, remembered, score_all
 from opennemo.llm import LLM
 from opennemo.tokenizer.chat import encode_chat
 
@@ -145,20 +145,17 @@ class OpenNemoLM(TemplateLM):
             if len(ids) > room:
                 self.cut.add(text)
             asked.append((ids[-room:], settings))
-        keys = [digest("answer", question) for question in asked]
-        answers: dict[str, Any] = {key: self.run and self.run.recall(key) for key in keys}
-        todo = list({keys[i]: i for i in range(len(asked)) if answers[keys[i]] is None}.values())
-        todo.sort(key=lambda i: asked[i][0])  # neighbours share the beginning of their prompts
-        with remembering("Answering", len(answers), len(answers) - len(todo)) as bar:
+
+        def answer_rest(todo: list[int], note: Note) -> None:
+            todo.sort(key=lambda i: asked[i][0])  # neighbours share the beginning of their prompts
             step = IN_FLIGHT * (self.run.n_engines if self.run else 1)
             for start in range(0, len(todo), step):
                 replies = {i: self._answer(*asked[i]) for i in todo[start : start + step]}
                 for i, reply in replies.items():
-                    answers[keys[i]] = reply.text
-                    if self.run:
-                        self.run.note(keys[i], reply.text)
-                    bar.advance()
-        return [answers[key] for key in keys]
+                    note(i, reply.text)
+
+        keys = [digest("answer", question) for question in asked]
+        return remembered("Answering", keys, self.run, answer_rest)
 
     def _answer(self, ids: list[int], settings: dict[str, Any]) -> Any:
         settings = dict(settings)

@@ -13,7 +13,7 @@ MT-Bench: arXiv:2306.05685 and FastChat's prompts. WildBench: arXiv:2406.04770, 
 import random
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import stdev
 from typing import Any
 
@@ -189,23 +189,25 @@ class MTBench:
             answer = answers.get(question["question_id"], "no answer is given")
             for turn in (1, 2):
                 item = f"{question['question_id']}/{turn}"
-                whole = answer if isinstance(answer, str) else self._prompt(question, answer, turn)
-                prompts[item] = whole
+                prompts[item] = _reason(answer) or self._prompt(
+                    "single", question, turn, answer=answer
+                )
         return judging.marks(prompts, rating)
 
-    def _prompt(self, question: Mapping[str, Any], answers: Sequence[str], turn: int) -> list:
-        with_reference = question["category"] in WITH_REFERENCE
-        name = "single-math-v1" if with_reference else "single-v1"
-        fields: dict[str, str] = {"question": question["turns"][0], "answer": answers[0]}
-        if turn == 2:
-            name += "-multi-turn"
-            fields = _numbered("question", question["turns"]) | _numbered("answer", answers)
-        if with_reference:
-            fields |= _numbered("ref_answer", self.references[question["question_id"]])
-        return self._fill(name, fields)
-
-    def _fill(self, name: str, fields: Mapping[str, str]) -> list[dict[str, str]]:
-        prompt = self.prompts[name]
+    def _prompt(
+        self, kind: str, question: Mapping[str, Any], turn: int, **answers: Sequence[str]
+    ) -> list[dict[str, str]]:
+        """FastChat's prompt that shows one answer (`single`) or two (`pair`), up to a turn."""
+        version = {"single": "v1", "pair": "v2"}[kind]
+        shown = {"question": question["turns"], **answers}
+        if question["category"] in WITH_REFERENCE:
+            version = "math-v1"
+            shown["ref_answer"] = self.references[question["question_id"]]
+        fields = {name: texts[0] for name, texts in shown.items()}
+        fields |= {
+            f"{k}_{i}": text for k, texts in shown.items() for i, text in enumerate(texts, 1)
+        }
+        prompt = self.prompts[f"{kind}-{version}{'-multi-turn' * (turn == 2)}"]
         text = prompt["prompt_template"].format(**fields)
         return [{"role": "system", "content": prompt["system_prompt"]},
                 {"role": "user", "content": text}]  # fmt: skip
@@ -229,55 +231,47 @@ class MTBench:
         """
         prompts: dict[str, Any] = {}
         for question in self.questions:
-            number, category = question["question_id"], question["category"]
-            for order in "ab":
-                pair = [ours[number], theirs.get(number, "the other model gave no answer")]
-                why = next((answer for answer in pair if isinstance(answer, str)), None)
-                name = "pair-math-v1" if category in WITH_REFERENCE else "pair-v2"
-                fields = _numbered("question", question["turns"])
-                for side, answers in zip(order + "ab".replace(order, ""), pair, strict=True):
-                    fields |= _numbered(f"answer_{side}", answers)
-                if category in WITH_REFERENCE:
-                    fields |= _numbered("ref_answer", self.references[number])
-                prompts[f"{number}/{order}"] = why or self._fill(f"{name}-multi-turn", fields)
+            number = question["question_id"]
+            pair = ours[number], theirs.get(number, "the other model gave no answer")
+            for order in ("ab", "ba"):
+                sides = {f"answer_{side}": texts for side, texts in zip(order, pair, strict=True)}
+                prompts[f"{number}/{order}"] = _reason(*pair) or self._prompt(
+                    "pair", question, 2, **sides
+                )
         verdicts = judging.marks(prompts, _verdict)
         values: dict[str, float | str] = {}
         n_turned = 0
-        for question in self.questions:
-            number = question["question_id"]
-            first, second = verdicts[f"{number}/a"], verdicts[f"{number}/b"]
-            missing = next((v for v in (first, second) if isinstance(v, str)), None)
-            if missing is None:
-                won = first, 1 - second  # in the second order we are B
-                n_turned += won[0] != won[1]
-                missing = won[0] if won[0] == won[1] else 0.5
-            values[str(number)] = missing
-        rows = gather(f"wins against {against}", values, setting="both orders, ties are half")
-        turned = {"verdict changed with the order": n_turned} if n_turned else {}
-        return [ResultRow(**{**vars(row), "trouble": {**row.trouble, **turned}}) for row in rows]
+        for number in (question["question_id"] for question in self.questions):
+            first, second = verdicts[f"{number}/ab"], verdicts[f"{number}/ba"]
+            why = _reason(first, second)
+            turned = why is None and first != 1 - second  # in the second order we are B
+            n_turned += turned
+            values[str(number)] = why or (0.5 if turned else first)
+        (row,) = gather(f"wins against {against}", values, setting="both orders, ties are half")
+        changed = {"verdict changed with the order": n_turned} if n_turned else {}
+        return [replace(row, trouble={**row.trouble, **changed})]
 
     def calibrate(self, judging: Judging) -> list[ResultRow]:
         """How often the judge marks a reference answer above the same with its words shuffled."""
+        prompts, rng, values = {}, random.Random(judging.seed), {}
         right_or_wrong = [q for q in self.questions if q["question_id"] in self.references]
-        prompts, rng = {}, random.Random(judging.seed)
         for question in right_or_wrong:
             right = self.references[question["question_id"]][0]
             words = right.split()
             broken = " ".join(rng.sample(words, len(words)))
             for name, text in (("right", right), ("broken", broken)):
-                prompts[f"{question['question_id']}/{name}"] = self._prompt(question, [text], 1)
+                prompt = self._prompt("single", question, 1, answer=[text])
+                prompts[f"{question['question_id']}/{name}"] = prompt
         marks = judging.marks(prompts, rating)
-        values: dict[str, float | str] = {}
-        for question in right_or_wrong:
-            number = question["question_id"]
-            pair = [marks[f"{number}/{name}"] for name in ("right", "broken")]
-            missing = next((mark for mark in pair if isinstance(mark, str)), None)
-            values[str(number)] = missing or float(pair[0] > pair[1])
+        for number in (question["question_id"] for question in right_or_wrong):
+            right, broken = (marks[f"{number}/{name}"] for name in ("right", "broken"))
+            values[str(number)] = _reason(right, broken) or float(right > broken)
         return gather("judge tells right from broken", values, setting=judging.judge.name)
 
 
-def _numbered(name: str, texts: Sequence[str]) -> dict[str, str]:
-    return {f"{name}_{i}": text for i, text in enumerate(texts, 1)}
+def _reason(*values: Any) -> str | None:
+    """The first text among values that have a text where they are missing."""
+    return next((value for value in values if isinstance(value, str)), None)
 
 
 def _verdict(text: str) -> float | None:
@@ -319,11 +313,11 @@ def wild_bench(
     else:
         name = "Arena-Hard, marked by WildBench's template"
         lines = data.lines("arena_hard_v0.1/question.jsonl", "github.com/lmarena/arena-hard-auto")
-        turns = [{"role": "user", "content": line["prompt"]} for line in lines[:limit]]
         tasks = [
-            {"session_id": line["uid"], "conversation_input": [turn]}
-            for line, turn in zip(lines, turns, strict=False)
-        ]
+            {"session_id": line["uid"],
+             "conversation_input": [{"role": "user", "content": line["prompt"]}]}
+            for line in lines[:limit]
+        ]  # fmt: skip
     talks = [
         [{k: m[k] for k in ("role", "content")} for m in t["conversation_input"]] for t in tasks
     ]

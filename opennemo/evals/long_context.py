@@ -13,6 +13,7 @@ chooses no depth.
 import itertools
 import random
 import string
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -79,8 +80,7 @@ def needles(
     def value(rng: random.Random) -> str:
         if kind == "numbers":
             return str(rng.randint(10**6, 10**7 - 1))
-        digits = f"{rng.getrandbits(128):032x}"
-        return "-".join(digits[i:j] for i, j in ((0, 8), (8, 12), (12, 16), (16, 20), (20, 32)))
+        return str(uuid.UUID(int=rng.getrandbits(128)))
 
     def make(rng: random.Random, n: int, depth: float) -> Prompt:
         names = words(rng, keys)

@@ -44,27 +44,24 @@ def bits_per_byte(
         if text and (limit is None or len(texts) < limit):
             texts.append(text)
     window = min(window, llm.engine.max_context)
-    bos, pairs, owners = llm.tokenizer.bos_id, [], []
-    for language, texts in documents.items():
-        for i, text in enumerate(texts):
-            ids = [bos, *llm.tokenizer.encode(text)]
-            for start in range(1, len(ids), window):
-                end = min(len(ids), start + window)
-                begin = max(0, end - 1 - window)  # the last window looks back as far as others
-                pairs.append((ids[begin:start], ids[start:end]))
-                owners.append((language, i))
-    scores = score_all(llm, pairs, run)
+    pairs, owners, sizes = [], [], {}
+    for name, text in ((f"{k}/{i}", t) for k, ts in documents.items() for i, t in enumerate(ts)):
+        ids = [llm.tokenizer.bos_id, *llm.tokenizer.encode(text)]
+        sizes[name] = float(len(text.encode()))
+        for start in range(1, len(ids), window):
+            end = min(len(ids), start + window)
+            begin = max(0, end - 1 - window)  # the last window looks back as far as others
+            pairs.append((ids[begin:start], ids[start:end]))
+            owners.append(name)
+    bits = dict.fromkeys(sizes, 0.0)
+    for name, (logprob, _) in zip(owners, score_all(llm, pairs, run), strict=True):
+        bits[name] -= logprob / math.log(2)
     rows = []
-    for language, texts in documents.items():
-        names = [f"{language}/{i}" for i in range(len(texts))]
-        sizes = {n: float(len(t.encode())) for n, t in zip(names, texts, strict=True)}
-        totals = dict.fromkeys(names, 0.0)
-        for (owner, i), (logprob, _) in zip(owners, scores, strict=True):
-            if owner == language:
-                totals[names[i]] -= logprob / math.log(2)
-        items = {key: totals[key] / sizes[key] for key in totals}
+    for language in documents:
+        weights = {name: sizes[name] for name in sizes if name.rpartition("/")[0] == language}
+        items = {name: bits[name] / size for name, size in weights.items()}
         rows.append(
             ResultRow(name="bits per byte", part=language, setting=f"windows of {window:,} tokens",
-                items=items, weights=sizes, percent=False)
+                items=items, weights=weights, percent=False)
         )  # fmt: skip
     return rows

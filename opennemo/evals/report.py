@@ -119,34 +119,29 @@ def read(folder: Path) -> tuple[str, list[ResultRow]]:
 
 def bars(folder: Path, models: Mapping[str, Sequence[ResultRow]]) -> None:
     """One panel a benchmark, a group of bars a part, a bar a model, with standard errors."""
-    shown = {name: {row.key: row for row in rows} for name, rows in models.items()}
-    base = next(iter(shown.values()))
-    parts: dict[str, list[str]] = {}
-    for row in base.values():
+    runs = [(name, {row.key: row for row in rows}) for name, rows in models.items()]
+    parts: dict[str, list[ResultRow]] = {}
+    for row in runs[0][1].values():
         if row.score is not None:
-            parts.setdefault(row.name if row.part else "", []).append(row.key)
+            parts.setdefault(row.name if row.part else "", []).append(row)
 
     def draw(axes: Any) -> None:
-        for ax, (title, keys) in zip(axes, parts.items(), strict=True):
-            names = [*models, *dict.fromkeys(name for k in keys for name in base[k].announced)]
-            width = 0.8 / len(names)
+        for ax, (title, base) in zip(axes, parts.items(), strict=True):
+            names = list(dict.fromkeys(name for row in base for name in row.announced))
+            width = 0.8 / (len(runs) + len(names))
+            for i, (name, rows) in enumerate(runs):
+                places = [x - 0.4 + width * (i + 0.5) for x in range(len(base))]
+                bars = [rows.get(row.key, ResultRow(name="", items={})) for row in base]
+                ax.bar(places, [bar.score or 0 for bar in bars], width, label=name, color=f"C{i}",
+                       yerr=[bar.error or 0 for bar in bars])  # fmt: skip
             for i, name in enumerate(names):
-                places = [x - 0.4 + width * (i + 0.5) for x in range(len(keys))]
-                of = shown.get(name)
-                bars = [of.get(key) if of else None for key in keys]
-                heights = [
-                    (row and row.score) if of else base[key].announced.get(name)
-                    for row, key in zip(bars, keys, strict=True)
-                ]
-                errors = [row.error or 0 if row else 0 for row in bars]
-                label = name if of else f"{name} (announced)"
-                color = f"C{i}" if of else str(0.6 + 0.1 * (i - len(models)))
-                ax.bar(places, [h or 0 for h in heights], width, yerr=errors if of else None,
-                       label=label, color=color)  # fmt: skip
-            labels = [base[key].part or key for key in keys]
-            ax.set_xticks(range(len(keys)), labels, rotation=0 if title else 20)
+                places = [x - 0.4 + width * (len(runs) + i + 0.5) for x in range(len(base))]
+                ax.bar(places, [row.announced.get(name, 0) for row in base], width,
+                       label=f"{name} (announced)", color=str(0.6 + 0.1 * i))  # fmt: skip
+            labels = [row.part or row.key for row in base]
+            ax.set_xticks(range(len(base)), labels, rotation=0 if title else 20)
             ax.set_title(title)
-            ax.set_ylabel("%" if base[keys[0]].percent else "score")
+            ax.set_ylabel("%" if base[0].percent else "score")
             ax.legend(fontsize="x-small")
 
     if parts:

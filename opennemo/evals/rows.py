@@ -5,6 +5,7 @@ runs are written once, and two runs can be compared item by item.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -72,10 +73,7 @@ def mean_and_error(
 
 def count(reasons: Iterable[str]) -> dict[str, int]:
     """How often each reason was given, the commonest first."""
-    counts: dict[str, int] = {}
-    for reason in reasons:
-        counts[reason] = counts.get(reason, 0) + 1
-    return dict(sorted(counts.items(), key=lambda item: -item[1]))
+    return dict(Counter(reasons).most_common())
 
 
 def gather(

@@ -13,9 +13,8 @@ import json
 import platform
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -24,9 +23,10 @@ from opennemo.engine.scoring import Pair, Score
 from opennemo.errors import InvalidRequest, OpenNemoError
 from opennemo.files import write_json
 from opennemo.llm import LLM
-from opennemo.progress import Bar, progress
+from opennemo.progress import progress
 
 T = TypeVar("T")
+Note = Callable[[int, Any], None]  # (place of a question, its answer)
 PACKAGES = ("opennemo", "torch", "lm_eval", "bfcl-eval", "datasets")
 
 
@@ -60,7 +60,7 @@ class Run:
         self._lock = threading.Lock()
         self._file: BinaryIO | None = None
         if (config := self.folder / "config.json").exists():
-            self._same(_object(config))
+            self._check(config)
             self._read()
         self.n_before = len(self._answers)
 
@@ -77,16 +77,20 @@ class Run:
         if self._file is not None:
             self._file.close()
 
-    def _same(self, before: Mapping[str, Any]) -> None:
-        now = {"settings": self.settings, "versions": self.versions}
-        for group, values in now.items():
-            for name in sorted({*values, *before[group]}):
-                old, new = before[group].get(name), values.get(name)
-                if old != new:
-                    raise InvalidRequest(
-                        f"{self.folder} holds a run with {name} {old}, not {new}: name another "
-                        "folder with --output, or delete this one"
-                    )
+    def _check(self, config: Path) -> None:
+        """Refuse a folder whose settings or versions are others."""
+        try:
+            written = json.loads(config.read_text("utf-8"))
+            before = {**written["settings"], **written["versions"]}
+        except (ValueError, TypeError, KeyError):
+            raise InvalidRequest(f"{config}: not what a run writes; delete its folder") from None
+        now = {**self.settings, **self.versions}
+        for name in sorted({*now, *before}):
+            if (old := before.get(name)) != (new := now.get(name)):
+                raise InvalidRequest(
+                    f"{self.folder} holds a run with {name} {old}, not {new}: name another "
+                    "folder with --output, or delete this one"
+                )
 
     def _read(self) -> None:
         """What was answered before; a last line that was cut off by a kill is taken away."""
@@ -132,26 +136,19 @@ class Run:
         Where a question cannot be answered there is an OpenNemoError in its place, which is not
         remembered: the next run asks again.
         """
-        keys = [key(question) for question in questions]
-        answers: list[Any] = [self.recall(k) for k in keys]
-        todo = [i for i, answer in enumerate(answers) if answer is None]
 
-        def work(i: int) -> None:
-            try:
-                answers[i] = ask(questions[i])
-                self.note(keys[i], answers[i])
-            except OpenNemoError as error:
-                answers[i] = error
+        def ask_rest(todo: list[int], note: Note) -> None:
+            def work(i: int) -> None:
+                try:
+                    note(i, ask(questions[i]))
+                except OpenNemoError as error:
+                    note(i, error)
 
-        with remembering(what, len(questions), len(questions) - len(todo)) as bar:
-            pool = ThreadPoolExecutor(side_by_side * self.n_engines)
-            try:
-                for done in as_completed([pool.submit(work, i) for i in todo]):
-                    done.result()
-                    bar.advance()
-            finally:
-                pool.shutdown(cancel_futures=True)
-        return answers
+            with ThreadPoolExecutor(side_by_side * self.n_engines) as pool:
+                for _ in pool.map(work, todo):  # which raises, and cancels what has not begun
+                    pass
+
+        return remembered(what, [key(question) for question in questions], self, ask_rest)
 
     def write_items(self, items: Sequence[Mapping[str, Any]]) -> None:
         """Every answer with what is needed to understand it, one a line."""
@@ -160,40 +157,43 @@ class Run:
         (self.folder / "items.jsonl").write_text("".join(lines), "utf-8")
 
 
-@contextmanager
-def remembering(what: str, total: int, n_before: int) -> Iterator[Bar]:
-    """A bar for questions, of which so many were answered by an earlier run."""
-    with progress(what, total, done=n_before) as bar:
+def remembered(
+    what: str, keys: Sequence[str], run: Run | None, answer: Callable[[list[int], Note], None]
+) -> list[Any]:
+    """The answer under each key: the run's, or a new one, which is noted; an error is not.
+
+    Args:
+        answer: gets the places of keys that have no answer, each key once, and reports theirs.
+    """
+    answers: dict[str, Any] = {key: run and run.recall(key) for key in keys}
+    todo = list({key: i for i, key in enumerate(keys) if answers[key] is None}.values())
+    n_before = len(answers) - len(todo)
+    with progress(what, len(answers), done=n_before) as bar:
         if n_before:
-            bar.say(f"{what}: {n_before:,} of {total:,} were answered before")
-        yield bar
+            bar.say(f"{what}: {n_before:,} of {len(answers):,} were answered before")
+
+        def note(i: int, value: Any) -> None:
+            answers[keys[i]] = value
+            if run and not isinstance(value, OpenNemoError):
+                run.note(keys[i], value)
+            bar.advance()
+
+        if todo:
+            answer(todo, note)
+    return [answers[key] for key in keys]
 
 
 def score_all(llm: LLM, pairs: Sequence[Pair], run: Run | None) -> list[tuple[float, bool]]:
     """Log-probability of each pair's continuation, and whether it is greedy; remembered."""
-    keys = [digest("score", pair) for pair in pairs]
-    scores: dict[str, Any] = {key: run and run.recall(key) for key in keys}
-    todo = list({key: i for i, key in enumerate(keys) if not scores[key]}.values())
-    with remembering("Scoring", len(scores), len(scores) - len(todo)) as bar:
 
+    def score_rest(todo: list[int], note: Note) -> None:
         def listen(index: int, score: Score) -> None:
-            key = keys[todo[index]]
-            scores[key] = [score.logprob, score.greedy]
-            if run:
-                run.note(key, scores[key])
-            bar.advance()
+            note(todo[index], [score.logprob, score.greedy])
 
-        if todo:
-            llm.score([pairs[i] for i in todo], listen)
-    return [(scores[key][0], scores[key][1]) for key in keys]
+        llm.score([pairs[i] for i in todo], listen)
 
-
-def _object(config: Path) -> dict[str, dict[str, Any]]:
-    try:
-        written = json.loads(config.read_text("utf-8"))
-        return {group: dict(written[group]) for group in ("settings", "versions")}
-    except (ValueError, TypeError, KeyError):
-        raise InvalidRequest(f"{config}: not what a run writes; delete its folder") from None
+    keys = [digest("score", pair) for pair in pairs]
+    return [(logprob, greedy) for logprob, greedy in remembered("Scoring", keys, run, score_rest)]
 
 
 def _version(package: str) -> str | None:

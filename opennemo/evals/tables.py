@@ -5,7 +5,6 @@ task whose data are missing becomes a row that says so.
 """
 
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -61,79 +60,60 @@ def run_tasks(
 
     rows, items = [], []
     with quiet_harness(), data.as_hub():
-        loaded = [(b, _load(b)) for b in benchmarks]
+        loaded = [(benchmark, *_load(benchmark)) for benchmark in benchmarks]
         chosen, samples = {}, {}
-        for benchmark, tasks in loaded:
-            if isinstance(tasks, str):
-                continue
-            each = None if limit is None else -(-limit // len(tasks))
+        for benchmark, tasks, _ in loaded:
             for name, task in tasks.items():
                 task.set_config(key="num_fewshot", value=benchmark.shots)
                 task.set_fewshot_seed(seed=SHOTS_SEED)
-                chosen[name] = task
-                n = len(task.eval_docs)
-                samples[name] = list(range(n if each is None else min(n, each)))
-        answers: Mapping[str, Any] = {}
-        if chosen:
-            outcome: Any = evaluate(
-                lm, {"tasks": chosen}, samples=samples, bootstrap_iters=0,
-                apply_chat_template=chat, fewshot_as_multiturn=chat,
-            )  # fmt: skip
-            answers = (outcome or {}).get("samples") or {}
-        for benchmark, tasks in loaded:
-            if isinstance(tasks, str):
-                rows.append(_row(benchmark, [], lm, {f"{MISSING}: {tasks}": 1}))
-                continue
+                chosen[name], n = task, len(task.eval_docs)
+                samples[name] = list(range(n if limit is None else min(n, -(-limit // len(tasks)))))
+        outcome: Any = chosen and evaluate(
+            lm, {"tasks": chosen}, samples=samples, bootstrap_iters=0,
+            apply_chat_template=chat, fewshot_as_multiturn=chat,
+        )  # fmt: skip
+        for benchmark, tasks, trouble in loaded:
             own = [
                 sample | {"task": name}
                 for name in tasks
-                for sample in answers[name]
+                for sample in outcome["samples"][name]
                 if sample["filter"] == benchmark.filter
             ]
             own.sort(key=lambda sample: (sample["task"], sample["doc_id"]))
-            n_cut = sum(
-                any(arguments[0] in getattr(lm, "cut", ()) for arguments in sample["arguments"])
-                for sample in own
-            )
-            rows.append(
-                _row(benchmark, own, lm, {"cut to the model's context": n_cut} if n_cut else {})
-            )
+            cut = getattr(lm, "cut", ())
+            n_cut = sum(any(asked[0] in cut for asked in sample["arguments"]) for sample in own)
+            trouble |= {"cut to the model's context": n_cut} if n_cut else {}
+            rows.append(_row(benchmark, own, lm, trouble))
             items += [_item(benchmark, sample) for sample in own]
     return rows, items
 
 
-def _load(benchmark: Benchmark) -> dict[str, Any] | str:
-    """Its tasks by name, or why they cannot be had."""
-    from lm_eval.tasks import TaskManager
+def _load(benchmark: Benchmark) -> tuple[dict[str, Any], dict[str, int]]:
+    """Its tasks by name, and as trouble why there are none."""
+    from lm_eval import tasks
 
-    spec = find_spec("lm_eval")
-    assert spec is not None and spec.origin is not None
-    folder = Path(spec.origin).parent / "tasks" / benchmark.folder
-    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    folder = Path(tasks.__file__).parent / benchmark.folder
+    manager = tasks.TaskManager(include_path=str(folder), include_defaults=False)
     try:
-        return dict(manager.load([benchmark.task])["tasks"])
+        return dict(manager.load([benchmark.task])["tasks"]), {}
     except (OSError, ValueError, KeyError, ImportError) as error:
         why = str(error).strip().splitlines()[0][:200]
-        return why if isinstance(error, FileNotFoundError) else f"{type(error).__name__}: {why}"
+        kind = "" if isinstance(error, FileNotFoundError) else f"{type(error).__name__}: "
+        return {}, {f"{MISSING}: {kind}{why}": 1}
 
 
 def _row(
     benchmark: Benchmark, samples: list[dict[str, Any]], lm: Any, trouble: Mapping[str, int]
 ) -> ResultRow:
-    values = {_id(s): float(s[benchmark.metric]) for s in samples}
     also = {}
     for metric in benchmark.also if samples else ():
         scores = _pmi(samples, lm) if metric == "pmi" else [float(s[metric]) for s in samples]
         also[metric] = 100 * sum(scores) / len(scores)
     return ResultRow(
-        name=benchmark.name,
-        part=benchmark.part,
-        setting=f"{benchmark.shots}-shot, {benchmark.metric}",
-        items=values,
-        also=also,
-        announced=benchmark.announced,
-        trouble=trouble,
-    )
+        name=benchmark.name, part=benchmark.part, trouble=trouble, also=also,
+        setting=f"{benchmark.shots}-shot, {benchmark.metric}", announced=benchmark.announced,
+        items={_id(s): float(s[benchmark.metric]) for s in samples},
+    )  # fmt: skip
 
 
 def _pmi(samples: Sequence[Mapping[str, Any]], lm: Any) -> list[float]:
