@@ -78,12 +78,7 @@ def error_body(error: Refusal, path: str) -> dict[str, Any]:
     if path.startswith(MESSAGES):
         kind = ANTHROPIC_TYPES.get(error.status) or TYPES.get(error.status, "api_error")
         return {"type": "error", "error": {"type": kind, "message": str(error)}}
-    fields = {
-        "message": str(error),
-        "type": error.type,
-        "param": error.param,
-        "code": error.code,
-    }
+    fields = {"message": str(error), "type": error.type, "param": error.param, "code": error.code}
     body = {"object": "error", **fields, "raw_status_code": error.status, "error": fields}
     return body | ({"detail": error.detail} if error.detail else {})
 

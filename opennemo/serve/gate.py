@@ -119,10 +119,7 @@ class Gate:
             raise Refusal(413, f"a body may have {most:,} bytes")
 
     def _headers(self, path: str, request_id: str) -> list[tuple[bytes, bytes]]:
-        headers = [
-            (b"x-request-id", request_id.encode()),
-            (b"x-content-type-options", b"nosniff"),
-        ]
+        headers = [(b"x-request-id", request_id.encode()), (b"x-content-type-options", b"nosniff")]
         if path in self._pages:
             headers += [
                 (b"content-security-policy", PAGE_POLICY.encode()),
