@@ -18,7 +18,8 @@ from opennemo.engine import Token
 from opennemo.errors import InvalidRequest
 from opennemo.llm import LLM
 from opennemo.serve.error_bodies import Json
-from opennemo.serve.protocols.schema import Body, ToolChoice, Tools, response_format
+from opennemo.serve.protocols.answer_formats import response_format
+from opennemo.serve.protocols.schema import Body, ToolChoice, Tools
 from opennemo.serve.protocols.stream import STREAMS, EventStream, Generation, event
 from opennemo.serve.service import TheClient, TheService
 

@@ -5,15 +5,14 @@ not refused, since clients send ever new ones; `--strict-params` refuses them. M
 stay plain dicts here: `tokenizer/messages.py` brings them to one form.
 """
 
-import json
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from opennemo.engine.grammar import Kind
 from opennemo.errors import InvalidRequest
 from opennemo.llm import LLM
 from opennemo.serve.error_bodies import Refusal
+from opennemo.serve.protocols.answer_formats import response_format, structured_outputs
 
 # Fields of the protocols that cannot change an answer of ours; never refused.
 WITHOUT_EFFECT = frozenset(
@@ -141,27 +140,10 @@ class Sampling(Body):
             words = [start + w.lstrip() for w in self.bad_words for start in ("", " ")]
             encoded = {tuple(llm.tokenizer.encode(word)) for word in words}
             given["bad_words"] = tuple(ids for ids in encoded if ids)
-        format = self.structure() or response_format(self.response_format)
+        format = structured_outputs(self.structured_outputs) or response_format(
+            self.response_format
+        )
         return given | {"stop": tuple(self.stop or ()), "format": format}
-
-    def structure(self) -> tuple[Kind, str] | None:
-        """vLLM's `structured_outputs` as the kind of a grammar and its source."""
-        if not self.structured_outputs:
-            return None
-        kinds: dict[str, Kind] = {
-            "json": "json_schema",
-            "json_object": "json_object",
-            "regex": "regex",
-            "choice": "choice",
-            "grammar": "lark",
-        }
-        given = {k: v for k, v in self.structured_outputs.items() if v not in (None, False)}
-        if len(given) != 1 or not given.keys() <= kinds.keys():
-            raise InvalidRequest(f"structured_outputs: expected one of {', '.join(kinds)}")
-        name, source = next(iter(given.items()))
-        if name == "json_object":
-            return "json_object", ""
-        return kinds[name], source if isinstance(source, str) else json.dumps(source)
 
 
 class ChatRequest(Sampling):
@@ -286,21 +268,3 @@ class AdapterRequest(Unnamed):
 
     lora_name: str = Field(pattern=r"^[\w.:/-]{1,128}$")
     lora_path: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
-
-
-def response_format(format: dict[str, Any] | None) -> tuple[Kind, str] | None:
-    """OpenAI's `response_format` as the kind of a grammar and its source."""
-    kind = (format or {}).get("type", "text")
-    if kind == "text":
-        return None
-    if kind == "json_object":
-        return "json_object", ""
-    if kind == "json_schema":
-        inner = (format or {}).get("json_schema", format)
-        schema = (
-            inner.get("schema", inner.get("schema_definition")) if isinstance(inner, dict) else 0
-        )
-        if not isinstance(schema, dict):
-            raise InvalidRequest("response_format.json_schema.schema: must be a JSON schema object")
-        return "json_schema", json.dumps(schema)
-    raise InvalidRequest(f"response_format.type: {kind!r} must be text, json_object or json_schema")
