@@ -30,7 +30,7 @@ from opennemo.engine.scoring import Pair, Score
 from opennemo.errors import InvalidRequest
 from opennemo.model.checkpoint import load, open_checkpoint
 from opennemo.model.companions import read_generation_config
-from opennemo.model.formats import FORMATS
+from opennemo.model.formats import FORMATS, names
 from opennemo.model.hub import locate
 from opennemo.model.quantization import quantize_, quantize_head_
 from opennemo.model.tensor_parallel import check_divides, load_share
@@ -90,17 +90,18 @@ class LLM:
         tokenizer, defaults, eos_ids = _text_side(path)
         checkpoint = open_checkpoint(path)
         in_codes, on_cpu = checkpoint.format is not None, device == "cpu"
-        if format is not None and (format not in FORMATS or FORMATS[format].static or in_codes):
-            known = ", ".join(name for name, f in FORMATS.items() if not f.static)
+        if format is not None and (format not in names("load") or in_codes):
+            allowed = ", ".join(names("load"))
             stored = f", and {model} is stored in {checkpoint.format}" if in_codes else ""
-            raise InvalidRequest(f"format {format!r}: a model is loaded in {known}{stored}")
-        if format in ("fp32", "bf16"):
-            dtype = FORMATS[format].weights.dtype
+            raise InvalidRequest(f"format {format!r}: a model is loaded in {allowed}{stored}")
+        row = None if format is None else FORMATS[format]
+        if row is not None and not row.in_codes:
+            dtype, row = row.weights.dtype, None
         if dtype is None and not (in_codes and on_cpu and checkpoint.dtype == torch.bfloat16):
             dtype = torch.float32 if on_cpu else torch.bfloat16
         config, ranks = config or EngineConfig(), None
         if config.tensor_parallel_size > 1:
-            if config.adapters or format not in (None, "fp32", "bf16"):
+            if config.adapters or row is not None:
                 raise InvalidRequest("tensor_parallel_size above 1 takes no adapters and no codes")
             check_divides(checkpoint.config, config.tensor_parallel_size)
             share = partial(_share, path, dtype, config.tensor_parallel_size)
@@ -108,8 +109,8 @@ class LLM:
             net = ranks.model
         else:
             net = load(checkpoint, device=device, dtype=dtype)
-        if format not in (None, "fp32", "bf16"):
-            quantize_(net, FORMATS[format])
+        if row is not None:
+            quantize_(net, row)
             in_codes = True
         if in_codes and on_cpu:
             # A quarter of a small model's time is its head. Codes of 8 bits cost it next to nothing

@@ -12,10 +12,10 @@ import typer
 from typer.core import TyperGroup
 
 from opennemo.cli.options import (
-    LISTED,
     Device,
     Engines,
     KvFormat,
+    NamesFormats,
     RayAddress,
     Replicas,
     extra,
@@ -88,7 +88,7 @@ def _options_from(suite: Suite, values: Mapping[str, Any]) -> Any:
     return suite.options(**given(**chosen))
 
 
-@app.command()
+@app.command(cls=NamesFormats)
 @with_suites
 def run(
     model: Annotated[
@@ -106,7 +106,7 @@ def run(
     ] = None,
     format: Annotated[
         list[str] | None,
-        typer.Option(help=f"Of the weights, {LISTED}; repeat to compare with the first."),
+        typer.Option(help="Of the weights: {load}; repeat to compare with the first."),
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Ask in the model's chat layout.")] = False,
     model_name: Annotated[str | None, typer.Option(help="Its name at its server.")] = None,
@@ -117,7 +117,7 @@ def run(
         str | None, typer.Option(help="tools --no-grammar: of a server's model.")
     ] = None,
     kv_format: KvFormat = None,
-    kv_scale: Annotated[float | None, typer.Option(help="For fp8, where a model has none.")] = None,
+    kv_scale: Annotated[float | None, typer.Option(help="For {scaled} without scales.")] = None,
     device: Device = None,
     engine: Engines = "process",
     replicas: Replicas = None,
@@ -155,11 +155,12 @@ def _load_replicas(spread: list[str], request: Any, format: str | None) -> Any:
         from opennemo.serve.settings import read_settings
 
     configure_logs("warning")
+    kv = FORMATS.get(request.kv_format or "")
     plain = format in FORMATS and not FORMATS[format].in_codes
     chosen = given(
         dtype=FORMATS[format].dtype_name if format and plain else None,
         quantization=None if plain else format, device=request.device,
-        kv_cache_dtype=request.kv_format, kv_scale=request.kv_scale,
+        kv_cache_dtype=kv.dtype_name if kv else request.kv_format, kv_scale=request.kv_scale,
     )  # fmt: skip
     options = [f"--{name.replace('_', '-')}={value}" for name, value in chosen.items()]
     # Nothing is listened on; without a port they are apart from those of a server here.

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from opennemo.cli.options import Dtype, Model, NewFolder, one_of
+from opennemo.cli.options import Dtype, Model, NamesFormats, NewFolder, one_of
 from opennemo.errors import InvalidRequest
 from opennemo.progress import progress, size
 
@@ -73,22 +73,21 @@ def convert(
     print(f"Wrote {folder}")
 
 
-@app.command()
+@app.command(cls=NamesFormats)
 def quantize(
     source: Model,
     folder: NewFolder,
     format: Annotated[
-        str,
-        typer.Option(help="Number format; a static one needs --calibrate."),
+        str, typer.Option(help="One of {store}; a static one needs --calibrate.")
     ] = "fp8",
-    to: Annotated[str, typer.Option(help="hf, or mistral for fp8-static.")] = "hf",
+    to: Annotated[str, typer.Option(help="hf, or mistral for {mistral}.")] = "hf",
     calibrate: Annotated[
         list[Path] | None,
         typer.Option(help="Texts that fixed scales are measured on: .jsonl, .txt."),
     ] = None,
     calibration_tokens: Annotated[int, typer.Option(min=1, help="To read of them.")] = 4096,
     kv: Annotated[
-        str | None, typer.Option(help="fp8 writes scales for a KV cache in FP8 along.")
+        str | None, typer.Option(help="{scaled}: also write the scales of such a KV cache.")
     ] = None,
 ) -> None:
     """Write a model in a number format that serves faster and in less memory; vLLM reads it too."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from opennemo.errors import InvalidRequest, OpenNemoError
 
@@ -25,9 +26,8 @@ Ranks = Annotated[
     int, typer.Option("--tensor-parallel-size", min=1, help="Processes, or GPUs, that share it.")
 ]
 NewFolder = Annotated[Path, typer.Argument(help="The folder to write; it must not contain files.")]
-LISTED = "`opennemo info MODEL` lists them"  # the table of formats is not read for --help
 KvFormat = Annotated[
-    str | None, typer.Option("--kv-cache-dtype", help=f"Number format of the KV cache; {LISTED}.")
+    str | None, typer.Option("--kv-cache-dtype", help="Number format of the KV cache: {cache}.")
 ]
 Dtype = Annotated[
     str | None, typer.Option(help="bfloat16, float16 or float32; by default as stored.")
@@ -54,6 +54,23 @@ Replicas = Annotated[int | None, typer.Option(min=1, help="ray: engines; 2 by de
 RayAddress = Annotated[
     str | None, typer.Option(help="ray: HOST:PORT or auto; by default this machine.")
 ]
+
+
+class NamesFormats(TyperCommand):
+    """A command whose help names number formats: {load}, {store}, ..., {scaled} or {mistral}.
+
+    The table is read when that help is shown, for it imports torch.
+    """
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        from opennemo.model.formats import FORMATS, SCALED_KV, names
+
+        mistral = ", ".join(name for name, format in FORMATS.items() if format.mistral)
+        values = {use: ", ".join(names(use)) for use in ("load", "train", "store", "cache")}
+        for option in self.params:
+            if text := getattr(option, "help", None):
+                vars(option)["help"] = text.format(**values, scaled=SCALED_KV, mistral=mistral)
+        super().format_help(ctx, formatter)
 
 
 def given(**options: Any) -> dict[str, Any]:

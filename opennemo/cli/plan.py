@@ -4,12 +4,12 @@ from typing import Annotated
 
 import typer
 
-from opennemo.cli.options import Gpus, Overrides, RecipeFile
+from opennemo.cli.options import Gpus, NamesFormats, Overrides, RecipeFile
 
 app = typer.Typer()
 
 
-@app.command()
+@app.command(cls=NamesFormats)
 def plan(
     recipe: RecipeFile,
     gpus: Gpus = "1xcpu",
@@ -19,7 +19,7 @@ def plan(
     ] = None,
     stored: Annotated[
         str | None,
-        typer.Option(help="Number format of its frozen weights, such as bf16 or fp8-static."),
+        typer.Option(help="Number format of its frozen weights: bf16, {store}."),
     ] = None,
     share_of_peak: Annotated[
         float | None,

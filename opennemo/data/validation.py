@@ -16,7 +16,7 @@ from typing import Any
 
 from opennemo.errors import InvalidRequest
 from opennemo.model.checkpoint import open_checkpoint
-from opennemo.planning.estimate import Plan, plan
+from opennemo.planning.estimate import PLAIN, Plan, plan
 from opennemo.planning.machines import Machines
 from opennemo.tokenizer import Tokenizer
 from opennemo.tokenizer.messages import Message
@@ -63,7 +63,7 @@ def epoch(
         ),
         lora=Lora(rank=rank) if rank else None,
     )
-    return plan(recipe, checkpoint.config, machines, stored=checkpoint.format or "bf16")
+    return plan(recipe, checkpoint.config, machines, stored=checkpoint.format or PLAIN)
 
 
 def fix(

@@ -20,6 +20,7 @@ from opennemo.train.objectives import CHUNK
 # While computing, without and with compilation: what torchtitan reached with Llama 3.1 8B on 8 and
 # on 128 H100s (docs/performance.md there).
 SHARE_OF_PEAK = {False: 0.33, True: 0.39}
+PLAIN = "bf16"  # weights that are not stored in codes
 
 
 @dataclass
@@ -38,7 +39,7 @@ class Plan:
 
 
 def resolve_shape(recipe: Recipe, shape: str | None, stored: str | None) -> tuple[ModelConfig, str]:
-    """The shape of a recipe's model and how its weights are stored, "bf16" if not in codes.
+    """The shape of a recipe's model and how its weights are stored, `PLAIN` if not in codes.
 
     A model that is not there yet has the shape that is named.
 
@@ -58,16 +59,16 @@ def resolve_shape(recipe: Recipe, shape: str | None, stored: str | None) -> tupl
 
         checkpoint = open_checkpoint(path)
         config, stored = checkpoint.config, stored or checkpoint.format
-    stored = stored or "bf16"
-    if stored not in (allowed := ("bf16", *names("store"))):
+    stored = stored or PLAIN
+    if stored not in (allowed := (PLAIN, *names("store"))):
         raise InvalidRequest(f"--stored is {stored}, allowed are {', '.join(allowed)}")
-    if stored != "bf16" and recipe.lora is None:
+    if stored != PLAIN and recipe.lora is None:
         raise InvalidRequest(f"weights stored as {stored} cannot learn: add a [lora] table")
     return config, stored
 
 
 def plan(
-    recipe: Recipe, config: ModelConfig, machines: Machines, *, stored: str = "bf16",
+    recipe: Recipe, config: ModelConfig, machines: Machines, *, stored: str = PLAIN,
     share_of_peak: float | None = None,
 ) -> Plan:  # fmt: skip
     """What a run of the recipe takes on these machines.
@@ -197,7 +198,7 @@ def _count_base(add, work: Work, stored: str, over: str) -> None:
     rest = work.n_tables * work.table + work.norms
     matrices = work.config.n_layers * work.block
     ranks = work.fsdp * work.tp
-    if stored == "bf16":
+    if stored == PLAIN:
         how = f"{matrices + rest:,} x {number} B{over}"
         add("frozen weights", how, (matrices + rest) * number / ranks)
         return
@@ -366,13 +367,22 @@ def _remedy(recipe: Recipe, config: ModelConfig, machines: Machines, stored: str
             return f"; with {', '.join(changed)} it is {made.total / GIB:.1f}"
     if not recipe.lora:
         return "; no division of the work makes it fit: take more or larger cards, or adapt: [lora]"
-    for smaller in ("fp8", "int4") if stored == "bf16" else ("int4",):
+    for smaller in _smaller(stored):
         made = Plan()
         _count_memory(made, Work(recipe, config, machines), smaller)
         if made.total <= machines.card.memory:
             also = "".join(f", {change}" for change in changed)
             return f"; over weights stored as {smaller}{also} it is {made.total / GIB:.1f}"
     return "; no division of the work makes it fit: take more or larger cards"
+
+
+def _smaller(stored: str) -> Iterator[str]:
+    """Formats of fewer bits that need no calibration, one of each size."""
+    bits = FORMATS[stored].weights.bits
+    for name in names("store"):
+        if not FORMATS[name].static and FORMATS[name].weights.bits < bits:
+            bits = FORMATS[name].weights.bits
+            yield name
 
 
 def _changes(recipe: Recipe, machines: Machines) -> Iterator[tuple[str, str, object]]:

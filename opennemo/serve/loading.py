@@ -7,11 +7,8 @@ import torch
 from opennemo.engine import EngineConfig
 from opennemo.errors import InvalidRequest, OpenNemoError
 from opennemo.llm import LLM
+from opennemo.model.formats import FORMATS, names
 from opennemo.serve.settings import Settings
-
-KV_FORMATS = {  # vLLM's names of what a KV cache is kept in -> ours
-    "auto": None, "bfloat16": "bf16", "float32": "fp32", "fp8": "fp8", "int8": "int8",
-}  # fmt: skip
 
 
 def load_model(settings: Settings) -> LLM:
@@ -22,10 +19,11 @@ def load_model(settings: Settings) -> LLM:
         InvalidRequest: an adapter is not named as NAME=FOLDER.
     """
     modules = adapters_of(settings)
+    kv_formats = {FORMATS[name].dtype_name: name for name in names("cache")}  # without "auto"
     config = EngineConfig(
         max_context=settings.max_model_len,
         page_size=settings.block_size,
-        kv_format=KV_FORMATS[settings.kv_cache_dtype],
+        kv_format=kv_formats.get(settings.kv_cache_dtype),
         kv_scale=settings.kv_scale,
         max_batched_tokens=settings.max_num_batched_tokens,
         max_sequences=settings.max_num_seqs,

@@ -7,10 +7,11 @@ mean there. This and the command line are the only places that read the environm
 import os
 import shlex
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
     CliPositionalArg,
@@ -22,6 +23,7 @@ from pydantic_settings import (
 )
 
 from opennemo.errors import InvalidRequest
+from opennemo.model.formats import FORMATS, SCALED_KV, names
 from opennemo.serve.auth import LOOPBACK
 
 Names = Annotated[list[str], NoDecode]
@@ -40,6 +42,24 @@ NIM = {
 }
 
 
+def _quantizations() -> list[str]:
+    return [name for name in names("load") if FORMATS[name].in_codes]
+
+
+def _kv_dtypes() -> list[str]:
+    """vLLM's names, which are PyTorch's of plain types."""
+    return ["auto", *(FORMATS[name].dtype_name for name in names("cache"))]
+
+
+def _one_of(choices: Callable[[], list[str]]) -> Callable[[str], str]:
+    def check(value: str) -> str:
+        if value not in choices():
+            raise ValueError(f"allowed are {', '.join(choices())}")
+        return value
+
+    return check
+
+
 class Settings(BaseSettings):
     """Serve a model to clients of OpenAI, Mistral, Anthropic and NVIDIA NIM."""
 
@@ -56,8 +76,8 @@ class Settings(BaseSettings):
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on.")
     device: str | None = Field(None, description="cpu or cuda; by default a GPU if there is one.")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    quantization: Literal["fp8", "int8", "int4"] | None = Field(
-        None, description="Round the weights to it as they are loaded."
+    quantization: Annotated[str, AfterValidator(_one_of(_quantizations))] | None = Field(
+        None, description=f"Round weights as they are loaded: {', '.join(_quantizations())}."
     )
     tensor_parallel_size: int = Field(
         1, ge=1, le=64, description="Processes, or GPUs, that share every layer of the model."
@@ -94,11 +114,16 @@ class Settings(BaseSettings):
     max_num_batched_tokens: int = Field(512, ge=1, le=2**20, description="Tokens in one step.")
     max_num_queued_reqs: int = Field(1024, ge=1, le=2**20, description="One more gets a 503.")
     block_size: int | None = Field(None, ge=1, le=1024, description="Tokens in a page of KV cache.")
-    kv_cache_dtype: Literal["auto", "bfloat16", "float32", "fp8", "int8"] = Field(
-        "auto", description="Of the KV cache; auto: fp8 where the model brings scales, else dtype."
+    kv_cache_dtype: Annotated[str, AfterValidator(_one_of(_kv_dtypes))] = Field(
+        "auto",
+        description=f"Of the KV cache: {', '.join(_kv_dtypes())}; auto is {SCALED_KV} where the "
+        "model brings scales, else dtype.",
     )
     kv_scale: float | None = Field(
-        None, gt=0, le=2**20, description="For fp8 where the model brings no scales, such as 1."
+        None,
+        gt=0,
+        le=2**20,
+        description=f"For {SCALED_KV} where the model brings no scales, such as 1.",
     )
     enable_prefix_caching: bool = True
     share_prefix_cache: bool = Field(
