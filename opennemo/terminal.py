@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +52,14 @@ def _start(system: str | None) -> list[Message]:
     return [{"role": "system", "content": system}] if system else []
 
 
+@dataclass
 class Conversation:
     """The loop of questions and answers, and the commands between them."""
 
-    def __init__(
-        self, console: Console, llm: LLM, messages: list[Message], sampling: dict[str, Any]
-    ):
-        self.console, self.llm, self.messages, self.sampling = console, llm, messages, sampling
+    console: Console
+    llm: LLM
+    messages: list[Message]
+    sampling: dict[str, Any]
 
     def run(self) -> None:
         while True:
@@ -92,9 +94,8 @@ class Conversation:
         except KeyboardInterrupt:
             reply.cancel()
         seconds = time.perf_counter() - started
-        note = {"length": ", cut off by the length limit"}.get(reply.finish_reason or "", "")
-        if reply.finish_reason is None:
-            note = ", stopped"
+        notes = {None: ", stopped", "length": ", cut off by the length limit"}
+        note = notes.get(reply.finish_reason, "")
         rate = len(reply.ids) / seconds
         self.console.print(f"\n[dim]{len(reply.ids)} tokens, {rate:.1f} a second{note}[/dim]")
         self.messages += [question, {"role": "assistant", "content": "".join(pieces)}]

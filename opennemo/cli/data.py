@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from opennemo.cli.options import DEFAULT_MODEL, one_of, processors
-from opennemo.progress import stages
+from opennemo.cli.options import DEFAULT_MODEL, one_of, processors, tokenizer_path
+from opennemo.progress import clock, stages
 
 app = typer.Typer()
 ENGINES = ("processes", "ray")
@@ -55,14 +55,12 @@ def tokenize(
     from opennemo.data.parts import Job
     from opennemo.data.preparation import prepare
     from opennemo.data.tally import table
-    from opennemo.model.hub import locate
-    from opennemo.tokenizer.rank_files import OWN
 
     one_of("--engine", engine, ENGINES)
     names = [name.strip() for name in clean.split(",") if name.strip()]
     job = Job(
         inputs=tuple(i if "://" in i else Path(i) for i in inputs),
-        tokenizer=Path(OWN) if tokenizer == OWN else locate(tokenizer),
+        tokenizer=tokenizer_path(tokenizer),
         out=out,
         cleaning=Cleaning(
             stages=STAGES if names == ["all"] else tuple(sorted({*names})),
@@ -122,12 +120,10 @@ def validate_data(
 
     from opennemo.data.validation import epoch, validate
     from opennemo.data.validation import fix as write_fixed
-    from opennemo.model.hub import locate
     from opennemo.planning.machines import parse_machines
     from opennemo.tokenizer.load import open_tokenizer
-    from opennemo.tokenizer.rank_files import OWN
 
-    path, console = Path(OWN) if model == OWN else locate(model), Console(highlight=False)
+    path, console = tokenizer_path(model), Console(highlight=False)
     tokenizer = open_tokenizer(path)
     report = validate(files, tokenizer, max_tokens)
     shares = (50, 90, 99, 100)
@@ -147,7 +143,7 @@ def validate_data(
         made = epoch(files, report, path, parse_machines(gpus, 1), width=max_tokens, rank=rank)
         what = f"a LoRA of rank {rank}" if rank else "all weights"
         console.print(
-            f"an epoch      about {_duration(made.seconds)} on {gpus} for {what}, "
+            f"an epoch      about {clock(made.seconds)} on {gpus} for {what}, "
             f"{made.total / 2**30:.1f} GiB with {max_tokens:,} tokens at once; "
             "`opennemo plan RECIPE` shows the arithmetic",
             soft_wrap=True,
@@ -168,10 +164,3 @@ def validate_data(
         lines = "line" if len(bad) == 1 else "lines"
         print(f"{len(bad):,} bad {lines}{more}; --fix OUT writes a copy without", file=sys.stderr)
         raise typer.Exit(1)
-
-
-def _duration(seconds: float) -> str:
-    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:,.0f} {unit}"
-    return f"{seconds:.0f} seconds"

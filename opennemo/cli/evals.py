@@ -19,6 +19,7 @@ from opennemo.cli.options import (
     RayAddress,
     Replicas,
     extra,
+    flags,
     given,
     on_engines,
     serving,
@@ -157,12 +158,11 @@ def _load_replicas(spread: list[str], request: Any, format: str | None) -> Any:
     configure_logs("warning")
     kv = FORMATS.get(request.kv_format or "")
     plain = format in FORMATS and not FORMATS[format].in_codes
-    chosen = given(
+    options = flags(
         dtype=FORMATS[format].dtype_name if format and plain else None,
         quantization=None if plain else format, device=request.device,
         kv_cache_dtype=kv.dtype_name if kv else request.kv_format, kv_scale=request.kv_scale,
     )  # fmt: skip
-    options = [f"--{name.replace('_', '-')}={value}" for name, value in chosen.items()]
     # Nothing is listened on; without a port they are apart from those of a server here.
     return open_fleet(read_settings([request.model, "--insecure", "--port=0", *spread, *options]))
 

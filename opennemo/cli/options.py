@@ -78,17 +78,34 @@ def given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def standard_input() -> str:
-    """All of standard input, as one text.
+def flags(**options: Any) -> list[str]:
+    """The options that were given, as `opennemo serve` takes them."""
+    chosen = given(**options).items()
+    return [f"--{name.replace('_', '-')}={value}" for name, value in chosen]
+
+
+def tokenizer_path(name: str) -> Path:
+    """Where the tokenizer of a name is: the package's own, or a model's."""
+    from opennemo.model.hub import locate
+    from opennemo.tokenizer.rank_files import OWN
+
+    return Path(OWN) if name == OWN else locate(name)
+
+
+def read_text(file: Path | None = None) -> str:
+    """All of a file, or of standard input, as one text.
 
     Raises:
-        InvalidRequest: it is not UTF-8, or there is nothing.
+        InvalidRequest: it cannot be read or is not UTF-8, or nothing is written to standard input.
     """
     try:
-        text = sys.stdin.buffer.read().decode("utf-8").strip()
+        text = file.read_text("utf-8") if file else sys.stdin.buffer.read().decode().strip()
     except UnicodeDecodeError as error:
-        raise InvalidRequest(f"standard input is not UTF-8 text (byte {error.start})") from None
-    if not text:
+        name = file or "standard input"
+        raise InvalidRequest(f"{name}: not UTF-8 text (byte {error.start})") from None
+    except OSError as error:
+        raise InvalidRequest(f"{file}: {error.strerror}") from None
+    if not text and file is None:
         raise InvalidRequest("standard input is empty: write a text to it")
     return text
 

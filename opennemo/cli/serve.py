@@ -16,7 +16,7 @@ from opennemo.cli.options import (
     Ranks,
     RayAddress,
     Replicas,
-    given,
+    flags,
     on_engines,
     serving,
 )
@@ -84,11 +84,10 @@ def batch(
         from opennemo.serve.settings import read_settings
 
     named = [f"--served-model-name={name}" for name in served_model_name or ()]
-    chosen = given(
+    options = flags(
         max_num_seqs=max_num_seqs, max_model_len=max_model_len, device=device,
         tensor_parallel_size=tensor_parallel_size,
     )  # fmt: skip
-    options = [f"--{name.replace('_', '-')}={value}" for name, value in chosen.items()]
     _, spread = on_engines(engine, replicas, ray_address)
     configure_logs("warning" if spread else "error")
     if spread:

@@ -17,7 +17,7 @@ from opennemo.cli.options import (
     TopK,
     TopP,
     given,
-    standard_input,
+    read_text,
 )
 from opennemo.errors import InvalidRequest
 
@@ -40,7 +40,7 @@ def chat(
     sampling = given(
         temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, max_tokens=max_tokens
     )
-    text = None if sys.stdin.isatty() else standard_input()
+    text = None if sys.stdin.isatty() else read_text()
     from opennemo.terminal import answer, converse
 
     def load() -> Any:
@@ -73,7 +73,7 @@ def generate(
     """Continue a text as it stands, without a chat layout."""
     if (prompt is None) == (file is None):
         raise InvalidRequest("give a prompt or --file FILE, one of the two")
-    text = prompt if file is None else _read(file)
+    text = read_text(file) if file else prompt
     sampling = given(
         temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, max_tokens=max_tokens
     )
@@ -88,12 +88,3 @@ def _load(model: str, device: str | None, ranks: int) -> Any:
     from opennemo.llm import LLM
 
     return LLM.load(model, device=device, config=EngineConfig(tensor_parallel_size=ranks))
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise InvalidRequest(f"{path}: not UTF-8 text (byte {error.start})") from None
-    except OSError as error:
-        raise InvalidRequest(f"{path}: {error.strerror}") from None

@@ -6,12 +6,13 @@ from typing import Annotated
 
 import typer
 
-from opennemo.cli.options import given, standard_input
+from opennemo.cli.options import given, read_text, tokenizer_path
 from opennemo.progress import stages
 
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Look at, compare and learn vocabularies."
 )
+TEXTS = "JSON lines (text, language), text files or folders, .gz or .zst too."
 TokenizerFile = Annotated[
     str,
     typer.Argument(
@@ -30,21 +31,15 @@ def show(
     from rich.console import Console
 
     from opennemo.data.display import show as render
-    from opennemo.model.hub import locate
     from opennemo.tokenizer.load import open_tokenizer
-    from opennemo.tokenizer.rank_files import OWN
 
-    path = Path(tokenizer) if tokenizer == OWN else locate(tokenizer)
-    Console().print(render(open_tokenizer(path), text or standard_input()))
+    Console().print(render(open_tokenizer(tokenizer_path(tokenizer)), text or read_text()))
 
 
 @app.command()
 def compare(
     tokenizers: Annotated[list[str], typer.Argument(help="Files or folders; NAME=PATH names one.")],
-    texts: Annotated[
-        list[Path],
-        typer.Option(help="JSON lines (text, language), text files or folders, .gz or .zst too."),
-    ],
+    texts: Annotated[list[Path], typer.Option(help=TEXTS)],
     reference: Annotated[
         str | None, typer.Option(help="Compare the others with this one; by default the first.")
     ] = None,
@@ -75,10 +70,7 @@ def compare(
 
 @app.command()
 def train(
-    corpus: Annotated[
-        list[Path],
-        typer.Argument(help="JSON lines (text, language), text files or folders, .gz or .zst too."),
-    ],
+    corpus: Annotated[list[Path], typer.Argument(help=TEXTS)],
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")],
     vocab_size: Annotated[
         int | None, typer.Option(help="Ids in all, control tokens included; 131072 by default.")
