@@ -1,6 +1,12 @@
 import os
 import shutil
 
+from hypothesis import settings
+
+# Tests never assert on times, hypothesis' own included.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
+
 # Before torch is imported: the models are tiny, and with pytest-xdist each worker has one core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

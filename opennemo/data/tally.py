@@ -1,7 +1,7 @@
 """What became of the texts of a corpus: how many were read, changed, left out and kept, and why.
 
 One idea makes it simple: everything is a count under a section, a name and a language, and counts
-of parts add up to counts of the whole, whoever made the parts and in whatever order.
+of parts add up to counts of the whole in any order.
 """
 
 from collections.abc import Iterable, Mapping

@@ -71,7 +71,7 @@ def compiled(pattern: str) -> regex.Pattern[str]:
     except regex.error as error:
         names = ", ".join(PATTERNS)
         raise InvalidRequest(
-            f"the pattern {pattern!r} is none of {names} and does not compile: {error}"
+            f"the pattern {pattern!r} is not one of {names} and does not compile: {error}"
         ) from error
     if split.groups:
         raise InvalidRequest(f"the pattern {pattern!r} has groups: write (?:...) for (...)")

@@ -1,6 +1,6 @@
 """The model card of a run: what a model is, of what it was made and how, filled in by the tool.
 
-Nothing in it is written by hand and nothing is left empty: what is not known is said not to be.
+Nothing in it is written by hand and nothing is left empty: a missing fact is stated as missing.
 Format: the Hugging Face hub's README.md with YAML in front.
 """
 

@@ -128,7 +128,7 @@ class Checkpoints:
         However many ranks wrote it, each of these reads its own part.
 
         Raises:
-            CheckpointError: there is none, it is damaged, or was written by another kind of run.
+            CheckpointError: no checkpoint is there, it is damaged, or another kind of run wrote it.
         """
         step = self.latest() if step is None else step
         if step is None:

@@ -6,11 +6,11 @@ a resumed run, and any number of ranks, see the same data. Of text, documents ar
 of one width; conversations stay whole, and are packed into rows that are as full as they can be
 made (first fit over a shuffled list). No sequence sees another: `cu_seqlens` keeps them apart.
 
-What the ids mean is not known here.
+This file does not know what the ids mean.
 """
 
 import bisect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
@@ -158,6 +158,3 @@ def step_rows(step: int, n_rows: int, rank: int, world: int) -> range:
     share = n_rows // world
     first = step * n_rows + rank * share
     return range(first, first + share)
-
-
-Make = Callable[[int], list[Batch]]  # the batches of a step, by its number

@@ -68,7 +68,7 @@ class Setup:
         teacher = None
         if recipe.objective == "distil":
             if at is None:
-                raise InvalidRequest("objective is distil, which needs model.path: who teaches")
+                raise InvalidRequest("objective is distil, which needs a teacher: give model.path")
             teacher = make_model(recipe, at).to(device).requires_grad_(False).eval()
         change_weights_(model, recipe)
         train, data = _rows(recipe, recipe.data.train, tokenizer)

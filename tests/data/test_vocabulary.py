@@ -96,7 +96,7 @@ def test_extending_keeps_the_ids_and_learns_the_new_language(tekken: Tekken, tmp
         ({"weights": {"el": -1}}, "weights.el is -1: Input should be greater than or equal to 0"),
         ({"weights": {"xx": 1}}, "weights for languages without texts: xx"),
         ({"weights": {"el": 0, "code": 0}}, "weights of all languages are 0"),
-        ({"pattern": "(?:[a-z"}, f"is none of {', '.join(PATTERNS)} and does not compile"),
+        ({"pattern": "(?:[a-z"}, f"is not one of {', '.join(PATTERNS)} and does not compile"),
         ({"pattern": "(a|b)"}, "has groups"),
         ({"pattern": "[a-z]+"}, "would lose"),
         ({"vocab_size": 900_000}, "the texts are too small"),
