@@ -1,5 +1,6 @@
 """`opennemo train` and `opennemo plot`: runs from recipes, and their curves."""
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -35,8 +36,11 @@ def train(
     from opennemo.train.trainer import Stopped
 
     settings = read_recipe(recipe, set or ())
-    # PyTorch warns, at each save and load of a checkpoint, that there is one process.
+    # PyTorch warns at each checkpoint that there is one process, at each step that a view must not
+    # be written to (nothing does), and at each gathered weight that two dimensions are two gathers.
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     if launched:
         import torch

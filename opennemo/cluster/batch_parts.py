@@ -9,7 +9,6 @@ folder of the output must be at the same path on every machine. Which machines t
 
 import hashlib
 import json
-import logging
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 from opennemo.batch.lines import OutputLine
 from opennemo.batch.offline import Answerer, Place, places_in
+from opennemo.cluster.local_ray import quiet_ray_data
 from opennemo.errors import InvalidRequest, OpenNemoError
 from opennemo.files import open_whole, write_whole
 from opennemo.progress import progress
@@ -100,8 +100,7 @@ def on_ray(source: Path, folder: Path, parts: list[Part], settings: Settings) ->
     try:
         import ray.data as data  # pyright: ignore[reportMissingImports]
 
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
-        data.DataContext.get_current().enable_progress_bars = False
+        quiet_ray_data()
         made = data.from_items(rows(parts), override_num_blocks=len(parts)).map(
             Maker,  # pyright: ignore[reportArgumentType]  (a class is made once an engine)
             fn_constructor_args=(source, folder, settings),

@@ -1,8 +1,13 @@
-"""A Ray for this process alone: on loopback, closed to others. What it is for is not known here."""
+"""A Ray for this process alone: on loopback, closed to others, and quiet.
 
+It changes the environment and the levels of Ray's loggers, and does not know what Ray is for.
+"""
+
+import logging
 import os
 import secrets
 import sys
+from typing import Any
 
 
 def keep_ray_here() -> None:
@@ -14,3 +19,13 @@ def keep_ray_here() -> None:
     if "ray" not in sys.modules:
         os.environ |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+
+
+def quiet_ray_data() -> Any:
+    """Ray Data's settings, with its bars off and its logs reduced to errors."""
+    import ray.data  # pyright: ignore[reportMissingImports]
+
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    return context

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from opennemo.cluster.local_ray import keep_ray_here
+from opennemo.cluster.local_ray import keep_ray_here, quiet_ray_data
 from opennemo.data.cleaning import Cleaning, Document, Stage, keys, stages
 from opennemo.data.tally import Tally
 from opennemo.data.workers import in_order
@@ -228,9 +228,7 @@ def on_ray(job: Job, files: dict[int, list[Path | str]], workers: int) -> Iterat
 
     if not ray.is_initialized():
         ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    context = ray.data.DataContext.get_current()
-    context.target_max_block_size, context.enable_progress_bars = job.chunk_bytes, False
+    quiet_ray_data().target_max_block_size = job.chunk_bytes
     rows = [{"group": i, "files": [str(absolute(n)) for n in names]} for i, names in files.items()]
     # Half a processor each for reading, or Ray would make one task of both.
     data = ray.data.from_items(rows).flat_map(read, num_cpus=0.5).map(work, num_cpus=1)

@@ -25,8 +25,6 @@ be compiled whole. Sources: Megatron-LM (arXiv:1909.08053), sequence parallel
 (arXiv:2205.05198), ZeRO (arXiv:1910.02054).
 """
 
-import logging
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -135,8 +133,6 @@ def shard_(
     tied = model.config.tied_embeddings
     if mesh is not None and mesh.tensor.size() > 1:
         _check_divides(model, mesh.tensor.size())
-        # No one writes to what a module returned here.
-        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     fully_shard = _fully_shard(mesh, compute_dtype)
     for block in model.layers:
         _cast(block, dtype)
@@ -224,8 +220,6 @@ def head_weight(model: Transformer) -> Tensor:
 
 def whole(tensor: Tensor) -> Tensor:
     """A weight as it would be without ranks; all ranks must ask for it."""
-    # It warns that two dimensions are two gathers.
-    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
