@@ -131,7 +131,7 @@ def run(
     with _packages():
         from opennemo.evals.evaluate import evaluate
         from opennemo.evals.report import show
-        from opennemo.evals.request import Request
+        from opennemo.evals.suites import Request
 
         request = Request(
             model=model, suite=suite, options=options, limit=limit, data=data, output=output,

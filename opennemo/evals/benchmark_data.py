@@ -24,21 +24,14 @@ class BenchmarkData:
             raise InvalidRequest(f"--data {folder}: there is no such folder")
 
     def find(self, name: str, source: str) -> Path:
-        """A file beside the hub's tree; `source` tells where to get it.
-
-        Raises:
-            InvalidRequest: it is not there.
-        """
-        if path := self._look(name):
+        """A file beside the hub's tree; where it is missing, the error names the source."""
+        if path := self.look(name):
             return path
         where = f"{name} is not in {self.folder}" if self.folder else f"{name} is needed"
         raise InvalidRequest(f"{where}: get it from {source} and name its folder with --data")
 
-    def has(self, name: str) -> bool:
-        """Whether there is such a file."""
-        return self._look(name) is not None
-
-    def _look(self, name: str) -> Path | None:
+    def look(self, name: str) -> Path | None:
+        """A file beside the hub's tree, if there is one."""
         folders = (self.folder, self.folder.parent) if self.folder else ()
         return next((folder / name for folder in folders if (folder / name).exists()), None)
 
@@ -59,11 +52,7 @@ class BenchmarkData:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON lines file.
-
-    Raises:
-        InvalidRequest: it cannot be read; names the line.
-    """
+    """The objects of a JSON lines file; raises InvalidRequest, which names a line that is not."""
     try:
         lines = path.read_text("utf-8").split("\n")  # not at U+2028, which texts may hold
     except (OSError, UnicodeDecodeError) as error:

@@ -14,10 +14,9 @@ from typing import Any
 
 from opennemo.errors import InvalidRequest, OpenNemoError
 from opennemo.evals.benchmark_data import BenchmarkData
-from opennemo.evals.request import Outcome, Request
 from opennemo.evals.rows import gather
 from opennemo.evals.runs import Run, digest
-from opennemo.evals.suites import Programs
+from opennemo.evals.suites import Outcome, Programs, Request
 from opennemo.llm import LLM
 
 STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")  # the harness's, where a function ends

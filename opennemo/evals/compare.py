@@ -63,11 +63,7 @@ def holm(values: Sequence[float]) -> list[float]:
 
 
 def side_by_side(runs: Mapping[str, Sequence[ResultRow]]) -> Cells:
-    """A line for each row that all have, differences against the first run, and the mean of all.
-
-    Raises:
-        InvalidRequest: the runs have no row in common.
-    """
+    """A line for each row that all have, differences against the first run, and the mean of all."""
     (base_name, base), *others = ((name, {r.key: r for r in rows}) for name, rows in runs.items())
     keys = [k for k in base if all(k in rows for _, rows in others) and base[k].items]
     if not keys:

@@ -28,7 +28,7 @@ class LocalModel:
 
     @property
     def name(self) -> str:
-        """In reports, and in the keys of remembered answers."""
+        """As in reports, and in the keys of remembered answers."""
         return self.llm.name
 
     def ask(

@@ -12,10 +12,9 @@ from opennemo.errors import InvalidRequest
 from opennemo.evals import report
 from opennemo.evals.compare import side_by_side
 from opennemo.evals.endpoint import LocalModel, is_server, open_model
-from opennemo.evals.request import Request
 from opennemo.evals.rows import ResultRow
 from opennemo.evals.runs import Run, digest, fingerprint
-from opennemo.evals.suites import find_suite, options_of
+from opennemo.evals.suites import Request, find_suite, options_of
 from opennemo.llm import LLM
 from opennemo.model.hub import locate
 

@@ -15,10 +15,9 @@ from opennemo.errors import InvalidRequest, OpenNemoError
 from opennemo.evals.benchmark_data import read_lines
 from opennemo.evals.endpoint import ChatModel
 from opennemo.evals.patches import BFCL_MODEL, call_checker
-from opennemo.evals.request import Outcome, Request
 from opennemo.evals.rows import gather
 from opennemo.evals.runs import Run, digest
-from opennemo.evals.suites import Calls
+from opennemo.evals.suites import Calls, Outcome, Request
 
 CATEGORIES = ("simple_python", "multiple", "parallel", "parallel_multiple", "irrelevance")
 # BFCL's names of types, and JSON schema's.

@@ -20,10 +20,9 @@ from typing import Any
 from opennemo.errors import InvalidRequest, OpenNemoError
 from opennemo.evals.benchmark_data import BenchmarkData, read_lines
 from opennemo.evals.endpoint import ChatModel, open_model
-from opennemo.evals.request import Outcome, Request
 from opennemo.evals.rows import ResultRow, gather
 from opennemo.evals.runs import Run, digest
-from opennemo.evals.suites import Judges
+from opennemo.evals.suites import Judges, Outcome, Request
 from opennemo.llm import LLM
 
 TASKS = ("mt-bench", "wildbench", "calibrate")
@@ -47,11 +46,7 @@ NO_MARK = "the judge gave no mark"
 
 
 def measure(model: ChatModel, request: Request, run: Run) -> Outcome:
-    """Marks of a judge for the model's answers, and the controls that were asked for.
-
-    Raises:
-        InvalidRequest: no judge was named, or a file is missing.
-    """
+    """Marks of a judge for the model's answers, and the controls that were asked for."""
     options: Judges = request.options
     data, judge = BenchmarkData(request.data), options.judge
     if not judge:
@@ -308,7 +303,7 @@ def wild_bench(
     source = "github.com/allenai/WildBench, evaluation"
     template = data.find("wildbench/eval_template.score.v2.md", source).read_text("utf-8")
     name = "WildBench"
-    if data.has("wildbench/tasks.jsonl"):
+    if data.look("wildbench/tasks.jsonl"):
         tasks = data.lines("wildbench/tasks.jsonl", "")[:limit]
     else:
         name = "Arena-Hard, marked by WildBench's template"

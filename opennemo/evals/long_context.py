@@ -20,10 +20,9 @@ from typing import Any
 
 from opennemo.errors import InvalidRequest, OpenNemoError
 from opennemo.evals.benchmark_data import BenchmarkData
-from opennemo.evals.request import Outcome, Request
 from opennemo.evals.rows import gather
 from opennemo.evals.runs import Run, digest
-from opennemo.evals.suites import Haystacks
+from opennemo.evals.suites import Haystacks, Outcome, Request
 from opennemo.llm import LLM
 
 RULER = "github.com/NVIDIA/RULER (its data, as JSON lines)"
@@ -179,11 +178,7 @@ WITHOUT_DATA = ("passkey", "niah_single_1", "niah_multikey_2", "niah_multikey_3"
 
 
 def task(data: BenchmarkData, name: str) -> tuple[Make, int]:
-    """How a task's prompts are made, and the tokens of an answer.
-
-    Raises:
-        InvalidRequest: its data are missing.
-    """
+    """How a task's prompts are made, and the tokens of an answer; its data must be there."""
     match name:
         case "passkey":
             return passkey, 8

@@ -68,11 +68,7 @@ def datasets_from(root: Path, cache: str) -> Iterator[None]:
 
 
 def call_checker() -> Callable[..., dict[str, Any]]:
-    """BFCL's `ast_checker`, beside a table of models that imports no clients.
-
-    Raises:
-        OpenNemoError: the package is not installed.
-    """
+    """BFCL's `ast_checker`, which must be installed, beside a table of models without clients."""
     name = "bfcl_eval.constants.model_config"
     if find_spec("bfcl_eval") is None:
         raise OpenNemoError("BFCL is missing: pip install --no-deps bfcl-eval==2026.3.23")

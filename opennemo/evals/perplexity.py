@@ -9,20 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from opennemo.errors import InvalidRequest
-from opennemo.evals.request import Outcome, Request
 from opennemo.evals.rows import ResultRow
 from opennemo.evals.runs import Run, score_all
-from opennemo.evals.suites import TextFiles
+from opennemo.evals.suites import Outcome, Request, TextFiles
 from opennemo.llm import LLM
 from opennemo.texts import Texts
 
 
 def measure(llm: LLM, request: Request, run: Run) -> Outcome:
-    """Bits per byte of files of texts, one row for each language that they name.
-
-    Raises:
-        InvalidRequest: no file was named.
-    """
+    """Bits per byte of files of texts, one row for each language that they name."""
     options: TextFiles = request.options
     if not options.texts:
         raise InvalidRequest("--suite ppl needs --texts FILE, repeatable")

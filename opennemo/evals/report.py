@@ -5,7 +5,6 @@ two have in common; a number without its standard error, or with trouble, is nev
 """
 
 import csv
-import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -31,33 +30,21 @@ def cells(rows: Sequence[ResultRow], model: str) -> Cells:
     head = ["benchmark", "setting", "items", model, *(f"{name}, announced" for name in announced)]
     lines = [[*head, "also", "trouble"]]
     for row in rows:
-        shown = [_number(row.announced.get(name)) for name in announced]
+        shown = [f"{row.announced[name]:g}" if name in row.announced else "" for name in announced]
         also = ", ".join(f"{name} {value:.3g}" for name, value in row.also.items())
         trouble = "; ".join(f"{what}: {n}" for what, n in row.trouble.items())
         lines.append([row.key, row.setting, f"{row.n:,}", score(row), *shown, also, trouble])
-    return _without_empty_columns(lines)
+    kept = [i for i in range(len(lines[0])) if any(line[i] for line in lines[1:])]
+    return [[line[i] for i in kept] for line in lines]
 
 
 def score(row: ResultRow) -> str:
     """The score with its standard error, or a dash."""
     if row.score is None:
         return "-"
-    return f"{row.score:.{_digits(row)}f}" + (
-        "" if row.error is None else f" ± {row.error:.{_digits(row)}f}"
-    )
-
-
-def _digits(row: ResultRow) -> int:
-    return 1 if row.percent else 3 if row.weights else 2
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:g}"
-
-
-def _without_empty_columns(lines: Cells) -> Cells:
-    kept = [i for i in range(len(lines[0])) if any(line[i] for line in lines[1:])]
-    return [[line[i] for i in kept] for line in lines]
+    digits = 1 if row.percent else 3 if row.weights else 2
+    error = "" if row.error is None else f" ± {row.error:.{digits}f}"
+    return f"{row.score:.{digits}f}{error}"
 
 
 def show(lines: Cells, notes: Sequence[str] = ()) -> None:
@@ -74,11 +61,10 @@ def show(lines: Cells, notes: Sequence[str] = ()) -> None:
         console.print(note, soft_wrap=True, markup=False)
 
 
-def markdown(lines: Cells, title: str = "") -> str:
+def markdown(lines: Cells) -> str:
     head, *rest = [" | ".join(cell.replace("|", "\\|") for cell in line) for line in lines]
     rule = " | ".join("---" for _ in lines[0])
-    text = "\n".join(f"| {line} |" for line in (head, rule, *rest))
-    return f"{title}\n\n{text}\n" if title else f"{text}\n"
+    return "".join(f"| {line} |\n" for line in (head, rule, *rest))
 
 
 def remarks(rows: Sequence[ResultRow]) -> list[str]:
@@ -90,24 +76,21 @@ def write(folder: Path, rows: Sequence[ResultRow], model: str, notes: Sequence[s
     """results.json, .md and .csv."""
     notes = [*notes, *remarks(rows)]
     results = {"model": model, "notes": notes, "rows": [row.as_json() for row in rows]}
-    text = markdown(cells(rows, model), f"# {model}") + "".join(f"\n{note}\n" for note in notes)
+    text = "".join(f"\n{note}\n" for note in notes)
+    text = f"# {model}\n\n{markdown(cells(rows, model))}{text}"
     (folder / "results.md").write_text(text, "utf-8")
-    file = io.StringIO()
-    out = csv.writer(file)
-    out.writerow(["benchmark", "part", "setting", "items", "score", "standard_error", "trouble"])
-    for row in rows:
-        trouble = sum(row.trouble.values())
-        out.writerow([row.name, row.part, row.setting, row.n, row.score, row.error, trouble])
-    (folder / "results.csv").write_text(file.getvalue(), "utf-8")
+    with (folder / "results.csv").open("w", encoding="utf-8", newline="") as file:
+        out = csv.writer(file)
+        names = "benchmark", "part", "setting", "items", "score", "standard_error", "trouble"
+        out.writerow(names)
+        for row in rows:
+            trouble = sum(row.trouble.values())
+            out.writerow([row.name, row.part, row.setting, row.n, row.score, row.error, trouble])
     write_json(folder / "results.json", results)  # last, for it says that the run is done
 
 
 def read(folder: Path) -> tuple[str, list[ResultRow]]:
-    """The model's name and the rows that a run wrote.
-
-    Raises:
-        InvalidRequest: there is no run, or it is not done.
-    """
+    """The model's name and the rows of a run; raises InvalidRequest if it is not done."""
     try:
         results = json.loads((folder / "results.json").read_text("utf-8"))
         return results["model"], [ResultRow.from_json(row) for row in results["rows"]]

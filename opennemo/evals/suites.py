@@ -1,17 +1,18 @@
-"""The suites by name: the module that measures each, and the options that only it has.
+"""The suites by name: the module of each, the options that only it has, what it gets and returns.
 
 A new suite is an entry of `SUITES` and a module with a function `measure(model, request, run)`,
-which returns an `Outcome` (request.py). The command line makes its options from the fields here, so
-this module imports no other.
+which returns an `Outcome`. The command line makes its options from the fields here, so this module
+imports nothing that takes long.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
 
 from opennemo.errors import InvalidRequest
+from opennemo.evals.rows import ResultRow
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,41 @@ class TextFiles:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Request:
+    """A suite of questions to a model."""
+
+    model: str  # a folder, a .gguf, an id of the hub, or the address of a server
+    suite: str
+    options: Any = None  # the suite's own; None: its defaults
+    tasks: tuple[str, ...] = ()
+    limit: int | None = None
+    data: Path | None = None
+    output: Path | None = None
+    device: str | None = None
+    chat: bool = False  # prompts are laid out as conversations, as instruct models are used
+    model_name: str | None = None  # at a server
+    key: str = "none"
+    tokenizer: str | None = None  # of a server's model
+    kv_format: str | None = None
+    kv_scale: float | None = None
+
+    def chosen(self, names: Sequence[str], default: Sequence[str] | None = None) -> Sequence[str]:
+        """The tasks that were asked for, each one of the names; else the default ones, else all."""
+        if unknown := [task for task in self.tasks if task not in names]:
+            raise InvalidRequest(f"--tasks {', '.join(unknown)}: there are {', '.join(names)}")
+        return self.tasks or default or names
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a suite measured."""
+
+    rows: list[ResultRow]
+    items: list[dict[str, Any]] = field(default_factory=list)  # the answers one by one
+    notes: list[str] = field(default_factory=list)  # what must stand beside the rows
+
+
+@dataclass(frozen=True, kw_only=True)
 class Suite:
     """One suite; `servers`: whether a model at a server will do, which measures as a ChatModel."""
 
@@ -85,7 +121,7 @@ class Suite:
     servers: bool = False
     heat_map: bool = False  # drawn by depth and length, instead of bars
 
-    def measure(self, model: Any, request: Any, run: Any) -> Any:
+    def measure(self, model: Any, request: Request, run: Any) -> Outcome:
         """Call the module's function; model is an LLM, or a ChatModel where servers will do."""
         return import_module(f"opennemo.evals.{self.module}").measure(model, request, run)
 
@@ -102,11 +138,7 @@ SUITES = {
 
 
 def find_suite(name: str) -> Suite:
-    """The suite of a name.
-
-    Raises:
-        InvalidRequest: there is none.
-    """
+    """The suite of a name; raises InvalidRequest if there is none."""
     if name not in SUITES:
         raise InvalidRequest(f"--suite {name}: there are {', '.join(SUITES)}")
     return SUITES[name]
@@ -115,6 +147,6 @@ def find_suite(name: str) -> Suite:
 def options_of(suite: Suite) -> Iterator[tuple[str, Any, Any, Option]]:
     """Name, type, default and description of each of a suite's own options."""
     hints = get_type_hints(suite.options, include_extras=True)
-    for field in fields(suite.options):
-        kind, option = get_args(hints[field.name])
-        yield field.name, kind, field.default, option
+    for each in fields(suite.options):
+        kind, option = get_args(hints[each.name])
+        yield each.name, kind, each.default, option

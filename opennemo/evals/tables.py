@@ -12,20 +12,16 @@ from opennemo.errors import InvalidRequest
 from opennemo.evals.benchmark_data import BenchmarkData
 from opennemo.evals.benchmarks import BENCHMARKS, Benchmark
 from opennemo.evals.patches import quiet_harness
-from opennemo.evals.request import Outcome, Request
 from opennemo.evals.rows import MISSING, ResultRow
 from opennemo.evals.runs import Run
+from opennemo.evals.suites import Outcome, Request
 from opennemo.llm import LLM
 
 SHOTS_SEED = 1234  # the harness's own
 
 
 def measure(llm: LLM, request: Request, run: Run) -> Outcome:
-    """Rows of the suite's benchmarks that were asked for by name, task or part; all by default.
-
-    Raises:
-        InvalidRequest: no benchmark has one of those names.
-    """
+    """Rows of the suite's benchmarks that were asked for by name, task or part; all by default."""
     from opennemo.evals.harness import OpenNemoLM
 
     benchmarks, tasks = BENCHMARKS[request.suite], {*request.tasks}

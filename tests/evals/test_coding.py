@@ -6,9 +6,8 @@ from opennemo.errors import InvalidRequest
 from opennemo.evals import coding
 from opennemo.evals.coding import run_program
 from opennemo.evals.evaluate import evaluate
-from opennemo.evals.request import Request
 from opennemo.evals.runs import Run
-from opennemo.evals.suites import Programs
+from opennemo.evals.suites import Programs, Request
 from tests.evals.conftest import write_lines
 
 

@@ -12,8 +12,7 @@ from opennemo.errors import InvalidRequest
 from opennemo.evals import report
 from opennemo.evals.benchmark_data import BenchmarkData
 from opennemo.evals.evaluate import evaluate
-from opennemo.evals.request import Request
-from opennemo.evals.suites import TextFiles
+from opennemo.evals.suites import Request, TextFiles
 from tests.evals.conftest import write_lines
 
 TEXTS = ["in the winter " * 20, "rivers run under ice", "né 🦙 " * 30]

@@ -14,9 +14,8 @@ from opennemo.evals.functions import (
     verdict,
 )
 from opennemo.evals.patches import call_checker
-from opennemo.evals.request import Request
 from opennemo.evals.runs import Run
-from opennemo.evals.suites import Calls
+from opennemo.evals.suites import Calls, Request
 from opennemo.llm import LLM
 from opennemo.tokenizer.messages import check_tools
 

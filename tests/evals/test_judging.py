@@ -20,9 +20,8 @@ from opennemo.evals.judging import (
     wild_bench,
     wild_score,
 )
-from opennemo.evals.request import Request
 from opennemo.evals.runs import Run
-from opennemo.evals.suites import Judges
+from opennemo.evals.suites import Judges, Request
 from tests.evals.conftest import SHARED, needs_shared, serving, write_lines
 
 

@@ -24,9 +24,8 @@ from opennemo.evals.long_context import (
     task,
 )
 from opennemo.evals.report import read
-from opennemo.evals.request import Request
 from opennemo.evals.runs import Run
-from opennemo.evals.suites import Haystacks
+from opennemo.evals.suites import Haystacks, Request
 from tests.evals.conftest import SHARED, needs_shared
 
 SENTENCES = [f"Sentence number {i} of a long speech." for i in range(40)]

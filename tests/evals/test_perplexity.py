@@ -9,9 +9,8 @@ from opennemo.errors import InvalidRequest
 from opennemo.evals import perplexity
 from opennemo.evals.evaluate import evaluate
 from opennemo.evals.report import read
-from opennemo.evals.request import Request
 from opennemo.evals.runs import Run
-from opennemo.evals.suites import TextFiles
+from opennemo.evals.suites import Request, TextFiles
 from opennemo.model.attention import Packed
 from opennemo.model.checkpoint import load
 from tests.evals.conftest import write_lines

@@ -11,10 +11,9 @@ from typer.testing import CliRunner
 from opennemo.cli.evals import with_suites
 from opennemo.evals import report
 from opennemo.evals.evaluate import evaluate
-from opennemo.evals.request import Outcome, Request
 from opennemo.evals.rows import gather
 from opennemo.evals.runs import Run
-from opennemo.evals.suites import SUITES, Option, Suite
+from opennemo.evals.suites import SUITES, Option, Outcome, Request, Suite
 
 
 @dataclass(frozen=True, kw_only=True)
