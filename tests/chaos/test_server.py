@@ -83,7 +83,7 @@ def test_limits_follow_a_clock_that_nobody_sets(monkeypatch):
     monkeypatch.setattr(auth.time, "monotonic", lambda: now)
     for wall in (0.0, 1e12):
         monkeypatch.setattr(auth.time, "time", lambda wall=wall: wall)
-        client = auth.Client("alice", auth.Limits(requests_per_minute=2, tokens_per_minute=100))
+        client = auth.Client("alice", auth.KeyLimits(requests_per_minute=2, tokens_per_minute=100))
         gate = auth.Gatekeeper([client], client.limits)
         for n_tokens in (10, 10):
             gate.admit(client)
