@@ -154,7 +154,7 @@ def recipe_file(make_recipe, tmp_path, shards, tokenizer_folder) -> Path:
 
 
 def wait_for_step(run: Path, step: int) -> None:
-    for _ in range(600):
+    for _ in range(6000):
         path = run / "metrics.jsonl"
         if path.exists() and len(path.read_text().splitlines()) >= step:
             return
