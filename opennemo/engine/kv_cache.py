@@ -57,15 +57,17 @@ class KVCache:
     def n_used(self) -> int:
         return self.n_pages - self.n_free
 
-    def match(self, sequence: Sequence) -> None:
+    def match(self, sequence: Sequence) -> int | None:
         """Give a sequence without pages those that already hold the beginning of its tokens.
 
-        At least its last token is left to compute: there must be a row to take logits from.
+        The tokens from `first_row` on are left to compute: there must be rows to take logits from.
+        -> a page of its leader's that also begins with its next tokens, to be copied: they count as
+        computed.
         """
         assert not sequence.pages and sequence.n_computed == 0
-        if sequence.params.prompt_logprobs is not None:
-            return  # every position's logits are wanted, so every position is computed
-        for i in range((len(sequence.tokens) - 1) // self.page_size):
+        if (n_most := sequence.first_row) == 0:
+            return None
+        for i in range(n_most // self.page_size):
             key, data = self._name(sequence, i)
             page = self._by_key.get(key)
             if page is None or self._pages[page].tokens != data:
@@ -78,13 +80,20 @@ class KVCache:
         sequence.n_cached = sequence.n_computed if sequence.n_output == 0 else sequence.n_cached
         self.n_asked_tokens += len(sequence.tokens)
         self.n_hit_tokens += sequence.n_computed
-
-    def fork(self, parent: Sequence, child: Sequence, n_tokens: int) -> None:
-        """Give a sequence without pages those of another that its first `n_tokens` fill."""
-        assert not child.pages
-        child.pages += parent.pages[: n_tokens // self.page_size]
-        for page in child.pages:
-            self._pages[page].n_users += 1
+        leader, n_shared = sequence.leader, min(sequence.n_shared, n_most)
+        if leader is None or not 0 < n_shared - sequence.n_computed < self.page_size:
+            return None
+        i, page = len(sequence.pages), None
+        if leader.pages:
+            page = leader.pages[i]
+        else:  # it has ended, but its page may still be there
+            key, data = self._name(leader, i, sequence.page_keys)
+            page = self._by_key.get(key)
+            if page is not None and self._pages[page].tokens != data:
+                page = None
+        if page is not None:
+            sequence.n_computed = n_shared
+        return page
 
     def extend(self, sequence: Sequence, n_tokens: int) -> bool:
         """See that the sequence has pages for its first `n_tokens`; False if too few are free."""
@@ -100,8 +109,13 @@ class KVCache:
         return True
 
     def publish(self, sequence: Sequence) -> None:
-        """Name the pages that the sequence has filled, so that others can find them."""
-        for i in range(len(sequence.page_keys), sequence.n_computed // self.page_size):
+        """Name the pages that the sequence has filled, so that others can find them.
+
+        Of a score that is computed, also the last page, which those that it leads copy.
+        """
+        n_full, n_rest = divmod(sequence.n_computed, self.page_size)
+        n_full += n_rest > 0 and sequence.max_tokens == 0 and sequence.n_pending == 0
+        for i in range(len(sequence.page_keys), n_full):
             key, data = self._name(sequence, i)
             sequence.page_keys.append(key)
             if key not in self._by_key:  # two sequences may fill the same page side by side
@@ -131,15 +145,16 @@ class KVCache:
             del self._by_key[key]
             self._pages[page].key, self._pages[page].tokens = None, b""
 
-    def _name(self, sequence: Sequence, i: int) -> tuple[bytes, bytes]:
+    def _name(
+        self, sequence: Sequence, i: int, page_keys: list[bytes] | None = None
+    ) -> tuple[bytes, bytes]:
         """Key of the prefix that ends with page i, and the page's own tokens."""
+        page_keys = sequence.page_keys if page_keys is None else page_keys
         tokens = sequence.tokens[i * self.page_size : (i + 1) * self.page_size]
         data = array("q", tokens).tobytes()
         salt = sequence.salt
         if not self.prefix_caching:  # the answers of one request still share its prompt
             salt += b"/%d" % sequence.request_id
-        parent = (
-            sequence.page_keys[i - 1] if i else hashlib.blake2b(salt, key=self._secret).digest()
-        )
+        parent = page_keys[i - 1] if i else hashlib.blake2b(salt, key=self._secret).digest()
         key = hashlib.blake2b(parent + data, key=self._secret, digest_size=32).digest()
         return key, data

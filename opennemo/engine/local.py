@@ -10,7 +10,8 @@ import itertools
 import logging
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Many
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -19,20 +20,21 @@ from torch import Tensor
 
 from opennemo.engine.kv_cache import KVCache
 from opennemo.engine.loop import Loop
-from opennemo.engine.params import SamplingParams, check_ids, check_request
+from opennemo.engine.params import SamplingParams, check_pair, check_request
 from opennemo.engine.ranks import Ranks
 from opennemo.engine.runner import Runner
-from opennemo.engine.sampler import bias_, sample, token_logprobs
+from opennemo.engine.sampler import bias_, sample, target_logprobs, token_logprobs
 from opennemo.engine.scheduler import Scheduler
-from opennemo.engine.scoring import MAX_LOGITS, Pair, Score, Scoring
+from opennemo.engine.scoring import Pair, Score, Scoring
 from opennemo.engine.sequence import Chunk, Sequence
 from opennemo.engine.sizes import EngineConfig, cache_size
 from opennemo.engine.token import FinishReason, Token, TokenCallback, TokenLogprobs
-from opennemo.errors import ContextTooLong, InvalidRequest, Overloaded
+from opennemo.errors import InvalidRequest, OpenNemoError, Overloaded
 from opennemo.model.lora import Adapter, load_adapter
 from opennemo.model.transformer import Transformer
 
 log = logging.getLogger(__name__)
+MAX_LOGITS = 1 << 26  # of one step: 256 MiB
 
 
 class LocalEngine(Loop):
@@ -63,15 +65,16 @@ class LocalEngine(Loop):
         self.max_context = min(longest, size.n_pages * size.page_size)
         self.cache = KVCache(size.n_pages, size.page_size, config.prefix_caching)
         self.scheduler = Scheduler(
-            self.cache, config.max_batched_tokens, config.max_sequences, config.n_draft_tokens
-        )
+            self.cache, config.max_batched_tokens, config.max_sequences, config.n_draft_tokens,
+            max_rows=max(config.max_sequences, MAX_LOGITS // self.vocab_size),
+        )  # fmt: skip
         if ranks is not None:
             ranks.begin(size)
         self.ranks = ranks
         self.runner = Runner(model, size, config.adapters, ranks)
         self.adapters: dict[str, Adapter] = {}
         self._ids = itertools.count(1)
-        self._sequences: dict[int, list[Sequence]] = {}  # alive, by request
+        self._sequences: dict[int, dict[int, Sequence]] = {}  # alive, by request and index
         self._masks = ThreadPoolExecutor(1, "opennemo-grammar")
 
     def submit(
@@ -102,7 +105,7 @@ class LocalEngine(Loop):
             for i in range(n)
         ]
         for follower in answers[1:]:
-            follower.leader = answers[0]
+            follower.leader, follower.n_shared = answers[0], len(prompt_ids)
         self.call(lambda: self._add(answers))
         return request_id
 
@@ -110,30 +113,19 @@ class LocalEngine(Loop):
         self, pairs: Many[Pair], on_score: Callable[[int, Score], None] | None = None
     ) -> list[Score]:
         for context, continuation in pairs:
-            ids = context + continuation
-            if not context or not continuation:
-                raise InvalidRequest("a context and a continuation need at least one token each")
-            if len(ids) - 1 > self.max_context:
-                raise ContextTooLong(len(ids) - 1, self.max_context)
-            check_ids(ids, self.vocab_size)
-        max_tokens = min(self.config.max_batched_tokens, max(64, MAX_LOGITS // self.vocab_size))
-        scoring = Scoring(pairs, self.cache, self.runner, max_tokens, on_score)
-        done = Future[list[Score]]()
-
-        def go_on() -> None:  # a step of the scoring, between two steps of everybody else's
-            try:
-                if scoring.step():
-                    self.call(go_on)
-                else:
-                    done.set_result(scoring.scores)
-            except BaseException as error:  # noqa: BLE001  the caller raises it
-                scoring.close()
-                done.set_exception(error)
-
-        self.call(go_on)
-        while self._thread is None and not done.done():
-            self.step()
-        return done.result()
+            check_pair(self, context, continuation)
+        scoring = Scoring(next(self._ids), pairs, on_score, self._cancel)
+        if scoring.sequences:
+            self.call(lambda: self._add(scoring.sequences))
+        try:
+            while self._thread is None and not scoring.done.done():
+                self.step()
+            return scoring.done.result()
+        except BaseException:  # an interrupt: nobody waits for the rest
+            if not scoring.done.done():
+                with suppress(OpenNemoError):  # the engine has stopped
+                    self.cancel(scoring.request_id)
+            raise
 
     def cancel(self, request_id: int, index: int | None = None) -> None:
         self.call(lambda: self._cancel(request_id, index))
@@ -177,7 +169,7 @@ class LocalEngine(Loop):
     def _step(self) -> bool:
         chunks = self.scheduler.next_step()
         if not chunks:
-            return bool(self.scheduler.waiting)
+            return bool(self.scheduler.waiting or self.scheduler.scores)
         masks = self._masks.submit(self._fill_masks, chunks)  # while the model runs
         try:
             logits = self.runner.run(chunks)
@@ -190,13 +182,13 @@ class LocalEngine(Loop):
         self._advance(chunks, logits, masks.result())
         return True
 
-    def _add(self, answers: list[Sequence]) -> None:
-        self._sequences[answers[0].request_id] = answers
-        for sequence in answers:
+    def _add(self, sequences: list[Sequence]) -> None:
+        self._sequences[sequences[0].request_id] = {s.index: s for s in sequences}
+        for sequence in sequences:
             self.scheduler.add(sequence)
 
     def _cancel(self, request_id: int, index: int | None = None) -> None:
-        for sequence in list(self._sequences.get(request_id, ())):
+        for sequence in list(self._sequences.get(request_id, {}).values()):
             if index in (None, sequence.index):
                 self._finish(sequence, "cancelled")
 
@@ -215,7 +207,11 @@ class LocalEngine(Loop):
     ) -> None:
         """Book what was computed, choose tokens where a chunk reached its end, and pass them on."""
         ends = list(itertools.accumulate(chunk.n_rows for chunk in chunks))
-        ready = [(c, end - 1) for c, end in zip(chunks, ends, strict=True) if c.reaches_end]
+        ready = [
+            (chunk, end - 1)
+            for chunk, end in zip(chunks, ends, strict=True)
+            if chunk.reaches_end and chunk.sequence.max_tokens
+        ]
         plain = [(chunk, row) for chunk, row in ready if not chunk.draft]
         sequences = [chunk.sequence for chunk, _ in plain]
         bits = {i: masks[s] for i, s in enumerate(sequences) if s in masks}
@@ -223,10 +219,14 @@ class LocalEngine(Loop):
         index = index.to(logits.device, non_blocking=True)
         tokens = sample(logits[index], sequences, self.eos_ids, bits)
         # On a GPU nothing waits for the step before its last number is needed, here.
-        numbers = torch.cat((logits.amax(-1).isfinite(), tokens)).tolist()
+        top = logits.amax(-1)
+        numbers = torch.cat((top.isfinite(), tokens)).tolist()
         healthy, tokens = numbers[: len(logits)], numbers[len(logits) :]
+        scores = self._look_up(chunks, ends, logits, top)
         for chunk, end in zip(chunks, ends, strict=True):
             sequence, start = chunk.sequence, end - chunk.n_rows
+            if sequence.finished:  # another one of its request has failed
+                continue
             if not all(healthy[start:end]):
                 self._finish(sequence, "error", "the model computed a number that is not finite")
                 continue
@@ -237,7 +237,10 @@ class LocalEngine(Loop):
             if sequence.params.prompt_logprobs is not None and sequence.n_output == 0:
                 self._note_prompt_logprobs(chunk, logits[start:end])
             sequence.n_computed += chunk.n_new
+            sequence.scores += scores.get(sequence, ())
             self.cache.publish(sequence)
+            if not (sequence.max_tokens or sequence.n_pending):
+                self._finish(sequence, "stop")
         for (chunk, row), token in zip(plain, tokens, strict=True):
             sequence, n_top = chunk.sequence, chunk.sequence.params.logprobs
             if not sequence.finished:
@@ -246,6 +249,23 @@ class LocalEngine(Loop):
         for chunk, row in ready:
             if chunk.draft and not chunk.sequence.finished:
                 self._check_draft(chunk, logits[row - len(chunk.draft) : row + 1])
+
+    def _look_up(
+        self, chunks: list[Chunk], ends: list[int], logits: Tensor, top: Tensor
+    ) -> dict[Sequence, list[tuple[float, bool]]]:
+        """What the step has computed of each score's targets."""
+        wanted, rows = [], []
+        for chunk, end in zip(chunks, ends, strict=True):
+            after = end - (chunk.sequence.n_computed + chunk.n_new)  # its row of place 0
+            for target in chunk.targets:
+                wanted.append((chunk.sequence, target.token))
+                rows.append(after + target.place)
+        scores: dict[Sequence, list[tuple[float, bool]]] = {}
+        if rows:
+            found = target_logprobs(logits, top, rows, [token for _, token in wanted])
+            for (sequence, _), score in zip(wanted, found, strict=True):
+                scores.setdefault(sequence, []).append(score)
+        return scores
 
     def _check_draft(self, chunk: Chunk, logits: Tensor) -> None:
         """Keep the drafted tokens as far as greedy choice agrees, and the one token after them."""
@@ -263,7 +283,7 @@ class LocalEngine(Loop):
         """Keep how likely the model found each token of the prompt; row i predicts token i + 1."""
         sequence = chunk.sequence
         n_top = sequence.params.prompt_logprobs or 0
-        following = sequence.tokens[sequence.n_computed + 1 :]
+        following = sequence.tokens[len(sequence.prompt_logprobs) :]
         for row, token in zip(logits, following, strict=False):
             sequence.prompt_logprobs.append(token_logprobs(row, token, n_top))
 
@@ -294,7 +314,9 @@ class LocalEngine(Loop):
         sequence.on_token(news)
 
     def _finish(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> None:
-        """End an answer from outside: cancelled, or failed."""
+        """End a sequence without a further token: a score, or cancelled, or failed."""
+        if sequence.finished:
+            return
         self._forget(sequence)
         sequence.on_token(
             Token(
@@ -307,13 +329,13 @@ class LocalEngine(Loop):
         )
 
     def _give_up(self, error: str | None = None) -> None:
-        for sequence in [s for alive in self._sequences.values() for s in alive]:
+        for sequence in [s for alive in self._sequences.values() for s in alive.values()]:
             self._finish(sequence, "error" if error else "cancelled", error)
 
     def _forget(self, sequence: Sequence) -> None:
         sequence.finished = True
         self.scheduler.remove(sequence)
         alive = self._sequences[sequence.request_id]
-        alive.remove(sequence)
+        del alive[sequence.index]
         if not alive:
             del self._sequences[sequence.request_id]

@@ -123,6 +123,22 @@ def check_request(
     return max_context - len(prompt_ids)
 
 
+def check_pair(limits: Limits, context: list[int], continuation: list[int]) -> None:
+    """Refuse what cannot be scored.
+
+    Raises:
+        ContextTooLong: a context with its continuation, but for the last token.
+        InvalidRequest: an empty context or continuation, an id outside the vocabulary.
+    """
+    if not context or not continuation:
+        raise InvalidRequest("a context and a continuation need at least one token each")
+    n = len(context) + len(continuation) - 1
+    if n > limits.max_context:
+        raise ContextTooLong(n, limits.max_context)
+    check_ids(context, limits.vocab_size)
+    check_ids(continuation, limits.vocab_size)
+
+
 def check_ids(ids: list[int], vocab_size: int) -> None:
     """Raise InvalidRequest if one of some ids (at least one) is outside the vocabulary."""
     if not 0 <= min(ids) <= max(ids) < vocab_size:

@@ -100,6 +100,9 @@ class Runner:
     @torch.inference_mode()
     def run(self, chunks: list[Chunk]) -> Tensor:
         """Compute the chunks -> logits (rows, V) in float32, `Chunk.n_rows` each, in order."""
+        for chunk in chunks:
+            if chunk.copy is not None:
+                self.copy_page(*chunk.copy)
         plain = [chunk for chunk in chunks if chunk.sequence.adapter is None]
         if len(plain) == len(chunks):
             return self.compute(self._lay_out(chunks))

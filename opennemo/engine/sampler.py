@@ -6,6 +6,8 @@ own sequence's generator, and finds its token by inverting the cumulative distri
 only for the rare row whose nucleus is larger.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -56,6 +58,21 @@ def token_logprobs(logits: Tensor, token: int, n_top: int) -> TokenLogprobs:
         rank=int((logprobs > own).sum()) + 1,
         top=tuple(zip(ids.tolist(), values.tolist(), strict=True)),
     )
+
+
+def target_logprobs(
+    logits: Tensor, top: Tensor, rows: list[int], tokens: list[int]
+) -> Iterator[tuple[float, bool]]:
+    """Log-probability of each token in its row of (R, V), and whether it is the likeliest.
+
+    `top` (R,) are the largest of each row.
+    """
+    own = logits[torch.tensor(rows), torch.tensor(tokens)]
+    # On a CPU some rows at a time, which stay in the processor's cache.
+    height = 32 if logits.device.type == "cpu" else len(logits)
+    parts = zip(logits.split(height), top[:, None].split(height), strict=True)
+    total = torch.cat([(part - best).exp_().sum(-1) for part, best in parts]).log_() + top
+    return zip((own - total[rows]).tolist(), (own == top[rows]).tolist(), strict=True)
 
 
 def bias_(row: Tensor, sequence: Sequence, eos_ids: frozenset[int]) -> None:

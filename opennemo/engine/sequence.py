@@ -2,18 +2,28 @@
 
 A sequence is a list of token ids of which the first `n_computed` have their keys and values in the
 cache. Prefill, chunked prefill, decoding, recomputation after preemption and the checking of
-drafted tokens are then one thing: compute some of the tokens that are pending. This module knows
+drafted tokens are then one thing: compute some of the tokens that are pending. A score is a
+sequence that generates nothing and wants the log-probabilities of some tokens. This module knows
 no tensors.
 """
 
 import random
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 from opennemo.engine.grammar import Matcher
 from opennemo.engine.params import SamplingParams
 from opennemo.engine.token import TokenCallback, TokenLogprobs
 from opennemo.model.lora import Adapter
+
+
+class Target(NamedTuple):
+    """A token whose log-probability is wanted, after the sequence's token at `place`."""
+
+    place: int
+    token: int
+    pair: int  # which continuation it belongs to; see scoring.py
 
 
 @dataclass(eq=False)
@@ -24,7 +34,7 @@ class Sequence:
     tokens: list[int]
     params: SamplingParams
     on_token: TokenCallback
-    max_tokens: int  # of the answer, after the context's room is taken into account
+    max_tokens: int  # of the answer, after the context's room is taken into account; 0: a score
     index: int = 0
     salt: bytes = b""  # sequences share cached pages only within the same salt
     adapter: Adapter | None = None
@@ -33,8 +43,11 @@ class Sequence:
     n_cached: int = 0
     pages: list[int] = field(default_factory=list)
     page_keys: list[bytes] = field(default_factory=list)  # chain keys of the full pages
-    leader: "Sequence | None" = None  # wait for this one's prompt, then share its pages
+    leader: "Sequence | None" = None  # computes the first `n_shared` tokens, which are the same
+    n_shared: int = 0
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=lambda: [None])
+    targets: list[Target] = field(default_factory=list)  # of a score, by place
+    scores: list[tuple[float, bool]] = field(default_factory=list)  # of `targets`; is it likeliest?
     matcher: Matcher | None = None  # where the answer stands in its grammar
     finished: bool = False
 
@@ -57,6 +70,22 @@ class Sequence:
     def n_output(self) -> int:
         return len(self.tokens) - self.n_prompt
 
+    @property
+    def first_row(self) -> int:
+        """Place of the first token after which logits are wanted."""
+        if self.max_tokens == 0:
+            n = len(self.scores)
+            return self.targets[n].place if n < len(self.targets) else len(self.tokens)
+        if self.params.prompt_logprobs is not None and self.n_output == 0:
+            return len(self.prompt_logprobs) - 1
+        return len(self.tokens) - 1
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether its leader has computed what they share."""
+        leader = self.leader
+        return leader is None or leader.finished or leader.n_computed >= self.n_shared
+
 
 @dataclass(frozen=True)
 class Chunk:
@@ -68,6 +97,7 @@ class Chunk:
     sequence: Sequence
     n_new: int
     draft: tuple[int, ...] = ()
+    copy: tuple[int, int] | None = None  # first copy a page that another fills, into one of its own
 
     @property
     def tokens(self) -> list[int]:
@@ -82,6 +112,12 @@ class Chunk:
     @property
     def n_rows(self) -> int:
         """How many of its last positions are to be turned into logits."""
-        if self.sequence.params.prompt_logprobs is not None and self.sequence.n_output == 0:
-            return self.n_new
-        return 1 + len(self.draft) if self.reaches_end else 0
+        end = self.sequence.n_computed + self.n_new
+        return max(0, min(self.n_new, end - self.sequence.first_row)) + len(self.draft)
+
+    @property
+    def targets(self) -> list[Target]:
+        """What it computes the log-probabilities of."""
+        sequence = self.sequence
+        end = sequence.n_computed + self.n_new
+        return [t for t in sequence.targets[len(sequence.scores) :] if t.place < end]
