@@ -59,7 +59,7 @@ class Runner:
         ranks: Together | None = None,
     ):
         self.model, self._size, self._ranks = model.eval(), size, ranks
-        self._step: Step | None = compile_step(model, release=not adapters)
+        self._step: Step | None = compile_step(model, release=not adapters, kv_format=size.format)
         self._adapted_step = TorchStep(model) if adapters else None
         self.device = model.tok_embeddings.weight.device
         self.pages = size.make(model)
@@ -86,7 +86,7 @@ class Runner:
         """The opposite of `sleep`; the pages are empty."""
         with self._together("wake"):
             if self._step is None:
-                self._step = compile_step(self.model.to(self.device))
+                self._step = compile_step(self.model.to(self.device), kv_format=self._size.format)
             self.pages = self._size.make(self.model)
 
     def copy_page(self, source: int, target: int) -> None:

@@ -56,12 +56,13 @@ class NativeStep:
         )  # fmt: skip
 
 
-def has_kernels(model: Transformer) -> bool:
-    """Whether the kernel computes every format that the model's matrices are in."""
+def has_kernels(model: Transformer, kv_format: str) -> bool:
+    """Whether the kernel computes every format that the model's matrices and its cache are in."""
     halves = ("attention", "feed_forward")
     matrices = [part for block in model.layers for half in halves
                 for part in block.get_submodule(half).children()]  # fmt: skip
-    return None not in map(_format_of, (model.tok_embeddings, model.output, *matrices))
+    formats = map(_format_of, (model.tok_embeddings, model.output, *matrices))
+    return None not in (FORMATS[kv_format].kernel, *formats)
 
 
 def _format_of(module: nn.Module) -> cpu.CpuFormat | None:

@@ -161,6 +161,7 @@ class Format:
     uses: tuple[Use, ...] = ()
     kernel: CpuFormat | None = None  # None: a CPU computes it in PyTorch, as it is defined here
     tensor_cores: bool = False  # whether its product is that of a GPU's FP8 units
+    fused_kv: bool = False  # whether the GPU's kernels write and read such keys and values
     mistral: Mapping[str, str] | None = None  # "quantization" in Mistral's params.json
     # How config.json may say it besides compressed-tensors' way, which follows from the roundings.
     others: tuple[Mapping[str, str], ...] = ()
@@ -225,17 +226,18 @@ def _int8(share: Share) -> Rounding:
 _ROWS = (
     Format(
         name="fp32", weights=_cast(torch.float32), kv=_cast(torch.float32),
-        uses=("load", "cache"), kernel=CpuFormat.FP32,
+        uses=("load", "cache"), kernel=CpuFormat.FP32, fused_kv=True,
     ),
     Format(
         name="bf16", weights=_cast(torch.bfloat16), kv=_cast(torch.bfloat16),
-        uses=("load", "cache"), kernel=CpuFormat.BF16,
+        uses=("load", "cache"), kernel=CpuFormat.BF16, fused_kv=True,
     ),
     # What a model in float16 runs in on a GPU; it is not chosen by name.
-    Format(name="fp16", weights=_cast(torch.float16), kv=_cast(torch.float16)),
+    Format(name="fp16", weights=_cast(torch.float16), kv=_cast(torch.float16), fused_kv=True),
     Format(
         name="fp8", weights=_float8("row"), inputs=_float8("row"), kv=_float8("tensor"),
         uses=("load", "train", "store", "cache"), kernel=CpuFormat.FP8, tensor_cores=True,
+        fused_kv=True,
     ),
     # What every FP8 engine can run: one scale a tensor, the inputs' from calibration.
     Format(
@@ -247,7 +249,7 @@ _ROWS = (
     ),
     Format(
         name="int8", weights=_int8("row"), inputs=_int8(32), kv=_int8("row"),
-        uses=("load", "train", "store", "cache"), kernel=CpuFormat.INT8,
+        uses=("load", "train", "store", "cache"), kernel=CpuFormat.INT8, fused_kv=True,
     ),
     Format(
         name="int4", weights=Int4(dtype=torch.uint8, limit=8, share=32),

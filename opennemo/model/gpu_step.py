@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from opennemo.kernels import gpu
 from opennemo.kernels.paged_attention import paged_attention
 from opennemo.model.attention import Paged
+from opennemo.model.formats import FORMATS
 from opennemo.model.pages import Pages
 from opennemo.model.quantization import QuantizedLinear
 from opennemo.model.torch_step import TorchStep
@@ -97,8 +98,11 @@ class GpuStep:
 
     @torch.inference_mode()
     def __call__(self, tokens: Tensor, attend: Paged, rows: Tensor) -> Tensor:
-        if attend.pages.codes.dtype == gpu.FP8 and not gpu.multiplies_fp8(tokens.device):
-            return self._definition(tokens, attend, rows)  # Triton has no E4M3 there either
+        pages = attend.pages
+        # Where there are no FP8 products, Triton has no E4M3 either.
+        without_fp8 = pages.codes.dtype == gpu.FP8 and not gpu.multiplies_fp8(tokens.device)
+        if without_fp8 or not FORMATS[pages.format].fused_kv:
+            return self._definition(tokens, attend, rows)
         with torch.cuda.device(tokens.device):
             if attend.max_seqlen == 1 and len(tokens) <= BATCHES[-1]:
                 hidden = self._replay(*self.padded(tokens, attend))

@@ -28,13 +28,15 @@ def compile_step(
     model: Transformer,
     n_threads: int | None = None,
     release: bool = False,
+    kv_format: str = "fp32",
 ) -> Step:
     """The fastest step there is for this model; without C++ compiler or Triton, PyTorch's.
 
     A warning says so. On a GPU the last page of the KV cache must belong to nobody.
 
-    `n_threads`, of a CPU, defaults to PyTorch's. With `release` the model's own matrices are
-    emptied as they are packed for it, so that they lie in memory once; PyTorch cannot run it then.
+    `kv_format` is that of the pages. `n_threads`, of a CPU, defaults to PyTorch's. With `release`
+    the model's own matrices are emptied as they are packed for it, so that they lie in memory once;
+    PyTorch cannot run it then.
     """
     device = model.tok_embeddings.weight.device.type
     if device == "cuda" and importlib.util.find_spec("triton"):
@@ -43,7 +45,7 @@ def compile_step(
         return GpuStep(model)
     if device == "cuda":
         warnings.warn("Triton is missing; the model runs in PyTorch, much slower", stacklevel=2)
-    if device != "cpu" or not has_kernels(model):
+    if device != "cpu" or not has_kernels(model, kv_format):
         return TorchStep(model)
     try:
         return NativeStep(model, n_threads or torch.get_num_threads(), release=release)
