@@ -204,6 +204,8 @@ def compare(
         raise InvalidRequest(f"{reference} is not among {', '.join(tokenizers)}")
     n_tokens = {name: Counter[str]() for name in tokenizers}
     n_bytes, n_chars = Counter[str](), Counter[str]()
+    for tokenizer in tokenizers.values():
+        tokenizer.expect_corpus()
     for language, text in texts:
         for name, tokenizer in tokenizers.items():
             n_tokens[name][language] += len(tokenizer.encode(text))

@@ -48,6 +48,7 @@ class OpenNemoLM(TemplateLM):
                 device = None
             pretrained = LLM.load(pretrained, device=device, dtype=kind, format=format)
         self.llm, self.run = pretrained, run
+        self.llm.tokenizer.expect_corpus()
         self.cut: set[str] = set()
         self.max_length = self.llm.engine.max_context
         self._laid_out = False  # whether requests are texts that `apply_chat_template` made

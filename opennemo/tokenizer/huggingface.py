@@ -5,26 +5,23 @@ library sees it, so no text, however spelled, can come out as one. Two families 
 are supported, those whose tokens spell bytes in GPT-2's alphabet (NeMo, Llama 3, Qwen, SmolLM) and
 SentencePiece's with `▁` for a space and `<0x0A>` for a byte (Mistral 7B, Llama 2).
 
-Whoever encodes a lot is soon given `fastokens` instead of `tokenizers`, for the same ids in a ninth
-of the time (docs/log.md); it is held equal by a probe each time it is built, and by the tests.
+The `tokenizers` library encodes prompts, a CorpusEncoder corpora and very long texts, for the same
+ids in a ninth of the time (docs/log.md).
 
 Format: the `tokenizers` library; files beside it: `PreTrainedTokenizerBase` of transformers.
 """
 
 import json
-import math
-import os
-import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tokenizers
 
 from opennemo.errors import CheckpointError
 from opennemo.files import read_json
-from opennemo.tokenizer.bpe import MANY_CHARS, fastokens, probe
+from opennemo.tokenizer.corpus_encoder import CorpusTokenizer
 from opennemo.tokenizer.mistral_template import mistral_version
 from opennemo.tokenizer.spec import (
     added_tokens,
@@ -34,13 +31,16 @@ from opennemo.tokenizer.spec import (
     token_names,
     without_control,
 )
-from opennemo.tokenizer.tokenizer import Tokenizer, repair_surrogates
+from opennemo.tokenizer.tokenizer import repair_surrogates
 
-LONG = MANY_CHARS // 4  # characters that fastokens saves more time for than it takes to build
+if TYPE_CHECKING:
+    import fastokens
+
+LONG = 250_000  # characters, for which a corpus encoder saves more time than it takes to build
 MAX_IDS = 1 << 24  # the largest known vocabularies have a quarter of a million
 
 
-class HuggingFace(Tokenizer):
+class HuggingFace(CorpusTokenizer):
     """A vocabulary in the terms of `tokenizer.json`.
 
     Args:
@@ -79,11 +79,11 @@ class HuggingFace(Tokenizer):
         self.instruct_version = mistral_version(self.control, chat_template, version)
         self.vocab_size = max(names) + 1
         self._bytes = [b""] * self.vocab_size
-        plain = {added["content"] for added in spec.get("added_tokens") or []}
+        self.plain_tokens = {added["content"] for added in spec.get("added_tokens") or []}
         meaning = byte_level_meaning if byte_level else metaspace_meaning
         for id, name in names.items():
             if name not in self.control:
-                self._bytes[id] = name.encode() if name in plain else meaning(name)
+                self._bytes[id] = name.encode() if name in self.plain_tokens else meaning(name)
         without, control_ids = without_control(spec, self.control), {*self.control.values()}
         for name, id in without["model"]["vocab"].items():
             if id in control_ids:  # text could become it
@@ -93,11 +93,9 @@ class HuggingFace(Tokenizer):
             self._tokenizer = tokenizers.Tokenizer.from_str(text_only)
         except Exception as error:  # the library raises nothing narrower
             raise ValueError(str(error)) from error
-        self._fast, self._plain = None, plain
-        # Until fastokens is worth its construction. Only bytes as they are: normalizing, it was
-        # seen to compose some characters that tokenizers leaves apart.
-        suits = fastokens is not None and byte_level and not spec.get("normalizer")
-        self._chars_left: float = MANY_CHARS if suits else math.inf
+        # Only bytes as they are: normalizing, fastokens was seen to compose some characters that
+        # tokenizers leaves apart.
+        self._is_plain_bytes = byte_level and not spec.get("normalizer")
 
     @classmethod
     def load(cls, path: Path) -> "HuggingFace":
@@ -133,44 +131,32 @@ class HuggingFace(Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text alone: no BOS, no EOS, never a control id."""
-        text = repair_surrogates(text)
-        if self._fast is not None:
-            return self._fast.encode(text, add_special_tokens=False).ids
-        before, self._chars_left = self._chars_left, self._chars_left - len(text)
-        if len(text) > LONG and 0 <= before < math.inf:
-            self._chars_left = -1
-            self._build()
-            return self.encode(text)
-        if self._chars_left < 0 <= before:
-            # Not a daemon: killing a thread inside native code at exit can abort the process.
-            threading.Thread(target=self._build, name="build fastokens").start()
-        return self._tokenizer.encode(text).ids
+        if len(text) > LONG:
+            self.expect_corpus()
+        return super().encode(text)
 
-    def _build(self) -> None:
-        """Build fastokens, and take it into use if it agrees with tokenizers."""
-        assert fastokens is not None
-        os.environ.setdefault("FASTOKENS_BPE_THREADS", "1")  # as for Tekken
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode` of many texts, each (n,) uint32, on all processors."""
+        self.expect_corpus()
+        if self.corpus_encoder is not None:
+            return self.corpus_encoder.encode_batch(texts)
+        encodings = self._tokenizer.encode_batch_fast([repair_surrogates(text) for text in texts])
+        return [np.array(encoding.ids, np.uint32) for encoding in encodings]
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """`encode` by tokenizers."""
+        return self._tokenizer.encode(repair_surrogates(text)).ids
+
+    def build_fastokens(self, library: "type[fastokens.Tokenizer]") -> "fastokens.Tokenizer | None":
+        """This vocabulary for fastokens, if its tokens are bytes as they are."""
+        if not self._is_plain_bytes:
+            return None
         spec = json.loads(self._tokenizer.to_str())
         vocabulary = spec["model"]["vocab"]
         # It wants ids without holes: names that no merge leads to can never match.
         holes = {*range(self.vocab_size)} - {*vocabulary.values()}
         vocabulary |= {f"\uf8ff{id}": id for id in holes}
-        try:
-            fast = fastokens.Tokenizer.from_json_str(json.dumps(spec))
-        except (ValueError, AttributeError):  # a kind of vocabulary that it does not know
-            return
-        text = f"{probe()} {' '.join(self._plain)}"
-        if fast.encode(text, add_special_tokens=False).ids == self._tokenizer.encode(text).ids:
-            self._fast = fast
-
-    def __getstate__(self) -> dict[str, Any]:
-        chars_left = max(0, self._chars_left)  # whoever gets a copy builds its own
-        return {**self.__dict__, "_fast": None, "_chars_left": chars_left}
-
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """`encode` of many texts, each (n,) uint32, on all processors."""
-        encodings = self._tokenizer.encode_batch_fast([repair_surrogates(text) for text in texts])
-        return [np.array(encoding.ids, np.uint32) for encoding in encodings]
+        return library.from_json_str(json.dumps(spec))
 
     def spec(self) -> dict[str, Any]:
         """The content of a tokenizer.json with all tokens, the control tokens among them."""

@@ -13,15 +13,14 @@ from importlib.resources import files
 from pathlib import Path
 
 from opennemo.errors import CheckpointError
-from opennemo.tokenizer.bpe import BytePairEncoding
+from opennemo.tokenizer.bpe import BytePairTokenizer
 from opennemo.tokenizer.patterns import PATTERN_OF_RANKS, PATTERNS
 from opennemo.tokenizer.tekken import Tekken
-from opennemo.tokenizer.tokenizer import Tokenizer
 
 OWN = "opennemo-tekken-32k"
 
 
-class RankFile(Tokenizer):
+class RankFile(BytePairTokenizer):
     """A vocabulary without control tokens; the id of a token is its rank.
 
     Raises:
@@ -30,26 +29,17 @@ class RankFile(Tokenizer):
 
     def __init__(self, path: Path):
         try:
-            self._tokens = _read(path.read_bytes())
+            tokens = _read(path.read_bytes())
         except (ValueError, OSError) as error:
             raise CheckpointError(f"{path}: not a tiktoken file ({error})") from error
-        if (pattern := PATTERN_OF_RANKS.get(len(self._tokens))) is None:
+        if (pattern := PATTERN_OF_RANKS.get(len(tokens))) is None:
             known = ", ".join(f"{n:,}" for n in PATTERN_OF_RANKS)
             raise CheckpointError(
-                f"{path}: {len(self._tokens):,} ranks, so its split pattern is unknown "
+                f"{path}: {len(tokens):,} ranks, so its split pattern is unknown "
                 f"(known are files of {known})"
             )
-        self._bpe = BytePairEncoding(PATTERNS[pattern], self._tokens, first_id=0)
-        self.vocab_size, self.control = len(self._tokens), {}
-        self.bos_id = self.eos_id = -1
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of the text."""
-        return self._bpe.encode(text)
-
-    def token_bytes(self, id: int) -> bytes:
-        """The bytes one id stands for; IndexError if out of range."""
-        return self._tokens[id]
+        super().__init__(PATTERNS[pattern], tokens, first_id=0)
+        self.control, self.bos_id, self.eos_id = {}, -1, -1
 
 
 def own_tokenizer() -> Tekken:

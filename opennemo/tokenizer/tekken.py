@@ -22,8 +22,7 @@ import numpy as np
 
 from opennemo.errors import CheckpointError
 from opennemo.files import write_whole
-from opennemo.tokenizer.bpe import BytePairEncoding
-from opennemo.tokenizer.tokenizer import Tokenizer
+from opennemo.tokenizer.bpe import BytePairTokenizer
 
 # The control tokens of files that name none, and the versions of which there are such files.
 V3_SPECIAL_TOKENS = (
@@ -40,7 +39,7 @@ MIN_CACHED_BYTES = 4 << 20  # smaller files are read about as fast as their cach
 CACHE_FORMAT = b"opennemo tekken 1\n"
 
 
-class Tekken(Tokenizer):
+class Tekken(BytePairTokenizer):
     """A byte-level BPE vocabulary in Mistral's layout.
 
     Args:
@@ -70,24 +69,13 @@ class Tekken(Tokenizer):
         self.control = {name: id for id, name in enumerate(names)}
         if len(self.control) < n_special or not {"<s>", "</s>"} <= self.control.keys():
             raise ValueError("its special tokens are not unique, or lack <s> or </s>")
-        self.pattern, self.version, self.n_special = pattern, version, n_special
+        self.version, self.n_special = version, n_special
         self.special_tokens = tuple(special_tokens)
-        self.tokens = list(tokens)
-        if self.tokens[:256] != SINGLE_BYTES:
+        if list(tokens[:256]) != SINGLE_BYTES:
             raise ValueError("the first 256 tokens are not the single bytes in order")
+        super().__init__(pattern, tokens, first_id=n_special)
         self.bos_id, self.eos_id = self.control["<s>"], self.control["</s>"]
-        self.vocab_size = n_special + len(self.tokens)
         self.instruct_version = f"{version}-tekken"
-        self._bytes = [b""] * n_special + self.tokens
-        self._bpe = BytePairEncoding(pattern, self.tokens, first_id=n_special)
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of the text alone: no BOS, no EOS, never a control id."""
-        return self._bpe.encode(text)
-
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """`encode` of many texts, each (n,) uint32, on all processors."""
-        return self._bpe.encode_batch(texts)
 
     @classmethod
     def load(cls, path: Path) -> "Tekken":

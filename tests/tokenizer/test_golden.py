@@ -31,8 +31,8 @@ BLANKS = " \t\n\r\v\f\x1c\x85\u00a0\u2003\u2028\u3000"
 @pytest.fixture(scope="module")
 def ours() -> Tekken:
     tokenizer = Tekken.load(NEMO)
-    tokenizer.encode_batch([])  # the faster library, which is the one that could differ
-    assert tokenizer._bpe._fast is not None
+    tokenizer.expect_corpus()  # the faster library, which is the one that could differ
+    assert tokenizer.corpus_encoder is not None
     return tokenizer
 
 

@@ -5,7 +5,6 @@ import importlib.resources
 import importlib.util
 import json
 import struct
-import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -361,7 +360,7 @@ def test_added_tokens(texts: SimpleNamespace, tmp_path: Path, byte_level: bool):
 
 
 @pytest.mark.parametrize("which", ["smollm2", "nemo", "byte level", "metaspace"])
-def test_who_encodes_a_lot_gets_the_same_ids(
+def test_a_corpus_gets_the_same_ids_faster(
     texts: SimpleNamespace, tmp_path: Path, nemo_folder: Path, which: str
 ):
     pytest.importorskip("fastokens", reason="there is no fastokens for this platform")
@@ -372,14 +371,14 @@ def test_who_encodes_a_lot_gets_the_same_ids(
     assert isinstance(ours, HuggingFace)
     many = [*samples(texts), *texts.random(2000, seed=8), "ab<think>é té<s> <think>", "\ud800", ""]
     expected = [ours.encode(text) for text in many]
-    ours.encode("many " * 300_000)
-    for thread in threading.enumerate():
-        if thread.name == "build fastokens":
-            thread.join()
-    assert (ours._fast is not None) == (which != "metaspace"), "its probe failed"
+    assert ours.corpus_encoder is None
+    ours.encode("many " * 60_000)  # a long text by itself is worth it
+    assert (ours.corpus_encoder is not None) == (which != "metaspace"), "its probe failed"
     assert [ours.encode(text) for text in many] == expected
     twin = copy.deepcopy(ours)  # what another process is given
-    assert twin._fast is None and [twin.encode(text) for text in many[:99]] == expected[:99]
+    assert (
+        twin.corpus_encoder is None and [twin.encode(text) for text in many[:99]] == expected[:99]
+    )
 
 
 def test_settings_beside_a_tokenizer_json(tmp_path: Path):

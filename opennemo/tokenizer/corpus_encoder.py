@@ -1,0 +1,139 @@
+"""Encodes corpora by `fastokens`, up to ten times as fast as the libraries that encode prompts.
+
+Building it takes up to a second, so only a caller that asks gets it (`Tokenizer.expect_corpus`).
+It is taken only if it agrees with the other library on a text that would show a difference, since
+the two read patterns by regular expression engines of their own; the tests compare far more text.
+
+fastokens 0.3.5 would start threads of its own for long texts, which never come back from a hundred
+thousand newlines. It reads how many from the environment at its first long text, and takes no other
+setting, so `_one_thread` stands around that one. `tests/tokenizer/test_bpe.py` shows both.
+"""
+
+import os
+from abc import abstractmethod
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from opennemo.tokenizer.tokenizer import Tokenizer, repair_surrogates
+
+if TYPE_CHECKING:
+    import fastokens
+
+BATCH_CHARS = 1 << 19  # what a thread encodes at a time, some 10 ms
+
+
+class CorpusEncoder:
+    """Texts to ids on all processors, without Python's lock."""
+
+    def __init__(self, library: "fastokens.Tokenizer"):
+        self._library = library
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text; lone surrogates count as U+FFFD."""
+        return self._encode_batch([text])[0].tolist()
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of many texts, each (n,) uint32."""
+        batches = list(_batches(texts))
+        if len(batches) < 2:
+            return [ids for batch in batches for ids in self._encode_batch(batch)]
+        with ThreadPoolExecutor() as threads:
+            return [ids for part in threads.map(self._encode_batch, batches) for ids in part]
+
+    def _encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        try:
+            ids, offsets = self._library.encode_batch_flat(texts)
+        except UnicodeEncodeError:
+            ids, offsets = self._library.encode_batch_flat([repair_surrogates(t) for t in texts])
+        writable = np.frombuffer(ids, "<u4").astype(np.uint32)
+        return np.split(writable, np.frombuffer(offsets, "<u8")[1:-1])
+
+
+class CorpusTokenizer(Tokenizer):
+    """A tokenizer that a CorpusEncoder makes faster once a corpus is expected.
+
+    Attributes:
+        corpus_encoder: None before, and where there is none for this platform or vocabulary.
+        plain_tokens: texts that are a token each by decree, not by merging.
+    """
+
+    corpus_encoder: CorpusEncoder | None = None
+    plain_tokens: Collection[str] = ()
+
+    @abstractmethod
+    def encode_prompt(self, text: str) -> list[int]:
+        """`encode` by the library that is ready at once."""
+
+    @abstractmethod
+    def build_fastokens(self, library: "type[fastokens.Tokenizer]") -> "fastokens.Tokenizer | None":
+        """This vocabulary for fastokens, None if it does not suit; ValueError if it is refused."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text alone: no BOS, no EOS, never a control id."""
+        encoder = self.corpus_encoder
+        return encoder.encode(text) if encoder else self.encode_prompt(text)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode` of many texts, each (n,) uint32, on all processors."""
+        self.expect_corpus()
+        encoder = self.corpus_encoder
+        return encoder.encode_batch(texts) if encoder else super().encode_batch(texts)
+
+    def expect_corpus(self) -> None:
+        """Build the corpus encoder, once, and keep it if it agrees with `encode_prompt`."""
+        if "corpus_encoder" in vars(self):
+            return
+        self.corpus_encoder = None
+        try:
+            import fastokens  # here, because it takes as long to import as a prompt to encode
+
+            library = self.build_fastokens(fastokens.Tokenizer)
+        except (ImportError, ValueError, AttributeError, OSError):
+            return
+        if library is not None:
+            encoder, text = CorpusEncoder(library), " ".join([*self.plain_tokens, probe() * 8])
+            with _one_thread():
+                ids = encoder.encode(text)
+            if ids == self.encode_prompt(text):
+                self.corpus_encoder = encoder
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "corpus_encoder"}
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    name = "FASTOKENS_BPE_THREADS"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
+
+
+def probe() -> str:
+    """A text that would show a difference: every script, blanks, digits, cases, look-alikes."""
+    scripts = "".join(chr(c) for c in range(0, 0x30000, 23) if not 0xD800 <= c < 0xE000)
+    blanks = " ".join(f"a{'  ' * n}\t{n}\n{' ' * n}b\r\n\n" for n in range(9))
+    words = "DON'T don't I'LL camelCase HTTPServer x86_64 12345 3.14 <s>[INST]</s> //\n/* é e\u0301"
+    return f"{words}{blanks}{scripts}{words}"
+
+
+def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
+    """The texts in order, about `BATCH_CHARS` at a time."""
+    batch, n_chars = [], 0
+    for text in texts:
+        batch.append(text)
+        n_chars += len(text)
+        if n_chars >= BATCH_CHARS:
+            yield batch
+            batch, n_chars = [], 0
+    if batch:
+        yield batch
