@@ -17,14 +17,7 @@ from typing import Any
 import torch
 
 from opennemo.engine import Engine, EngineConfig, LocalEngine, SamplingParams
-from opennemo.engine.grammar import (
-    ANY_TEXT,
-    GrammarCompiler,
-    Kind,
-    tagged_call_grammar,
-    text_without,
-    tool_call_grammar,
-)
+from opennemo.engine.grammar import GrammarCompiler, Kind, call_grammar
 from opennemo.engine.ranks import Ranks
 from opennemo.engine.scoring import Pair, Score
 from opennemo.errors import InvalidRequest
@@ -35,9 +28,10 @@ from opennemo.model.hub import locate
 from opennemo.model.quantization import quantize_, quantize_head_
 from opennemo.model.tensor_parallel import check_divides, load_share
 from opennemo.model.transformer import Transformer
-from opennemo.reply import TAG, Reply, TextStream
+from opennemo.reply import Reply, TextStream
 from opennemo.tokenizer import Tokenizer, load_tokenizer
-from opennemo.tokenizer.chat import Message, encode_chat
+from opennemo.tokenizer.calls import CallSyntax
+from opennemo.tokenizer.chat import Message, call_syntax, encode_chat
 from opennemo.tokenizer.messages import Tool
 
 __all__ = ["LLM", "Reply", "TextStream"]
@@ -170,16 +164,16 @@ class LLM:
         """
         allowed, required = _choose_tools(tools or [], tool_choice)
         ids = encode_chat(self.tokenizer, messages, tools if allowed else None)
-        marker = self.tokenizer.control.get("[TOOL_CALLS]")
+        syntax = call_syntax(self.tokenizer)
+        announcing_id = self.tokenizer.control.get(syntax.marks[0])
         if allowed:
-            format = self._answer_format(allowed, required, parallel_tool_calls, format)
-        elif marker is not None:
+            format = self._answer_format(syntax, allowed, required, parallel_tool_calls, format)
+        elif announcing_id is not None:
             bias = sampling.get("logit_bias", self.defaults.logit_bias)
-            sampling["logit_bias"] = {**bias, marker: -100.0}
+            sampling["logit_bias"] = {**bias, announcing_id: -100.0}
         if format is not None:
             sampling["grammar"] = self.grammars.compile(*format)
-        calls = (TAG if marker is None else marker) if allowed else None
-        return self._submit(ids, sampling, stop, calls, adapter, n, salt)
+        return self._submit(ids, sampling, stop, syntax if allowed else None, adapter, n, salt)
 
     def complete(
         self,
@@ -219,30 +213,32 @@ class LLM:
         return GrammarCompiler(tokens, tokenizer.control, tokenizer.eos_id, tokenizer.encode)
 
     def _answer_format(
-        self, tools: list[Tool], required: bool, parallel: bool, format: tuple[Kind, str] | None
+        self,
+        syntax: CallSyntax,
+        tools: list[Tool],
+        required: bool,
+        parallel: bool,
+        format: tuple[Kind, str] | None,
     ) -> tuple[Kind, str]:
         """A grammar of calls, or else of text, which follows `format` if there is one."""
-        tools, control = [_closed(tool) for tool in tools], self.tokenizer.control
-        is_tagged, text = "[TOOL_CALLS]" not in control, None
-        if not required:
-            text = text_without(TAG) if is_tagged else f"/{ANY_TEXT}/"
+        text = None
         if format is not None and not required:
             if format[0] not in ("json_object", "json_schema"):
                 raise InvalidRequest(
                     f"a {format[0]} cannot be combined with tools that may be used"
                 )
             text = f"%json {format[1] or json.dumps({'type': 'object'})}"
-        if not is_tagged:
-            return "lark", tool_call_grammar(tools, text=text, parallel=parallel)
-        tags = (tag if tag in control else json.dumps(tag) for tag in (TAG, "</tool_call>"))
-        return "lark", tagged_call_grammar(tools, *tags, text=text, parallel=parallel)
+        closed, control = [_closed(tool) for tool in tools], self.tokenizer.control
+        return "lark", call_grammar(
+            syntax, closed, control, required=required, text=text, parallel=parallel
+        )
 
     def _submit(
         self,
         ids: list[int],
         sampling: Mapping[str, Any],
         stop: tuple[str, ...] = (),
-        calls: int | str | None = None,
+        calls: CallSyntax | None = None,
         adapter: str | None = None,
         n: int = 1,
         salt: bytes = b"",

@@ -15,10 +15,8 @@ from dataclasses import dataclass, field, replace
 from opennemo.engine import Engine, Token
 from opennemo.errors import OpenNemoError
 from opennemo.tokenizer import Tokenizer
-from opennemo.tokenizer.calls import Call, CallParser
+from opennemo.tokenizer.calls import Call, CallParser, CallSyntax
 from opennemo.tokenizer.chat import Message, parse_reply
-
-TAG = "<tool_call>"  # announces a call where the vocabulary has no token for it
 
 
 @dataclass
@@ -72,14 +70,14 @@ class Reply:
         prompt_ids: list[int],
         n: int,
         stop: tuple[str, ...],
-        calls: int | str | None,
+        calls: CallSyntax | None,
     ):
         self.id = 0  # the engine's, once it is submitted
         self.prompt_ids = prompt_ids
         n, key = min(max(n, 1), 100), secrets.token_hex(8)  # ids of calls differ between replies
         self.answers = [Answer() for _ in range(n)]
         self._texts = [TextStream(tokenizer, stop, calls) for _ in range(n)]
-        self._parsers = [CallParser(f"{key}/{i}") for i in range(n)]
+        self._parsers = [CallParser(calls, f"{key}/{i}") for i in range(n)] if calls else []
         self._tokenizer, self._engine = tokenizer, engine
         self._arrived: queue.SimpleQueue[Token] = queue.SimpleQueue()
         self._wake: Callable[[], object] | None = None
@@ -207,24 +205,25 @@ class TextStream:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, stop: tuple[str, ...] = (), calls: int | str | None = None
+        self, tokenizer: Tokenizer, stop: tuple[str, ...] = (), calls: CallSyntax | None = None
     ):
         self.stopped: str | None = None  # by this stop string
         self.calling = False
         self._stop = tuple(s for s in stop if s)
-        self._calls = calls
-        self._tag_id = tokenizer.control.get(calls) if isinstance(calls, str) else calls
+        mark = calls.marks[0] if calls else None  # what announces calls, as an id or as a text
+        self._announcing_id = tokenizer.control.get(mark or "")
+        self._announcement = mark if self._announcing_id is None else None
         self._stream = tokenizer.stream()
         self._held = ""
 
     def push(self, id: int) -> str:
-        if id == self._tag_id and self._calls is not None:
+        if id == self._announcing_id:
             self.calling = True
         return self._release(self._stream.push(id))
 
     def flush(self) -> str:
         """What was still held back, at the end of the answer."""
-        self._calls = None
+        self._announcement = None
         piece = self._release(self._stream.flush())
         held, self._held = self._held, ""
         return piece if self.stopped else piece + held
@@ -232,16 +231,15 @@ class TextStream:
     def _release(self, piece: str) -> str:
         if self.stopped:
             return ""
-        if isinstance(self._calls, str) and not self.calling:
+        if self._announcement and not self.calling:
             piece, self._held = self._held + piece, ""
-            if self._calls.startswith(piece):
-                self._held = piece * (piece != self._calls)
-                self.calling = piece == self._calls
+            if len(piece) < len(self._announcement) and self._announcement.startswith(piece):
+                self._held = piece
                 return ""
-            self.calling = piece.startswith(self._calls)
+            self.calling = piece.startswith(self._announcement)
             if self.calling:
-                return piece.removeprefix(self._calls)
-            self._calls = None  # it begins with other words, so no calls follow
+                return piece.removeprefix(self._announcement)
+            self._announcement = None  # it begins with other words, so no calls follow
         text, self._held = self._held + piece, ""
         if not self._stop or self.calling:
             return text

@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 
 from opennemo.errors import InvalidRequest
 from opennemo.llm import LLM
-from opennemo.reply import TAG, TextStream
+from opennemo.reply import TextStream
+from opennemo.tokenizer.calls import TAGS
 from opennemo.tokenizer.tekken import SINGLE_BYTES, Tekken
 
+TAG = TAGS.marks[0]
 BYTES = Tekken(r"(?s:.)", SINGLE_BYTES, n_special=64)  # one token a byte
 SCHEMA = {
     "type": "object",
@@ -25,7 +27,7 @@ ASK = [{"role": "user", "content": "What is the weather in Rome?"}]
 
 @given(st.sampled_from(["", TAG, TAG[:5], "say " + TAG]), st.text("<toENDl>_c", max_size=12))
 def test_a_tag_at_the_beginning_announces_calls_and_turns_stop_strings_off(head, tail):
-    stream, text = TextStream(BYTES, ("END",), TAG), head + tail
+    stream, text = TextStream(BYTES, ("END",), TAGS), head + tail
     out = "".join(stream.push(id) for id in BYTES.encode(text)) + stream.flush()
     if text.startswith(TAG):
         assert stream.calling and out == text.removeprefix(TAG)

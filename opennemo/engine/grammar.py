@@ -7,14 +7,17 @@ The engine sees only `Grammar.start()` and what `Matcher` offers.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import lru_cache
+from itertools import groupby
 from typing import Any, Literal
 
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
 from opennemo.errors import InvalidRequest
+from opennemo.tokenizer.calls import CallSyntax, to_json
 
 Kind = Literal["json_object", "json_schema", "regex", "choice", "lark"]
 
@@ -116,54 +119,72 @@ class GrammarCompiler:
         return Grammar(matcher, kind, source)
 
 
-def tool_call_grammar(
-    tools: Sequence[Mapping[str, Any]], *, text: str | None = None, parallel: bool = True
+def call_grammar(
+    syntax: CallSyntax,
+    tools: Sequence[Mapping[str, Any]],
+    control: Collection[str],
+    *,
+    required: bool = True,
+    text: str | None = None,
+    parallel: bool = True,
 ) -> str:
-    """Lark source of a Mistral v3 answer that calls declared tools with valid arguments.
+    """Lark source of an answer that calls declared tools with valid arguments, in a syntax.
 
-    The answer is a call, or several if `parallel`; or `text`, which is Lark as well, if that is
-    given. Calls are spelt as models learnt them: `[TOOL_CALLS][{"name": ..., "arguments": ...}]`.
+    The answer is a call, or several if `parallel`; or, if none is `required`, `text`, which is
+    Lark as well, by default any that cannot be mistaken for calls. `control` are the names of
+    control tokens.
 
     Raises:
         InvalidRequest: there is no tool to call.
     """
-    many = '(", " call)*' if parallel else ""
-    instead = f" | text\ntext: {text}" if text else ""
-    return f'start: <TOOL_CALLS> "[" call {many} "]"{instead}\n{_calls_of(tools)}'
+
+    def lark(pattern: str) -> str:
+        return _lark(syntax.parts(pattern), control)
+
+    instead = ""
+    if not required:
+        announcement = syntax.marks[0]
+        anything = f"/{ANY_TEXT}/" if announcement in control else _text_without(announcement)
+        instead = f" | text\ntext: {text or anything}"
+    # Small models would go on calling for ever where nothing but tags tells calls apart.
+    times = "*" if syntax.is_list else f"{{0,{MAX_CALLS - 1}}}"
+    many = f"({lark(syntax.separator)} call){times}" if parallel else ""
+    calls = f"calls: {lark(syntax.before)} call {many} {lark(syntax.after)}"
+    return f"start: calls{instead}\n{calls}\n{_calls_of(syntax, tools, control)}"
 
 
-def tagged_call_grammar(
-    tools: Sequence[Mapping[str, Any]], begin: str, end: str, *, text: str | None = None,
-    parallel: bool = True,
-) -> str:  # fmt: skip
-    """The same where each call, an object in JSON, stands between the tags `begin` and `end`.
-
-    The tags are Lark: a control token or a string. Text of any kind never begins with a tag.
-    """
-    # Small models would go on calling for ever.
-    many = f'("\\n" tagged){{0,{MAX_CALLS - 1}}}' if parallel else ""
-    instead = f" | text\ntext: {text}" if text else ""
-    return (
-        f"start: calls{instead}\ncalls: tagged {many}\n"
-        f'tagged: {begin} "\\n" call "\\n" {end}\n{_calls_of(tools)}'
-    )
+def _lark(
+    parts: Iterable[str], control: Collection[str], values: Mapping[str, str] | None = None
+) -> str:
+    """Parts of a pattern in Lark: control tokens, $arguments as a rule, and texts."""
+    terms, values = [], values or {}
+    for is_text, run in groupby(parts, lambda part: part not in control and part != "$arguments"):
+        if is_text:
+            terms.append(json.dumps("".join(values.get(part, part) for part in run)))
+        else:
+            terms += [values.get(part, f"<{_bare(part)}>") for part in run]
+    return " ".join(terms)
 
 
-def text_without(tag: str) -> str:
+def _text_without(tag: str) -> str:
     """Lark of any text that does not hold the tag."""
-    return f"PLAIN\nPLAIN: /{ANY_TEXT}/ & ~/{ANY_TEXT}{tag}{ANY_TEXT}/"
+    literal = re.escape(tag).replace("/", r"\/")
+    return f"PLAIN\nPLAIN: /{ANY_TEXT}/ & ~/{ANY_TEXT}{literal}{ANY_TEXT}/"
 
 
-def _calls_of(tools: Sequence[Mapping[str, Any]]) -> str:
+def _calls_of(
+    syntax: CallSyntax, tools: Sequence[Mapping[str, Any]], control: Collection[str]
+) -> str:
     """Lark of `call`: a call to one of the tools; arguments in any order, if there is room."""
     if not tools:
         raise InvalidRequest("a tool call is required, but no tools are given")
-    made = [(tool["function"]["name"], tool["function"].get("parameters")) for tool in tools]
+    functions = [(tool["function"]["name"], tool["function"].get("parameters")) for tool in tools]
     for free in (True, False):
         rules = [f"call: {' | '.join(f'call_{i}' for i in range(len(tools)))}"]
-        for i, (name, schema) in enumerate(made):
-            begin = f'{{"name": {json.dumps(name)}, "arguments": '
-            rules.append(f'call_{i}: {json.dumps(begin)} args_{i} "}}"')
+        for i, (name, schema) in enumerate(functions):
+            values = {"$name": to_json(name), "$arguments": f"args_{i}"}
+            parts = syntax.parts(syntax.call.replace("$id", ""))
+            rules.append(f"call_{i}: {_lark(parts, control, values)}")
             rules += (free and _in_any_order(i, schema)) or [f"args_{i}: {_json(schema or _ANY)}"]
         if sum(map(len, rules)) < 3 * MAX_SOURCE // 4:  # what else there is comes on top
             break
@@ -235,8 +256,7 @@ class _Vocabulary:
         self._single = {token[0]: id for id, token in enumerate(tokens) if len(token) == 1}
         self._encode = encode
         for name, id in control.items():
-            bare = name[1:-1] if name[:1] + name[-1:] in ("[]", "<>") else name
-            self.tokens[id] = f"<{bare}>".encode()
+            self.tokens[id] = f"<{_bare(name)}>".encode()
 
     def __call__(self, text: bytes | str) -> list[int]:
         """Ids of text that a grammar forces, the model's own spelling of it if `encode` is known.
@@ -270,6 +290,11 @@ def _to_llguidance(kind: Kind, source: str) -> str:
     if _depth(value) > MAX_DEPTH:
         raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
     return LLMatcher.grammar_from_json_schema({"x-guidance": _JSON_STYLE, **value})
+
+
+def _bare(name: str) -> str:
+    """The name of a control token without its brackets."""
+    return name[1:-1] if name[:1] + name[-1:] in ("[]", "<>") else name
 
 
 def _first_line(text: str) -> str:

@@ -1,15 +1,104 @@
-"""Tool calls out of text that is still being written, in time linear in the text.
+"""How models write tool calls: one object, which layouts, parsers and grammars follow.
 
-One state machine reads both spellings, Mistral's array behind `[TOOL_CALLS]` and objects in
-`<tool_call>` tags, for both are JSON objects with a name and arguments, and all that lies between
-them is ignored. Arguments are passed on as the model wrote them. Streams and whole answers are
-read by the same code, so that they cannot differ.
+A `CallSyntax` is the pattern of one call and what stands around calls. From it follow what a layout
+writes for earlier calls (`write`), what a grammar allows (engine/grammar.py), and how answers are
+read: `CallParser` reads streams, and `read_calls` gives it whole answers and is strict, since an
+answer that is no call stays text. To add a syntax, add an object here and name it in a row of
+chat_layouts.py, or, for templates, in TEMPLATE_SYNTAXES.
 """
 
 import json
-from dataclasses import dataclass
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
+from opennemo.errors import InvalidRequest
 from opennemo.tokenizer.messages import hash_id
+
+
+@dataclass(frozen=True)
+class CallSyntax:
+    """How calls are written: `before`, calls with `separator` between them, `after`.
+
+    Attributes:
+        call: the pattern of a call, an object in JSON, with $name, $arguments and $id.
+        id: the pattern that takes the place of $id in a call that has an id; "" if ids are not
+            written.
+        marks: what is a control token in the patterns, or text in a vocabulary without it. The
+            first announces calls.
+    """
+
+    marks: tuple[str, ...]
+    call: str
+    id: str = ""
+    before: str = ""
+    separator: str = ""
+    after: str = ""
+
+    @property
+    def is_list(self) -> bool:
+        """Calls are announced once, not each by itself."""
+        return bool(self.before)
+
+    @property
+    def keys(self) -> dict[str, str]:
+        """Key of a call's object -> name, arguments or id."""
+        aliases = {"parameters": "arguments"}  # as Llama 3 has it
+        return aliases | dict(re.findall(r'"(\w+)": \$(\w+)', self.call + self.id))
+
+    def parts(self, pattern: str) -> list[str]:
+        """A pattern in pieces: marks, $name, $arguments and $id by themselves, texts between."""
+        own = [re.escape(mark) for mark in self.marks]
+        return [part for part in re.split(f"({'|'.join(own)}|\\$[a-z]+)", pattern) if part]
+
+    def write(self, calls: Iterable[Mapping[str, Any]], control: Collection[str] = ()) -> list[str]:
+        """Calls in OpenAI's shape as text, control token, text, control token, ..., text.
+
+        Raises:
+            InvalidRequest: the arguments cannot be written as JSON.
+        """
+        pieces = [""]
+        for part, value in self._filled(calls):
+            if value is None and part in control:
+                pieces += [part, ""]
+            else:
+                pieces[-1] += part if value is None else value
+        return pieces
+
+    def _filled(self, calls: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, str | None]]:
+        """Parts of the patterns, with the values of $name, $arguments and $id."""
+        lead = self.before
+        for call in calls:
+            values = {f"${key}": to_json(value) for key, value in call["function"].items()}
+            values |= {"$id": to_json(call["id"])} if "id" in call else {}
+            pattern = lead + self.call.replace("$id", self.id if "id" in call else "")
+            yield from ((part, values.get(part)) for part in self.parts(pattern))
+            lead = self.separator
+        yield from ((part, None) for part in self.parts(self.after))
+
+    def bare(self, pattern: str) -> str:
+        """A pattern without marks and without blanks around it."""
+        return "".join(part for part in self.parts(pattern) if part not in self.marks).strip()
+
+
+# Mistral's: an array behind a control token. Version 2 writes no ids.
+ARRAY_WITHOUT_IDS = CallSyntax(
+    marks=("[TOOL_CALLS]",),
+    before="[TOOL_CALLS][",
+    call='{"name": $name, "arguments": $arguments$id}',
+    separator=", ",
+    after="]",
+)
+ARRAY = replace(ARRAY_WITHOUT_IDS, id=', "id": $id')
+# Hermes', which others took over: an object in each pair of tags.
+TAGS = CallSyntax(
+    marks=("<tool_call>", "</tool_call>"),
+    call='<tool_call>\n{"name": $name, "arguments": $arguments}\n</tool_call>',
+    separator="\n",
+)
+# For models with a template: the first whose announcement is a control token, or else the last.
+TEMPLATE_SYNTAXES = (ARRAY, TAGS)
 
 
 @dataclass(kw_only=True)
@@ -23,10 +112,24 @@ class Call:
 
 
 class CallParser:
-    """Feed it text; it tells of calls. `key` makes ids differ between requests."""
+    """Reads calls out of text that is still being written, in time linear in the text.
 
-    def __init__(self, key: str):
-        self._key, self._index = key, -1
+    It looks for objects in JSON that have the keys of the syntax, and passes arguments on as the
+    model wrote them. What lies between objects it keeps, for `read_calls` to judge.
+
+    Args:
+        key: what ids are made from, so that they differ between requests.
+
+    Attributes:
+        sources: the objects that are complete.
+        between: texts before, between and behind the objects, one more than those.
+    """
+
+    def __init__(self, syntax: CallSyntax, key: str):
+        self.sources: list[str] = []
+        self.between: list[list[str]] = [[]]
+        self._keys, self._key, self._index = syntax.keys, key, -1
+        self._source: list[str] = []
         self._depth = 0  # of braces and brackets inside a call; 0: between calls
         self._in_string = self._escaped = False
         self._field: str | None = None  # the one whose value is being read
@@ -34,14 +137,17 @@ class CallParser:
         self._n_arguments = 0
 
     def feed(self, text: str) -> list[Call]:
-        """Read on. A new call is told of once its name is known; its arguments as they come."""
+        """Read on. A new call comes once its name is complete, its arguments as they are read."""
         news: list[Call] = []
         for char in text:
             if self._depth == 0:
-                if char == "{":
-                    self._depth, self._field, self._name = 1, None, ""
-                    self._raw, self._pending, self._n_arguments = [], [], 0
+                if char != "{":
+                    self.between[-1].append(char)
+                    continue
+                self._depth, self._field, self._name, self._source = 1, None, "", [char]
+                self._raw, self._pending, self._n_arguments = [], [], 0
                 continue
+            self._source.append(char)
             if self._in_string:
                 self._in_string = self._escaped or char != '"'
                 self._escaped = char == "\\" and not self._escaped
@@ -56,7 +162,7 @@ class CallParser:
                     self._end_call(news)
                     continue
             elif self._depth == 1 and char == ":":
-                self._field, self._raw = self._string(), []
+                self._field, self._raw = self._keys.get(_string(self._raw)), []
                 continue
             elif self._depth == 1 and char == ",":
                 self._end_value(news)
@@ -64,32 +170,112 @@ class CallParser:
             elif self._depth == 1 and char.isspace():
                 continue
             (self._pending if self._field == "arguments" else self._raw).append(char)
-        self._tell(news)
+        if not self._is_string_of_arguments:
+            self._pass_on(news)
         return news
+
+    @property
+    def unfinished(self) -> str:
+        """The beginning of an object that has not ended."""
+        return "".join(self._source) if self._depth else ""
+
+    @property
+    def _is_string_of_arguments(self) -> bool:
+        """The arguments are an object in a string, which nothing is passed on of until it ends."""
+        return not self._n_arguments and self._pending[:1] == ['"']
 
     def _end_value(self, news: list[Call]) -> None:
         if self._field == "name":
-            self._name = self._string()
+            self._name = _string(self._raw)
             self._index += 1
             id = hash_id(f"{self._key}/{self._index}")
             news.append(Call(index=self._index, id=id, name=self._name))
-        self._tell(news)
+        elif self._is_string_of_arguments:
+            self._pending = [_string(self._pending)]
+        self._pass_on(news)
         self._field, self._raw = None, []
 
     def _end_call(self, news: list[Call]) -> None:
         if self._name and not self._n_arguments:
             self._pending = ["{}"]
-            self._tell(news)
+            self._pass_on(news)
+        self.sources.append("".join(self._source))
+        self.between.append([])
 
-    def _tell(self, news: list[Call]) -> None:
+    def _pass_on(self, news: list[Call]) -> None:
         if self._name and self._pending:
             news.append(Call(index=self._index, arguments="".join(self._pending)))
             self._n_arguments += len(self._pending)
             self._pending = []
 
-    def _string(self) -> str:
-        try:
-            value = json.loads("".join(self._raw))
-        except ValueError:
-            return ""
-        return value if isinstance(value, str) else ""
+
+def read_calls(syntax: CallSyntax, text: str) -> tuple[list[dict], str]:
+    """The calls of a whole text behind an announcement, in OpenAI's shape, and what follows them.
+
+    A call has the id that the model wrote, or "".
+
+    Raises:
+        ValueError: they are not well-formed.
+    """
+    parser = CallParser(syntax, "")
+    parser.feed(text)
+    sources, between = parser.sources, ["".join(chars) for chars in parser.between]
+    between[-1] += parser.unfinished
+    # Models that write calls one by one may put them into an array, too.
+    array = [syntax.bare(pattern) for pattern in (syntax.before, syntax.separator, syntax.after)]
+    opening, separator, closing = array if syntax.is_list else "[,]"
+    n, is_array = 1, between[0].strip() == opening
+    if not sources or not (is_array or between[0].isspace() or not between[0]):
+        raise ValueError("it does not begin with a call")
+    while is_array and n < len(sources) and between[n].strip() == separator:
+        n += 1
+    rest = between[n].lstrip()
+    if is_array and not rest.startswith(closing):
+        raise ValueError("the array of calls does not end")
+    rest = rest.removeprefix(closing if is_array else "").lstrip()
+    for source, text in zip(sources[n:], between[n + 1 :], strict=True):
+        rest += source + text
+    for mark in syntax.marks[1:]:
+        rest = rest.removeprefix(mark)
+    calls = [_read_call(syntax, source) for source in sources[:n]]
+    return calls, rest if rest.strip() else ""
+
+
+def to_json(value: Any) -> str:
+    """A value as models learn JSON; InvalidRequest if it cannot be written."""
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidRequest(f"tools or arguments: cannot be written as JSON: {error}") from None
+
+
+def _read_call(syntax: CallSyntax, source: str) -> dict:
+    """One call that a model wrote, in OpenAI's shape; ValueError if it is not well-formed."""
+    fields: dict[str, Any] = {"arguments": {}, "id": ""}
+    keys = syntax.keys
+    fields |= {keys[key]: value for key, value in _from_json(source).items() if key in keys}
+    name, arguments, id = fields.get("name"), fields["arguments"], fields["id"]
+    if not isinstance(name, str):
+        raise ValueError("a call is an object with a name")
+    if isinstance(arguments, dict):
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    elif not isinstance(arguments, str) or not isinstance(_from_json(arguments), dict):
+        raise ValueError("arguments are an object, or a string that holds one")
+    (name + arguments).encode()  # half a surrogate pair could not be sent to anyone
+    function = {"name": name, "arguments": arguments}
+    return {"id": id if isinstance(id, str) else "", "type": "function", "function": function}
+
+
+def _from_json(text: str) -> Any:
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def _string(characters: list[str]) -> str:
+    try:
+        value = json.loads("".join(characters))
+    except ValueError:
+        return ""
+    return value if isinstance(value, str) else ""

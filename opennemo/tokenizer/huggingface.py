@@ -21,8 +21,8 @@ import tokenizers
 
 from opennemo.errors import CheckpointError
 from opennemo.files import read_json
+from opennemo.tokenizer.chat_layouts import layout_version
 from opennemo.tokenizer.corpus_encoder import CorpusTokenizer
-from opennemo.tokenizer.mistral_template import mistral_version
 from opennemo.tokenizer.spec import (
     added_tokens,
     byte_level_meaning,
@@ -76,7 +76,7 @@ class HuggingFace(CorpusTokenizer):
         self.bos_id, self.eos_id, self.add_bos = bos_id, eos_id, add_bos
         self.chat_template = chat_template
         version = "v3-tekken" if byte_level else "v3"
-        self.instruct_version = mistral_version(self.control, chat_template, version)
+        self.instruct_version = layout_version(self.control, chat_template, version)
         self.vocab_size = max(names) + 1
         self._bytes = [b""] * self.vocab_size
         self.plain_tokens = {added["content"] for added in spec.get("added_tokens") or []}

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from opennemo.tokenizer.bpe import merge
+from opennemo.tokenizer.chat_layouts import LAYOUTS
 from opennemo.tokenizer.huggingface import HuggingFace
-from opennemo.tokenizer.mistral_template import mistral_template
 from opennemo.tokenizer.sentencepiece import SentencePiece
 from opennemo.tokenizer.spec import byte_level_spec, spelled
 from opennemo.tokenizer.tekken import Tekken
@@ -49,9 +49,10 @@ def save_huggingface(tokenizer: Tokenizer, folder: Path) -> None:
         "clean_up_tokenization_spaces": False,
     }
     config |= {f"{name[1:-1]}_token": name for name in ("<unk>", "<pad>") if name in names.values()}
-    template = tokenizer.chat_template or mistral_template(tokenizer.instruct_version or "")
-    if template:
-        config["chat_template"] = template
+    if tokenizer.chat_template:
+        config["chat_template"] = tokenizer.chat_template
+    elif layout := LAYOUTS.get(tokenizer.instruct_version or ""):
+        config["chat_template"] = layout.template
     for name, content in (("tokenizer.json", spec), ("tokenizer_config.json", config)):
         (folder / name).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
 

@@ -13,7 +13,7 @@ import numpy as np
 from sentencepiece import SentencePieceProcessor
 
 from opennemo.errors import CheckpointError
-from opennemo.tokenizer.mistral_template import mistral_version
+from opennemo.tokenizer.chat_layouts import layout_version
 from opennemo.tokenizer.spec import added_tokens
 from opennemo.tokenizer.tokenizer import Tokenizer, repair_surrogates
 
@@ -57,7 +57,7 @@ class SentencePiece(Tokenizer):
             raise ValueError("it has no token that begins or ends a text")
         self.dummy_prefix = self._model.encode("a", out_type=str)[0].startswith("▁")
         self.chat_template, self.add_bos = chat_template, add_bos
-        self.instruct_version = instruct_version or mistral_version(
+        self.instruct_version = instruct_version or layout_version(
             self.control, chat_template, "v3"
         )
         if self.instruct_version is None and chat_template is None:

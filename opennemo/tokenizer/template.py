@@ -28,10 +28,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from opennemo.errors import CheckpointError, InvalidRequest
+from opennemo.tokenizer.calls import TAGS
+from opennemo.tokenizer.chat_layouts import Segment
 from opennemo.tokenizer.tokenizer import Tokenizer
-
-Segment = tuple[int | str, bool]
-"""A control id or a piece of text, and whether a model is trained to write it."""
 
 MAX_RENDERED = 1 << 24  # characters; a million tokens of prose are about 5 million
 RAISED_BY_TEMPLATES = (
@@ -160,11 +159,8 @@ def _spell_out_tools(messages: Sequence[dict], tools: Sequence[dict]) -> list[di
         role, content = message["role"], message["content"]
         if role == "tool":
             role, content = "user", f"<tool_response>\n{content}\n</tool_response>"
-        calls = [
-            f"<tool_call>\n{json.dumps(call['function'], ensure_ascii=False)}\n</tool_call>"
-            for call in message.get("tool_calls", [])
-        ]
-        content = "\n".join(([content] if content or not calls else []) + calls)
+        calls = "".join(TAGS.write(message.get("tool_calls", [])))
+        content = "\n".join(filter(None, (content, calls)))
         if role == "user" and spelled and spelled[-1]["role"] == "user":
             spelled[-1]["content"] += f"\n{content}"
         else:
@@ -177,8 +173,7 @@ def _spell_out_tools(messages: Sequence[dict], tools: Sequence[dict]) -> list[di
         about_tools = (
             f"These functions can be called:\n<tools>\n{definitions}\n</tools>\n"
             "A call is written as its name and arguments in JSON:\n"
-            '<tool_call>\n{"name": "...", "arguments": {...}}\n</tool_call>'
-        )
+        ) + TAGS.call.replace("$name", '"..."').replace("$arguments", "{...}")
         spelled[0]["content"] = f"{spelled[0]['content']}\n\n{about_tools}".lstrip("\n")
     return spelled
 

@@ -22,7 +22,8 @@ import numpy as np
 from opennemo.errors import InvalidRequest
 from opennemo.texts import open_lines
 from opennemo.tokenizer import Tokenizer
-from opennemo.tokenizer.chat import MISTRAL_LAYOUTS, encode_for_training
+from opennemo.tokenizer.chat import encode_for_training
+from opennemo.tokenizer.chat_layouts import LAYOUTS
 from opennemo.tokenizer.messages import Message, Tool
 from opennemo.train.shapes import (
     answer_of,
@@ -163,7 +164,7 @@ class Reader:
     def examples(self, row: dict[str, Any], report: Report) -> list[Example]:
         messages, tools = conversation_of(row)
         conversation = checked(messages, tools)
-        split = tools and self.tokenizer.instruct_version in MISTRAL_LAYOUTS
+        split = tools and self.tokenizer.instruct_version in LAYOUTS
         parts = split_at_answers(messages) if split else [messages]
         examples = [self._encode(part, tools) for part in parts]
         self._count(report, row, conversation, examples)

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from opennemo.errors import CheckpointError, InvalidRequest
 from opennemo.tokenizer.chat import encode_chat
+from opennemo.tokenizer.chat_layouts import CONTROL_TOKENS
 from opennemo.tokenizer.load import load_tokenizer
-from opennemo.tokenizer.mistral_template import CONTROL_TOKENS
 from opennemo.tokenizer.tekken import Tekken
 from tests.chaos import loaders, mutations
 from tests.chaos.sandbox import Sandbox

@@ -17,7 +17,7 @@ import pytest
 from opennemo.engine.grammar import KEPT, GrammarCompiler
 from opennemo.errors import InvalidRequest
 from opennemo.tokenizer import Tokenizer
-from opennemo.tokenizer.calls import CallParser
+from opennemo.tokenizer.calls import ARRAY, CallParser
 from opennemo.tokenizer.chat import encode_chat
 from opennemo.tokenizer.load import load_tokenizer
 from opennemo.tokenizer.sentencepiece import SentencePiece
@@ -225,7 +225,7 @@ ANSWERS = ["[", "{", '"', '[{"name": "', "\\", '{"a":', "[TOOL_CALLS]", "\\u12",
 @pytest.mark.parametrize("unit", ANSWERS)
 def test_calls_that_never_end_are_read_in_pieces(unit):
     """A scanner without backtracking: each character is looked at once, whatever came before."""
-    whole, parts = CallParser("x"), CallParser("x")
+    whole, parts = CallParser(ARRAY, "x"), CallParser(ARRAY, "x")
     text = '[{"name": "f", "arguments": {"a": ' + unit * 2000
     calls = whole.feed(text)
     starts = range(0, len(text), 7)
@@ -237,7 +237,7 @@ def test_calls_that_never_end_are_read_in_pieces(unit):
 @pytest.mark.parametrize("unit", ANSWERS)
 def test_a_megabyte_of_a_call_takes_linear_time(unit):
     def feed(n: int) -> None:
-        parser = CallParser("x")
+        parser = CallParser(ARRAY, "x")
         text = '[{"name": "f", "arguments": {"a": ' + unit * (n // len(unit))
         for start in range(0, len(text), 16):
             parser.feed(text[start : start + 16])

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opennemo.engine import LocalEngine, SamplingParams
-from opennemo.engine.grammar import ANY_TEXT, GrammarCompiler, tool_call_grammar
+from opennemo.engine.grammar import GrammarCompiler, call_grammar
 from opennemo.errors import InvalidRequest
+from opennemo.tokenizer.calls import ARRAY
 
 # A vocabulary of 320: 64 control tokens, then every single byte.
 CONTROL = {"<unk>": 0, "<s>": 1, "</s>": 2, "[TOOL_CALLS]": 9}
@@ -90,7 +91,7 @@ def test_greedy_and_min_tokens_give_way_to_the_grammar(model, compiler):
 
 @pytest.mark.parametrize("parallel", [True, False])
 def test_a_required_tool_call_is_always_a_valid_call(model, compiler, parallel):
-    source = tool_call_grammar(TOOLS, parallel=parallel)
+    source = call_grammar(ARRAY, TOOLS, CONTROL, parallel=parallel)
     numbers = set()
     for ids in ask(model, [compiler.compile("lark", source)] * 12, max_tokens=230):
         assert ids[0] == 9
@@ -115,7 +116,7 @@ def test_arguments_come_in_any_order_each_once_and_none_is_missing(compiler, nam
     said = [*names[:n], *(names[:1] if twice else [])]
     pairs = ", ".join(f"{json.dumps(name)}: {json.dumps(values[name])}" for name in said)
     call = f'[{{"name": "f", "arguments": {{{pairs}}}}}]'
-    matcher = compiler.compile("lark", tool_call_grammar([tool])).start()
+    matcher = compiler.compile("lark", call_grammar(ARRAY, [tool], CONTROL)).start()
     taken = [matcher.advance(id) is None for id in (9, *(64 + byte for byte in call.encode()))]
     right = len({*said}) == len(said) and {"b", "d"} <= {*said}
     assert (all(taken) and matcher.advance(2) is None) == right
@@ -135,7 +136,7 @@ def test_what_a_schema_says_beyond_its_properties_holds(compiler):
         }
     }
     for arguments, right in (('{"a": "x", "b": 1}', True), ('{"a": "y"}', False)):
-        matcher = compiler.compile("lark", tool_call_grammar([tool])).start()
+        matcher = compiler.compile("lark", call_grammar(ARRAY, [tool], CONTROL)).start()
         call = f'[{{"name": "f", "arguments": {arguments}}}]'.encode()
         taken = [matcher.advance(id) is None for id in (9, *(64 + byte for byte in call))]
         assert all(taken) == right
@@ -150,11 +151,11 @@ def test_a_tool_whose_schema_is_none_is_refused(compiler, strange):
     schema = {"type": "object", "properties": {"a": {}}, "additionalProperties": False} | strange
     tool = {"function": {"name": "f", "parameters": schema}}
     with pytest.raises(InvalidRequest):
-        compiler.compile("lark", tool_call_grammar([tool]))
+        compiler.compile("lark", call_grammar(ARRAY, [tool], CONTROL))
 
 
 def test_any_json_object_and_text_or_calls_can_be_walked(compiler):
-    free = compiler.compile("lark", tool_call_grammar(TOOLS, text=f"/{ANY_TEXT}/"))
+    free = compiler.compile("lark", call_grammar(ARRAY, TOOLS, CONTROL, required=False))
     for answer in ([*b"Hello"], [*b""]):
         matcher = free.start()
         assert all(matcher.advance(64 + b) is None for b in answer)
@@ -190,7 +191,7 @@ def test_grammars_that_cannot_be_are_refused_in_one_line(compiler, kind, source,
 
 def test_no_tools_to_call_is_said(compiler):
     with pytest.raises(InvalidRequest, match="no tools"):
-        tool_call_grammar([])
+        call_grammar(ARRAY, [], CONTROL)
 
 
 @pytest.mark.parametrize("regex", ["a+", "(a|b)+c{100000}"])

@@ -12,8 +12,8 @@ from transformers import AutoTokenizer, GenerationConfig
 from opennemo.errors import CheckpointError
 from opennemo.model.companions import copy_companions, read_generation_config
 from opennemo.model.hub import locate
+from opennemo.tokenizer.chat_layouts import LAYOUTS
 from opennemo.tokenizer.load import load_tokenizer
-from opennemo.tokenizer.mistral_template import mistral_template
 from opennemo.tokenizer.patterns import PATTERNS
 from opennemo.tokenizer.tekken import SINGLE_BYTES, Tekken
 
@@ -43,7 +43,7 @@ def assert_alike(folder: Path, source: Path) -> None:
         begin = [ours.bos_id] if ours.add_bos else []
         assert theirs.encode(text) == begin + ids
     assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos_id, ours.eos_id)
-    template = ours.chat_template or mistral_template(ours.instruct_version or "")
+    template = ours.chat_template or LAYOUTS[ours.instruct_version or ""].template
     assert theirs.chat_template == again.chat_template == template
     assert again.instruct_version == ours.instruct_version
     assert sorted(again.control.values()) == sorted(ours.control.values())

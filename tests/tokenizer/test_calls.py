@@ -1,4 +1,4 @@
-"""Tool calls read from a stream, at every split point, against the parser of whole answers."""
+"""Tool calls as layouts write them, streams and whole answers are read, and grammars allow them."""
 
 import json
 from typing import Any
@@ -7,8 +7,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opennemo.tokenizer.calls import Call, CallParser
-from opennemo.tokenizer.chat import parse_reply
+from opennemo.engine.grammar import GrammarCompiler, call_grammar
+from opennemo.tokenizer.calls import (
+    ARRAY,
+    ARRAY_WITHOUT_IDS,
+    TAGS,
+    Call,
+    CallParser,
+    CallSyntax,
+    read_calls,
+)
+from opennemo.tokenizer.chat import (
+    call_syntax,
+    encode_chat,
+    encode_for_training,
+    parse_reply,
+)
+from opennemo.tokenizer.chat_layouts import LAYOUTS, Layout
 from opennemo.tokenizer.tekken import SINGLE_BYTES, Tekken
 
 BYTES = Tekken(r"(?s:.)", SINGLE_BYTES, n_special=64)
@@ -27,8 +42,8 @@ CALLS = st.lists(
 )
 
 
-def read(pieces: list[str]) -> list[tuple[str, str, str]]:
-    parser, calls = CallParser("request"), []
+def read(pieces: list[str], syntax: CallSyntax = ARRAY) -> list[tuple[str, str, str]]:
+    parser, calls = CallParser(syntax, "request"), []
     for piece in pieces:
         for call in parser.feed(piece):
             if call.name:
@@ -76,7 +91,97 @@ def test_nonsense_never_fails_and_splits_alike(text, at):
         ('[{"name": "a", "arguments": {"}": "]{\\""}, "id": "123"}]', [("a", '{"}": "]{\\""}')]),
         ('[{"name": "a"}, {"name": "b", "arguments": {}}]', [("a", "{}"), ("b", "{}")]),
         ('[{"nom": "a", "arguments": {}}]', []),
+        ('[{"name": "a", "arguments": "{\\"x\\": 1}"}]', [("a", '{"x": 1}')]),
+        ('[{"name": "a", "parameters": {"x": 1}}]', [("a", '{"x": 1}')]),
     ],
 )
 def test_what_is_odd(text, want):
     assert [(name, arguments) for _, name, arguments in read([text])] == want
+
+
+# What no model has: a control token and a text as marks, other keys, another list.
+TOY = CallSyntax(
+    marks=("[TOOL_CALLS]", "<<end>>"),
+    before="[TOOL_CALLS]do ",
+    call='{"tool": $name, "with": $arguments$id}',
+    id=', "number": $id',
+    separator="; ",
+    after=" done<<end>>",
+)
+TOOL = {"type": "function", "function": {"name": "é[TOOL_CALLS]", "parameters": {"type": "object"}}}
+
+
+def call(name: str, arguments: dict, id: str | None = None) -> dict:
+    ids = {} if id is None else {"id": id}
+    return {**ids, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+@pytest.fixture
+def toy(monkeypatch: pytest.MonkeyPatch) -> Tekken:
+    """A model with a layout of its own; this row is all that it takes."""
+    monkeypatch.setitem(LAYOUTS, "toy-tekken", Layout(source="v1.jinja", calls=TOY))
+    return Tekken(r"(?s:.)", SINGLE_BYTES, n_special=64, version="toy")
+
+
+def test_a_toy_syntax_is_written_and_read(toy: Tekken):
+    assert call_syntax(toy) == TOY
+    question = {"role": "user", "content": "Go."}
+    calls = [call("f", {"a": [1, "}"]}, "abcdefghi"), call("g", {"b": "<<end>>"}, "123456789")]
+    results = [{"role": "tool", "tool_call_id": c["id"], "content": "1"} for c in calls]
+    answer = {"role": "assistant", "content": "Well.", "tool_calls": calls}
+    prompt = encode_chat(toy, [question])
+    later = encode_chat(toy, [question, answer, *results])
+    written = later[len(prompt) : later.index(toy.eos_id)]
+    assert toy.decode(written, show_control=True) == (
+        'Well.[TOOL_CALLS]do {"tool": "f", "with": {"a": [1, "}"]}, "number": "abcdefghi"}; '
+        '{"tool": "g", "with": {"b": "<<end>>"}, "number": "123456789"} done<<end>>'
+    )
+    texts = [
+        {**c, "function": {**c["function"], "arguments": json.dumps(c["function"]["arguments"])}}
+        for c in calls
+    ]
+    assert parse_reply(toy, written) == {**answer, "tool_calls": texts}
+    learned, mask = encode_for_training(toy, [question, answer])
+    lesson = [id for id, learn in zip(learned, mask, strict=True) if learn]
+    assert "number" not in toy.decode(lesson)
+    reply = parse_reply(toy, lesson)
+    assert [c["function"] for c in reply["tool_calls"]] == [c["function"] for c in texts]
+    assert reply["content"] == "Well."
+
+
+def test_a_toy_syntax_is_read_alike_at_every_split_point():
+    text = 'do {"tool": "f", "with": {"a": "}"}}; {"tool": "g", "number": "123456789"} done<<end>>'
+    whole = read([text], TOY)
+    assert [(name, arguments) for _, name, arguments in whole] == [("f", '{"a": "}"}'), ("g", "{}")]
+    assert all(read([text[:at], text[at:]], TOY) == whole for at in range(len(text)))
+    calls, rest = read_calls(TOY, text)
+    assert [tuple(c["function"].values()) for c in calls] == [
+        (name, arguments) for _, name, arguments in whole
+    ]
+    assert rest == "" and calls[1]["id"] == "123456789"
+    for broken in (text.replace("; ", ", "), text.replace(" done", ""), "it " + text):
+        with pytest.raises(ValueError, match=r"array|begin"):
+            read_calls(TOY, broken)
+
+
+@pytest.mark.parametrize("syntax", [ARRAY, ARRAY_WITHOUT_IDS, TAGS, TOY])
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_grammar_allows_what_a_layout_writes_and_nothing_else(syntax: CallSyntax, n: int):
+    compiler = GrammarCompiler(
+        [BYTES.token_bytes(id) for id in range(BYTES.vocab_size)], BYTES.control, BYTES.eos_id
+    )
+    name = TOOL["function"]["name"]
+    ids: list[int] = []
+    for i, piece in enumerate(syntax.write([call(name, {"a": 1})] * n, BYTES.control)):
+        ids += [BYTES.control[piece]] if i % 2 else BYTES.encode(piece)
+    for parallel in (True, False):
+        source = call_grammar(syntax, [TOOL], BYTES.control, parallel=parallel)
+        matcher = compiler.compile("lark", source).start()
+        taken = [matcher.advance(id) is None for id in [*ids, BYTES.eos_id]]
+        assert all(taken) == (parallel or n == 1)
+    if_any = call_grammar(syntax, [TOOL], BYTES.control, required=False)
+    matcher = compiler.compile("lark", if_any).start()
+    assert all(matcher.advance(id) is None for id in [*BYTES.encode("No."), BYTES.eos_id])
+    matcher = compiler.compile("lark", if_any).start()
+    broken = BYTES.encode("a") + ids
+    assert not all(matcher.advance(id) is None for id in [*broken, BYTES.eos_id])

@@ -20,8 +20,8 @@ from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
 from opennemo.errors import InvalidRequest
 from opennemo.tokenizer.chat import encode_chat, encode_for_training
+from opennemo.tokenizer.chat_layouts import LAYOUTS
 from opennemo.tokenizer.load import load_tokenizer
-from opennemo.tokenizer.mistral_template import mistral_template
 from opennemo.tokenizer.saving import save_huggingface
 from opennemo.tokenizer.tokenizer import Tokenizer
 
@@ -218,14 +218,14 @@ def test_transformers_makes_the_same_ids_of_a_converted_folder(version: str, tmp
 
 
 def test_what_a_template_refuses():
-    assert mistral_template("v7-tekken") is None
+    assert "v7-tekken" not in LAYOUTS
     tokenizer = ours("v3-tekken")
     by_template = copy.copy(tokenizer)
-    by_template.instruct_version, by_template.chat_template = None, mistral_template("v3-tekken")
+    by_template.instruct_version, by_template.chat_template = None, LAYOUTS["v3-tekken"].template
     assert encode_chat(by_template, ROUND_TRIP, [WEATHER]) == encode_chat(
         tokenizer, ROUND_TRIP, [WEATHER]
     )
-    by_template.chat_template = mistral_template("v1")
+    by_template.chat_template = LAYOUTS["v1"].template
     with pytest.raises(InvalidRequest, match="not trained to use tools"):
         encode_chat(by_template, ROUND_TRIP, [WEATHER])
 
