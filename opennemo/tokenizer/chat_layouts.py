@@ -33,7 +33,7 @@ CONTROL_TOKENS = {  # of v2 and v3
 
 
 @dataclass(frozen=True)
-class Layout:
+class ChatLayout:
     """What tells a layout from the others.
 
     Attributes:
@@ -70,7 +70,7 @@ def _result_with_id(turn: Message) -> Any:
     return {"content": json_or_text(turn["content"]), "call_id": turn["tool_call_id"]}
 
 
-V2 = Layout(
+V2 = ChatLayout(
     calls=ARRAY_WITHOUT_IDS,
     result=_named_result,
     forgets=True,
@@ -82,7 +82,7 @@ V2 = Layout(
         "%call_id": "''",
     },
 )
-V3 = Layout(
+V3 = ChatLayout(
     calls=ARRAY,
     result=_result_with_id,
     source="v2-and-v3.jinja",
@@ -93,7 +93,7 @@ V3 = Layout(
         "%call_id": """', "id": ' + nine(call.id)""",
     },
 )
-LAYOUTS = {"v1": Layout(source="v1.jinja"), "v2": V2, "v3": V3, "v3-tekken": V3}
+LAYOUTS = {"v1": ChatLayout(source="v1.jinja"), "v2": V2, "v3": V3, "v3-tekken": V3}
 
 
 def layout_version(
@@ -112,7 +112,7 @@ def layout_version(
 
 
 def segments(
-    layout: Layout, tokenizer: Tokenizer, conversation: list[Message], tools: list[Tool]
+    layout: ChatLayout, tokenizer: Tokenizer, conversation: list[Message], tools: list[Tool]
 ) -> Iterator[Segment]:
     """A conversation in normal form as the layout has it; InvalidRequest if it has no place."""
     control = tokenizer.control

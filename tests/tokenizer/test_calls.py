@@ -23,7 +23,7 @@ from opennemo.tokenizer.chat import (
     encode_for_training,
     parse_reply,
 )
-from opennemo.tokenizer.chat_layouts import LAYOUTS, Layout
+from opennemo.tokenizer.chat_layouts import LAYOUTS, ChatLayout
 from opennemo.tokenizer.tekken import SINGLE_BYTES, Tekken
 
 BYTES = Tekken(r"(?s:.)", SINGLE_BYTES, n_special=64)
@@ -119,7 +119,7 @@ def call(name: str, arguments: dict, id: str | None = None) -> dict:
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch) -> Tekken:
     """A model with a layout of its own; this row is all that it takes."""
-    monkeypatch.setitem(LAYOUTS, "toy-tekken", Layout(source="v1.jinja", calls=TOY))
+    monkeypatch.setitem(LAYOUTS, "toy-tekken", ChatLayout(source="v1.jinja", calls=TOY))
     return Tekken(r"(?s:.)", SINGLE_BYTES, n_special=64, version="toy")
 
 
