@@ -27,7 +27,13 @@ from opennemo.files import read_json, write_json
 from opennemo.model.checkpoint import weight_shapes
 from opennemo.model.formats import Format
 from opennemo.model.layouts import COLUMN, WEIGHTS, halves_to_pairs, pairs_to_halves, short, spell
-from opennemo.model.quantization import QATLinear, QuantizedLinear, prepare_qat_, replace_module
+from opennemo.model.quantization import (
+    QATLinear,
+    QuantizedLinear,
+    link_fused_,
+    prepare_qat_,
+    replace_module,
+)
 from opennemo.model.tensor_files import write_safetensors
 from opennemo.model.transformer import ModelConfig, Transformer
 
@@ -169,13 +175,15 @@ class LoRALinear(nn.Module):
 
 
 class RoundedLoRA(QATLinear):
-    """A layer that learns in a number format; its weight is a frozen one's and an adapter's sum.
+    """A layer that learns in a number format; its weight is a frozen one's and an adapter's sum."""
 
-    A QATLinear turns into one in place, and back, for the layers that share a scale hold it.
-    """
-
-    base: nn.Parameter  # (O, D)
-    low_rank: LowRank
+    def __init__(self, layer: QATLinear, low_rank: LowRank):
+        nn.Module.__init__(self)  # not a Linear's, which would have a parameter of its own
+        self.in_features, self.out_features, self.bias = layer.in_features, layer.out_features, None
+        self.format, self.observe, self.rounds = layer.format, layer.observe, layer.rounds
+        self.register_buffer("largest", layer.largest)
+        self.base, self.low_rank = layer.weight, low_rank
+        self.train(layer.training)
 
     @property
     def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -246,10 +254,8 @@ def add_lora_(
         elif dropout:
             raise InvalidRequest("lora.dropout: must be 0 where weights and adapter are rounded")
         else:
-            linear.base = linear.weight
-            del linear.weight
-            linear.low_rank = low_rank
-            linear.__class__ = RoundedLoRA
+            replace_module(model, path, RoundedLoRA(linear, low_rank))
+    link_fused_(model)
 
 
 def merge_lora_(model: Transformer) -> None:
@@ -262,11 +268,10 @@ def merge_lora_(model: Transformer) -> None:
     with torch.no_grad():
         for path, module in list(model.named_modules()):
             if isinstance(module, RoundedLoRA):
-                layer: Any = module
-                weight = layer.weight
-                del layer.base, layer.low_rank
-                layer.__class__ = QATLinear
-                layer.weight = nn.Parameter(weight, requires_grad=False)
+                weight = nn.Parameter(module.weight, requires_grad=False)
+                merged = QATLinear(weight, module.format, module.largest)
+                merged.observe, merged.rounds = module.observe, module.rounds
+                replace_module(model, path, merged.train(module.training))
             elif isinstance(module, LoRALinear):
                 base, low_rank = module.base, module.low_rank
                 columns, rows = low_rank.a.shape[1], low_rank.b.shape[0]
@@ -276,6 +281,7 @@ def merge_lora_(model: Transformer) -> None:
                 merged = nn.Linear(columns, rows, bias=False, device="meta")
                 merged.weight = nn.Parameter(low_rank(weight), requires_grad=False)
                 replace_module(model, path, merged)
+    link_fused_(model)
 
 
 def _low_ranks(model: nn.Module) -> Iterator[tuple[str, LowRank]]:

@@ -33,6 +33,12 @@ class QATLinear(nn.Linear):
     observe: bool = True
     rounds: bool = True
 
+    def __init__(self, weight: nn.Parameter, format: Format, largest: Tensor | None):
+        """Takes over the parameter; `link_fused_` sets `fused` when all layers are there."""
+        super().__init__(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        self.weight, self.format = weight, format
+        self.register_buffer("largest", largest)
+
     @property
     def input_scale(self) -> Tensor | None:
         """(1, 1) in a static format."""
@@ -164,19 +170,22 @@ def prepare_qat_(
     In a static format layers watch their inputs as they train, from `largest_inputs` on if there
     are any (`calibration` records them). With `kv`, keys and values are rounded, too (`fake_kv`).
     """
-    replaced: dict[str, QATLinear] = {}
-    for path, linear in _linears(model):
-        qat = QATLinear(linear.in_features, linear.out_features, bias=False, device="meta")
-        qat.weight, qat.format = linear.weight, format
+    for path, linear in list(_linears(model)):
         largest = torch.full((1, 1), (largest_inputs or {}).get(path, 0.0))
-        qat.register_buffer("largest", largest.to(linear.weight.device) if format.static else None)
-        replaced[path] = qat
-    for path, qat in replaced.items():
-        qat.fused = tuple(replaced[p] for p in _fused_paths(path))
-        replace_module(model, path, qat)
+        largest = largest.to(linear.weight.device) if format.static else None
+        replace_module(model, path, QATLinear(linear.get_parameter("weight"), format, largest))
+    link_fused_(model)
     if kv:
         device = next(model.parameters()).device
         model.kv_rounding = KVRounding(len(list(model.get_submodule("layers").children())), device)
+
+
+def link_fused_(model: nn.Module) -> None:
+    """Let layers that learn in a format know those that share a scale with them."""
+    linears = dict(_linears(model))
+    for path, linear in linears.items():
+        if isinstance(linear, QATLinear):
+            linear.fused = tuple(linears[p] for p in _fused_paths(path))
 
 
 def observers(model: nn.Module) -> dict[str, Tensor]:
