@@ -6,23 +6,16 @@ heads share them: at 131,072 tokens half a gigabyte a layer for NeMo. Under a ca
 tokens have more to do, so each rank holds one piece from the front and its mirror image from the
 back.
 
-A window that is one sequence can also send its keys and values around a ring (PyTorch's), so that
-no rank ever holds them all. That has run on CPUs; on GPUs the code is the same but for the kernel,
-and has not been run.
-
-Sources: Llama 3 (arXiv:2407.21783, 3.3.2), which gathers for the same reasons; ring attention
-(arXiv:2310.01889).
+Source: Llama 3 (arXiv:2407.21783, 3.3.2), which gathers for the same reasons.
 """
 
 import itertools
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed._functional_collectives import all_gather_single_autograd
-from torch.distributed.tensor.experimental._context_parallel import _attention as ring
 
 from opennemo.model.attention import varlen_attention
 
@@ -44,7 +37,6 @@ class ContextParallel:
     cu_seqlens: Tensor  # (S + 1,) int32, of the whole window
     group: dist.ProcessGroup  # the ranks that share the window
     window: int | None = None  # ModelConfig.sliding_window
-    ring: bool = False  # for a window of one sequence, which sees all of itself
     rows: Tensor = field(init=False)  # (T / W,) places in the window
     positions: Tensor = field(init=False)  # (T / W,) places in their sequences
     _pieces: list[_Piece] = field(init=False)
@@ -57,7 +49,6 @@ class ContextParallel:
                 f"a window of {bounds[-1]:,} tokens does not divide into {2 * world} pieces, two "
                 f"for each of the {world} ranks that share it"
             )
-        self.ring &= len(bounds) == 2 and self.window is None
         length = bounds[-1] // (2 * world)
         device = self.cu_seqlens.device
         starts = (rank * length, (2 * world - 1 - rank) * length)
@@ -68,9 +59,6 @@ class ContextParallel:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (T / W, N, H), k and v (T / W, K, H) -> (T / W, N, H)."""
-        if self.ring:
-            heads = (x.transpose(0, 1)[None] for x in (q, k, v))
-            return _Ring.apply(*heads, self.group)[0].transpose(0, 1)  # pyright: ignore
         world = self.group.size()
         kv = all_gather_single_autograd(torch.stack((k, v), 1), 0, self.group)
         front, back = kv.unflatten(0, (world, 2, -1)).unbind(1)
@@ -83,39 +71,6 @@ class ContextParallel:
             for part, piece in zip(q.chunk(2), self._pieces, strict=True)
         ]  # fmt: skip
         return torch.cat(parts)
-
-
-class _Ring(torch.autograd.Function):
-    """PyTorch's ring attention of (1, heads, T / W, H), pieces in the order of `rows`."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ring.set_rotate_method("alltoall")  # else it gathers after all
-        aten = torch.ops.aten
-        ctx.group, ctx.names, forward = group, (), aten._scaled_dot_product_flash_attention_for_cpu
-        if q.is_cuda:
-            ctx.names = (
-                "cum_seq_q", "cum_seq_k", "max_q", "max_k", "philox_seed", "philox_offset",
-            )  # fmt: skip
-            forward = aten._scaled_dot_product_flash_attention
-        out, sums, *ctx.rest = ring._templated_ring_attention(
-            group, 2, forward, q, k, v, is_causal=True, dropout_p=0.0
-        )
-        ctx.save_for_backward(q, k, v, out, sums)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple:
-        aten = torch.ops.aten
-        backward = aten._scaled_dot_product_flash_attention_for_cpu_backward
-        if grads[0].is_cuda:
-            backward = aten._scaled_dot_product_flash_attention_backward
-        rest = dict(zip(ctx.names, ctx.rest, strict=False))
-        q, k, v, *_ = ring._templated_ring_attention_backward(
-            ctx.group, 2, backward, grads[0], "grad_out", *ctx.saved_tensors, is_causal=True,
-            dropout_p=0.0, **rest,
-        )  # fmt: skip
-        return q, k, v, None
 
 
 def _piece(bounds: list[int], start: int, end: int, device: torch.device) -> _Piece:

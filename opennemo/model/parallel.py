@@ -172,12 +172,8 @@ def share(
     cu_seqlens: Tensor,
     max_seqlen: int,
     window: int | None = None,
-    *,
-    ring: bool = False,
 ) -> Share:
     """Divide tokens among the ranks that share a window; they all pass the same.
-
-    With `ring` keys and values of a single sequence are passed round instead of gathered.
 
     Raises:
         InvalidRequest: there are not as many tokens as divide.
@@ -190,7 +186,7 @@ def share(
             + (f" and twice context_parallel {context}" if context > 1 else "")
         )
     if mesh is not None and context > 1:
-        attend = ContextParallel(cu_seqlens, mesh.context.get_group(), window, ring)
+        attend = ContextParallel(cu_seqlens, mesh.context.get_group(), window)
         inputs = attend.rows
     else:
         attend = Packed(cu_seqlens, max_seqlen, window)

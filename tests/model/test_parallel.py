@@ -186,13 +186,13 @@ def test_weights_are_kept_in_one_precision_and_multiplied_in_another():
         torch.testing.assert_close(torch.tensor(curve), torch.tensor(expected), rtol=0, atol=0.05)
 
 
-# Documents of a window, a sliding window, and whether keys go round a ring.
+# Documents of a window, and a sliding window.
 ATTENDING = [
-    ([13, 1, 18, 16], None, False),
-    ([7, 36, 5], None, False),
-    ([20, 28], 6, False),
-    ([48], None, True),
-    ([40, 8], None, True),  # two sequences: gathered after all
+    ([13, 1, 18, 16], None),
+    ([7, 36, 5], None),
+    ([20, 28], 6),
+    ([48], None),
+    ([40, 8], None),
 ]
 
 
@@ -206,9 +206,9 @@ def attend_in_parts() -> list[dict[str, Tensor]]:
     """On each rank: outputs and gradients of its rows."""
     group, found = dist.group.WORLD, []
     assert group is not None
-    for lengths, window, ring in ATTENDING:
+    for lengths, window in ATTENDING:
         cu_seqlens = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
-        attend = ContextParallel(cu_seqlens, group, window, ring)
+        attend = ContextParallel(cu_seqlens, group, window)
         q, k, v, grad = (x[attend.rows] for x in attention_inputs(lengths))
         own = [x.requires_grad_() for x in (q, k, v)]
         out = attend(0, *own)
@@ -221,7 +221,7 @@ def attend_in_parts() -> list[dict[str, Tensor]]:
 @pytest.mark.parametrize("n_ranks", [2, 3])
 def test_ranks_that_share_a_window_attend_as_one(n_ranks: int):
     ranks = run_ranks(n_ranks, attend_in_parts)
-    for (lengths, window, _), parts in zip(ATTENDING, zip(*ranks, strict=True), strict=True):
+    for (lengths, window), parts in zip(ATTENDING, zip(*ranks, strict=True), strict=True):
         attend = Packed.of(*lengths, window=window)
         *inputs, grad = attention_inputs(lengths)
         inputs = [x.requires_grad_() for x in inputs]
