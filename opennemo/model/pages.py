@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from opennemo.errors import InvalidRequest
-from opennemo.model.formats import FORMATS, Rounding
+from opennemo.model.formats import FORMATS, Rounding, names
 from opennemo.model.transformer import ModelConfig
 
 
@@ -42,10 +42,12 @@ class Pages:
         heads = (config.n_kv_heads, config.head_dim)
         if rounding.share == "tensor":
             if scale is None:
+                rows = [FORMATS[name] for name in names("cache")]
+                unscaled = next(r.name for r in rows if r.in_codes and r.kv and r.kv.share == "row")
                 raise InvalidRequest(
                     f"a KV cache in {format} needs the scales of keys and values, and this model "
                     f"brings none: write them with opennemo quantize --kv {format}, name one for "
-                    "all, or take int8, which needs none"
+                    f"all, or take {unscaled}, which needs none"
                 )
             if scale.shape != size[:2]:
                 raise InvalidRequest(f"KV scales of shape {tuple(scale.shape)}, not {size[:2]}")
