@@ -154,7 +154,7 @@ def build(instructions: str) -> Path:
 
 
 @cache
-def _library(instructions: str) -> ctypes.CDLL:
+def load_library(instructions: str) -> ctypes.CDLL:
     library = ctypes.CDLL(str(build(instructions)))
     pointer, number = ctypes.c_void_p, ctypes.c_int
     library.model_new.restype = pointer
@@ -187,7 +187,7 @@ class CpuModel:
             CompilerMissing: the kernel cannot be built here.
         """
         assert EMBEDDINGS[embedding.format] == embedding.codes.dtype
-        self._library = _library(instructions or available_instructions()[0])
+        self._library = load_library(instructions or available_instructions()[0])
         self._shape, self._embedding = shape, embedding.codes.detach().contiguous()
         self._model = self._library.model_new(
             ctypes.byref(shape), frequencies.double().contiguous().data_ptr(),

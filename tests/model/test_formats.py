@@ -1,4 +1,4 @@
-"""Everything follows from a row of the table: a toy format added there works everywhere."""
+"""The arithmetic of number formats; and a toy format added to the table works everywhere."""
 
 import json
 from collections.abc import Mapping
@@ -155,3 +155,69 @@ def test_names_follow_the_table(toy: Format):
     assert all("toy" in names(use) for use in toy.uses)
     assert "fp16" not in {*names("load"), *names("cache")}
     assert plain(torch.bfloat16) is FORMATS["bf16"] and plain(torch.int8) is None
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_gradients_pass_straight_through(name: str):
+    format = FORMATS[name]
+    x, w = torch.randn(8, 64), torch.randn(6, 64)
+    x_scale = format.inputs.scale(x) if format.inputs and format.static else None
+    leaves = x.clone().requires_grad_(), w.clone().requires_grad_()
+    out = format.fake_linear(leaves[0], leaves[1], None, x_scale)
+    # Tiny gradients are where codes that carry them lose nearly everything.
+    grad = torch.randn_like(out) * 1e-4
+    out.backward(grad)
+    rounded_x = x if format.inputs is None else format.inputs.fake_quantize(x, x_scale)
+    rounded_w = format.weights.fake_quantize(w)
+    assert leaves[0].grad is not None and leaves[1].grad is not None
+    torch.testing.assert_close(leaves[0].grad, grad @ rounded_w)
+    torch.testing.assert_close(leaves[1].grad, grad.T @ rounded_x)
+
+
+def test_numbers_beyond_a_static_scale_are_clipped_and_do_not_learn():
+    rounding = FORMATS["fp8-static"].inputs
+    assert rounding is not None
+    scale = rounding.scale(torch.tensor([[1.0]]))
+    x = torch.tensor([[0.5, 100.0, -100.0]], requires_grad=True)
+    rounded = rounding.fake_quantize(x, scale)
+    rounded.sum().backward()
+    limit = float(scale) * 448
+    assert rounded.tolist() == [[0.5, limit, -limit]]
+    assert x.grad is not None and x.grad.tolist() == [[1, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("name", "largest"), [("fp32", 0), ("bf16", 2**-8), ("fp8", 2**-4), ("int8", 1 / 254)]
+)
+def test_rounding_errs_no_more_than_its_step(name: str, largest: float):
+    rounding = FORMATS[name].weights
+    x = torch.randn(16, 100) * torch.logspace(-6, 6, 16)[:, None]
+    error = (rounding.fake_quantize(x) - x).abs()
+    # Floats err in proportion to the number, integers to the largest one of the row.
+    reference = x.abs().amax(-1, keepdim=True) if name == "int8" else x.abs() + x.abs().amax() * 0
+    slack = x.abs().amax(-1, keepdim=True) * 2**-17  # below the smallest normal number
+    assert (error <= reference * largest * 1.0001 + slack).all()
+
+
+def test_int4_keeps_what_a_q4_0_block_holds():
+    codes = torch.randint(-8, 8, (5, 96))
+    codes[:, ::32] = -8
+    x = codes * torch.rand(5, 3).add(0.5).repeat_interleave(32, -1)
+    packed, scale = FORMATS["int4"].weights.quantize(x)
+    assert packed.shape == (5, 48) and packed.dtype == torch.uint8 and scale.shape == (5, 3)
+    torch.testing.assert_close(FORMATS["int4"].weights.fake_quantize(x), x)
+
+
+def test_zeros_stay_zeros():
+    for format in FORMATS.values():
+        assert torch.equal(format.weights.fake_quantize(torch.zeros(3, 40)), torch.zeros(3, 40))
+
+
+@pytest.mark.parametrize("name", ["fp8", "fp8-static"])
+def test_fp8_scales_are_powers_of_two_and_use_the_range(name: str):
+    rounding = FORMATS[name].weights
+    w = torch.randn(50, 64)
+    codes, scale = rounding.quantize(w)
+    assert torch.equal(torch.frexp(scale).mantissa, torch.full_like(scale, 0.5))
+    largest = codes.float().abs().amax(-1)
+    assert (largest.max() if name == "fp8-static" else largest.min()) >= 224
