@@ -25,6 +25,24 @@ TOOLS = [{"type": "function", "function": {"name": "get_weather", "parameters": 
 ASK = [{"role": "user", "content": "What is the weather in Rome?"}]
 
 
+@given(
+    st.text("abE ND\u00e9", max_size=30), st.lists(st.text("abEND\u00e9", max_size=4), max_size=3)
+)
+def test_text_ends_before_the_first_stop_string_wherever_tokens_lie(text, stop):
+    stream = TextStream(BYTES, tuple(stop))
+    pieces = [stream.push(id) for id in BYTES.encode(text)]
+    if not stream.stopped:
+        pieces.append(stream.flush())
+    ends = [text.find(s) for s in stop if s and s in text]
+    out = "".join(pieces)
+    if not ends:
+        assert out == text
+    else:  # the first to be complete ends it; of two that are, the one that began earlier
+        assert stream.stopped
+        first_done = min(text.find(s) + len(s) for s in stop if s and s in text)
+        assert out in {text[:n] for n in ends} and len(out) < first_done
+
+
 @given(st.sampled_from(["", TAG, TAG[:5], "say " + TAG]), st.text("<toENDl>_c", max_size=12))
 def test_a_tag_at_the_beginning_announces_calls_and_turns_stop_strings_off(head, tail):
     stream, text = TextStream(BYTES, ("END",), TAGS), head + tail

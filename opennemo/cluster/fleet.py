@@ -29,7 +29,7 @@ import structlog
 from opennemo.cluster.replica import Replica
 from opennemo.cluster.session import cpus_of, gpus_of, reason, start_ray
 from opennemo.engine import SamplingParams, Token
-from opennemo.engine.params import check_request
+from opennemo.engine.engine import check_request
 from opennemo.engine.scoring import Pair, Score
 from opennemo.engine.token import TokenCallback
 from opennemo.errors import OpenNemoError, Overloaded, Unavailable

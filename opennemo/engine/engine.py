@@ -3,14 +3,18 @@
 `LocalEngine` (local.py) computes in this process; `Fleet` (cluster/fleet.py) has replicas of it.
 """
 
-from collections.abc import Callable, Collection, Sequence
+import itertools
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from opennemo.engine.params import SamplingParams
 from opennemo.engine.scoring import Pair, Score
 from opennemo.engine.token import TokenCallback
+from opennemo.errors import ContextTooLong, InvalidRequest
 from opennemo.model.transformer import ModelConfig
+
+MAX_ANSWERS = 16  # n of one request
 
 
 class Engine(Protocol):
@@ -21,6 +25,8 @@ class Engine(Protocol):
         vocab_size: how many rows of logits the model has.
         max_context: tokens that one request can have, prompt and answer together.
         failed: it has ended and only a restart helps.
+        adapters: names of those that requests may follow.
+        seconds_in_step: how long the step in progress has taken; 0 between steps.
     """
 
     eos_ids: frozenset[int]
@@ -30,14 +36,10 @@ class Engine(Protocol):
     failed: bool
 
     @property
-    def adapters(self) -> Collection[str]:
-        """Names of the adapters that requests may follow."""
-        ...
+    def adapters(self) -> Collection[str]: ...
 
     @property
-    def seconds_in_step(self) -> float:
-        """How long the step in progress has taken; 0 between steps."""
-        ...
+    def seconds_in_step(self) -> float: ...
 
     def submit(
         self,
@@ -65,7 +67,6 @@ class Engine(Protocol):
 
     def cancel(self, request_id: int, index: int | None = None) -> None:
         """Stop a request, or one of its answers; unknown or ended ids are ignored."""
-        ...
 
     def score(
         self, pairs: Sequence[Pair], on_score: Callable[[int, Score], None] | None = None
@@ -88,7 +89,6 @@ class Engine(Protocol):
         Raises:
             CheckpointError: it cannot be read, or is not for this model.
         """
-        ...
 
     def unload_adapter(self, name: str) -> bool:
         """Forget an adapter; answers that follow it end as they began. False if unknown."""
@@ -96,15 +96,12 @@ class Engine(Protocol):
 
     def reset_prefix_cache(self) -> None:
         """Forget all cached prompts, before the next step."""
-        ...
 
     def sleep(self) -> None:
         """Cancel what runs and give the cache's memory back, on a GPU the weights', too."""
-        ...
 
     def wake(self) -> None:
         """The opposite of `sleep`."""
-        ...
 
     def stats(self) -> dict[str, float]:
         """What happens now and has happened since the start, in numbers that are kept anyway."""
@@ -112,4 +109,57 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Stop for good; what was not finished is cancelled."""
-        ...
+
+
+def check_request(
+    engine: Engine, prompt_ids: list[int], params: SamplingParams, n: int, adapter: str | None
+) -> int:
+    """How many tokens of context a prompt leaves for each of n answers.
+
+    Raises:
+        ContextTooLong: it leaves no room for a single token.
+        InvalidRequest: an empty prompt, an id outside the vocabulary, too many answers, an
+            unknown adapter.
+    """
+    vocab_size, max_context = engine.vocab_size, engine.max_context
+    if adapter is not None and adapter not in engine.adapters:
+        raise InvalidRequest(f"there is no adapter {adapter!r}, only {sorted(engine.adapters)}")
+    if not prompt_ids:
+        raise InvalidRequest("the prompt is empty: at least one token is needed")
+    check_ids(prompt_ids, vocab_size)
+    named: dict[str, Iterable[int]] = {
+        "logit_bias": params.logit_bias,
+        "stop_ids": params.stop_ids,
+        "allowed_ids": params.allowed_ids or (),
+        "bad_words": itertools.chain(*params.bad_words),
+    }
+    for name, ids in named.items():
+        if any(not 0 <= id < vocab_size for id in ids):
+            raise InvalidRequest(f"{name} names an id outside 0 to {vocab_size - 1}")
+    if not 1 <= n <= MAX_ANSWERS:
+        raise InvalidRequest(f"n is {n}, allowed is 1 to {MAX_ANSWERS}")
+    if len(prompt_ids) >= max_context:
+        raise ContextTooLong(len(prompt_ids) + 1, max_context)
+    return max_context - len(prompt_ids)
+
+
+def check_pair(engine: Engine, context: list[int], continuation: list[int]) -> None:
+    """Refuse what cannot be scored.
+
+    Raises:
+        ContextTooLong: a context with its continuation, but for the last token.
+        InvalidRequest: an empty context or continuation, an id outside the vocabulary.
+    """
+    if not context or not continuation:
+        raise InvalidRequest("a context and a continuation need at least one token each")
+    n = len(context) + len(continuation) - 1
+    if n > engine.max_context:
+        raise ContextTooLong(n, engine.max_context)
+    check_ids(context, engine.vocab_size)
+    check_ids(continuation, engine.vocab_size)
+
+
+def check_ids(ids: list[int], vocab_size: int) -> None:
+    """Raise InvalidRequest if one of some ids (at least one) is outside the vocabulary."""
+    if not 0 <= min(ids) <= max(ids) < vocab_size:
+        raise InvalidRequest(f"a token id is outside the vocabulary (0 to {vocab_size - 1})")

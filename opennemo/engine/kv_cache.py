@@ -9,10 +9,10 @@ This is bookkeeping alone, in plain Python; the tensor belongs to the runner. Th
 that of vLLM (arXiv:2309.06180).
 """
 
-import hashlib
 import secrets
 from array import array
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from hashlib import blake2b
 
 from opennemo.engine.sequence import Sequence
 
@@ -24,7 +24,6 @@ class _Page:
     tokens: bytes = b""
 
 
-@dataclass
 class KVCache:
     """Pages with reference counts.
 
@@ -32,20 +31,13 @@ class KVCache:
     and queued in `_free`, perhaps still carrying a prefix.
     """
 
-    n_pages: int
-    page_size: int
-    prefix_caching: bool = True
-    n_hit_tokens: int = 0  # prompt tokens found, of
-    n_asked_tokens: int = 0  # prompt tokens looked up, since the start
-    _free: dict[int, None] = field(init=False)  # in order of use: the first is the next to go
-    _pages: list[_Page] = field(init=False)
-    _by_key: dict[bytes, int] = field(init=False)
-    _secret: bytes = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        self._free = dict.fromkeys(range(self.n_pages))
-        self._pages = [_Page() for _ in range(self.n_pages)]
-        self._by_key = {}
+    def __init__(self, n_pages: int, page_size: int, prefix_caching: bool = True):
+        self.n_pages, self.page_size, self.prefix_caching = n_pages, page_size, prefix_caching
+        self.n_hit_tokens = 0  # prompt tokens that lay in the cache, of
+        self.n_asked_tokens = 0  # prompt tokens looked up, since the start
+        self._free = dict.fromkeys(range(n_pages))  # in order of use: the first is the next to go
+        self._pages = [_Page() for _ in range(n_pages)]
+        self._by_key: dict[bytes, int] = {}
         # Without the secret, a client who can compute hashes could aim for a collision.
         self._secret = secrets.token_bytes(32)
 
@@ -69,8 +61,8 @@ class KVCache:
             return None
         for i in range(n_most // self.page_size):
             key, data = self._name(sequence, i)
-            page = self._by_key.get(key)
-            if page is None or self._pages[page].tokens != data:
+            page = self._find(key, data)
+            if page is None:
                 break
             self._free.pop(page, None)
             self._pages[page].n_users += 1
@@ -83,14 +75,11 @@ class KVCache:
         leader, n_shared = sequence.leader, min(sequence.n_shared, n_most)
         if leader is None or not 0 < n_shared - sequence.n_computed < self.page_size:
             return None
-        i, page = len(sequence.pages), None
+        i = len(sequence.pages)
         if leader.pages:
             page = leader.pages[i]
         else:  # it has ended, but its page may still be there
-            key, data = self._name(leader, i, sequence.page_keys)
-            page = self._by_key.get(key)
-            if page is not None and self._pages[page].tokens != data:
-                page = None
+            page = self._find(*self._name(leader, i, sequence.page_keys))
         if page is not None:
             sequence.n_computed = n_shared
         return page
@@ -139,6 +128,10 @@ class KVCache:
         for page in list(self._by_key.values()):
             self._forget(page)
 
+    def _find(self, key: bytes, data: bytes) -> int | None:
+        page = self._by_key.get(key)
+        return page if page is not None and self._pages[page].tokens == data else None
+
     def _forget(self, page: int) -> None:
         key = self._pages[page].key
         if key is not None:
@@ -155,6 +148,6 @@ class KVCache:
         salt = sequence.salt
         if not self.prefix_caching:  # the answers of one request still share its prompt
             salt += b"/%d" % sequence.request_id
-        parent = page_keys[i - 1] if i else hashlib.blake2b(salt, key=self._secret).digest()
-        key = hashlib.blake2b(parent + data, key=self._secret, digest_size=32).digest()
+        parent = page_keys[i - 1] if i else blake2b(salt, key=self._secret).digest()
+        key = blake2b(parent + data, key=self._secret, digest_size=32).digest()
         return key, data

@@ -13,14 +13,16 @@ from collections.abc import Sequence as Many
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from opennemo.engine.engine import check_pair, check_request
 from opennemo.engine.kv_cache import KVCache
 from opennemo.engine.loop import Loop
-from opennemo.engine.params import SamplingParams, check_pair, check_request
+from opennemo.engine.params import SamplingParams
 from opennemo.engine.ranks import Ranks
 from opennemo.engine.runner import Runner
 from opennemo.engine.sampler import bias_, sample, target_logprobs, token_logprobs
@@ -222,7 +224,7 @@ class LocalEngine(Loop):
         top = logits.amax(-1)
         numbers = torch.cat((top.isfinite(), tokens)).tolist()
         healthy, tokens = numbers[: len(logits)], numbers[len(logits) :]
-        scores = self._look_up(chunks, ends, logits, top)
+        scores = target_logprobs(logits, top, chunks)
         for chunk, end in zip(chunks, ends, strict=True):
             sequence, start = chunk.sequence, end - chunk.n_rows
             if sequence.finished:  # another one of its request has failed
@@ -249,23 +251,6 @@ class LocalEngine(Loop):
         for chunk, row in ready:
             if chunk.draft and not chunk.sequence.finished:
                 self._check_draft(chunk, logits[row - len(chunk.draft) : row + 1])
-
-    def _look_up(
-        self, chunks: list[Chunk], ends: list[int], logits: Tensor, top: Tensor
-    ) -> dict[Sequence, list[tuple[float, bool]]]:
-        """What the step has computed of each score's targets."""
-        wanted, rows = [], []
-        for chunk, end in zip(chunks, ends, strict=True):
-            after = end - (chunk.sequence.n_computed + chunk.n_new)  # its row of place 0
-            for target in chunk.targets:
-                wanted.append((chunk.sequence, target.token))
-                rows.append(after + target.place)
-        scores: dict[Sequence, list[tuple[float, bool]]] = {}
-        if rows:
-            found = target_logprobs(logits, top, rows, [token for _, token in wanted])
-            for (sequence, _), score in zip(wanted, found, strict=True):
-                scores.setdefault(sequence, []).append(score)
-        return scores
 
     def _check_draft(self, chunk: Chunk, logits: Tensor) -> None:
         """Keep the drafted tokens as far as greedy choice agrees, and the one token after them."""
@@ -300,42 +285,32 @@ class LocalEngine(Loop):
         elif sequence.n_output >= sequence.max_tokens:
             reason = "length"
         first = sequence.n_output == 1 and params.prompt_logprobs is not None
-        news = Token(
-            request_id=sequence.request_id,
-            index=sequence.index,
-            id=token,
-            logprobs=logprobs,
-            prompt_logprobs=tuple(sequence.prompt_logprobs) if first else None,
-            finish_reason=reason,
-            n_cached_tokens=sequence.n_cached,
+        prompt_logprobs = tuple(sequence.prompt_logprobs) if first else None
+        self._pass_on(
+            sequence, reason, id=token, logprobs=logprobs, prompt_logprobs=prompt_logprobs
         )
-        if reason:
-            self._forget(sequence)
-        sequence.on_token(news)
 
     def _finish(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> None:
         """End a sequence without a further token: a score, or cancelled, or failed."""
-        if sequence.finished:
-            return
-        self._forget(sequence)
+        if not sequence.finished:
+            self._pass_on(sequence, reason, error=error)
+
+    def _pass_on(self, sequence: Sequence, reason: FinishReason | None, **news: Any) -> None:
+        """Call the request's callback; with a reason, after the sequence has ended."""
+        if reason:
+            sequence.finished = True
+            self.scheduler.remove(sequence)
+            alive = self._sequences[sequence.request_id]
+            del alive[sequence.index]
+            if not alive:
+                del self._sequences[sequence.request_id]
         sequence.on_token(
             Token(
-                request_id=sequence.request_id,
-                index=sequence.index,
-                finish_reason=reason,
-                error=error,
-                n_cached_tokens=sequence.n_cached,
+                request_id=sequence.request_id, index=sequence.index, finish_reason=reason,
+                n_cached_tokens=sequence.n_cached, **news,
             )
-        )
+        )  # fmt: skip
 
     def _give_up(self, error: str | None = None) -> None:
         for sequence in [s for alive in self._sequences.values() for s in alive.values()]:
             self._finish(sequence, "error" if error else "cancelled", error)
-
-    def _forget(self, sequence: Sequence) -> None:
-        sequence.finished = True
-        self.scheduler.remove(sequence)
-        alive = self._sequences[sequence.request_id]
-        del alive[sequence.index]
-        if not alive:
-            del self._sequences[sequence.request_id]

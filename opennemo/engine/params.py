@@ -1,15 +1,11 @@
-"""What a request may ask of the engine: how tokens are chosen, and what is refused."""
+"""How a request wants its tokens chosen, with bounds for every number."""
 
-import itertools
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Protocol
 
 from opennemo.engine.grammar import Grammar
-from opennemo.errors import ContextTooLong, InvalidRequest
-
-MAX_ANSWERS = 16  # n of one request
+from opennemo.errors import InvalidRequest
 
 _BOUNDS: dict[str, tuple[float, float]] = {
     "max_tokens": (1, 2**31),
@@ -79,67 +75,3 @@ class SamplingParams:
         greedy = self.temperature == 0 and not self.penalises and self.min_tokens == 0
         free = not self.bad_words and self.grammar is None
         return greedy and free and self.logprobs is None
-
-
-class Limits(Protocol):
-    """What bounds a request: an engine."""
-
-    vocab_size: int
-    max_context: int
-
-    @property
-    def adapters(self) -> Collection[str]: ...
-
-
-def check_request(
-    limits: Limits, prompt_ids: list[int], params: SamplingParams, n: int, adapter: str | None
-) -> int:
-    """How many tokens of context a prompt leaves for each of n answers.
-
-    Raises:
-        ContextTooLong: it leaves no room for a single token.
-        InvalidRequest: an empty prompt, an id outside the vocabulary, too many answers, an
-            unknown adapter.
-    """
-    vocab_size, max_context = limits.vocab_size, limits.max_context
-    if adapter is not None and adapter not in limits.adapters:
-        raise InvalidRequest(f"there is no adapter {adapter!r}, only {sorted(limits.adapters)}")
-    if not prompt_ids:
-        raise InvalidRequest("the prompt is empty: at least one token is needed")
-    check_ids(prompt_ids, vocab_size)
-    named: dict[str, Iterable[int]] = {
-        "logit_bias": params.logit_bias,
-        "stop_ids": params.stop_ids,
-        "allowed_ids": params.allowed_ids or (),
-        "bad_words": itertools.chain(*params.bad_words),
-    }
-    for name, ids in named.items():
-        if any(not 0 <= id < vocab_size for id in ids):
-            raise InvalidRequest(f"{name} names an id outside 0 to {vocab_size - 1}")
-    if not 1 <= n <= MAX_ANSWERS:
-        raise InvalidRequest(f"n is {n}, allowed is 1 to {MAX_ANSWERS}")
-    if len(prompt_ids) >= max_context:
-        raise ContextTooLong(len(prompt_ids) + 1, max_context)
-    return max_context - len(prompt_ids)
-
-
-def check_pair(limits: Limits, context: list[int], continuation: list[int]) -> None:
-    """Refuse what cannot be scored.
-
-    Raises:
-        ContextTooLong: a context with its continuation, but for the last token.
-        InvalidRequest: an empty context or continuation, an id outside the vocabulary.
-    """
-    if not context or not continuation:
-        raise InvalidRequest("a context and a continuation need at least one token each")
-    n = len(context) + len(continuation) - 1
-    if n > limits.max_context:
-        raise ContextTooLong(n, limits.max_context)
-    check_ids(context, limits.vocab_size)
-    check_ids(continuation, limits.vocab_size)
-
-
-def check_ids(ids: list[int], vocab_size: int) -> None:
-    """Raise InvalidRequest if one of some ids (at least one) is outside the vocabulary."""
-    if not 0 <= min(ids) <= max(ids) < vocab_size:
-        raise InvalidRequest(f"a token id is outside the vocabulary (0 to {vocab_size - 1})")

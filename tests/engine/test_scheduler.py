@@ -1,4 +1,4 @@
-"""The scheduler and the page pool by themselves: plain Python, driven with random requests."""
+"""The scheduler by itself: plain Python, driven with random requests."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -6,25 +6,22 @@ from hypothesis import strategies as st
 from opennemo.engine.kv_cache import KVCache
 from opennemo.engine.params import SamplingParams
 from opennemo.engine.scheduler import Scheduler, look_up
+from opennemo.engine.scoring import plan
 from opennemo.engine.sequence import Sequence
 
 VOCAB = 3  # few, so that prefixes coincide
+IDS = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=14)
 
 
 def sequence(tokens: list[int], max_tokens: int = 4, request_id: int = 0) -> Sequence:
-    return Sequence(request_id, tokens, SamplingParams(), lambda event: None, max_tokens)
+    return Sequence(request_id, tokens, SamplingParams(), lambda token: None, max_tokens)
 
 
 def check_pages(scheduler: Scheduler) -> None:
     cache = scheduler.cache
-    users = [0] * cache.n_pages
-    for s in scheduler.running:
-        assert len(s.pages) * cache.page_size >= s.n_computed
-        for page in s.pages:
-            users[page] += 1
-    assert all(not s.pages for s in scheduler.waiting)
-    assert users == [page.n_users for page in cache._pages]
-    assert set(cache._free) == {i for i, n in enumerate(users) if n == 0}
+    assert all(len(s.pages) * cache.page_size >= s.n_computed for s in scheduler.running)
+    assert all(not s.pages for s in (*scheduler.waiting, *scheduler.scores))
+    assert cache.n_used == len({page for s in scheduler.running for page in s.pages})
 
 
 requests = st.tuples(
@@ -75,52 +72,49 @@ def test_pages_never_leak_and_everyone_is_served(
     assert cache.n_used == 0
 
 
-def test_a_shared_prefix_is_found_and_a_collision_is_not_believed():
-    cache = KVCache(8, 4)
-    first, again, other = sequence([1, 2, 3, 4, 5]), sequence([1, 2, 3, 4, 9]), sequence([7] * 5)
-    cache.extend(first, 5)
-    first.n_computed = 5
-    cache.publish(first)
-    cache.match(again)
-    assert again.n_computed == 4 and again.pages == first.pages[:1]
-    key, _ = cache._name(other, 0)
-    cache._by_key[key] = first.pages[0]  # as if two prefixes had the same hash
-    cache.match(other)
-    assert other.n_computed == 0
-
-
-def test_salts_do_not_share_and_reset_forgets():
-    cache = KVCache(8, 4)
-    first, salted = sequence([1, 2, 3, 4, 5]), sequence([1, 2, 3, 4, 5])
-    salted.salt = b"tenant"
-    cache.extend(first, 5)
-    first.n_computed = 5
-    cache.publish(first)
-    cache.match(salted)
-    assert salted.n_computed == 0
-    cache.reset()
-    again = sequence([1, 2, 3, 4, 5])
-    cache.match(again)
-    assert again.n_computed == 0
-    cache.release(first)
-    assert cache.n_used == 0
-
-
-def test_least_recently_used_prefixes_go_first():
-    cache = KVCache(3, 2)
-    old, new = sequence([1, 1, 1]), sequence([2, 2, 2])
-    for s in (old, new):
-        cache.extend(s, 2)
-        s.n_computed = 2
-        cache.publish(s)
-    cache.release(old)
-    cache.release(new)
-    crowd = sequence([0, 0, 0, 0])
-    assert cache.extend(crowd, 4)  # takes the page never used and the oldest prefix
-    again_old, again_new = sequence([1, 1, 1]), sequence([2, 2, 2])
-    cache.match(again_old)
-    cache.match(again_new)
-    assert (again_old.n_computed, again_new.n_computed) == (0, 2)
+@settings(max_examples=200, deadline=None)
+@given(
+    pairs=st.lists(st.tuples(IDS, IDS), min_size=1, max_size=12),
+    n_pages=st.integers(8, 12),
+    budget=st.integers(1, 12),
+    max_rows=st.integers(1, 6),
+)
+def test_scores_keep_to_their_rows_and_let_answers_go_first(pairs, n_pages, budget, max_rows):
+    """Whatever is preempted or forgotten, every target gets a row, once."""
+    cache = KVCache(n_pages, 4)
+    scheduler = Scheduler(cache, budget, max_sequences=4, max_rows=max_rows)
+    scores = plan(1, pairs, lambda token: None)
+    for s in scores:
+        scheduler.add(s)
+    answer = sequence([1, 2], max_tokens=1)
+    scheduler.add(answer)
+    first = scheduler.next_step()[0]
+    assert first.sequence is answer
+    answer.n_computed += first.n_new
+    scheduler.remove(answer)
+    for s in list(scheduler.running):  # what else was begun is preempted, so to speak
+        scheduler.remove(s)
+        scheduler.add(s)
+    for _ in range(2000):
+        chunks = scheduler.next_step()
+        check_pages(scheduler)
+        assert sum(len(c.tokens) for c in chunks) <= budget
+        assert sum(c.n_rows for c in chunks) <= max_rows
+        for chunk in chunks:
+            s, targets = chunk.sequence, chunk.targets
+            places = {t.place for t in targets}
+            end = s.n_computed + chunk.n_new
+            assert not places or end - chunk.n_rows <= min(places) <= max(places) < end
+            s.scores += [(0.0, True)] * len(targets)
+            s.n_computed = end
+            cache.publish(s)
+            if not s.n_pending:
+                s.finished = True
+                scheduler.remove(s)
+        if all(s.finished for s in scores):
+            break
+    assert all(len(s.scores) == len(s.targets) for s in scores) and cache.n_used == 0
+    assert sum(len(s.targets) for s in scores) == sum(len(ids) for _, ids in pairs)
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=40), st.integers(1, 5))

@@ -126,6 +126,24 @@ def test_scoring_and_answering_go_on_side_by_side(model):
     assert tokens == alone
 
 
+def test_an_engine_that_stops_ends_a_score_with_an_error(model):
+    engine, context = LocalEngine(model, []), list(range(200))
+    engine.start()
+    done = []
+
+    def score() -> None:
+        with pytest.raises(OpenNemoError, match=r"cancelled|stopped"):
+            engine.score([(context[i:], [i]) for i in range(150)], lambda i, score: done.append(i))
+
+    thread = threading.Thread(target=score)
+    thread.start()
+    while not done:
+        pass
+    engine.stop()
+    thread.join(30)
+    assert not thread.is_alive() and len(done) < 150 and engine.cache.n_used == 0
+
+
 def test_a_wrong_request_says_so_and_a_failure_gives_pages_back(model):
     engine = LocalEngine(model, [], EngineConfig(max_context=20))
     for pair in (([], [1]), ([1], []), ([1], [320]), ([-1], [2])):

@@ -1,0 +1,90 @@
+"""How tokens are chosen: the model's own distribution, and what requests change in it."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+
+from opennemo.engine import EngineConfig, LocalEngine, SamplingParams
+from opennemo.model.attention import Packed
+from tests.engine.stepping import answers, prompts, run
+
+EOS = 7
+
+
+def test_sampling_follows_the_softmax(model):
+    """4,000 first tokens against the model's own distribution: chi-square over likely tokens."""
+    prompt = [5, 17, 200]
+    with torch.inference_mode():
+        logits = model.output(model(torch.tensor(prompt), Packed.of(3))[-1])
+    probs = (logits / 2).softmax(-1)
+    engine = LocalEngine(deepcopy(model), [], EngineConfig(max_queued=5000))
+    counts = torch.zeros(320)
+    requests = [
+        (prompt, SamplingParams(temperature=2.0, max_tokens=1, seed=i)) for i in range(4000)
+    ]
+    for events in run(engine, requests):
+        counts[events[0].id] += 1
+    likely = probs > 0.004
+    chi2 = ((counts - 4000 * probs) ** 2 / (4000 * probs))[likely].sum()
+    n = int(likely.sum())
+    assert n > 20 and chi2 < n + 4 * (2 * n) ** 0.5
+
+
+def test_logprobs_and_prompt_logprobs_are_the_models(model):
+    prompt = prompts(1)[0][:9]
+    params = SamplingParams(max_tokens=3, logprobs=4, prompt_logprobs=2, temperature=0.7, seed=1)
+    for config in (EngineConfig(), EngineConfig(max_batched_tokens=4)):
+        engine = LocalEngine(deepcopy(model), [], config)
+        for _ in range(2):  # the second time, the prefix cache could be tempted
+            events = run(engine, [(prompt, params)])[0]
+            tokens = prompt + [e.id for e in events]
+            with torch.inference_mode():
+                hidden = model(torch.tensor(tokens), Packed.of(len(tokens)))
+                expected = model.output(hidden).log_softmax(-1)
+            reported = [*events[0].prompt_logprobs, *[e.logprobs for e in events]]
+            assert reported[0] is None and len(reported) == len(tokens)
+            for i, item in enumerate(reported[1:], start=1):
+                row = expected[i - 1]
+                assert item.logprob == pytest.approx(row[tokens[i]].item(), abs=1e-4)
+                assert item.rank == int((row > row[tokens[i]]).sum()) + 1
+                assert [id for id, _ in item.top] == row.topk(len(item.top)).indices.tolist()
+
+
+def test_penalties_biases_and_stops(model):
+    engine = LocalEngine(deepcopy(model), [EOS])
+    prompt = prompts(1)[0]
+
+    def answer(**params) -> list[int]:
+        return answers(engine, [prompt], SamplingParams(max_tokens=15, **params))[0]
+
+    assert answer(logit_bias={33: 100.0}) == [33] * 15
+    assert answer(logit_bias={33: 100.0}, stop_ids=frozenset({33})) == [33]
+    fixed = answer(logit_bias={33: 100.0}, stop_ids=frozenset({33}), min_tokens=4)
+    assert len(fixed) >= 5 and 33 not in fixed[:4] and fixed[4] == 33
+    assert answer(logit_bias={EOS: 100.0}) == [EOS]
+    assert answer(logit_bias={EOS: 100.0}, ignore_eos=True) == [EOS] * 15
+    assert len(set(answer(presence_penalty=100.0))) == 15
+    assert len(set(answer(repetition_penalty=100.0)) & set(prompt)) == 0
+    seldom = answer(logit_bias={33: 30.0, 34: 29.0}, frequency_penalty=0.8)
+    assert {33, 34} <= set(seldom)
+    assert answer(temperature=1.5, top_k=1) == answer() == answer(temperature=5.0, top_p=1e-6)
+    assert answer(temperature=5.0, min_p=1.0) == answer()
+
+
+def test_logprobs_of_a_prompt_that_is_preempted_come_once(model):
+    params = SamplingParams(max_tokens=12, prompt_logprobs=0)
+    texts = prompts(8, shared=20)
+    alone = LocalEngine(deepcopy(model), [])
+    expected = [run(alone, [(text, params)])[0][0].prompt_logprobs for text in texts]
+    crowd = LocalEngine(
+        deepcopy(model), [], EngineConfig(page_size=4, n_pages=24, max_batched_tokens=7)
+    )
+    for events, text, ours in zip(
+        run(crowd, [(t, params) for t in texts]), texts, expected, strict=True
+    ):
+        got = events[0].prompt_logprobs
+        assert len(got) == len(text) == len(ours)
+        for a, b in zip(got[1:], ours[1:], strict=True):
+            assert a.logprob == pytest.approx(b.logprob, abs=1e-4)
+    assert crowd.scheduler.n_preemptions > 0
