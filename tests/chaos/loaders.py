@@ -18,7 +18,7 @@ from opennemo.model.companions import read_generation_config
 from opennemo.model.export import quantize
 from opennemo.model.lora import add_lora_, load_adapter, save_adapter
 from opennemo.model.transformer import PRESETS, Transformer
-from opennemo.serve.auth import Limits, read_clients
+from opennemo.serve.auth import KeyLimits, read_clients
 from opennemo.serve.settings import read_settings
 from opennemo.tokenizer.chat import encode_chat
 from opennemo.tokenizer.load import load_tokenizer
@@ -98,7 +98,7 @@ LOADERS: dict[str, Callable[[Path], object]] = {
     "recipe": read_recipe,
     "vocabulary settings": make_settings,
     "server settings": lambda path: read_settings(["--config", str(path)]),
-    "keys": lambda path: read_clients([], path, Limits()),
+    "keys": lambda path: read_clients([], path, KeyLimits()),
     "batch": open_batch,
     "corpus": open_corpus,
     "state": open_state,
