@@ -1,6 +1,7 @@
 """The package is a house: floors, a spine that imports no wing, no circles, one name a thing."""
 
 import ast
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -180,3 +181,55 @@ def test_nothing_deserialises_code():
         text = path.read_text("utf-8")
         for word in ("import pickle", "torch.load(", "yaml.load(", "eval(", "exec("):
             assert word not in text.replace(".eval(", ""), f"{path}: {word}"
+
+
+# Where the process as a whole may be changed, and why.
+PROCESS_WIDE = {
+    "opennemo.cli": "the command line owns the process",
+    "opennemo.cluster.local_ray": "Ray reads its environment when it is imported, and logs a lot",
+    "opennemo.cluster.session": "the same, for engines, and Ray's own handler of SIGTERM",
+    "opennemo.cluster.replica": "a process of its own",
+    "opennemo.data.workers": "processes of their own",
+    "opennemo.engine.ranks": "processes of their own",
+    "opennemo.evals.patches": "undone at the end of a block",
+    "opennemo.tokenizer.corpus_encoder": "fastokens reads its threads while it is built",
+    "opennemo.serve.logs": "called by a command or in a process of its own",
+    "opennemo.serve.server": "a running server stops at a signal",
+}
+CHANGES = re.compile(
+    r"os\.(chdir|putenv)\(|os\.environ(\[[^]]*\] *=[^=]| *\|=)|environ\.(setdefault|update)\("
+    r"|warnings\.(filterwarnings|simplefilter)\(|signal\.signal\(|\.setLevel\(|logging\.basicConfig\("
+    r"|sys\.modules\[[^]]*\] *=|set_num_threads\("
+)
+
+
+def test_the_process_is_changed_only_where_that_is_written_down():
+    for module, path in MODULES.items():
+        if any(module == name or module.startswith(f"{name}.") for name in PROCESS_WIDE):
+            continue
+        match = CHANGES.search(path.read_text("utf-8"))
+        assert not match, f"{path} changes the process: {match.group()}"
+
+
+def test_the_index_of_tests_names_every_file():
+    index = (REPOSITORY / "tests" / "README.md").read_text("utf-8")
+    for path in sorted((REPOSITORY / "tests").rglob("test_*.py")):
+        name = path.relative_to(REPOSITORY / "tests").as_posix()
+        assert f"`{name}`" in index, f"tests/README.md does not say what {name} holds"
+
+
+# Names of other packages and of Python. Triton's kernels are compiled by name in one program.
+FOREIGN = {"_exit", "_replace", "_attn_implementation", "_private"}
+PROGRAMS = {"compile_kernels.py"}
+
+
+def test_tests_reach_into_no_privates():
+    paths = (REPOSITORY / "tests").rglob("*.py")
+    for path in sorted(path for path in paths if path.name not in PROGRAMS):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("opennemo"):
+                names = [alias.name for alias in node.names if alias.name.startswith("_")]
+                assert not names, f"{path}:{node.lineno} imports {names}"
+            if isinstance(node, ast.Attribute) and re.match(r"_[^_]", node.attr):
+                own = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+                assert own or node.attr in FOREIGN, f"{path}:{node.lineno} reaches for {node.attr}"

@@ -152,7 +152,7 @@ def compiler() -> GrammarCompiler:
 def walk(compiler: GrammarCompiler, kind, source: str, text: bytes = b"a" * 200) -> str | None:
     """Compile a grammar and follow it for some tokens; why that could not be done."""
     try:
-        matcher = compiler._compile(kind, source).start()
+        matcher = compiler.compile(kind, source).start()
     except InvalidRequest as error:
         assert "\n" not in str(error)
         return str(error)

@@ -1,3 +1,5 @@
+"""Attention over pages and over packed sequences equals the definition."""
+
 import itertools
 
 import pytest

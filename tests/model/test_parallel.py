@@ -1,3 +1,5 @@
+"""A model that is divided over ranks computes and learns what the whole one does."""
+
 from dataclasses import replace
 from typing import Any
 

@@ -1,3 +1,5 @@
+"""Memory and time of a run are estimated before it starts, and equal what PyTorch then uses."""
+
 import json
 import re
 import subprocess

@@ -12,6 +12,7 @@ from typing import Any
 import gguf
 import pytest
 import tokenizers
+from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import generate_merges
@@ -153,7 +154,7 @@ def test_mistral_7b_as_tokenizer_json(
 ):
     """Converted as transformers does, in the old form (a normalizer) and the new (Metaspace)."""
     original = SentencePiece.load(MISTRAL_7B[version])
-    model = original._model
+    model = SentencePieceProcessor(model_file=str(MISTRAL_7B[version]))
     vocab = {model.id_to_piece(id): id for id in range(model.vocab_size())}
     scores = {piece: model.get_score(id) for piece, id in vocab.items()}
     theirs = LlamaTokenizer(vocab=vocab, merges=generate_merges(vocab, scores), add_bos_token=True)
@@ -180,7 +181,7 @@ def test_mistral_7b_as_tokenizer_json(
 @pytest.mark.parametrize("space", [True, False])
 def test_sentencepiece_in_gguf(texts: SimpleNamespace, tmp_path: Path, version: str, space: bool):
     original = SentencePiece.load(MISTRAL_7B[version])
-    model = original._model
+    model = SentencePieceProcessor(model_file=str(MISTRAL_7B[version]))
     ids = range(model.vocab_size())
     kinds = [
         2 if model.is_unknown(i) else 3 if model.is_control(i) else 6 if model.is_byte(i) else 1

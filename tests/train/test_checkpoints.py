@@ -1,3 +1,5 @@
+"""A checkpoint is whole or is not there; other ranks can read it, and damage is named."""
+
 import resource
 import signal
 import subprocess
