@@ -8,9 +8,8 @@ The engine sees only `Grammar.start()` and what `Matcher` offers.
 
 import json
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import lru_cache
-from itertools import groupby
 from typing import Any, Literal
 
 import numpy as np
@@ -139,7 +138,7 @@ def call_grammar(
     """
 
     def lark(pattern: str) -> str:
-        return _lark(syntax.parts(pattern), control)
+        return _lark(syntax.fill(pattern, {}, control))
 
     instead = ""
     if not required:
@@ -153,17 +152,13 @@ def call_grammar(
     return f"start: calls{instead}\n{calls}\n{_calls_of(syntax, tools, control)}"
 
 
-def _lark(
-    parts: Iterable[str], control: Collection[str], values: Mapping[str, str] | None = None
-) -> str:
-    """Parts of a pattern in Lark: control tokens, $arguments as a rule, and texts."""
-    terms, values = [], values or {}
-    for is_text, run in groupby(parts, lambda part: part not in control and part != "$arguments"):
-        if is_text:
-            terms.append(json.dumps("".join(values.get(part, part) for part in run)))
-        else:
-            terms += [values.get(part, f"<{_bare(part)}>") for part in run]
-    return " ".join(terms)
+def _lark(pieces: list[str], arguments: str = "") -> str:
+    """What CallSyntax.fill gives, in Lark; `arguments` is the rule for them."""
+    names = {"$arguments": arguments}
+    terms = [
+        names.get(p, f"<{_bare(p)}>") if i % 2 else json.dumps(p) for i, p in enumerate(pieces)
+    ]
+    return " ".join(term for term in terms if term != '""')
 
 
 def _text_without(tag: str) -> str:
@@ -182,9 +177,9 @@ def _calls_of(
     for free in (True, False):
         rules = [f"call: {' | '.join(f'call_{i}' for i in range(len(tools)))}"]
         for i, (name, schema) in enumerate(functions):
-            values = {"$name": to_json(name), "$arguments": f"args_{i}"}
-            parts = syntax.parts(syntax.call.replace("$id", ""))
-            rules.append(f"call_{i}: {_lark(parts, control, values)}")
+            values = {"$name": to_json(name), "$id": ""}
+            pieces = syntax.fill(syntax.call, values, {"$arguments", *control})
+            rules.append(f"call_{i}: {_lark(pieces, f'args_{i}')}")
             rules += (free and _in_any_order(i, schema)) or [f"args_{i}: {_json(schema or _ANY)}"]
         if sum(map(len, rules)) < 3 * MAX_SOURCE // 4:  # what else there is comes on top
             break

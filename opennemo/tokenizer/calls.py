@@ -9,7 +9,7 @@ chat_layouts.py, or, for templates, in TEMPLATE_SYNTAXES.
 
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -47,10 +47,20 @@ class CallSyntax:
         aliases = {"parameters": "arguments"}  # as Llama 3 has it
         return aliases | dict(re.findall(r'"(\w+)": \$(\w+)', self.call + self.id))
 
-    def parts(self, pattern: str) -> list[str]:
-        """A pattern in pieces: marks, $name, $arguments and $id by themselves, texts between."""
-        own = [re.escape(mark) for mark in self.marks]
-        return [part for part in re.split(f"({'|'.join(own)}|\\$[a-z]+)", pattern) if part]
+    def fill(
+        self, pattern: str, values: Mapping[str, str], apart: Collection[str] = ()
+    ) -> list[str]:
+        """A pattern with values for $name and the like: text, part, text, part, ..., text.
+
+        The parts are marks or the like that are in `apart`; values never become one.
+        """
+        pieces = [""]
+        for part in re.split(f"({'|'.join(map(re.escape, self.marks))}|\\$[a-z]+)", pattern):
+            if part in apart:
+                pieces += [part, ""]
+            else:
+                pieces[-1] += values.get(part, part)
+        return pieces
 
     def write(self, calls: Iterable[Mapping[str, Any]], control: Collection[str] = ()) -> list[str]:
         """Calls in OpenAI's shape as text, control token, text, control token, ..., text.
@@ -58,28 +68,19 @@ class CallSyntax:
         Raises:
             InvalidRequest: the arguments cannot be written as JSON.
         """
-        pieces = [""]
-        for part, value in self._filled(calls):
-            if value is None and part in control:
-                pieces += [part, ""]
-            else:
-                pieces[-1] += part if value is None else value
-        return pieces
-
-    def _filled(self, calls: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, str | None]]:
-        """Parts of the patterns, with the values of $name, $arguments and $id."""
-        lead = self.before
+        pieces, lead = [""], self.before
         for call in calls:
             values = {f"${key}": to_json(value) for key, value in call["function"].items()}
             values |= {"$id": to_json(call["id"])} if "id" in call else {}
             pattern = lead + self.call.replace("$id", self.id if "id" in call else "")
-            yield from ((part, values.get(part)) for part in self.parts(pattern))
-            lead = self.separator
-        yield from ((part, None) for part in self.parts(self.after))
+            first, *others = self.fill(pattern, values, control)
+            pieces[-1:], lead = [pieces[-1] + first, *others], self.separator
+        first, *others = self.fill(self.after, {}, control)
+        return [*pieces[:-1], pieces[-1] + first, *others]
 
     def bare(self, pattern: str) -> str:
         """A pattern without marks and without blanks around it."""
-        return "".join(part for part in self.parts(pattern) if part not in self.marks).strip()
+        return "".join(self.fill(pattern, {}, self.marks)[::2]).strip()
 
 
 # Mistral's: an array behind a control token. Version 2 writes no ids.

@@ -14,6 +14,8 @@ from abc import abstractmethod
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
+from itertools import accumulate, groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,42 +28,15 @@ if TYPE_CHECKING:
 BATCH_CHARS = 1 << 19  # what a thread encodes at a time, some 10 ms
 
 
-class CorpusEncoder:
-    """Texts to ids on all processors, without Python's lock."""
-
-    def __init__(self, library: "fastokens.Tokenizer"):
-        self._library = library
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of the text; lone surrogates count as U+FFFD."""
-        return self._encode_batch([text])[0].tolist()
-
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of many texts, each (n,) uint32."""
-        batches = list(_batches(texts))
-        if len(batches) < 2:
-            return [ids for batch in batches for ids in self._encode_batch(batch)]
-        with ThreadPoolExecutor() as threads:
-            return [ids for part in threads.map(self._encode_batch, batches) for ids in part]
-
-    def _encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        try:
-            ids, offsets = self._library.encode_batch_flat(texts)
-        except UnicodeEncodeError:
-            ids, offsets = self._library.encode_batch_flat([repair_surrogates(t) for t in texts])
-        writable = np.frombuffer(ids, "<u4").astype(np.uint32)
-        return np.split(writable, np.frombuffer(offsets, "<u8")[1:-1])
-
-
 class CorpusTokenizer(Tokenizer):
-    """A tokenizer that a CorpusEncoder makes faster once a corpus is expected.
+    """A tokenizer that fastokens makes faster once a corpus is expected.
 
     Attributes:
-        corpus_encoder: None before, and where there is none for this platform or vocabulary.
+        fastokens: None before, and where there is none for this platform or vocabulary.
         plain_tokens: texts that are a token each by decree, not by merging.
     """
 
-    corpus_encoder: CorpusEncoder | None = None
+    fastokens: "fastokens.Tokenizer | None" = None
     plain_tokens: Collection[str] = ()
 
     @abstractmethod
@@ -74,35 +49,51 @@ class CorpusTokenizer(Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text alone: no BOS, no EOS, never a control id."""
-        encoder = self.corpus_encoder
-        return encoder.encode(text) if encoder else self.encode_prompt(text)
+        if self.fastokens is None:
+            return self.encode_prompt(text)
+        return _encode(self.fastokens, [text])[0].tolist()
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """`encode` of many texts, each (n,) uint32, on all processors."""
+        """`encode` of many texts, each (n,) uint32, on all processors, without Python's lock."""
         self.expect_corpus()
-        encoder = self.corpus_encoder
-        return encoder.encode_batch(texts) if encoder else super().encode_batch(texts)
+        if self.fastokens is None:
+            return super().encode_batch(texts)
+        ends = accumulate(map(len, texts))
+        parts = groupby(zip(texts, ends, strict=True), lambda pair: pair[1] // BATCH_CHARS)
+        batches = [[text for text, _ in part] for _, part in parts]
+        encode = partial(_encode, self.fastokens)
+        if len(batches) < 2:
+            return [ids for batch in batches for ids in encode(batch)]
+        with ThreadPoolExecutor() as threads:
+            return [ids for part in threads.map(encode, batches) for ids in part]
 
     def expect_corpus(self) -> None:
-        """Build the corpus encoder, once, and keep it if it agrees with `encode_prompt`."""
-        if "corpus_encoder" in vars(self):
+        """Build fastokens, once, and keep it if it agrees with `encode_prompt`."""
+        if "fastokens" in vars(self):
             return
-        self.corpus_encoder = None
+        self.fastokens = None
         try:
             import fastokens  # here, because it takes as long to import as a prompt to encode
 
             library = self.build_fastokens(fastokens.Tokenizer)
         except (ImportError, ValueError, AttributeError, OSError):
             return
-        if library is not None:
-            encoder, text = CorpusEncoder(library), " ".join([*self.plain_tokens, probe() * 8])
-            with _one_thread():
-                ids = encoder.encode(text)
-            if ids == self.encode_prompt(text):
-                self.corpus_encoder = encoder
+        text = " ".join([*self.plain_tokens, probe() * 8])
+        with _one_thread():
+            if library and _encode(library, [text])[0].tolist() == self.encode_prompt(text):
+                self.fastokens = library
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "corpus_encoder"}
+        return {name: value for name, value in vars(self).items() if name != "fastokens"}
+
+
+def _encode(library: "fastokens.Tokenizer", texts: list[str]) -> list[np.ndarray]:
+    try:
+        ids, offsets = library.encode_batch_flat(texts)
+    except UnicodeEncodeError:
+        ids, offsets = library.encode_batch_flat([repair_surrogates(text) for text in texts])
+    writable = np.frombuffer(ids, "<u4").astype(np.uint32)
+    return np.split(writable, np.frombuffer(offsets, "<u8")[1:-1])
 
 
 @contextmanager
@@ -124,16 +115,3 @@ def probe() -> str:
     blanks = " ".join(f"a{'  ' * n}\t{n}\n{' ' * n}b\r\n\n" for n in range(9))
     words = "DON'T don't I'LL camelCase HTTPServer x86_64 12345 3.14 <s>[INST]</s> //\n/* é e\u0301"
     return f"{words}{blanks}{scripts}{words}"
-
-
-def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
-    """The texts in order, about `BATCH_CHARS` at a time."""
-    batch, n_chars = [], 0
-    for text in texts:
-        batch.append(text)
-        n_chars += len(text)
-        if n_chars >= BATCH_CHARS:
-            yield batch
-            batch, n_chars = [], 0
-    if batch:
-        yield batch

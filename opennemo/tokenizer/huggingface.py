@@ -138,8 +138,8 @@ class HuggingFace(CorpusTokenizer):
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """`encode` of many texts, each (n,) uint32, on all processors."""
         self.expect_corpus()
-        if self.corpus_encoder is not None:
-            return self.corpus_encoder.encode_batch(texts)
+        if self.fastokens is not None:
+            return super().encode_batch(texts)
         encodings = self._tokenizer.encode_batch_fast([repair_surrogates(text) for text in texts])
         return [np.array(encoding.ids, np.uint32) for encoding in encodings]
 

@@ -61,21 +61,21 @@ def same(nemo: Tekken, oracle: tiktoken.Encoding, texts: Iterable[str]) -> None:
     texts = list(texts)
     expected = [[rank + 1000 for rank in oracle.encode_ordinary(text)] for text in texts]
     assert [nemo.encode(text) for text in texts] == expected
-    if nemo.corpus_encoder is None:
+    if nemo.fastokens is None:
         return  # `encode_batch` would build it
     assert [ids.tolist() for ids in nemo.encode_batch(texts)] == expected
     assert nemo.encode_batch([]) == []
 
 
 def test_both_libraries_are_tried(fast: Tekken):
-    assert fast.corpus_encoder is not None, "fastokens did not build, or its probe failed"
+    assert fast.fastokens is not None, "fastokens did not build, or its probe failed"
 
 
 def test_no_prompt_pays_for_the_corpus_encoder():
     """It takes a second to build: only callers that expect a corpus wait for it."""
     tokenizer = Tekken.load(NEMO)
     tokenizer.encode("the cat and the hat\n" * 100_000)
-    assert tokenizer.corpus_encoder is None
+    assert tokenizer.fastokens is None
 
 
 def test_whole_documents(texts: SimpleNamespace, nemo: Tekken, oracle: tiktoken.Encoding):
@@ -234,7 +234,7 @@ def test_without_fastokens(monkeypatch: pytest.MonkeyPatch):
     assert tokenizer.decode(tokenizer.encode(run)) == run
     assert tokenizer.encode_batch([run])[0].tolist() == tokenizer.encode(run)
     assert tokenizer.encode_batch([""])[0].tolist() == []
-    assert tokenizer.corpus_encoder is None
+    assert tokenizer.fastokens is None
 
 
 def test_a_library_that_disagrees_is_not_used(monkeypatch: pytest.MonkeyPatch):
@@ -245,13 +245,13 @@ def test_a_library_that_disagrees_is_not_used(monkeypatch: pytest.MonkeyPatch):
     tokenizer = small()
     expected = tokenizer.encode("the cat")
     assert tokenizer.encode_batch(["the cat"])[0].tolist() == expected
-    assert tokenizer.corpus_encoder is None
+    assert tokenizer.fastokens is None
 
 
 def test_a_copy_builds_its_own(fast: Tekken):
     """What another process gets: the vocabulary, without threads or tables of a library."""
     twin = copy.deepcopy(fast)
-    assert twin.corpus_encoder is None
+    assert twin.fastokens is None
     text = "the cat and the hat é 🦙"
     assert twin.encode(text) == fast.encode(text) == twin.encode_batch([text])[0].tolist()
 

@@ -32,7 +32,7 @@ BLANKS = " \t\n\r\v\f\x1c\x85\u00a0\u2003\u2028\u3000"
 def ours() -> Tekken:
     tokenizer = Tekken.load(NEMO)
     tokenizer.expect_corpus()  # the faster library, which is the one that could differ
-    assert tokenizer.corpus_encoder is not None
+    assert tokenizer.fastokens is not None
     return tokenizer
 
 

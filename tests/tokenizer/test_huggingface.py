@@ -372,14 +372,12 @@ def test_a_corpus_gets_the_same_ids_faster(
     assert isinstance(ours, HuggingFace)
     many = [*samples(texts), *texts.random(2000, seed=8), "ab<think>é té<s> <think>", "\ud800", ""]
     expected = [ours.encode(text) for text in many]
-    assert ours.corpus_encoder is None
+    assert ours.fastokens is None
     ours.encode("many " * 60_000)  # a long text by itself is worth it
-    assert (ours.corpus_encoder is not None) == (which != "metaspace"), "its probe failed"
+    assert (ours.fastokens is not None) == (which != "metaspace"), "its probe failed"
     assert [ours.encode(text) for text in many] == expected
     twin = copy.deepcopy(ours)  # what another process is given
-    assert (
-        twin.corpus_encoder is None and [twin.encode(text) for text in many[:99]] == expected[:99]
-    )
+    assert twin.fastokens is None and [twin.encode(text) for text in many[:99]] == expected[:99]
 
 
 def test_settings_beside_a_tokenizer_json(tmp_path: Path):
