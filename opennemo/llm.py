@@ -36,7 +36,7 @@ from opennemo.tokenizer.messages import Tool
 
 __all__ = ["LLM", "Reply", "TextStream"]
 
-# NeMo's model card asks for it: "requires smaller temperatures". A model that says nothing of
+# NeMo's model card asks for it: "requires smaller temperatures". A model without settings of
 # sampling is answered greedily, which suits the small one that `make chat` brings.
 NEMO_TEMPERATURE = 0.3
 
@@ -276,14 +276,14 @@ def _share(
 def _text_side(path: Path) -> tuple[Tokenizer, SamplingParams, set[int]]:
     """A model's tokenizer, its own sampling settings, and the ids that end an answer."""
     tokenizer = load_tokenizer(path)
-    said = read_generation_config(path)
+    given = read_generation_config(path)
     nemo = tokenizer.instruct_version == "v3-tekken"
     defaults = SamplingParams(
-        temperature=said.get("temperature", NEMO_TEMPERATURE if nemo else 0.0),
-        top_p=said.get("top_p", 1.0),
-        top_k=said.get("top_k", 0),
+        temperature=given.get("temperature", NEMO_TEMPERATURE if nemo else 0.0),
+        top_p=given.get("top_p", 1.0),
+        top_k=given.get("top_k", 0),
     )
-    return tokenizer, defaults, {tokenizer.eos_id, *said.get("eos_token_ids", ())}
+    return tokenizer, defaults, {tokenizer.eos_id, *given.get("eos_token_ids", ())}
 
 
 def _closed(tool: Tool) -> Tool:

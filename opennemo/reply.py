@@ -243,9 +243,9 @@ class TextStream:
         text, self._held = self._held + piece, ""
         if not self._stop or self.calling:
             return text
-        found = [(at, s) for s in self._stop if (at := text.find(s)) >= 0]
-        if found:
-            at, self.stopped = min(found)
+        ends = [(at, s) for s in self._stop if (at := text.find(s)) >= 0]
+        if ends:
+            at, self.stopped = min(ends)
             return text[:at]
         hold = max(_overlap(text, s) for s in self._stop)
         self._held = text[len(text) - hold :]

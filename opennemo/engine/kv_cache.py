@@ -1,6 +1,6 @@
-"""Which page of the KV cache belongs to whom, and which prompt prefixes lie there already.
+"""Which page of the KV cache belongs to which sequence, and which prefixes lie there already.
 
-One idea: a page is never erased, only forgotten. A page that nobody uses keeps its keys and values
+A page is never erased, only forgotten. A page that no sequence uses keeps its keys and values
 and its name until it is handed out again, least recently used first; a request that begins with
 the same tokens finds it by that name. A full page's name is a keyed BLAKE2b hash over its parent's
 name and its tokens, so it stands for the whole prefix; on a hit the tokens are compared too.
@@ -113,7 +113,7 @@ class KVCache:
                 self._pages[sequence.pages[i]].tokens = data
 
     def release(self, sequence: Sequence) -> None:
-        """Take all pages back from a sequence; those nobody else uses become free."""
+        """Take all pages back from a sequence; those that no other uses become free."""
         for page in reversed(sequence.pages):  # the end of a prefix is forgotten before its start
             self._pages[page].n_users -= 1
             assert self._pages[page].n_users >= 0, f"page {page} was released twice"

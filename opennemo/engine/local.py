@@ -123,7 +123,7 @@ class LocalEngine(Loop):
             while self._thread is None and not scoring.done.done():
                 self.step()
             return scoring.done.result()
-        except BaseException:  # an interrupt: nobody waits for the rest
+        except BaseException:  # an interrupt: the rest is not wanted
             if not scoring.done.done():
                 with suppress(OpenNemoError):  # the engine has stopped
                     self.cancel(scoring.request_id)
@@ -175,7 +175,7 @@ class LocalEngine(Loop):
         masks = self._masks.submit(self._fill_masks, chunks)  # while the model runs
         try:
             logits = self.runner.run(chunks)
-        except RuntimeError as error:  # out of memory, a kernel that fails: theirs, not everyone's
+        except RuntimeError as error:  # out of memory, a kernel that fails: other requests go on
             log.exception("a step of %d sequences failed", len(chunks))
             for chunk in chunks:
                 self._finish(chunk.sequence, "error", f"the model failed: {error}")
@@ -273,7 +273,7 @@ class LocalEngine(Loop):
             sequence.prompt_logprobs.append(token_logprobs(row, token, n_top))
 
     def _append(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None) -> None:
-        """Add a chosen token, and end the answer where it says so."""
+        """Add a chosen token, and end the answer where the request asks for it."""
         sequence.tokens.append(token)
         params, reason, matcher = sequence.params, None, sequence.matcher
         if matcher is not None and (error := matcher.advance(token)):

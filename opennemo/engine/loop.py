@@ -1,7 +1,7 @@
 """A thread that runs steps, and small calls between two of them.
 
 The engine itself is free of threads: tests and batch jobs call `step`. `start` puts one thread
-around it for everybody else. `call` may be used from any thread at any time.
+around it for servers and `LLM`. `call` may be used from any thread at any time.
 """
 
 import logging

@@ -1,10 +1,10 @@
 """The other ranks of a model that is divided: processes that compute what the engine computes.
 
-Rank 0 is the engine. It alone knows of requests: it lays out each step, tells the others over a
-pipe (plain lists of numbers), and all compute it, each with its share of heads and channels; what
+Rank 0 is the engine. It alone knows of requests: it lays out each step, sends it to the others over
+a pipe (plain lists of numbers), and all compute it, each with its share of heads and channels; what
 they must know of each other they sum up inside the model (model/tensor_parallel.py), by gloo on
 CPUs and NCCL on GPUs. The others end with the process that started them. When one of them ends, or
-does not keep up, the model is broken for good, and says so: nobody waits for it.
+does not keep up, the model is broken for good: every request gets that error, and none waits.
 """
 
 import multiprocessing
@@ -38,7 +38,7 @@ class Ranks:
     """
 
     def __init__(self, n_ranks: int, load: Load, device: str):
-        """Start n_ranks - 1 processes, which unpickle `load`, and load everybody's share.
+        """Start n_ranks - 1 processes, which unpickle `load`, and load every share.
 
         Raises:
             OpenNemoError: a rank could not begin, or what `load` raises.
@@ -47,7 +47,8 @@ class Ranks:
         self._pipes: list[Connection] = []
         self._processes: list[Any] = []
         self._folder = tempfile.TemporaryDirectory(prefix="opennemo-ranks-")
-        n_threads = max(1, torch.get_num_threads() // n_ranks)
+        self._n_threads_before = torch.get_num_threads()
+        n_threads = max(1, self._n_threads_before // n_ranks)
         spawn = multiprocessing.get_context("spawn")  # this process may have threads, and CUDA
         place = (f"file://{self._folder.name}/store", n_ranks, device, n_threads)
         for rank in range(1, n_ranks):
@@ -58,21 +59,21 @@ class Ranks:
             self._pipes.append(ours)
             self._processes.append(process)
         try:
-            self._hear()  # that all are there
+            self._await_all()  # that all are there
             _join(0, *place)
             self.model = load(0, _device(device, 0))
-            self._hear()  # that all have loaded
+            self._await_all()  # that all have loaded
         except BaseException:
             self.close()
             raise
 
     def begin(self, size: CacheSize) -> None:
         """Send the others the size of the KV cache."""
-        with self.told("begin", size):
+        with self.together("begin", size):
             pass
 
     @contextmanager
-    def told(self, verb: str, *args: Any) -> Iterator[None]:
+    def together(self, verb: str, *args: Any) -> Iterator[None]:
         """The other ranks' runners do the same as this one does in the block.
 
         Raises:
@@ -85,13 +86,13 @@ class Ranks:
                 pipe.send((verb, args))
             yield
         except (RuntimeError, OSError) as error:
-            self.failure = self._who_ended() or f"rank 0 failed: {error}"
+            self.failure = self._end_of_a_rank() or f"rank 0 failed: {error}"
             self._kill()  # they wait for a sum that will not come
             raise RuntimeError(self.failure) from error
 
     def close(self) -> None:
         """End the other ranks."""
-        self.failure = self.failure or "the other ranks have been told to end"
+        self.failure = self.failure or "the other ranks have ended with the engine"
         for pipe in self._pipes:
             pipe.close()
         for process in self._processes:
@@ -99,19 +100,20 @@ class Ranks:
         self._kill()
         if dist.is_initialized():
             dist.destroy_process_group()
+            torch.set_num_threads(self._n_threads_before)
         self._folder.cleanup()
 
-    def _hear(self) -> None:
-        """Wait for a word of each."""
+    def _await_all(self) -> None:
+        """Wait until each has sent an error, or "" for none."""
         for pipe, process in zip(self._pipes, self._processes, strict=True):
             wait([pipe, process.sentinel], PATIENCE.total_seconds())
-            said = "did not answer"
+            error = "did not answer"
             with suppress(EOFError):
-                said = pipe.recv() if pipe.poll() else said
-            if said:
-                raise OpenNemoError(self._who_ended() or f"{process.name}: {said}")
+                error = pipe.recv() if pipe.poll() else error
+            if error:
+                raise OpenNemoError(self._end_of_a_rank() or f"{process.name}: {error}")
 
-    def _who_ended(self) -> str | None:
+    def _end_of_a_rank(self) -> str | None:
         # The news may be younger.
         ended = wait([process.sentinel for process in self._processes], 1)
         for rank, process in enumerate(self._processes, 1):
@@ -130,14 +132,14 @@ class Ranks:
 def follow(
     pipe: Connection, load: Load, rank: int, store: str, n_ranks: int, device: str, n_threads: int
 ) -> None:
-    """The life of another rank: do as rank 0 says, until it ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 hears it, too
+    """The life of another rank: do what rank 0 sends, until it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 gets it, too, and ends this one
     try:
         pipe.send("")
         _join(rank, store, n_ranks, device, n_threads)
         model = load(rank, _device(device, rank))
         pipe.send("")
-    except Exception as error:  # noqa: BLE001  rank 0 is to hear of it
+    except Exception as error:  # noqa: BLE001  rank 0 raises it
         pipe.send(str(error) or type(error).__name__)
         return
     with suppress(EOFError, OSError):  # rank 0 has ended
@@ -150,16 +152,26 @@ def follow(
 
 def _join(rank: int, store: str, n_ranks: int, device: str, n_threads: int) -> None:
     torch.set_num_threads(n_threads)
-    # All ranks are on this machine, so nothing need listen to others.
-    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-        if os.path.exists("/sys/class/net/lo"):
-            os.environ.setdefault(name, "lo")
     options: dict[str, Any] = {"backend": "gloo"}
     if device != "cpu":
         options = {"backend": "nccl", "device_id": torch.device(_device(device, rank))}
-    dist.init_process_group(
-        init_method=store, rank=rank, world_size=n_ranks, timeout=PATIENCE, **options
-    )
+    with _on_loopback():
+        dist.init_process_group(
+            init_method=store, rank=rank, world_size=n_ranks, timeout=PATIENCE, **options
+        )
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """All ranks are on this machine, so gloo and NCCL, which read the environment, listen there."""
+    names = {"GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"} - os.environ.keys()
+    names = names if os.path.exists("/sys/class/net/lo") else set()
+    os.environ |= dict.fromkeys(names, "lo")
+    try:
+        yield
+    finally:
+        for name in names:
+            del os.environ[name]
 
 
 def _device(device: str, rank: int) -> str:

@@ -25,7 +25,7 @@ from opennemo.model.transformer import Transformer
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Chunks laid end to end, in plain numbers, as other ranks are told of them."""
+    """Chunks laid end to end, in plain numbers, as other ranks get them."""
 
     tokens: list[int]
     positions: list[int]
@@ -36,12 +36,12 @@ class Layout:
     page_table: list[list[int]]
 
 
-class Together(Protocol):
-    """Who else computes what a runner computes: see ranks.py."""
+class Peers(Protocol):
+    """The other ranks, which compute what a runner computes: see ranks.py."""
 
     failure: str | None
 
-    def told(self, verb: str, *args: Any) -> AbstractContextManager[None]: ...
+    def together(self, verb: str, *args: Any) -> AbstractContextManager[None]: ...
 
 
 class Runner:
@@ -56,7 +56,7 @@ class Runner:
         model: Transformer,
         size: CacheSize,
         adapters: bool = False,
-        ranks: Together | None = None,
+        ranks: Peers | None = None,
     ):
         self.model, self._size, self._ranks = model.eval(), size, ranks
         self._step: Step | None = compile_step(model, release=not adapters, kv_format=size.format)
@@ -126,7 +126,7 @@ class Runner:
             return self._step(*self._place(layout))
 
     def _together(self, verb: str, *args: Any) -> AbstractContextManager[None]:
-        return nullcontext() if self._ranks is None else self._ranks.told(verb, *args)
+        return nullcontext() if self._ranks is None else self._ranks.together(verb, *args)
 
     def _lay_out(self, chunks: list[Chunk]) -> Layout:
         tokens, positions, slots, rows, context_lens = [], [], [], [], []

@@ -1,6 +1,6 @@
 """Choose the next token of every row at once, each by its own rules.
 
-One idea makes seeds hold in any batch: a row consumes exactly one uniform number, drawn from its
+Seeds hold in any batch: a row consumes exactly one uniform number, drawn from its
 own sequence's generator, and finds its token by inverting the cumulative distribution. Filters
 (top-k, top-p, min-p) look at the likeliest `HEAD` tokens, sorted; the full vocabulary is sorted
 only for the rare row whose nucleus is larger.
@@ -87,7 +87,7 @@ def target_logprobs(
 
 
 def bias_(row: Tensor, sequence: Sequence, eos_ids: frozenset[int]) -> None:
-    """Apply what a request says of single tokens to its row of logits (V,), in place."""
+    """Apply what a request asks for single tokens to its row of logits (V,), in place."""
     params = sequence.params
     if params.logit_bias:
         ids = torch.tensor(list(params.logit_bias), device=row.device)

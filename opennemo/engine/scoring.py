@@ -1,6 +1,6 @@
 """How likely a model finds given continuations: requests that the scheduler treats as all others.
 
-The idea: in the order of their ids, a request differs from those before it only in its end. The
+In the order of their ids, a request differs from those before it only in its end. The
 sequence that computes its beginning leads it: it waits for that, shares its pages and computes the
 rest. So every different prefix of all requests is computed once: worked examples, a question, the
 first word of two answers.

@@ -1,4 +1,4 @@
-"""How large an engine is: what its settings say, and what memory has room for."""
+"""How large an engine is, by its settings, its model and the memory there is."""
 
 from dataclasses import dataclass
 

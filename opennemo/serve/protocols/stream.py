@@ -19,7 +19,7 @@ from opennemo.errors import OpenNemoError
 from opennemo.llm import Reply
 from opennemo.serve.error_bodies import Refusal, dumps, error_body, refusal
 
-# What a route says of itself that answers with JSON or, asked to stream, with events.
+# The OpenAPI entry of a route that answers with JSON or, asked to stream, with events.
 STREAMS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 
 
