@@ -23,24 +23,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-# Instruction sets, best first: what the processor must offer, and how the compiler is told.
+# Instruction sets, best first: what the processor must offer, and its flags for the compiler.
 INSTRUCTIONS = {
     "avx512": (
         {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx2", "fma"},
-        [
-            "-mavx512f",
-            "-mavx512bw",
-            "-mavx512dq",
-            "-mavx512vl",
-            "-mavx512vnni",
-            "-mavx2",
-            "-mfma",
-            "-mtune=native",
-        ],
+        ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mavx2", "-mfma",
+         "-mtune=native"],
     ),
     "avx2": ({"avx2", "fma"}, ["-mavx2", "-mfma", "-mtune=native"]),
     "portable": (set(), []),
-}
+}  # fmt: skip
 FLAGS = ["-std=c++20", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math",
          "-shared", "-fPIC", "-pthread"]  # fmt: skip
 COLS = 32  # of a panel

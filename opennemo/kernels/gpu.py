@@ -220,9 +220,9 @@ def _rotate_and_write(
         slot = part * slots_in_pool + tl.load(slots + token) * KV_HEADS + (head - HEADS) % KV_HEADS
         first, second = even.to(tl.float32), odd.to(tl.float32)
         if CACHE == 1:
-            known = tl.load(scale + part)
-            first = _nearest_e4m3(tl.div_rn(first, known))
-            second = _nearest_e4m3(tl.div_rn(second, known))
+            given = tl.load(scale + part)
+            first = _nearest_e4m3(tl.div_rn(first, given))
+            second = _nearest_e4m3(tl.div_rn(second, given))
         if CACHE == 2:
             extreme = tl.max(tl.maximum(tl.abs(first), tl.abs(second)), 0)
             own = tl.div_rn(tl.maximum(extreme, 1e-12), 127.0)

@@ -98,7 +98,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         where = path / FILES[layout][0]
         settings, files = read_json(where), SafetensorFiles(_weight_files(path, layout))
         format = compressed.recognise(settings, where)
-    # Who does not say whether the head is tied says it by leaving it out.
+    # Settings that do not say whether the head is tied: it is where the weights have no head.
     has_head = layouts.spell("output.weight", layout) in files.shapes
     settings = {layouts.key("tied_embeddings", layout): not has_head, **settings}
     config = layouts.read_settings(settings, layout, where)
@@ -165,7 +165,7 @@ def convert(
     """Write any model as a folder in a layout, tokenizer included, weight by weight.
 
     Args:
-        progress: is told the bytes of weights done so far, and in all.
+        progress: called with the bytes of weights that are written, and of all.
 
     Raises:
         CheckpointError: as for `load` and `save`; or the model is stored in codes.
@@ -249,7 +249,7 @@ def _refuse_pickles(paths: Iterable[Path]) -> None:
 def _compare(
     files: Any, config: ModelConfig, layout: Layout, format: str | None, path: Path
 ) -> None:
-    found, shapes, odd = files.shapes, {}, []
+    stored, shapes, odd = files.shapes, {}, []
     for name, shape in weight_shapes(config).items():
         parts = {"weight": (None, shape)}
         if format and compressed.is_stored_in_codes(name):
@@ -257,11 +257,11 @@ def _compare(
         for suffix, (dtype, size) in parts.items():
             own = layouts.spell(f"{name.removesuffix('weight')}{suffix}", layout)
             # The one scale of a matrix may be written as a number or as a list of one.
-            one = math.prod(size) == 1 and found.get(own) in ((), (1,), (1, 1))
-            shapes[own] = found[own] if one else size
-            stored = files.dtypes.get(own)
-            if stored not in (None, dtype, *PLAIN.values()):
-                odd.append(f"{own} in {str(stored).removeprefix('torch.')}")
+            one = math.prod(size) == 1 and stored.get(own) in ((), (1,), (1, 1))
+            shapes[own] = stored[own] if one else size
+            kind = files.dtypes.get(own)
+            if kind not in (None, dtype, *PLAIN.values()):
+                odd.append(f"{own} in {str(kind).removeprefix('torch.')}")
     # What may be stored though it is not needed: a tied head, in old files RoPE's angles, and the
     # scales of a KV cache in FP8.
     ignored = (
@@ -269,14 +269,14 @@ def _compare(
         *(name for pair in compressed.KV_SCALES[layout] for name in pair),
     )  # fmt: skip
     problems = {
-        "missing": [name for name in shapes if name not in found],
+        "missing": [name for name in shapes if name not in stored],
         "unexpected": [
-            layouts.short(n) for n in found if n not in shapes and not n.endswith(ignored)
+            layouts.short(n) for n in stored if n not in shapes and not n.endswith(ignored)
         ],
         "of another shape than the settings ask for": [
-            f"{name} is {layouts.short(found[name])}, not {shape}"
+            f"{name} is {layouts.short(stored[name])}, not {shape}"
             for name, shape in shapes.items()
-            if found.get(name, shape) != shape
+            if stored.get(name, shape) != shape
         ],
         "in codes that the settings do not explain": odd,
     }
@@ -342,5 +342,5 @@ def write_model(
         write_json(folder / f"{stem}.safetensors.index.json", index)
     dtype = tensors["tok_embeddings.weight"][0]
     stored_as = {"torch_dtype": str(dtype).removeprefix("torch.")} if layout == "hf" else {}
-    said = layouts.write_settings(config, layout) | stored_as | dict(more_settings or {})
-    write_json(folder / settings, said)
+    content = layouts.write_settings(config, layout) | stored_as | dict(more_settings or {})
+    write_json(folder / settings, content)

@@ -212,10 +212,10 @@ def read_kv_scale(files: Any, n_layers: int, layout: Layout) -> Tensor | None:
     for pair in KV_SCALES[layout]:
         names = [f"{prefix}.{i}.{name}" for i in range(n_layers) for name in pair]
         if all(name in files.shapes for name in names):
-            found = {name: files.read(name).float().flatten() for name in names}
-            for name, scale in found.items():
+            scales = {name: files.read(name).float().flatten() for name in names}
+            for name, scale in scales.items():
                 if scale.numel() != 1 or not 0 < float(scale) < math.inf:
                     numbers = short(scale.tolist())
                     raise CheckpointError(f"{name} is {numbers}; a scale is one positive number")
-            return torch.cat([*found.values()]).view(n_layers, 2)
+            return torch.cat([*scales.values()]).view(n_layers, 2)
     return None

@@ -50,8 +50,8 @@ class _Watched:
         return self.attend.positions
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        found = torch.stack((k.abs().amax(), v.abs().amax()))
-        self.largest[layer] = torch.maximum(self.largest[layer], found)
+        extremes = torch.stack((k.abs().amax(), v.abs().amax()))
+        self.largest[layer] = torch.maximum(self.largest[layer], extremes)
         return self.attend(layer, q, k, v)
 
 
@@ -101,7 +101,7 @@ def quantize(
 
     Args:
         format: of `formats.names("store")`.
-        calibration: what `calibrate` found; a static format needs it, and so does `kv`.
+        calibration: what `calibrate` returned; a static format needs it, and so does `kv`.
         kv: whether to write scales for a KV cache in FP8 along.
 
     Raises:
@@ -111,7 +111,7 @@ def quantize(
     if source.format:
         raise CheckpointError(f"{src}: is stored as {source.format} already")
     try:
-        said = compressed.describe(row, to, kv)
+        settings = compressed.describe(row, to, kv)
     except ValueError as error:
         raise CheckpointError(f"{dst}: {error}") from None
     shapes = source.shapes
@@ -148,7 +148,7 @@ def quantize(
     for i, pair in enumerate(calibration.kv_scale if kv and calibration else ()):
         extra |= zip(compressed.kv_scale_names(i, to), pair.split(1), strict=True)
     with new_folder(dst) as partial:
-        write_model(partial, to, source.config, tensors, read, said, progress, extra)
+        write_model(partial, to, source.config, tensors, read, settings, progress, extra)
         copy_companions(src, partial, layout=to)
 
 

@@ -103,8 +103,8 @@ def _read_entry(cursor: Cursor) -> tuple[str, Entry]:
     shape = cursor.numbers("Q", n_dims)[::-1]  # the file has the innermost first
     type, start = Type(cursor.number("I")), cursor.number("Q")
     if type not in (*PLAIN, *BLOCKS):
-        known = ", ".join(known.name for known in (*PLAIN, *BLOCKS))
-        raise ValueError(f"tensor {short(name)} is in {type.name}; supported: {known}")
+        supported = ", ".join(kind.name for kind in (*PLAIN, *BLOCKS))
+        raise ValueError(f"tensor {short(name)} is in {type.name}; supported: {supported}")
     block, block_bytes = gguf.GGML_QUANT_SIZES[type]
     if shape[-1] % block:
         raise ValueError(f"tensor {short(name)}: {shape[-1]:,} is not a multiple of {block}")

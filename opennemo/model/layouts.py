@@ -122,9 +122,9 @@ def read_settings(raw: Mapping[str, Any], layout: Layout, where: Path) -> ModelC
         value: Any = raw.get(key(name, layout))
         value = default if value is None else value
         if type(value) not in (int, kind) or not 0 < value <= most:
-            found = "missing" if value is None else short(value)
+            shown = "missing" if value is None else short(value)
             wanted = f"{'a whole number' if kind is int else 'a number'} up to {most:,}"
-            raise CheckpointError(f"{where}: {key(name, layout)} is {found}, not {wanted}")
+            raise CheckpointError(f"{where}: {key(name, layout)} is {shown}, not {wanted}")
         return value
 
     dim, n_heads = number("dim", 2**17), number("n_heads", 2**12)

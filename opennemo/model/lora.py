@@ -96,9 +96,9 @@ def read_adapter(
             wrong.append(f"{module}: the model has no such layer")
             continue
         expected = ((rank, shape[1]), (shape[0], rank))
-        found = tuple(None if t is None else tuple(t.shape) for t in (a, b))
-        if found != expected or a is None or b is None:
-            wrong.append(f"{module}: A and B are {found}, expected {expected}")
+        shapes_read = tuple(None if t is None else tuple(t.shape) for t in (a, b))
+        if shapes_read != expected or a is None or b is None:
+            wrong.append(f"{module}: A and B are {shapes_read}, expected {expected}")
             continue
         if module.endswith(("wq", "wk")):
             b = halves_to_pairs(b, config.head_dim)
@@ -236,8 +236,8 @@ def add_lora_(
         InvalidRequest: a layer that blocks do not have, none at all, or dropout inside rounding.
     """
     if not layers or (unknown := set(layers) - set(LINEAR)):
-        found = ", ".join(sorted(unknown)) if layers else "none"
-        raise InvalidRequest(f"lora.layers: {found}; allowed are some of {', '.join(LINEAR)}")
+        wrong = ", ".join(sorted(unknown)) if layers else "none"
+        raise InvalidRequest(f"lora.layers: {wrong}; allowed are some of {', '.join(LINEAR)}")
     if format is not None:
         prepare_qat_(model, format)
     model.requires_grad_(False)
@@ -353,8 +353,8 @@ def _read_config(path: Path) -> dict:
         if config.get(name)
     ]
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or odd:
-        found = odd or short([config.get("peft_type"), f"bias {config.get('bias')}"])
-        raise CheckpointError(f"{path}: only plain LoRA without biases is supported, not {found}")
+        variant = odd or short([config.get("peft_type"), f"bias {config.get('bias')}"])
+        raise CheckpointError(f"{path}: only plain LoRA without biases is supported, not {variant}")
     if not isinstance(config.get("r"), int) or not 0 < config["r"] <= 1024:
         raise CheckpointError(f"{path}: r is {short(config.get('r'))}, allowed is 1 to 1024")
     alpha = config.setdefault("lora_alpha", config["r"])

@@ -70,8 +70,8 @@ class Pages:
                 pool.index_copy_(0, slots, x.to(pool.dtype))
                 continue
             given = self.scale.dim() == 2
-            known = self.scale[layer, part].reshape(1, 1, 1) if given else None
-            codes, scale = rounding.quantize(x, known)
+            fixed = self.scale[layer, part].reshape(1, 1, 1) if given else None
+            codes, scale = rounding.quantize(x, fixed)
             # As bytes: PyTorch copies those by index in every build.
             pool.view(torch.uint8).index_copy_(0, slots, codes.view(torch.uint8))
             if not given:

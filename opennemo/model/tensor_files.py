@@ -36,7 +36,7 @@ class SafetensorFiles:
         """Open the files and check their headers.
 
         Raises:
-            CheckpointError: a file is damaged or truncated, or holds a type that is not known.
+            CheckpointError: a file is damaged or truncated, or holds an unknown type.
         """
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
@@ -51,9 +51,9 @@ class SafetensorFiles:
                 ) from error
             for name, part in parts.items():
                 if (code := part.get_dtype()) not in DTYPES:
-                    known = ", ".join(DTYPES)
+                    supported = ", ".join(DTYPES)
                     raise CheckpointError(
-                        f"{path}: {short(name)} is of type {code}; supported: {known}"
+                        f"{path}: {short(name)} is of type {code}; supported: {supported}"
                     )
                 self._files[name] = file
                 self.shapes[name], self.dtypes[name] = tuple(part.get_shape()), DTYPES[code]
