@@ -54,8 +54,8 @@ def encode_for_training(
     """Ids (T,) of the whole conversation, and a mask (T,): True on ids that a model should write.
 
     Those are the assistant's turns and the EOS of each, but for turns of `weight: 0`. In Mistral's
-    layouts calls that end the conversation have no id, as in mistral-finetune: nobody could learn
-    to guess it.
+    layouts calls that end the conversation have no id, as in mistral-finetune, for a model cannot
+    learn to guess it.
 
     Raises:
         InvalidRequest: what is wrong, where, and what is allowed.
@@ -96,11 +96,11 @@ def parse_reply(tokenizer: Tokenizer, ids: Iterable[int], *, request_id: str = "
         calls = []
     if not calls:
         return {"role": "assistant", "content": tokenizer.decode(ids)}
-    taken = set()
+    used = set()
     for i, call in enumerate(calls):
-        if call["id"] in taken or not TOOL_CALL_ID.fullmatch(call["id"]):
+        if call["id"] in used or not TOOL_CALL_ID.fullmatch(call["id"]):
             call["id"] = hash_id(f"{request_id}/{i}/{call['function']}")
-        taken.add(call["id"])
+        used.add(call["id"])
     return {"role": "assistant", "content": content.strip() or None, "tool_calls": calls}
 
 

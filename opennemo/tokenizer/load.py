@@ -15,7 +15,7 @@ def load_tokenizer(model: Path) -> Tokenizer:
     ones, but not before a `tokenizer.json` to which a fine-tune may have added tokens.
 
     Raises:
-        CheckpointError: nothing there that is known, or the file is damaged.
+        CheckpointError: there is no tokenizer, or the file is damaged.
     """
     # Imported late: the libraries behind them take 30 to 90 ms each.
     from opennemo.tokenizer.gguf_vocabulary import load_gguf
@@ -25,9 +25,9 @@ def load_tokenizer(model: Path) -> Tokenizer:
 
     file = model
     if model.is_dir():
-        known = ["tekken.json", "tokenizer.model.v3", "tokenizer.model.v2", "tokenizer.model.v1"]
-        known += ["tokenizer.json", "tokenizer.model"]
-        file = next((model / name for name in known if (model / name).exists()), model)
+        names = ["tekken.json", "tokenizer.model.v3", "tokenizer.model.v2", "tokenizer.model.v1"]
+        names += ["tokenizer.json", "tokenizer.model"]
+        file = next((model / name for name in names if (model / name).exists()), model)
     if file.suffix == ".gguf":
         return load_gguf(file)
     if file.suffix == ".json" and "tekken" in file.name:
@@ -45,7 +45,7 @@ def open_tokenizer(path: Path) -> Tokenizer:
     """Any tokenizer of the package, a file of ranks, or by its name the one that comes with it.
 
     Raises:
-        CheckpointError: nothing there that is known.
+        CheckpointError: there is no tokenizer, or the file is damaged.
     """
     if str(path) == OWN and not path.exists():
         return own_tokenizer()

