@@ -98,7 +98,8 @@ TAGS = CallSyntax(
     call='<tool_call>\n{"name": $name, "arguments": $arguments}\n</tool_call>',
     separator="\n",
 )
-# For models with a template: the first whose announcement is a control token, or else the last.
+# For models with a template: the first whose announcement is a control token that the template
+# writes, or else the last.
 TEMPLATE_SYNTAXES = (ARRAY, TAGS)
 
 

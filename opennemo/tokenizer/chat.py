@@ -73,8 +73,13 @@ def call_syntax(tokenizer: Tokenizer) -> CallSyntax:
     layout = LAYOUTS.get(tokenizer.instruct_version or "")
     if layout and layout.calls:
         return layout.calls
-    announced = (syntax for syntax in TEMPLATE_SYNTAXES if syntax.marks[0] in tokenizer.control)
-    return next(announced, TEMPLATE_SYNTAXES[-1])
+    # A fine-tune may keep Mistral's tokens for calls while its template spells calls in tags.
+    template = tokenizer.chat_template
+    for syntax in TEMPLATE_SYNTAXES:
+        mark = syntax.marks[0]
+        if mark in tokenizer.control and (template is None or mark in template):
+            return syntax
+    return TEMPLATE_SYNTAXES[-1]
 
 
 def parse_reply(tokenizer: Tokenizer, ids: Iterable[int], *, request_id: str = "") -> Message:

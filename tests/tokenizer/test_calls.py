@@ -185,3 +185,21 @@ def test_a_grammar_allows_what_a_layout_writes_and_nothing_else(syntax: CallSynt
     matcher = compiler.compile("lark", if_any).start()
     broken = BYTES.encode("a") + ids
     assert not all(matcher.advance(id) is None for id in [*broken, BYTES.eos_id])
+
+
+def test_a_template_says_which_syntax_a_fine_tune_has():
+    """Its vocabulary may still have the tokens of another."""
+    tokenizer = Tekken(r"(?s:.)", SINGLE_BYTES, n_special=64)
+    tokenizer.instruct_version = None
+    asked = [{"role": "user", "content": "Go."}]
+    for template, syntax in (
+        ("{{ messages[0].content }}", TAGS),
+        ("{% for tool in tools %}{% endfor %}<tool_call>", TAGS),
+        ("{% for tool in tools %}{% endfor %}[TOOL_CALLS][", ARRAY),
+    ):
+        tokenizer.chat_template = template
+        assert call_syntax(tokenizer) == syntax
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    assert TAGS.marks[0] in tokenizer.decode(encode_chat(tokenizer, asked, [TOOL]))
+    ids = tokenizer.encode('<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>')
+    assert parse_reply(tokenizer, ids)["tool_calls"][0]["function"]["name"] == "f"
