@@ -45,7 +45,7 @@ def write_random(folder: Path, config: ModelConfig, format: str) -> None:
         if not compressed.is_stored_in_codes(name):
             tensors[name] = (torch.bfloat16, shape)
             continue
-        parts = compressed.parts(format, "hf", shape)
+        parts = compressed.parts(FORMATS[format], "hf", shape)
         tensors |= {
             f"{name.removesuffix('weight')}{suffix}": part for suffix, part in parts.items()
         }
@@ -67,7 +67,7 @@ def write_random(folder: Path, config: ModelConfig, format: str) -> None:
         offset = (offset + 4096) % (1 << 20)
         return noise[offset : offset + size].view(shape)
 
-    said = compressed.describe(format, "hf")
+    said = compressed.describe(FORMATS[format], "hf")
     with (
         Progress(transient=True, disable=not sys.stderr.isatty()) as progress,
         new_folder(folder) as partial,
