@@ -32,7 +32,7 @@ class Loop(ABC):
 
     @abstractmethod
     def _step(self) -> bool:
-        """Move all work forward; False when there is none."""
+        """Move all requests forward; False when nothing is left to do."""
 
     @abstractmethod
     def _give_up(self, error: str | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Shards hold what the texts say, whoever made them and however often they were interrupted."""
+"""Shards hold what the texts say, by any number of processes and after any interruption."""
 
 import importlib
 import json

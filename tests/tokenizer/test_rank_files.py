@@ -1,4 +1,4 @@
-"""Vocabularies as files of ranks, and the one that comes along."""
+"""Vocabularies as files of ranks, and the one that the package brings."""
 
 import base64
 from importlib.resources import files
