@@ -71,8 +71,8 @@ class LLM:
                 `mistralai/Mistral-Nemo-Instruct-2407`.
             device: "cpu" or "cuda"; by default CUDA where there is one.
             dtype: of weights, by default bfloat16 on CUDA and float32 on a CPU, where a model in
-                codes keeps what it is stored in; and of the KV cache, unless `config` names its
-                format or the model brings scales for one in fp8.
+                codes, and the blocks of a GGUF file, stay as they are stored; and of the KV cache,
+                unless `config` names its format or the model brings scales for one in fp8.
             format: of FORMATS, to round the weights to as they are loaded, as `quantize` would.
 
         Raises:
@@ -89,11 +89,13 @@ class LLM:
             stored = f", and {model} is stored in {checkpoint.format}" if in_codes else ""
             raise InvalidRequest(f"format {format!r}: a model is loaded in {allowed}{stored}")
         row = None if format is None else FORMATS[format]
+        config, ranks = config or EngineConfig(), None
+        # PyTorch, which runs adapters, would decode blocks anew for every step.
+        blocks = on_cpu and row is None and dtype is None and not config.adapters
         if row is not None and not row.in_codes:
             dtype, row = row.weights.dtype, None
         if dtype is None and not (in_codes and on_cpu and checkpoint.dtype == torch.bfloat16):
             dtype = torch.float32 if on_cpu else torch.bfloat16
-        config, ranks = config or EngineConfig(), None
         if config.tensor_parallel_size > 1:
             if config.adapters or row is not None:
                 raise InvalidRequest("tensor_parallel_size above 1 takes no adapters and no codes")
@@ -102,7 +104,7 @@ class LLM:
             ranks = Ranks(config.tensor_parallel_size, share, device)
             net = ranks.model
         else:
-            net = load(checkpoint, device=device, dtype=dtype)
+            net = load(checkpoint, device=device, dtype=dtype, blocks=blocks)
         if row is not None:
             quantize_(net, row)
             in_codes = True

@@ -61,7 +61,7 @@ class Runner:
         self.model, self._size, self._ranks = model.eval(), size, ranks
         self._step: Step | None = compile_step(model, release=not adapters, kv_format=size.format)
         self._adapted_step = TorchStep(model) if adapters else None
-        self.device = model.tok_embeddings.weight.device
+        self.device = model.norm.weight.device
         self.pages = size.make(model)
         self.page_size = size.page_size
 

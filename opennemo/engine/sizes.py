@@ -47,7 +47,7 @@ class CacheSize:
         Raises:
             InvalidRequest: the format is unknown, or fp8 and without scales.
         """
-        device = model.tok_embeddings.weight.device
+        device = model.norm.weight.device
         n = self.n_pages + self.n_spare
         return Pages.empty(model.config, n, self.page_size, self.format, device, self.scale)
 
@@ -60,7 +60,7 @@ def cache_size(
     Raises:
         InvalidRequest: the format is unknown, or fp8 and without scales.
     """
-    weight = model.tok_embeddings.weight
+    weight = model.norm.weight
     own = plain(weight.dtype)
     assert own is not None, weight.dtype
     own = own.name if scale is None else SCALED_KV

@@ -22,6 +22,8 @@
 #include <vector>
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -245,9 +247,36 @@ static void multiply(const float* w, size_t w_stride, const float* x, size_t x_s
   });
 }
 
+// columns[h][j] = rows[j][h] of 8 rows of H numbers, columns being COLS apart
+static void transpose8(const float* const* rows, int H, float* columns) {
+  int h = 0;
+#if defined(__AVX2__)
+  for (; h + 8 <= H; h += 8) {
+    __m256 a[8], b[8];
+    for (int j = 0; j < 8; j++) a[j] = _mm256_loadu_ps(rows[j] + h);
+    for (int j = 0; j < 8; j += 2) {
+      b[j] = _mm256_unpacklo_ps(a[j], a[j + 1]), b[j + 1] = _mm256_unpackhi_ps(a[j], a[j + 1]);
+    }
+    for (int j = 0; j < 8; j += 4)
+      for (int i = 0; i < 2; i++) {
+        a[j + 2 * i] = _mm256_shuffle_ps(b[j + i], b[j + 2 + i], 0x44);
+        a[j + 2 * i + 1] = _mm256_shuffle_ps(b[j + i], b[j + 2 + i], 0xEE);
+      }
+    for (int i = 0; i < 4; i++) {
+      _mm256_storeu_ps(columns + (h + i) * COLS, _mm256_permute2f128_ps(a[i], a[4 + i], 0x20));
+      _mm256_storeu_ps(columns + (h + 4 + i) * COLS, _mm256_permute2f128_ps(a[i], a[4 + i], 0x31));
+    }
+  }
+#endif
+  for (; h < H; h++)
+    for (int j = 0; j < 8; j++) columns[(size_t)h * COLS + j] = rows[j][h];
+}
+
 // ---- number formats ---------------------------------------------------------------------------
 
-enum Format { FP32, BF16, FP8, INT8, INT4 };  // numbered as in cpu.py
+enum Format { FP32, BF16, FP8, INT8, INT4, FIRST_BLOCKS };  // numbered as in cpu.py
+
+#include "blocks.h"
 
 static inline float from_bf16(uint16_t x) {
   uint32_t bits = (uint32_t)x << 16;
@@ -359,15 +388,18 @@ static void multiply_fp8(const uint8_t* w, const float* x, size_t x_stride, int 
 //   int8        [K / SIDE][32][SIDE], as `dot` takes them
 //   fp8         [K][8][4], and int4 [K / 2][8][4], two inputs a byte: byte j of the i-th group of
 //               four is feature 8 * j + i, so that shifts alone unpack eight features at once
+// Rows of blocks (blocks.h), and of the embedding, stay where they are, row_bytes apart.
 struct Matrix {
   Format format = FP32;
   int rows = 0, cols = 0, panels = 0;
   bool power_of_two = false;
   float input_scale = 0;  // of fp8 inputs, if static
-  size_t panel_bytes = 0;
+  size_t panel_bytes = 0, row_bytes = 0;
   uint8_t* data = nullptr;
+  const uint8_t* stored = nullptr;
   std::vector<float> scale;  // fp8, int8: [rows]; int4: [panels][groups][32]
 
+  bool in_blocks() const { return format >= FIRST_BLOCKS; }
   int depth() const { return padded(cols, format == INT8 || format == INT4 ? GROUP : 1); }
   const uint8_t* panel(int p) const { return data + p * panel_bytes; }
 
@@ -379,6 +411,11 @@ struct Matrix {
     size_t n_scales = f == INT4 ? (size_t)panels * depth() : panels * COLS;
     scale.assign(n_scales, f == FP32 || f == BF16 ? 1.f : 0.f);
     std::memset(data, f == INT8 ? BIAS : f == INT4 ? 0x88 : 0, panel_bytes * panels);
+  }
+
+  void refer(Format f, int n_rows, int n_cols, const uint8_t* codes, size_t bytes) {
+    format = f, rows = n_rows, cols = n_cols, panels = padded(n_rows, COLS) / COLS;
+    stored = codes, row_bytes = bytes;
   }
 
   // Put one row of codes, as PyTorch holds them, in its place.
@@ -405,6 +442,7 @@ struct Matrix {
         for (int g = 0; g < depth() / GROUP; g++)
           scale[((size_t)row / COLS * depth() / GROUP + g) * COLS + lane] = row_scale[g];
         return;
+      case FIRST_BLOCKS: return;
     }
     scale[row] = *row_scale;
   }
@@ -455,15 +493,25 @@ struct Inputs {
   std::vector<float> scale;
   std::vector<Code> codes;
   std::vector<int32_t> excess;
+  std::vector<Input> spans;
 
   void reserve(int n_rows, int width) {
-    size_t n = (size_t)n_rows * padded(width, GROUP);
+    size_t n = (size_t)n_rows * padded(width, GROUP), n_spans = (size_t)n_rows * padded(width, SPAN) / SPAN;
     if (codes.size() < n) codes.resize(n), scale.resize(n), excess.resize(n / GROUP);
+    if (spans.size() < n_spans) spans.resize(n_spans);
   }
 
-  void round(const Matrix& a, int row, float* x) {
-    if (a.format == INT8) round_int8(a.cols, row, x);
-    if (a.format == FP8) round_fp8(a, row, x);
+  Input* spans_of(int cols, int row) { return &spans[(size_t)row * (padded(cols, SPAN) / SPAN)]; }
+
+  // For all matrices that take this input.
+  void round(const Matrix* a, int n_matrices, int row, float* x) {
+    bool int8 = false, blocks = false;
+    for (int i = 0; i < n_matrices; i++) {
+      int8 |= a[i].format == INT8, blocks |= a[i].in_blocks();
+    }
+    if (int8) round_int8(a->cols, row, x);
+    if (blocks) round_inputs(x, a->cols, spans_of(a->cols, row));
+    if (a->format == FP8) round_fp8(*a, row, x);
   }
 
   void round_int8(int n, int row, const float* x) {
@@ -624,10 +672,11 @@ struct Step {
   float* logits;                              // (R, V)
 };
 
-enum { QKV, OUT, UP, DOWN, PER_LAYER };  // w1 and w3 alternate in UP, a panel each
+enum { WQ, WK, WV, WO, W1, W3, W2, PER_LAYER };
 
 struct Scratch {  // of one thread
   alignas(64) float y[2][BLOCK * COLS], unpacked[DEPTH * COLS], weights[BLOCK * COLS];
+  Tile tile;
   std::vector<float> q, keys, values, widened, out;
 };
 
@@ -637,8 +686,7 @@ struct Model {
   std::vector<Matrix> matrices;  // PER_LAYER a layer, and the head
   std::vector<float> norms;      // (2 L + 1, D): attention_norm, ffn_norm, ..., norm
   std::vector<double> frequencies;
-  const void* embedding = nullptr;
-  Format embedding_format = FP32;
+  Matrix embedding;  // rows of float32, bf16 or blocks
   Pool pool;
   Inputs inputs;
   std::vector<Scratch> scratch;
@@ -651,7 +699,13 @@ struct Model {
 
   // rows (M, K) of x times panel p -> y (M, 32)
   void product(const Matrix& a, int p, const float* x, int first, int M, float* y, Scratch& s) {
-    if (a.format == INT8) {
+    if (a.in_blocks()) {
+      with_blocks(a.format, [&](auto type) {
+        multiply_blocks<decltype(type)>(
+            a.stored + (size_t)p * COLS * a.row_bytes, a.row_bytes, std::min(COLS, a.rows - p * COLS),
+            a.cols / GROUP, inputs.spans_of(a.cols, first), M, y, s.tile);
+      });
+    } else if (a.format == INT8) {
       int n_groups = a.depth() / GROUP;
       int n_passes = (M + TILE - 1) / TILE * (M * V <= SUMS ? 1 : V / 2);
       Ahead ahead{a.panel(p + 1), n_passes};
@@ -682,17 +736,35 @@ struct Model {
       }
   }
 
-  // Every row of x (T, K) times the matrix, shared out among threads by panels, or pairs of them;
-  // emit(row, first column, y, y of the second panel, columns) gets each piece.
-  template <class F> void matmul(int T, const Matrix& a, const float* x, int t, int each, F&& emit) {
+  // Every row of x (T, K) times n matrices, shared out among threads by panels;
+  // emit(row, first column, y, columns) gets each piece. Columns are counted through all matrices.
+  template <class F> void matmul(int T, const Matrix* a, int n, const float* x, int t, F&& emit) {
     Scratch& s = scratch[t];
-    pool.share(a.panels / each, [&](int unit) {
+    int n_panels = 0;
+    for (int i = 0; i < n; i++) n_panels += a[i].panels;
+    pool.share(n_panels, [&](int p) {
+      const Matrix* one = a;
+      int column = 0;
+      for (; p >= one->panels; one++) p -= one->panels, column += one->rows;
       for (int first = 0; first < T; first += BLOCK) {
         int M = std::min(BLOCK, T - first);
-        for (int i = 0; i < each; i++) product(a, unit * each + i, x, first, M, s.y[i], s);
-        int column = unit * COLS, n = std::min(COLS, a.rows / each - column);
+        product(*one, p, x, first, M, s.y[0], s);
         for (int m = 0; m < M; m++)
-          emit(first + m, column, s.y[0] + m * COLS, s.y[1] + m * COLS, n);
+          emit(first + m, column + p * COLS, s.y[0] + m * COLS, std::min(COLS, one->rows - p * COLS));
+      }
+    });
+  }
+
+  // The same with two matrices of one shape at a time: emit(row, column, y, y of the second, columns).
+  template <class F> void matmul_both(int T, const Matrix* a, const float* x, int t, F&& emit) {
+    Scratch& s = scratch[t];
+    pool.share(a->panels, [&](int p) {
+      for (int first = 0; first < T; first += BLOCK) {
+        int M = std::min(BLOCK, T - first);
+        for (int i = 0; i < 2; i++) product(a[i], p, x, first, M, s.y[i], s);
+        for (int m = 0; m < M; m++)
+          emit(first + m, p * COLS, s.y[0] + m * COLS, s.y[1] + m * COLS,
+               std::min(COLS, a->rows - p * COLS));
       }
     });
   }
@@ -736,31 +808,6 @@ struct Model {
   void step(const Step& step);
   void attend(const Step& step, int layer, const Task& task, const Task* next, Scratch& s);
 };
-
-// columns[h][j] = rows[j][h] of 8 keys, for all of their H channels
-static void transpose8(const float* const* rows, int H, float* columns) {
-  int h = 0;
-#if defined(__AVX2__)
-  for (; h + 8 <= H; h += 8) {
-    __m256 a[8], b[8];
-    for (int j = 0; j < 8; j++) a[j] = _mm256_loadu_ps(rows[j] + h);
-    for (int j = 0; j < 8; j += 2) {
-      b[j] = _mm256_unpacklo_ps(a[j], a[j + 1]), b[j + 1] = _mm256_unpackhi_ps(a[j], a[j + 1]);
-    }
-    for (int j = 0; j < 8; j += 4)
-      for (int i = 0; i < 2; i++) {
-        a[j + 2 * i] = _mm256_shuffle_ps(b[j + i], b[j + 2 + i], 0x44);
-        a[j + 2 * i + 1] = _mm256_shuffle_ps(b[j + i], b[j + 2 + i], 0xEE);
-      }
-    for (int i = 0; i < 4; i++) {
-      _mm256_storeu_ps(columns + (h + i) * COLS, _mm256_permute2f128_ps(a[i], a[4 + i], 0x20));
-      _mm256_storeu_ps(columns + (h + 4 + i) * COLS, _mm256_permute2f128_ps(a[i], a[4 + i], 0x31));
-    }
-  }
-#endif
-  for (; h < H; h++)
-    for (int j = 0; j < 8; j++) columns[h * COLS + j] = rows[j][h];
-}
 
 // W bytes as integers. The compilers' own conversion goes byte by byte.
 static inline vi from_bytes(const uint8_t* p) {
@@ -948,12 +995,13 @@ void Model::step(const Step& step) {
 
   pool.run([&](int t) {
     pool.share(T, [&](int i) {
-      size_t token = step.tokens[i];
-      if (embedding_format == FP32)
-        std::memcpy(&x[(size_t)i * D], (const float*)embedding + token * D, D * sizeof(float));
+      const uint8_t* row = embedding.stored + step.tokens[i] * embedding.row_bytes;
+      float* to = &x[(size_t)i * D];
+      if (embedding.format == FP32) std::memcpy(to, row, D * sizeof(float));
+      else if (embedding.format == BF16)
+        for (int d = 0; d < D; d++) to[d] = from_bf16(((const uint16_t*)row)[d]);
       else
-        for (int d = 0; d < D; d++)
-          x[(size_t)i * D + d] = from_bf16(((const uint16_t*)embedding)[token * D + d]);
+        with_blocks(embedding.format, [&](auto type) { row_of_blocks<decltype(type)>(row, D, to); });
       for (int h = 0; h < H / 2; h++) {  // in double, as in transformer.rotary
         double angle = step.positions[i] * frequencies[h];
         rope[(size_t)i * H + 2 * h] = std::cos(angle), rope[(size_t)i * H + 2 * h + 1] = std::sin(angle);
@@ -966,9 +1014,9 @@ void Model::step(const Step& step) {
       pool.share(n, [&](int i) {
         float* y = &normed[(size_t)i * D];
         norm(&x[(size_t)i * D], gains, y);
-        inputs.round(a[QKV], i, y);
+        inputs.round(a + WQ, 3, i, y);
       });
-      matmul(n, a[QKV], normed.data(), t, 1, [&](int i, int column, float* y, float*, int width) {
+      matmul(n, a + WQ, 3, normed.data(), t, [&](int i, int column, float* y, int width) {
         copy(y, width, &qkv[(size_t)i * stride + column]);
       });
       pool.share(n, [&](int i) {
@@ -1004,33 +1052,33 @@ void Model::step(const Step& step) {
         }
         pool.barrier();
       }
-      pool.share(n, [&](int i) { inputs.round(a[OUT], i, &attended[(size_t)i * N * H]); });
-      auto add = [&](int i, int column, float* y, float*, int width) {
+      pool.share(n, [&](int i) { inputs.round(a + WO, 1, i, &attended[(size_t)i * N * H]); });
+      auto add = [&](int i, int column, float* y, int width) {
         for (int j = 0; j < width; j++) x[(size_t)i * D + column + j] += y[j];
       };
-      matmul(n, a[OUT], attended.data(), t, 1, add);
+      matmul(n, a + WO, 1, attended.data(), t, add);
       pool.share(n, [&](int i) {
         float* y = &normed[(size_t)i * D];
         norm(&x[(size_t)i * D], gains + D, y);
-        inputs.round(a[UP], i, y);
+        inputs.round(a + W1, 2, i, y);
       });
-      matmul(n, a[UP], normed.data(), t, 2, [&](int i, int column, float* g, float* u, int width) {
+      matmul_both(n, a + W1, normed.data(), t, [&](int i, int column, float* g, float* u, int width) {
         for (int j = 0; j < COLS; j += W) {
           vf gate = load(g + j);
           store(g + j, gate / (1.f + exponential(-gate)) * load(u + j));
         }
-        copy(g, std::min(width, F - column), &hidden[(size_t)i * F + column]);
+        copy(g, width, &hidden[(size_t)i * F + column]);
       });
-      pool.share(n, [&](int i) { inputs.round(a[DOWN], i, &hidden[(size_t)i * F]); });
-      matmul(n, a[DOWN], hidden.data(), t, 1, add);
+      pool.share(n, [&](int i) { inputs.round(a + W2, 1, i, &hidden[(size_t)i * F]); });
+      matmul(n, a + W2, 1, hidden.data(), t, add);
     }
     const Matrix& head = matrices.back();
     pool.share(n, [&](int i) {
       float* y = &normed[(size_t)i * D];
       norm(&x[(size_t)i * D], &norms[(size_t)2 * L * D], y);
-      inputs.round(head, i, y);
+      inputs.round(&head, 1, i, y);
     });
-    matmul(n, head, normed.data(), t, 1, [&](int i, int column, float* y, float*, int width) {
+    matmul(n, &head, 1, normed.data(), t, [&](int i, int column, float* y, int width) {
       copy(y, width, step.logits + (size_t)i * shape.vocab_size + column);
     });
   });
@@ -1039,12 +1087,12 @@ void Model::step(const Step& step) {
 // ---- the door, called by cpu.py ---------------------------------------------------------------
 
 extern "C" {
-Model* model_new(const Shape* shape, const double* frequencies, const void* embedding,
-                 int embedding_format) {
+Model* model_new(const Shape* shape, const double* frequencies, const uint8_t* embedding,
+                 int embedding_format, int64_t embedding_row_bytes) {
   Model* m = new Model(*shape);
   m->norms.resize((size_t)(2 * shape->n_layers + 1) * shape->dim);
   m->frequencies.assign(frequencies, frequencies + shape->head_dim / 2);
-  m->embedding = embedding, m->embedding_format = (Format)embedding_format;
+  m->embedding.refer((Format)embedding_format, shape->vocab_size, shape->dim, embedding, embedding_row_bytes);
   return m;
 }
 void model_free(Model* m) { delete m; }
@@ -1059,15 +1107,38 @@ void matrix_shape(Model* m, int index, int format, int rows, int cols, float inp
   a.input_scale = input_scale, a.power_of_two = power_of_two;
 }
 
-// Rows of codes, row_bytes apart, to their places: of every `step` panels one, from row `first`.
-void matrix_pack(Model* m, int index, int first, int step, int n_rows, const uint8_t* codes,
-                 int64_t row_bytes, const float* scale, int scales_per_row) {
+// Rows of codes, row_bytes apart, to their places.
+void matrix_pack(Model* m, int index, const uint8_t* codes, int64_t row_bytes, const float* scale,
+                 int scales_per_row) {
   Matrix& a = m->matrices[index];
   m->pool.run([&](int) {
-    m->pool.share((n_rows + COLS - 1) / COLS, [&](int p) {
-      for (int r = p * COLS; r < std::min(n_rows, (p + 1) * COLS); r++)
-        a.pack(first + p * COLS * step + r % COLS, codes + r * row_bytes,
-               scale + (size_t)r * scales_per_row);
+    m->pool.share(a.panels, [&](int p) {
+      for (int r = p * COLS; r < std::min(a.rows, (p + 1) * COLS); r++)
+        a.pack(r, codes + r * row_bytes, scale + (size_t)r * scales_per_row);
+    });
+  });
+}
+
+// Rows of blocks, which the caller keeps as long as the model.
+void matrix_refer(Model* m, int index, int format, int rows, int cols, const uint8_t* codes,
+                  int64_t row_bytes) {
+  m->matrices[index].refer((Format)format, rows, cols, codes, row_bytes);
+}
+
+// One product by itself: x (T, cols) times rows of blocks -> y (T, rows).
+void blocks_multiply(int format, int rows, int cols, const uint8_t* codes, int64_t row_bytes,
+                     const float* x, int T, float* y, int n_threads) {
+  Shape shape{};
+  shape.n_threads = n_threads;
+  Model m(shape);
+  m.matrices[0].refer((Format)format, rows, cols, codes, row_bytes);
+  m.inputs.reserve(T, cols);
+  m.pool.run([&](int t) {
+    m.pool.share(T, [&](int i) {
+      m.inputs.round(&m.matrices[0], 1, i, const_cast<float*>(x) + (size_t)i * cols);
+    });
+    m.matmul(T, &m.matrices[0], 1, x, t, [&](int i, int column, float* part, int width) {
+      copy(part, width, y + (size_t)i * rows + column);
     });
   });
 }

@@ -11,6 +11,7 @@ business, what goes along with the weights companions.py's, the hub hub.py's.
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,9 +26,9 @@ from opennemo.errors import CheckpointError
 from opennemo.files import new_folder, read_json, write_json
 from opennemo.model import compressed, layouts
 from opennemo.model.companions import copy_companions
-from opennemo.model.formats import FORMATS
+from opennemo.model.formats import BLOCKS, FORMATS, BlockFormat
 from opennemo.model.layouts import FolderLayout, Layout
-from opennemo.model.quantization import QuantizedLinear, replace_module
+from opennemo.model.quantization import QuantizedEmbedding, QuantizedLinear, replace_module
 from opennemo.model.tensor_files import PLAIN, SafetensorFiles, write_safetensors
 from opennemo.model.transformer import ModelConfig, Transformer
 from opennemo.progress import Progress
@@ -73,6 +74,22 @@ class Checkpoint:
         tensors = {suffix: self.read(f"{module}.{suffix}") for suffix in parts}
         return compressed.unpack(format, self.layout, shape, tensors)
 
+    def read_blocks(self, name: str) -> tuple[BlockFormat, dict[str, Tensor]] | None:
+        """One matrix of a GGUF file as its blocks, by Mistral's name, or None if it is in none.
+
+        What is in blocks that nothing multiplies becomes q8_0, and a warning says so.
+        """
+        own = layouts.spell(name, self.layout)
+        if self.layout != "gguf" or len(self.shapes[name]) != 2:
+            return None
+        if format := self.files.format_of(own):
+            return BLOCKS[format], {"weight": self.files.read_codes(own)}
+        if not self.files.is_rare(own):
+            return None
+        message = f"weights in {self.files.type_of(own)} are rounded to q8_0 as they are read"
+        warnings.warn(message, stacklevel=3)
+        return BLOCKS["q8_0"], BLOCKS["q8_0"].quantize(self.files.read(own, torch.float32))
+
     def read_kv_scale(self) -> Tensor | None:
         """Scales (L, 2) of keys and values for a KV cache in FP8, if the model brings them.
 
@@ -116,11 +133,13 @@ def load(
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
+    blocks: bool = False,
 ) -> Transformer:
     """A model folder or `.gguf` file as a model, by default in the type it is stored in.
 
     Takes the memory of the model and of one weight more. Weights that lie in the file as they are
-    wanted take none: they are mapped, privately, so that training may write to them.
+    wanted take none: they are mapped, privately, so that training may write to them. So are the
+    matrices of a GGUF file in codes, with `blocks`; otherwise they are dequantised.
 
     Raises:
         CheckpointError: not a model, incomplete, damaged, or of a kind that is not supported.
@@ -132,10 +151,20 @@ def load(
             path_of = name.removesuffix(".weight")
             replace_module(model, path_of, checkpoint.read_linear(path_of).to(device))
             continue
-        weight = checkpoint.read(name, dtype or checkpoint.dtype).to(device)
         module, _, kind = name.rpartition(".")
+        if blocks and (found := checkpoint.read_blocks(name)):
+            format, shape = found[0], checkpoint.shapes[name]
+            tensors = {name: tensor.to(device) for name, tensor in found[1].items()}
+            stored: nn.Module = QuantizedLinear(format, shape, tensors)
+            if name == "tok_embeddings.weight":
+                if checkpoint.config.tied_embeddings:
+                    replace_module(model, "output", stored)
+                stored = QuantizedEmbedding(format, shape, tensors, dtype or checkpoint.dtype)
+            replace_module(model, module, stored)
+            continue
+        weight = checkpoint.read(name, dtype or checkpoint.dtype).to(device)
         setattr(model.get_submodule(module), kind, nn.Parameter(weight))
-    if checkpoint.config.tied_embeddings:
+    if checkpoint.config.tied_embeddings and isinstance(model.tok_embeddings, nn.Embedding):
         model.output.weight = model.tok_embeddings.weight
     return model
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from opennemo.kernels import cpu
 from opennemo.model.attention import Paged
 from opennemo.model.formats import FORMATS, plain
-from opennemo.model.quantization import QuantizedLinear
+from opennemo.model.quantization import QuantizedEmbedding, QuantizedLinear
 from opennemo.model.transformer import Block, Transformer
 
 
@@ -66,7 +66,7 @@ def has_kernels(model: Transformer, kv_format: str) -> bool:
 
 
 def _format_of(module: nn.Module) -> cpu.CpuFormat | None:
-    if isinstance(module, QuantizedLinear):
+    if isinstance(module, QuantizedLinear | QuantizedEmbedding):
         return module.format.kernel
     if type(module) not in (nn.Linear, nn.Embedding):
         return None  # it learns in some way of its own
@@ -77,17 +77,18 @@ def _format_of(module: nn.Module) -> cpu.CpuFormat | None:
 def _weights(module: nn.Module) -> cpu.Weights:
     format = _format_of(module)
     assert format is not None, module
-    if not isinstance(module, QuantizedLinear):
+    if isinstance(module, nn.Linear | nn.Embedding):
         weight = module.get_parameter("weight")
         return cpu.Weights(
             format=format, columns=weight.shape[1], codes=weight, scale=torch.ones(1, 1)
         )
+    assert isinstance(module, QuantizedLinear | QuantizedEmbedding)
     tensors, inputs = module.tensors, module.format.inputs
     return cpu.Weights(
         format=format,
         columns=module.in_features,
         codes=tensors["weight"],
-        scale=tensors["scale"],
+        scale=tensors.get("scale", torch.ones(1, 1)),
         input_scale=float(tensors["input_scale"]) if module.format.static else 0.0,
         power_of_two=inputs is not None and inputs.power_of_two,
     )
@@ -111,6 +112,9 @@ def _layers(model: Transformer, release: bool) -> Iterator[cpu.LayerWeights]:
 
 
 def _empty(linear: nn.Module) -> None:
+    format = _format_of(linear)
+    if format is None or format.in_place:
+        return  # the kernel reads what it has
     for tensor in (*linear.parameters(), *linear.buffers()):
         _forget_pages(tensor)
         tensor.data = tensor.new_empty(0)

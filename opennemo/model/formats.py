@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from opennemo.kernels.cpu import CpuFormat
+from opennemo.model import blocks
 
 Share = int | Literal["row", "tensor"]
 # Weights are rounded as a model is loaded; a model learns under the rounding; folders are written
@@ -210,6 +211,23 @@ class Format:
         return F.linear(x, self.weights.fake_quantize(weight, w_scale))
 
 
+@dataclass(frozen=True, kw_only=True)
+class BlockFormat(Format):
+    """A type of GGUF's blocks: rows of bytes, which hold codes, scales and minima together."""
+
+    def nbytes(self, rows: int, columns: int) -> int:
+        return rows * blocks.TYPES[self.name].row_bytes(columns)
+
+    def quantize(self, weight: Tensor, scale: Tensor | None = None) -> dict[str, Tensor]:
+        """Only for q8_0: the others come from files."""
+        if self.name != "q8_0" or scale is not None:
+            raise ValueError(f"nothing is rounded to {self.name} here")
+        return {"weight": blocks.quantize_q8_0(weight)}
+
+    def dequantize(self, tensors: Mapping[str, Tensor], columns: int, dtype: torch.dtype) -> Tensor:
+        return blocks.dequantize(self.name, tensors["weight"]).to(dtype)
+
+
 def _cast(dtype: torch.dtype) -> Rounding:
     return Rounding(dtype=dtype)
 
@@ -257,6 +275,14 @@ _ROWS = (
     ),
 )  # fmt: skip
 FORMATS: dict[str, Format] = {format.name: format for format in _ROWS}
+# What GGUF files hold and nothing else is rounded to: inputs become int8 in groups of 32.
+BLOCKS: dict[str, BlockFormat] = {
+    name: BlockFormat(
+        name=name, weights=Rounding(dtype=torch.uint8, limit=1), inputs=_int8(32),
+        kernel=CpuFormat[name.upper()],
+    )
+    for name in blocks.TYPES
+}  # fmt: skip
 # A KV cache whose scales come with the model, or from calibration.
 SCALED_KV = "fp8"
 

@@ -1,8 +1,11 @@
-"""Read `.gguf`, the one-file format of llama.cpp: settings, and tensors dequantised on the way.
+"""Read `.gguf`, the one-file format of llama.cpp: settings, and tensors as codes or dequantised.
 
 The header is read by the tokenizer's cursor, which cannot leave the file. (`GGUFReader` of the
-`gguf` package takes 5 s for SmolLM2's, and does not end on a forged array length.) What the bytes
-of a quantised block mean is left to that package.
+`gguf` package takes 5 s for SmolLM2's, and does not end on a forged array length.) Types of blocks
+that formats.py has can stay as they are; what the others mean is left to that package.
+
+A model may be split into files NAME-00001-of-00003.gguf and so on, the first of which has the
+settings; all of them stand for the model.
 
 Specification: docs/gguf.md of ggml, versions 2 and 3, little-endian.
 """
@@ -19,15 +22,21 @@ from gguf import GGMLQuantizationType as Type
 from torch import Tensor
 
 from opennemo.errors import CheckpointError
+from opennemo.model.formats import BLOCKS
 from opennemo.model.layouts import short
-from opennemo.tokenizer.gguf_head import Cursor, read_head
+from opennemo.tokenizer.gguf_head import PART, Cursor, read_head
 
 PLAIN = {Type.F32: torch.float32, Type.F16: torch.float16, Type.BF16: torch.bfloat16}
-BLOCKS = [Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q8_0]
-BLOCKS += [Type.Q2_K, Type.Q3_K, Type.Q4_K, Type.Q5_K, Type.Q6_K]
+FORMATS = {Type[name.upper()]: name for name in BLOCKS}
+# Types that are dequantised, and may be rounded to q8_0, as there is no kernel for them.
+RARE = [
+    Type.IQ1_S, Type.IQ1_M, Type.IQ2_XXS, Type.IQ2_XS, Type.IQ2_S, Type.IQ3_XXS, Type.IQ3_S,
+    Type.TQ1_0, Type.TQ2_0,
+]  # fmt: skip
 # Weights dequantised at a time: 512 KiB of float32 stays in a core's cache, which is four times as
 # fast as a whole matrix.
 CHUNK = 2**17
+MAX_PARTS = 1000
 
 
 class Entry(NamedTuple):
@@ -37,25 +46,46 @@ class Entry(NamedTuple):
     type: Type
     start: int
     n_bytes: int
+    part: int = 0  # of a split model
+
+
+class _Unsupported(Exception):
+    """A sound file with something in it that we cannot run."""
 
 
 class GGUF:
-    """An open `.gguf` file: its settings, its tensors' shapes and types, and the tensors."""
+    """An open model: its settings, its tensors' shapes and types, and the tensors."""
 
     def __init__(self, path: Path):
-        """Map the file and check its header.
+        """Map the file or files and check their headers.
 
         Raises:
-            CheckpointError: not GGUF, damaged, truncated, or quantised in a way not supported.
+            CheckpointError: not GGUF, damaged, truncated, incomplete or of a type not supported.
         """
-        try:
-            # A private mapping: tensors may be written to, the file is not.
-            self._data = np.memmap(path, np.uint8, mode="c")
-            self.settings, self._entries = _read_entries(self._data.data)
-        except (OSError, ValueError, struct.error, RecursionError) as error:
-            raise CheckpointError(f"{path}: damaged, or not GGUF: {error}") from error
+        # Private mappings: tensors may be written to, files are not.
+        self._data: list[np.ndarray] = []
+        self._entries: dict[str, Entry] = {}
+        self.settings: dict[str, Any] = {}
+        match = PART.fullmatch(path.name)
+        n_parts = min(int(match[3]), MAX_PARTS) if match else 1
+        for i in range(n_parts):
+            part = path.with_name(f"{match[1]}-{i + 1:05}-of-{match[3]}.gguf") if match else path
+            if match and not part.exists():
+                raise CheckpointError(f"{part} is missing: {path.name} is one of {n_parts} files")
+            settings, entries = self._open(part)
+            if (settings.get("split.no", i), settings.get("split.count", n_parts)) != (i, n_parts):
+                raise CheckpointError(f"{part}: says that it is part "
+                    f"{short(settings.get('split.no'))} (from 0) of "
+                    f"{short(settings.get('split.count'))}: files of a split model are named "
+                    "NAME-00001-of-00003.gguf and lie in one folder")  # fmt: skip
+            self.settings = self.settings or settings
+            for name, entry in entries.items():
+                if name in self._entries:
+                    raise CheckpointError(f"{part}: tensor {short(name)} is in another file, too")
+                self._entries[name] = entry._replace(part=i)
+        self.settings.pop("split.count", None)
         self.shapes = {name: entry.shape for name, entry in self._entries.items()}
-        # Numbers in blocks become float32.
+        # Numbers in blocks become float32, unless they stay in codes.
         self.dtypes = {n: PLAIN.get(e.type, torch.float32) for n, e in self._entries.items()}
         # What the tensors say and the fields may not: the vocabulary, and Llama 3's RoPE.
         if "token_embd.weight" in self.shapes:
@@ -63,10 +93,36 @@ class GGUF:
         if "rope_freqs.weight" in self.shapes:
             self.settings["llama.rope.scaling.type"] = "llama3"
 
+    def _open(self, path: Path) -> tuple[dict[str, Any], dict[str, Entry]]:
+        try:
+            self._data.append(np.memmap(path, np.uint8, mode="c"))
+            return _read_entries(self._data[-1].data)
+        except _Unsupported as error:
+            raise CheckpointError(f"{path}: {error}") from error
+        except (OSError, ValueError, struct.error, RecursionError) as error:
+            raise CheckpointError(f"{path}: damaged, or not GGUF: {error}") from error
+
+    def type_of(self, name: str) -> str:
+        """What a tensor is stored in, as ggml calls it."""
+        return self._entries[name].type.name
+
+    def format_of(self, name: str) -> str | None:
+        """The name in BLOCKS of what a tensor is stored in, if it can stay so."""
+        shape, type, *_ = self._entries[name]
+        return FORMATS.get(type) if len(shape) == 2 else None
+
+    def is_rare(self, name: str) -> bool:
+        """Whether a tensor is in blocks that nothing here multiplies."""
+        return self._entries[name].type in RARE
+
+    def read_codes(self, name: str) -> Tensor:
+        """A matrix (O, D) in blocks as rows of bytes (O, B): a view of the file."""
+        return torch.from_numpy(self._stored(name)).view(self.shapes[name][0], -1)
+
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
         """One tensor; a view of the file, without a copy, where it is stored as `dtype`."""
-        shape, type, start, n_bytes = self._entries[name]
-        stored = self._data[start : start + n_bytes]
+        shape, type, _, n_bytes, _ = self._entries[name]
+        stored = self._stored(name)
         if type in PLAIN:
             return torch.from_numpy(stored).view(PLAIN[type]).view(shape).to(dtype)
         block, block_bytes = gguf.GGML_QUANT_SIZES[type]
@@ -75,6 +131,10 @@ class GGUF:
             codes = stored[i * step : (i + 1) * step].reshape(1, -1)
             floats[i * CHUNK : (i + 1) * CHUNK] = gguf.dequantize(codes, type)[0]
         return torch.from_numpy(floats).view(shape).to(dtype)
+
+    def _stored(self, name: str) -> np.ndarray:
+        _, _, start, n_bytes, part = self._entries[name]
+        return self._data[part][start : start + n_bytes]
 
 
 def _read_entries(data: memoryview) -> tuple[dict[str, Any], dict[str, Entry]]:
@@ -101,10 +161,12 @@ def _read_entry(cursor: Cursor) -> tuple[str, Entry]:
     if not 1 <= n_dims <= 4:
         raise ValueError(f"tensor {short(name)} has {n_dims:,} dimensions")
     shape = cursor.numbers("Q", n_dims)[::-1]  # the file has the innermost first
-    type, start = Type(cursor.number("I")), cursor.number("Q")
-    if type not in (*PLAIN, *BLOCKS):
-        supported = ", ".join(kind.name for kind in (*PLAIN, *BLOCKS))
-        raise ValueError(f"tensor {short(name)} is in {type.name}; supported: {supported}")
+    number, start = cursor.number("I"), cursor.number("Q")
+    if number not in (*PLAIN, *FORMATS, *RARE):
+        type = Type(number).name if number in [*Type] else f"type {number}"
+        supported = ", ".join(kind.name for kind in (*PLAIN, *FORMATS, *RARE))
+        raise _Unsupported(f"tensor {short(name)} is in {type}; supported: {supported}")
+    type = Type(number)
     block, block_bytes = gguf.GGML_QUANT_SIZES[type]
     if shape[-1] % block:
         raise ValueError(f"tensor {short(name)}: {shape[-1]:,} is not a multiple of {block}")

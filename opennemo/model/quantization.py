@@ -117,8 +117,8 @@ def fake_kv(model: nn.Module, attend: Attend) -> Attend:
     return attend if rounding is None else RoundedKV(attend, rounding)
 
 
-class QuantizedLinear(nn.Module):
-    """A linear layer as it is stored: the tensors of its format, and no gradient."""
+class _Stored(nn.Module):
+    """A matrix as it is stored: the tensors of its format, and no gradient."""
 
     def __init__(self, format: Format, shape: Sequence[int], tensors: Mapping[str, Tensor]):
         super().__init__()
@@ -131,6 +131,28 @@ class QuantizedLinear(nn.Module):
     def tensors(self) -> dict[str, Tensor]:
         """What stands for the matrix, by the format's names."""
         return dict(self.named_buffers())
+
+
+class QuantizedEmbedding(_Stored):
+    """An embedding in a format whose rows stand for themselves."""
+
+    def __init__(
+        self,
+        format: Format,
+        shape: Sequence[int],
+        tensors: Mapping[str, Tensor],
+        dtype: torch.dtype,
+    ):
+        super().__init__(format, shape, tensors)
+        self.dtype = dtype
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        rows = {name: tensor[tokens] for name, tensor in self.tensors.items()}
+        return self.format.dequantize(rows, self.in_features, self.dtype)
+
+
+class QuantizedLinear(_Stored):
+    """A linear layer in a format."""
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The matrix (O, D) that the codes stand for."""

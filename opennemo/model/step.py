@@ -38,7 +38,7 @@ def compile_step(
     the model's own matrices are emptied as they are packed for it, so that they lie in memory once;
     PyTorch cannot run it then.
     """
-    device = model.tok_embeddings.weight.device.type
+    device = model.norm.weight.device.type
     if device == "cuda" and importlib.util.find_spec("triton"):
         from opennemo.model.gpu_step import GpuStep  # imports Triton: seconds that a CPU saves
 

@@ -8,6 +8,7 @@ Format: docs/gguf.md of ggml, versions 2 and 3, little-endian.
 """
 
 import mmap
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,20 @@ from opennemo.errors import CheckpointError
 # Types of values: those that `struct` has codes for, and the two others.
 NUMBERS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
+# A file of a split model: name, number from 1, how many there are. The first has the settings.
+PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """Every key of the file's head with its value: numbers, strings, and lists of these.
+    """Every key of a model's head with its value: numbers, strings, and lists of these.
+
+    Any file of a split model stands for the first.
 
     Raises:
         CheckpointError: the file cannot be read, is no GGUF file, or ends too early.
     """
+    if match := PART.fullmatch(path.name):
+        path = path.with_name(f"{match[1]}-{1:05}-of-{match[3]}.gguf")
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return read_head(Cursor(data))[0]

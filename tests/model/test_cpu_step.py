@@ -4,17 +4,23 @@ import itertools
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from opennemo.kernels import cpu
 from opennemo.model.attention import Paged
 from opennemo.model.cpu_step import NativeStep
-from opennemo.model.formats import FORMATS
+from opennemo.model.formats import BLOCKS, FORMATS
 from opennemo.model.pages import Pages
-from opennemo.model.quantization import quantize_
+from opennemo.model.quantization import (
+    QuantizedEmbedding,
+    QuantizedLinear,
+    quantize_,
+    replace_module,
+)
 from opennemo.model.step import compile_step
 from opennemo.model.torch_step import TorchStep
 from opennemo.model.transformer import ModelConfig, Transformer
+from tests.blocks import random_blocks
 
 PAGE = 16
 NATIVE = [name for name, format in FORMATS.items() if format.kernel is not None]
@@ -34,20 +40,6 @@ SHAPES = {
         max_position_embeddings=512,
     ),
 }  # fmt: skip
-# The AVX-512 code on a machine without it: all but the instruction that multiplies bytes.
-EMULATED = ({"avx2", "fma"}, ["-mavx2", "-mfma", "-DEMULATE_VNNI"])
-
-
-@pytest.fixture(params=[*cpu.INSTRUCTIONS, "emulated"])
-def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setitem(cpu.INSTRUCTIONS, "emulated", EMULATED)
-    if request.param not in cpu.available_instructions():
-        pytest.skip(f"this processor has no {request.param}")
-    try:
-        cpu.build(request.param)
-    except cpu.CompilerMissing as error:
-        pytest.skip(str(error))
-    return request.param
 
 
 def model(shape: str, format: str = "fp32") -> Transformer:
@@ -119,6 +111,41 @@ def test_equals_the_definition(shape: str, format: str, instructions: str):
         assert (a - b).abs().max() < tolerance * scale
     close = torch.cat([(a - b).abs().max(-1).values for a, b in zip(ours, theirs, strict=True)])
     assert close.median() < tolerance * scale / 4
+
+
+def in_blocks(*types: str) -> Transformer:
+    """A model whose matrices are in these types of blocks in turn, with random codes."""
+    config = ModelConfig(
+        dim=256, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=64, hidden_dim=512, vocab_size=96,
+        max_position_embeddings=512,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    net, turn = Transformer(config).eval().requires_grad_(False), itertools.cycle(types)
+    for path, module in list(net.named_modules()):
+        if isinstance(module, nn.Linear | nn.Embedding):
+            type, shape = next(turn), tuple(module.weight.shape)
+            tensors = {"weight": random_blocks(type, *shape, deviation=0.08)}
+            stored = QuantizedLinear(BLOCKS[type], shape, tensors)
+            if isinstance(module, nn.Embedding):
+                stored = QuantizedEmbedding(BLOCKS[type], shape, tensors, torch.float32)
+            replace_module(net, path, stored)
+    return net
+
+
+@pytest.mark.parametrize(
+    "types", [("q4_k", "q6_k"), ("q4_0", "q8_0", "iq4_xs"), ("q5_k", "q3_k", "q2_k")]
+)
+def test_matrices_in_blocks_of_different_types_equal_the_definition(types, instructions: str):
+    net = in_blocks(*types)
+    native, torch_step = NativeStep(net, 2, instructions, release=True), TorchStep(net)
+    found, expected = (Requests(net.config, [70, 1, 33]) for _ in range(2))
+    ours, theirs = (torch.cat(r.whole(s)) for r, s in ((found, native), (expected, torch_step)))
+    # A sum in another order may round an input to the neighbouring code.
+    assert (ours - theirs).abs().max() < 3e-2 * theirs.abs().max()
+    assert (ours - theirs).abs().median() < 5e-3 * theirs.abs().max()
+    alone = Requests(net.config, [70, 1, 33])
+    parts = [alone.step(native, [(0, i, i + 7)])[0] for i in range(0, 70, 7)]
+    assert torch.equal(torch.cat(parts), ours[:70])
 
 
 @pytest.mark.parametrize("window", [1, 20, 40])

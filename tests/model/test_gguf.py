@@ -18,7 +18,9 @@ from opennemo.model import layouts
 from opennemo.model.attention import Packed
 from opennemo.model.checkpoint import load
 from opennemo.model.companions import read_generation_config
-from opennemo.model.gguf import BLOCKS, CHUNK, GGUF, PLAIN
+from opennemo.model.formats import BLOCKS
+from opennemo.model.gguf import CHUNK, FORMATS, GGUF, PLAIN, RARE
+from opennemo.model.quantization import QuantizedEmbedding, QuantizedLinear
 from opennemo.model.transformer import ModelConfig, Transformer
 
 # Rows of 256, the largest block; head_dim apart from dim / n_heads, as in Mistral NeMo.
@@ -53,7 +55,7 @@ def write(path: Path, config: ModelConfig, type: Type = Type.F32, **fields: Any)
         writer.add_key_value(key, value, kind)
     for name, weight in model.named_parameters():
         kind = type if weight.dim() == 2 else Type.F32  # llama.cpp keeps norms in float32
-        if kind in (Type.Q2_K, Type.Q3_K, Type.Q4_K, Type.Q5_K, Type.Q6_K):
+        if kind not in (*PLAIN, Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q8_0):
             data = random_blocks(weight.shape, kind)  # the package can read them, not write them
         else:
             data = gguf.quantize(weight.numpy(), kind)
@@ -72,13 +74,20 @@ def random_blocks(shape: torch.Size, type: Type) -> np.ndarray:
     rng = np.random.default_rng(shape[0])
     blocks = rng.integers(256, size=(shape[0], shape[1] // block, n_bytes), dtype=np.uint8)
     scale = np.float16(0.01).view(np.uint16)
-    at = {Type.Q2_K: [80, 82], Type.Q3_K: [108], Type.Q6_K: [208]}.get(type, [0, 2])
+    at = {
+        Type.Q2_K: [80, 82], Type.Q3_K: [108], Type.Q6_K: [208], Type.TQ1_0: [52],
+        Type.TQ2_0: [64], Type.Q4_K: [0, 2], Type.Q5_K: [0, 2], Type.IQ1_M: [],
+    }.get(type, [0])  # fmt: skip
     for i in at:
         blocks[..., i : i + 2] = np.array([scale & 255, scale >> 8], np.uint8)
+    if type == Type.IQ1_M:  # the scale's four parts are the upper halves of four numbers
+        for i in range(4):
+            upper = blocks[..., 49 + 2 * i]
+            upper[...] = upper & 15 | (int(scale) >> 4 * i & 15) << 4
     return blocks.reshape(shape[0], -1)
 
 
-@pytest.mark.parametrize("type", [*PLAIN, *BLOCKS], ids=lambda type: type.name)
+@pytest.mark.parametrize("type", [*PLAIN, *FORMATS, *RARE], ids=lambda type: type.name)
 def test_every_kind_of_numbers(type, tmp_path):
     expected = write(tmp_path / "model.gguf", CONFIG, type)
     for dtype in (torch.float32, torch.bfloat16):
@@ -128,7 +137,7 @@ def test_channels_are_in_mistral_s_order(tmp_path):
         ("architecture", "gemma2", "general.architecture = 'gemma2'.*supported: llama"),
         ("llama.expert_count", 8, "llama.expert_count = 8"),
         ("llama.rope.scaling.type", "yarn", "llama.rope.scaling.type = 'yarn'.*supported: none"),
-        ("split.count", 4, "split.count = 4"),
+        ("split.count", 4, "part None .* of 4: files of a split model are named"),
         ("llama.attention.sliding_window", 2**31, "sliding_window is 2147483648, not"),
         ("general.alignment", 3, "aligned to 3"),
     ],
@@ -146,15 +155,98 @@ def test_llama_3_s_rope(tmp_path):
     assert_refused(path, "llama.rope.scaling.type = 'llama3'")
 
 
-def test_a_quantisation_that_is_not_supported(tmp_path):
-    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
-    codes = np.zeros((4, 136), np.uint8)
-    writer.add_tensor("token_embd.weight", codes, raw_dtype=Type.IQ4_XS)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    assert_refused(tmp_path / "model.gguf", "'token_embd.weight' is in IQ4_XS; supported: F32")
+@pytest.mark.parametrize("number", [Type.Q8_K, Type.I32, 4242])
+def test_a_type_that_is_not_supported_is_not_called_damage(number, tmp_path):
+    path = tmp_path / "model.gguf"
+    write(path, CONFIG)
+    at = path.read_bytes().index(b"token_embd.weight") + len("token_embd.weight") + 4 + 16
+    data = bytearray(path.read_bytes())
+    data[at : at + 4] = struct.pack("<I", number)
+    path.write_bytes(data)
+    name = number.name if isinstance(number, Type) else "type 4242"
+    with pytest.raises(CheckpointError, match=f"embd.weight' is in {name}; supported: F32") as e:
+        load(path)
+    assert "damaged" not in str(e.value)
+
+
+@pytest.mark.parametrize("type", FORMATS, ids=lambda type: type.name)
+@pytest.mark.parametrize("tied", [False, True])
+def test_blocks_stay_as_they_are_in_the_file(type, tied, tmp_path):
+    path = tmp_path / "model.gguf"
+    expected = write(path, replace(CONFIG, tied_embeddings=tied), type)
+    codes = load(path, blocks=True)
+    assert [name for name, p in codes.named_parameters() if p.dim() > 1] == []
+    mapped = GGUF(path).read_codes("token_embd.weight")
+    embedding, head = codes.get_submodule("tok_embeddings"), codes.get_submodule("output")
+    assert isinstance(embedding, QuantizedEmbedding) and isinstance(head, QuantizedLinear)
+    assert embedding.format is BLOCKS[FORMATS[type]]
+    assert torch.equal(embedding.tensors["weight"], mapped)
+    same = embedding.tensors["weight"].data_ptr() == head.tensors["weight"].data_ptr()
+    assert same == tied
+    for path, module in codes.named_modules():
+        if isinstance(module, QuantizedLinear):
+            weight = expected.get_parameter(f"{path}.weight")
+            assert torch.equal(module.dequantize(torch.float32), weight)
+    tokens = torch.arange(50) * 7 % CONFIG.vocab_size
+    assert torch.equal(embedding(tokens), expected.tok_embeddings(tokens))
+    assert torch.isfinite(codes.output(codes(tokens, Packed.of(50)))).all()
+
+
+@pytest.mark.parametrize("type", RARE, ids=lambda type: type.name)
+def test_rarer_types_are_rounded_to_eight_bits_and_say_so(type, tmp_path):
+    expected = write(tmp_path / "model.gguf", replace(CONFIG, n_layers=1), type)
+    with pytest.warns(UserWarning, match=f"in {type.name} are rounded to q8_0"):
+        codes = load(tmp_path / "model.gguf", blocks=True)
+    for path, module in codes.named_modules():
+        if isinstance(module, QuantizedLinear):
+            assert module.format is BLOCKS["q8_0"]
+            weight = expected.get_parameter(f"{path}.weight")
+            error = (module.dequantize(torch.float32) - weight).abs()
+            assert (error <= weight.abs().max() / 200).all()
+
+
+def split(path: Path, n: int) -> list[Path]:
+    """The file in n parts, as llama.cpp's gguf-split makes them."""
+    reader = gguf.GGUFReader(path)
+    paths = [path.with_name(f"parted-{i + 1:05}-of-{n:05}.gguf") for i in range(n)]
+    for i, part in enumerate(paths):
+        writer = gguf.GGUFWriter(part, "llama")
+        for field in reader.fields.values() if i == 0 else []:
+            if not field.name.startswith(("GGUF.", "general.architecture")):
+                value, kind = field.contents(), field.types[0]
+                sub = field.types[-1] if len(field.types) > 1 else None
+                writer.add_key_value(field.name, value, kind, sub)
+        writer.add_uint16("split.no", i)
+        writer.add_uint16("split.count", n)
+        writer.add_int32("split.tensors.count", len(reader.tensors))
+        for tensor in reader.tensors[i::n]:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return paths
+
+
+def test_a_split_model_opens_by_any_of_its_names(tmp_path):
+    expected = write(tmp_path / "model.gguf", CONFIG, Type.Q4_1)
+    paths = split(tmp_path / "model.gguf", 3)
+    for path in paths:
+        model = load(path)
+        for mine, theirs in zip(model.parameters(), expected.parameters(), strict=True):
+            assert torch.equal(mine, theirs)
+        assert read_generation_config(path) == {"eos_token_ids": [2]}
+    paths[1].rename(tmp_path / "elsewhere.gguf")
+    assert_refused_at(paths[2], "parted-00002-of-00003.gguf is missing")
+    assert_refused_at(tmp_path / "elsewhere.gguf", "says that it is part 1 .* of 3")
+    paths[2].rename(paths[1])
+    assert_refused_at(paths[0], "says that it is part 2")
+
+
+def assert_refused_at(path: Path, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message) as error:
+        load(path)
+    assert "\n" not in str(error.value)
 
 
 def assert_refused(path: Path, message: str) -> None:
