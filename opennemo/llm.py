@@ -45,9 +45,9 @@ class LLM:
     """A model that is ready to answer. Safe to use from many threads; `close` when done.
 
     >>> with LLM.load("smollm2-135m-instruct") as llm:
-    ...     reply = llm.chat([{"role": "user", "content": "What is the capital of France?"}])
+    ...     reply = llm.chat([{"role": "user", "content": "What is the capital of Germany?"}])
     ...     print(reply.text)
-    The capital of France is Paris.
+    The capital of Germany is Berlin.
     """
 
     def __init__(self, name: str, tokenizer: Tokenizer, engine: Engine, defaults: SamplingParams):

@@ -19,7 +19,7 @@
 #include <tuple>
 
 constexpr int SPAN = 256, LANES = 8, CHUNK = 8;  // weights and groups of a span, spans of a chunk
-constexpr int FEW = 2;                           // tokens that `rows_in_place` takes
+constexpr int FEW = 4;                           // tokens that `rows_in_place` takes
 constexpr int AHEAD = 1024;                      // bytes that it fetches ahead
 
 #define INLINE inline __attribute__((always_inline))

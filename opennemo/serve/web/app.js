@@ -11,7 +11,7 @@ import { Settings, summary } from "./settings.js";
 import { Thread } from "./thread.js";
 
 const IDEAS = [
-  "What is the capital of France?",
+  "What is the capital of Germany?",
   "Write a Python function that checks whether a word is a palindrome.",
   "Explain in three points why the sky is blue.",
   "Write a haiku about the sea.",
