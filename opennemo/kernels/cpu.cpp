@@ -51,6 +51,7 @@ typedef float f8x_any __attribute__((vector_size(32), aligned(4), may_alias));
 constexpr int COLS = 32;       // of a panel: output features of a weight matrix, or keys
 constexpr int V = COLS / W;    // vectors across a panel
 constexpr int BLOCK = 48;      // rows that share an unpacked panel
+constexpr int TALL = 192;      // rows that share a tile of blocks, which takes longer to unpack
 constexpr int DEPTH = 128;     // unpacked at a time: 16 KiB, half of a first-level cache
 constexpr int GROUP = 32;      // int8 inputs that share a scale, int4 weights that share one
 
@@ -675,7 +676,7 @@ struct Step {
 enum { WQ, WK, WV, WO, W1, W3, W2, PER_LAYER };
 
 struct Scratch {  // of one thread
-  alignas(64) float y[2][BLOCK * COLS], unpacked[DEPTH * COLS], weights[BLOCK * COLS];
+  alignas(64) float y[2][TALL * COLS], unpacked[DEPTH * COLS], weights[BLOCK * COLS];
   Tile tile;
   std::vector<float> q, keys, values, widened, out;
 };
@@ -746,8 +747,9 @@ struct Model {
       const Matrix* one = a;
       int column = 0;
       for (; p >= one->panels; one++) p -= one->panels, column += one->rows;
-      for (int first = 0; first < T; first += BLOCK) {
-        int M = std::min(BLOCK, T - first);
+      const int rows = one->in_blocks() ? TALL : BLOCK;
+      for (int first = 0; first < T; first += rows) {
+        int M = std::min(rows, T - first);
         product(*one, p, x, first, M, s.y[0], s);
         for (int m = 0; m < M; m++)
           emit(first + m, column + p * COLS, s.y[0] + m * COLS, std::min(COLS, one->rows - p * COLS));
@@ -758,9 +760,10 @@ struct Model {
   // The same with two matrices of one shape at a time: emit(row, column, y, y of the second, columns).
   template <class F> void matmul_both(int T, const Matrix* a, const float* x, int t, F&& emit) {
     Scratch& s = scratch[t];
+    const int rows = a->in_blocks() || a[1].in_blocks() ? TALL : BLOCK;
     pool.share(a->panels, [&](int p) {
-      for (int first = 0; first < T; first += BLOCK) {
-        int M = std::min(BLOCK, T - first);
+      for (int first = 0; first < T; first += rows) {
+        int M = std::min(rows, T - first);
         for (int i = 0; i < 2; i++) product(a[i], p, x, first, M, s.y[i], s);
         for (int m = 0; m < M; m++)
           emit(first + m, p * COLS, s.y[0] + m * COLS, s.y[1] + m * COLS,
