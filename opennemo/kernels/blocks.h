@@ -20,6 +20,7 @@
 
 constexpr int SPAN = 256, LANES = 8, CHUNK = 8;  // weights and groups of a span, spans of a chunk
 constexpr int FEW = 4;                           // tokens that `rows_in_place` takes
+constexpr int LOW = 6;                           // tokens in a tile: sums and totals fit in registers
 constexpr int AHEAD = 1024;                      // bytes that it fetches ahead
 
 #define INLINE inline __attribute__((always_inline))
@@ -666,7 +667,7 @@ static void multiply_blocks(const uint8_t* w, size_t row_bytes, int n_rows, int 
   zero(y, M * COLS);
   for (int chunk = 0; chunk < n_groups; chunk += CHUNK * LANES) {
     fill<T>(w, row_bytes, n_rows, chunk, n_groups, tile);
-    in_tiles(M, [&](int m, auto n) {
+    in_tiles<LOW>(M, [&](int m, auto n) {
       for (int v = 0; v < V; v += ACROSS<n>)
         tile_of<BITS, T::HALVES, n, ACROSS<n>>(
             tile, v, std::min(n_groups - chunk, CHUNK * LANES),

@@ -231,11 +231,11 @@ template <int M, class F> static inline void with_rows(int m, F f) {
 }
 
 // Cut rows into tiles of nearly equal height, as low ones are slow: 8 into 4 and 4, not 6 and 2.
-template <class F> static inline void in_tiles(int M, F f) {
-  int n_tiles = (M + TILE - 1) / TILE;
+template <int MOST = TILE, class F> static inline void in_tiles(int M, F f) {
+  int n_tiles = (M + MOST - 1) / MOST;
   for (int m = 0; n_tiles; n_tiles--) {
     int height = (M - m + n_tiles - 1) / n_tiles;
-    with_rows<TILE>(height, [&](auto n) { f(m, n); });
+    with_rows<MOST>(height, [&](auto n) { f(m, n); });
     m += height;
   }
 }
