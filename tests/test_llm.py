@@ -24,7 +24,8 @@ def llm():
 
 @needs_smollm2
 def test_a_conversation(llm):
-    reply = llm.chat([{"role": "user", "content": "What is the capital of Germany?"}], temperature=0)
+    question = {"role": "user", "content": "What is the capital of Germany?"}
+    reply = llm.chat([question], temperature=0)
     assert "Berlin" in reply.text and reply.finish_reason == "stop"
     assert reply.message == {"role": "assistant", "content": reply.text}
     assert reply.n_prompt_tokens > 20 and reply.ids[-1] == llm.tokenizer.eos_id

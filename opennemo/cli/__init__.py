@@ -6,19 +6,38 @@ user can cause ends in one line on standard error and exit code 2.
 
 import os
 import sys
+from typing import Annotated
 
 import typer
+from typer.exceptions import TyperException
 
+from opennemo import __version__
 from opennemo.cli import data, evals, models, plan, serve, talk, tokenizer, train
 from opennemo.errors import OpenNemoError
 
 app = typer.Typer(
-    help="Train, adapt, measure and serve models like Mistral NeMo on hardware of your own.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        print(f"opennemo {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def about(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Say which.")
+    ] = False,
+) -> None:
+    """Train, adapt, measure and serve models like Mistral NeMo on hardware of your own."""
+
+
 for part in (talk, serve, models, train, plan, data):
     app.add_typer(part.app)
 app.add_typer(tokenizer.app, name="tokenizer")
@@ -28,12 +47,18 @@ app.add_typer(evals.app, name="eval")
 def main() -> None:
     """Run the command line; the console script `opennemo`."""
     try:
-        app()
+        sys.exit(app(prog_name="opennemo", standalone_mode=False))
     except OpenNemoError as error:
         print(f"opennemo: {error}", file=sys.stderr)
+        sys.exit(2)
+    except TyperException as error:  # an option or a command that is not there
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "opennemo"
+        message = getattr(error, "format_message", error.__str__)().rstrip(".")
+        print(f"opennemo: {message} (see `{command} --help`)", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:  # `opennemo generate ... | head` is no reason to complain
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)

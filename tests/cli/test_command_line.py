@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 
@@ -22,6 +23,9 @@ from tests.cli.conftest import opennemo
         (["convert", "smollm2-135m-instruct", "{tmp}"], b"", "empty folder"),
         (["convert", "smollm2-135m-instruct", "{tmp}/new", "--to", "onnx"], b"", "hf, mistral"),
         (["info", "nobody/nothing"], b"", "network"),
+        (["inform"], b"", "(see `opennemo --help`)"),
+        (["info"], b"", "Missing argument 'model' (see `opennemo info --help`)"),
+        (["chat", "--seed", "one"], b"", "Invalid value for '--seed'"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(args, stdin, message, tmp_path):
@@ -32,6 +36,10 @@ def test_bad_input_is_one_line_and_exit_code_2(args, stdin, message, tmp_path):
     assert done.returncode == 2
     assert message in done.stderr.decode() and done.stderr.count(b"\n") == 1
     assert b"Traceback" not in done.stderr
+
+
+def test_the_version_is_that_of_the_package():
+    assert opennemo("--version").stdout.decode() == f"opennemo {version('opennemo')}\n"
 
 
 def test_help_imports_neither_torch_nor_an_extra():
