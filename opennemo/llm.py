@@ -31,7 +31,7 @@ from opennemo.model.transformer import Transformer
 from opennemo.reply import Reply, TextStream
 from opennemo.tokenizer import Tokenizer, load_tokenizer
 from opennemo.tokenizer.calls import CallSyntax
-from opennemo.tokenizer.chat import Message, call_syntax, encode_chat
+from opennemo.tokenizer.chat import Message, call_syntax, encode_chat, turn_end
 from opennemo.tokenizer.messages import Tool
 
 __all__ = ["LLM", "Reply", "TextStream"]
@@ -112,7 +112,9 @@ class LLM:
             # A quarter of a small model's time is its head. Codes of 8 bits cost it next to nothing
             # (docs/log.md), and it is what llama.cpp does, too; folders keep it whole for others.
             quantize_head_(net, FORMATS["int8"])
-        engine = LocalEngine(net, eos_ids, config, checkpoint.read_kv_scale(), ranks)
+        engine = LocalEngine(
+            net, eos_ids, config, checkpoint.read_kv_scale(), ranks, tokenizer.vocab_size
+        )
         engine.start()
         return cls(_name(path, model), tokenizer, engine, defaults)
 
@@ -175,6 +177,8 @@ class LLM:
             sampling["logit_bias"] = {**bias, announcing_id: -100.0}
         if format is not None:
             sampling["grammar"] = self.grammars.compile(*format)
+        if isinstance(end := turn_end(self.tokenizer), str):
+            stop = (*stop, end)
         return self._submit(ids, sampling, stop, syntax if allowed else None, adapter, n, salt)
 
     def complete(
@@ -208,11 +212,14 @@ class LLM:
     @cached_property
     def grammars(self) -> GrammarCompiler:
         """Compiles grammars for the vocabulary; built when first asked for (seconds, for NeMo)."""
-        tokenizer = self.tokenizer
-        tokens = [tokenizer.token_bytes(id) for id in range(tokenizer.vocab_size)]
-        # A model may have more rows than the vocabulary has tokens; nothing stands for those.
-        tokens += [b""] * (self.engine.vocab_size - len(tokens))
-        return GrammarCompiler(tokens, tokenizer.control, tokenizer.eos_id, tokenizer.encode)
+        tokenizer, n_ids = self.tokenizer, self.engine.vocab_size
+        tokens = [tokenizer.token_bytes(id) for id in range(min(tokenizer.vocab_size, n_ids))]
+        # A model may have more rows than the vocabulary has tokens, or fewer.
+        tokens += [b""] * (n_ids - len(tokens))
+        control = {name: id for name, id in tokenizer.control.items() if id < n_ids}
+        end = turn_end(tokenizer)
+        eos_id = end if isinstance(end, int) else tokenizer.eos_id
+        return GrammarCompiler(tokens, control, eos_id, tokenizer.encode)
 
     def _answer_format(
         self,
@@ -261,7 +268,9 @@ def answer_all(
     longest = model.config.max_position_embeddings
     pages = max(64, 8 * -(-min(longest, 2048) // 16))
     config = EngineConfig(n_pages=pages, adapters=True, max_context=min(longest, 2048))
-    engine = LocalEngine(model, {tokenizer.eos_id}, config)
+    end = turn_end(tokenizer)
+    eos_ids = {tokenizer.eos_id, *({end} if isinstance(end, int) else ())}
+    engine = LocalEngine(model, eos_ids, config, n_tokens=tokenizer.vocab_size)
     engine.start()
     with LLM("", tokenizer, engine, SamplingParams(temperature=0.0)) as llm:
         replies = [llm.chat(m, tools=tools or None, **sampling) for m, tools in conversations]
@@ -285,7 +294,9 @@ def _text_side(path: Path) -> tuple[Tokenizer, SamplingParams, set[int]]:
         top_p=given.get("top_p", 1.0),
         top_k=given.get("top_k", 0),
     )
-    return tokenizer, defaults, {tokenizer.eos_id, *given.get("eos_token_ids", ())}
+    end = turn_end(tokenizer)
+    eos_ids = {tokenizer.eos_id, *given.get("eos_token_ids", ())}
+    return tokenizer, defaults, eos_ids | ({end} if isinstance(end, int) else set())
 
 
 def _closed(tool: Tool) -> Tool:

@@ -22,7 +22,7 @@ class Engine(Protocol):
 
     Attributes:
         eos_ids: ids that end an answer.
-        vocab_size: how many rows of logits the model has.
+        vocab_size: how many ids there are to choose from.
         max_context: tokens that one request can have, prompt and answer together.
         failed: it has ended and only a restart helps.
         adapters: names of those that requests may follow.

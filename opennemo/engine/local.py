@@ -49,10 +49,12 @@ class LocalEngine(Loop):
         config: EngineConfig | None = None,
         kv_scale: Tensor | None = None,
         ranks: Ranks | None = None,
+        n_tokens: int | None = None,
     ):
         """`kv_scale` (L, 2) are the scales of keys and of values, for a cache in fp8.
 
-        With `ranks` the model is the share of rank 0.
+        With `ranks` the model is the share of rank 0. A model may have more rows than `n_tokens`,
+        the tokens of its vocabulary; none of the others is taken or chosen.
 
         Raises:
             InvalidRequest: the KV cache's format is unknown, or fp8 and without scales.
@@ -61,6 +63,7 @@ class LocalEngine(Loop):
         self.config = config = config or EngineConfig()
         self.eos_ids = frozenset(eos_ids)
         self.model_config, self.vocab_size = model.config, model.config.vocab_size
+        self.vocab_size = min(self.vocab_size, n_tokens or self.vocab_size)
         longest = model.config.max_position_embeddings
         longest = min(config.max_context or longest, longest)
         size = cache_size(model, config, longest, kv_scale)
@@ -174,7 +177,7 @@ class LocalEngine(Loop):
             return bool(self.scheduler.waiting or self.scheduler.scores)
         masks = self._masks.submit(self._fill_masks, chunks)  # while the model runs
         try:
-            logits = self.runner.run(chunks)
+            logits = self.runner.run(chunks)[:, : self.vocab_size]
         except RuntimeError as error:  # out of memory, a kernel that fails: other requests go on
             log.exception("a step of %d sequences failed", len(chunks))
             for chunk in chunks:

@@ -35,7 +35,7 @@ def read_generation_config(path: Path) -> dict[str, Any]:
     """
     if path.suffix == ".gguf":
         fields, raw = read_metadata(path), {}
-        eos = [fields.get(f"tokenizer.ggml.{which}_token_id") for which in ("eos", "eot")]
+        eos = [fields.get(f"tokenizer.ggml.{which}_token_id") for which in ("eos", "eot", "eom")]
     else:
         config, raw = (
             read_json(file) if file.exists() else {}

@@ -12,6 +12,7 @@ Not known here: what a model can do, how long its context is, how ids are sample
 """
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 from opennemo.errors import InvalidRequest
 from opennemo.tokenizer.calls import TEMPLATE_SYNTAXES, CallSyntax, read_calls
@@ -25,6 +26,7 @@ from opennemo.tokenizer.messages import (
     normalize,
 )
 from opennemo.tokenizer.template import ChatTemplate
+from opennemo.tokenizer.template import turn_end as template_turn_end
 from opennemo.tokenizer.tokenizer import Tokenizer
 
 
@@ -66,6 +68,17 @@ def encode_for_training(
             del call["id"]
         return _encode(tokenizer, segments(layout, tokenizer, conversation, tools))
     return _encode(tokenizer, ChatTemplate(tokenizer, conversation, tools).lesson())
+
+
+@lru_cache(maxsize=8)
+def turn_end(tokenizer: Tokenizer) -> int | str | None:
+    """What ends an answer: an id, or a text where the template writes a mark that is no token.
+
+    None if the template writes nothing of the kind; then EOS alone ends an answer.
+    """
+    if tokenizer.instruct_version in LAYOUTS:
+        return tokenizer.eos_id
+    return template_turn_end(tokenizer)
 
 
 def call_syntax(tokenizer: Tokenizer) -> CallSyntax:

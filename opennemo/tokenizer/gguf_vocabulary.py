@@ -66,6 +66,7 @@ def _byte_level(fields: dict[str, Any], template: str | None) -> HuggingFace:
         eos_id=eos_id,
         chat_template=template,
         add_bos=fields.get("add_bos_token", name in LLAMA_3),
+        end_ids=[fields.get(f"{which}_token_id") for which in ("eot", "eom")],
     )
 
 

@@ -12,7 +12,7 @@ Format: the `tokenizers` library; files beside it: `PreTrainedTokenizerBase` of 
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,7 @@ from opennemo.tokenizer.spec import (
     token_names,
     without_control,
 )
+from opennemo.tokenizer.template import follow_own_template, names_written_by, turn_end
 from opennemo.tokenizer.tokenizer import repair_surrogates
 
 if TYPE_CHECKING:
@@ -46,6 +47,9 @@ class HuggingFace(CorpusTokenizer):
     Args:
         spec: the content of the file.
         bos_id, eos_id: ids that begin a text and end an answer, control tokens in any case.
+        end_ids: others that end an answer. So are control what `added_tokens` call special, and
+            what the chat template writes as control; that is shown when it is decoded if it is not
+            called special, for it may be a part of the answer (`<think>`).
 
     Raises:
         ValueError: a kind of vocabulary that is not supported, or one that is inconsistent.
@@ -59,6 +63,7 @@ class HuggingFace(CorpusTokenizer):
         eos_id: int,
         chat_template: str | None = None,
         add_bos: bool = True,
+        end_ids: Iterable[int | None] = (),
     ):
         if (kind := spec["model"].get("type", "BPE")) != "BPE":
             raise ValueError(f"its model is {kind!r}, not 'BPE'")
@@ -71,18 +76,23 @@ class HuggingFace(CorpusTokenizer):
                 raise ValueError(f"it has no token {id!r}, which is to begin or end a text")
         if wrong := [name for name in names.values() if not isinstance(name, str)]:
             raise ValueError(f"its token {wrong[0]!r} is no text")
-        special = {added["id"] for added in spec.get("added_tokens") or [] if added["special"]}
-        self.control = {names[id]: id for id in sorted(special | {bos_id, eos_id})}
+        added = {added["content"]: added for added in spec.get("added_tokens") or []}
+        special = {entry["id"] for entry in added.values() if entry["special"]} | {bos_id, eos_id}
+        special |= {id for id in end_ids if id in names}
+        shown = _shown_control(spec, names, chat_template) - special
+        self.control = {names[id]: id for id in sorted(special | shown)}
         self.bos_id, self.eos_id, self.add_bos = bos_id, eos_id, add_bos
         self.chat_template = chat_template
         version = "v3-tekken" if byte_level else "v3"
         self.instruct_version = layout_version(self.control, chat_template, version)
+        if shown:
+            shown -= {turn_end(self)}  # whatever it is marked as, it is no part of an answer
         self.vocab_size = max(names) + 1
         self._bytes = [b""] * self.vocab_size
-        self.plain_tokens = {added["content"] for added in spec.get("added_tokens") or []}
+        self.plain_tokens = set(added)
         meaning = byte_level_meaning if byte_level else metaspace_meaning
         for id, name in names.items():
-            if name not in self.control:
+            if name not in self.control or id in shown:
                 self._bytes[id] = name.encode() if name in self.plain_tokens else meaning(name)
         without, control_ids = without_control(spec, self.control), {*self.control.values()}
         for name, id in without["model"]["vocab"].items():
@@ -96,6 +106,7 @@ class HuggingFace(CorpusTokenizer):
         # Only bytes as they are: normalizing, fastokens was seen to compose some characters that
         # tokenizers leaves apart.
         self._is_plain_bytes = byte_level and not spec.get("normalizer")
+        follow_own_template(self)
 
     @classmethod
     def load(cls, path: Path) -> "HuggingFace":
@@ -123,6 +134,7 @@ class HuggingFace(CorpusTokenizer):
                 eos_id=eos_id,
                 chat_template=read_chat_template(folder),
                 add_bos=settings.get("add_bos_token", begins),
+                end_ids=_listed(settings.get("eos_token_id")),
             )
         except KeyError as error:
             raise CheckpointError(f"{path}: the key {error} is missing") from error
@@ -161,10 +173,30 @@ class HuggingFace(CorpusTokenizer):
     def spec(self) -> dict[str, Any]:
         """The content of a tokenizer.json with all tokens, the control tokens among them."""
         spec = json.loads(self._tokenizer.to_str())
-        spec["added_tokens"] += added_tokens(self.control, special=True)
+        for name, id in self.control.items():
+            spec["added_tokens"] += added_tokens({name: id}, special=not self._bytes[id])
         spec["added_tokens"].sort(key=lambda token: token["id"])
         spec["model"]["vocab"] |= self.control
         return spec
+
+
+def _shown_control(
+    spec: dict[str, Any], names: dict[int, str], chat_template: str | None
+) -> set[int]:
+    """Ids of what the template writes as control although it is not called special."""
+    if chat_template is None:
+        return set()
+    ids = {name: id for id, name in names.items()}
+    added = [entry["content"] for entry in spec.get("added_tokens") or []]
+    written = names_written_by(chat_template, ids, added)
+    if made := written.difference(added):  # in the vocabulary only: control if no text becomes it
+        merges = (m if isinstance(m, list) else m.split(" ") for m in spec["model"]["merges"])
+        written -= made.intersection("".join(merge) for merge in merges)
+    return {ids[name] for name in written}
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def read_chat_template(folder: Path) -> str | None:
@@ -191,5 +223,4 @@ def _id_of(which: str, settings: dict[str, Any], ids: dict[str, int]) -> int | N
     name = name["content"] if isinstance(name, dict) else name
     if name in ids:
         return ids[name]
-    id = settings.get(f"{which}_token_id")
-    return id[0] if isinstance(id, list) else id
+    return next(iter(_listed(settings.get(f"{which}_token_id"))), None)

@@ -12,7 +12,8 @@ def load_tokenizer(model: Path) -> Tokenizer:
 
     In a folder `tekken.json` is preferred, then `tokenizer.model.v1` to `.v3` (SentencePiece), then
     `tokenizer.json`, then a `tokenizer.model` without version: Mistral's own files before converted
-    ones, but not before a `tokenizer.json` to which a fine-tune may have added tokens.
+    ones, but not before a `tokenizer.json` to which a fine-tune may have added tokens. Where a
+    template of the model's own lies beside `tekken.json`, `tokenizer.json` is preferred to it.
 
     Raises:
         CheckpointError: there is no tokenizer, or the file is damaged.
@@ -22,6 +23,7 @@ def load_tokenizer(model: Path) -> Tokenizer:
     from opennemo.tokenizer.huggingface import HuggingFace, read_chat_template
     from opennemo.tokenizer.sentencepiece import SentencePiece
     from opennemo.tokenizer.tekken import Tekken
+    from opennemo.tokenizer.template import follow_own_template
 
     file = model
     if model.is_dir():
@@ -31,7 +33,13 @@ def load_tokenizer(model: Path) -> Tokenizer:
     if file.suffix == ".gguf":
         return load_gguf(file)
     if file.suffix == ".json" and "tekken" in file.name:
-        return Tekken.load(file)
+        tokenizer = Tekken.load(file)
+        tokenizer.chat_template = read_chat_template(file.parent)
+        follow_own_template(tokenizer)
+        converted = file.with_name("tokenizer.json")
+        if tokenizer.instruct_version is None and file.parent == model and converted.exists():
+            return HuggingFace.load(converted)
+        return tokenizer
     if ".model" in file.suffixes[-2:]:
         return SentencePiece.load(file, chat_template=read_chat_template(file.parent))
     if file.suffix == ".json":

@@ -15,6 +15,7 @@ from sentencepiece import SentencePieceProcessor
 from opennemo.errors import CheckpointError
 from opennemo.tokenizer.chat_layouts import layout_version
 from opennemo.tokenizer.spec import added_tokens
+from opennemo.tokenizer.template import follow_own_template, names_written_by, turn_end
 from opennemo.tokenizer.tokenizer import Tokenizer, repair_surrogates
 
 
@@ -52,6 +53,14 @@ class SentencePiece(Tokenizer):
             for id, piece in enumerate(pieces)
             if self._model.is_control(id) or self._model.is_unknown(id)
         }
+        ids = {piece: id for id, piece in enumerate(pieces)}
+        # What text is merged to may be what the template writes as control; as text it is bytes.
+        self._spelled = {
+            ids[name]: [ids[f"<0x{byte:02X}>"] for byte in name.encode()]
+            for name in (names_written_by(chat_template, ids, ()) if chat_template else ())
+            if name not in self.control
+        }
+        self.control |= {pieces[id]: id for id in self._spelled}
         self.bos_id, self.eos_id = self._model.bos_id(), self._model.eos_id()
         if self.eos_id < 0 or self.bos_id < 0:
             raise ValueError("it has no token that begins or ends a text")
@@ -62,6 +71,9 @@ class SentencePiece(Tokenizer):
         )
         if self.instruct_version is None and chat_template is None:
             self.instruct_version = "v1"
+        follow_own_template(self)
+        if self._spelled and (end := turn_end(self)) in self._spelled:
+            self._bytes[end] = b""
 
     @classmethod
     def load(cls, path: Path, *, chat_template: str | None = None) -> "SentencePiece":
@@ -85,12 +97,17 @@ class SentencePiece(Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text alone: no BOS, no EOS, never a control id."""
-        return self._model.encode(repair_surrogates(text))
+        return self._as_text(self._model.encode(repair_surrogates(text)))
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """`encode` of many texts, each (n,) uint32, on all processors."""
         ids = self._model.encode([repair_surrogates(text) for text in texts], num_threads=-1)
-        return [np.array(i, np.uint32) for i in ids]
+        return [np.array(self._as_text(i), np.uint32) for i in ids]
+
+    def _as_text(self, ids: list[int]) -> list[int]:
+        if self._spelled.keys().isdisjoint(ids):
+            return ids
+        return [id for token in ids for id in self._spelled.get(token, [token])]
 
     def spec(self) -> dict[str, Any]:
         """The content of a tokenizer.json of the same tokens, merged in the same order."""
@@ -113,7 +130,9 @@ class SentencePiece(Tokenizer):
         prepend = [{"type": "Prepend", "prepend": "▁"}] * self.dummy_prefix
         strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] * self.dummy_prefix
         steps = [to_space, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]
-        added = added_tokens(self.control, special=True) + added_tokens(whole, special=False)
+        special = {name: id for name, id in self.control.items() if id not in self._spelled}
+        whole |= {names[id]: id for id in self._spelled}
+        added = added_tokens(special, special=True) + added_tokens(whole, special=False)
         return {
             "version": "1.0",
             "truncation": None,

@@ -14,7 +14,8 @@ are chat.py's business.
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
+from contextlib import suppress
 from datetime import datetime
 from functools import lru_cache
 from typing import Any, NoReturn
@@ -29,10 +30,20 @@ from jinja2.utils import Namespace
 
 from opennemo.errors import CheckpointError, InvalidRequest
 from opennemo.tokenizer.calls import TAGS
-from opennemo.tokenizer.chat_layouts import Segment
+from opennemo.tokenizer.chat_layouts import LAYOUTS, Segment, segments
 from opennemo.tokenizer.tokenizer import Tokenizer
 
 MAX_RENDERED = 1 << 24  # characters; a million tokens of prose are about 5 million
+# Conversations that show how a template lays out turns. Not every template has a place for system.
+PROBES = tuple(
+    [{"role": role, "content": content} for role, content in turns]
+    for turns in (
+        (("user", "one"), ("assistant", "two"), ("user", "three")),
+        (("system", "zero"), ("user", "one"), ("assistant", "two"), ("user", "three")),
+        (("user", "one"),),
+    )
+)
+MARK = re.compile(r"<[^<>\s]{1,64}>|\[[^\[\]\s]{1,64}\]")  # what names of control tokens look like
 RAISED_BY_TEMPLATES = (
     jinja2.TemplateError,
     ArithmeticError,
@@ -60,7 +71,7 @@ class ChatTemplate:
                 if tokenizer.instruct_version
                 else "messages: this model has no chat template, it only completes text"
             )
-        self._template, knows_tools = _compile(source)
+        self._template, knows_tools, _ = _compile(source)
         self._control = tokenizer.control
         self._control_tokens, look_alikes = _patterns(tuple(tokenizer.control))
         try:
@@ -149,6 +160,83 @@ class ChatTemplate:
         return "".join(pieces)
 
 
+def names_written_by(source: str, names: Container[str], added: Sequence[str]) -> set[str]:
+    """The tokens that a template writes as control, whatever the vocabulary marks them as.
+
+    Args:
+        names: of all tokens; one counts if it looks like a mark.
+        added: names of those that no text is merged to, which need not look like one.
+    """
+    try:
+        template, _, written = _compile(source)
+    except CheckpointError:  # as whoever lays out a conversation will say
+        return set()
+    for messages in PROBES:
+        variables = {"bos_token": "", "eos_token": "", "add_generation_prompt": True}
+        with suppress(SecurityError, *RAISED_BY_TEMPLATES):
+            written += "\0" + "".join(template.generate(messages=messages, **variables))
+    marks = {name for name in MARK.findall(written) if name in names}
+    words = (name for name in added if len(name) > 1 and not (name.isspace() or name.isalnum()))
+    return marks | {name for name in words if name in written}
+
+
+def is_layout(tokenizer: Tokenizer, version: str) -> bool:
+    """Whether a model's own template lays out conversations as one of Mistral's layouts does."""
+    layout, n_alike = LAYOUTS[version], 0
+    if tokenizer.chat_template == layout.template:
+        return True
+
+    def texts(pieces: Iterable[Segment]) -> list[int | str]:
+        joined: list[int | str] = [""]
+        for value, _ in pieces:
+            if isinstance(value, int):
+                joined += [value, ""]
+            else:
+                joined[-1] += value
+        # SentencePiece puts a space before every text, which templates have to write.
+        space = " " if tokenizer.dummy_prefix else "\0"
+        return [piece.replace(space, "") if isinstance(piece, str) else piece for piece in joined]
+
+    for messages in PROBES:
+        try:
+            theirs = texts(ChatTemplate(tokenizer, messages, []).prompt())
+        except InvalidRequest:
+            continue
+        except CheckpointError:
+            return False
+        if theirs != texts(segments(layout, tokenizer, messages, [])):
+            return False
+        n_alike += 1
+    return n_alike > 0
+
+
+def follow_own_template(tokenizer: Tokenizer) -> None:
+    """Let a template of the model's own count, not the layout that goes with the vocabulary."""
+    version = tokenizer.instruct_version
+    if tokenizer.chat_template is None or version is None:
+        return
+    if version not in LAYOUTS or not is_layout(tokenizer, version):
+        tokenizer.instruct_version = None
+
+
+def turn_end(tokenizer: Tokenizer) -> int | str | None:
+    """What a template writes behind the assistant's words: a control token, or else a mark.
+
+    None if the template writes neither, or is not usable.
+    """
+    try:
+        pieces = ChatTemplate(tokenizer, PROBES[0], []).prompt()
+    except (InvalidRequest, CheckpointError):
+        return None
+    values = iter([value for value, _ in pieces])
+    said = next((value for value in values if isinstance(value, str) and "two" in value), "two")
+    behind = said.partition("two")[2].lstrip()
+    if mark := MARK.match(behind):
+        return mark[0]
+    following = next(values, None)
+    return following if isinstance(following, int) and "three" not in behind else None
+
+
 def _spell_out_tools(messages: Sequence[dict], tools: Sequence[dict]) -> list[dict]:
     """The conversation for a template that has no place for tools, in the tags that Hermes began.
 
@@ -228,8 +316,8 @@ def _by_first_character(names: Sequence[str]) -> dict[str, list[str]]:
 
 
 @lru_cache(maxsize=8)
-def _compile(source: str) -> tuple[jinja2.Template, bool]:
-    """The template, and whether it has a place for tools."""
+def _compile(source: str) -> tuple[jinja2.Template, bool, str]:
+    """The template, whether it has a place for tools, and all texts that are in it."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
     )
@@ -242,8 +330,12 @@ def _compile(source: str) -> tuple[jinja2.Template, bool]:
         "strftime_now": lambda format: datetime.now().strftime(format),
     }
     try:
-        knows_tools = "tools" in meta.find_undeclared_variables(environment.parse(source))
-        return environment.from_string(source), knows_tools
+        parsed = environment.parse(source)
+        knows_tools = "tools" in meta.find_undeclared_variables(parsed)
+        texts = [data.data for data in parsed.find_all(nodes.TemplateData)]
+        texts += [const.value for const in parsed.find_all(nodes.Const)]
+        written = "\0".join(text for text in texts if isinstance(text, str))
+        return environment.from_string(source), knows_tools, written
     except jinja2.TemplateSyntaxError as error:
         raise CheckpointError(f"chat template, line {error.lineno}: {error.message}") from None
     except RecursionError:

@@ -49,14 +49,26 @@ def test_bytes_and_control_tokens():
             tokenizer.token_bytes(id)
 
 
+# As on the hub, which knows no system message in between.
+OFFICIAL = """{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }}
+{%- if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %} [/INST]{% else %}
+{{- ' ' + m.content + eos_token }}{% endif %}{% endfor %}"""
+
+
 @pytest.mark.parametrize(
     ("source", "name", "template", "version"),
     [
         (V1, "tokenizer.model", None, "v1"),
         (V1, "tokenizer.model", "[INST] {{ messages }}", None),
-        (V1, "tokenizer.model.v1", "[INST] {{ messages }}", "v1"),
+        (V1, "tokenizer.model.v1", "[INST] {{ messages }}", None),
         (V3, "tokenizer.model", None, "v3"),
-        (V3, "tokenizer.model", "[INST] {{ messages }}", "v3"),
+        (
+            V3,
+            "tokenizer.model",
+            OFFICIAL.replace("if m.role == 'user'", "if m.role != 'assistant'"),
+            "v3",
+        ),
+        (V3, "tokenizer.model", "[INST] {{ messages }}", None),
         (V3, "tokenizer.model", "<|im_start|>{{ messages }}", None),
         (V3, "tokenizer.model.v2", None, "v2"),
     ],
