@@ -246,13 +246,13 @@ def _layout_of(path: Path) -> FolderLayout:
     return "hf"
 
 
-def _weight_files(folder: Path, layout: FolderLayout) -> list[Path]:
-    """The safetensors files of a folder: the one, or those that an index names."""
+def _weight_files(folder: Path, layout: FolderLayout) -> dict[Path, set[str] | None]:
+    """The safetensors files of a folder, and what is read from each: an index decides, if any."""
     single = folder / f"{FILES[layout][1]}.safetensors"
     index = folder / f"{single.name}.index.json"
-    if single.exists():
-        return [single]
     if not index.exists():
+        if single.exists():
+            return {single: None}
         _refuse_pickles(folder.iterdir())
         raise CheckpointError(f"{folder}: {single.name} is missing, or {index.name} and its files")
     weight_map = read_json(index).get("weight_map")
@@ -260,9 +260,15 @@ def _weight_files(folder: Path, layout: FolderLayout) -> list[Path]:
     if not names or any(Path(name).name != name for name in names):
         raise CheckpointError(f"{index}: its weight_map does not name files of this folder")
     there = {path.name for path in folder.iterdir()}  # no name is tried that could be too long
+    stray = single.name in there and single.name not in names
     if missing := [layouts.short(name).strip("'") for name in names if name not in there]:
-        raise CheckpointError(f"{folder}: files missing: {_first_five(missing)}; fetch it again")
-    return [folder / name for name in names]
+        hint = f", or remove {index.name} to read {single.name}" if stray else ""
+        raise CheckpointError(f"{folder}: files missing: {_first_five(missing)}; fetch it again"
+            f"{hint}")  # fmt: skip
+    if stray:
+        message = f"{folder}: {single.name} is not read, for {index.name} does not name it"
+        warnings.warn(message, stacklevel=4)
+    return {folder / n: {key for key, file in weight_map.items() if file == n} for n in names}
 
 
 def _refuse_pickles(paths: Iterable[Path]) -> None:

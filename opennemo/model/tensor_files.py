@@ -9,7 +9,7 @@ Specification: https://github.com/huggingface/safetensors#format
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -32,19 +32,29 @@ CODES = {dtype: code for code, dtype in (DTYPES | STATE).items()}
 class SafetensorFiles:
     """Some open `.safetensors` files: their tensors' shapes and types, and the tensors."""
 
-    def __init__(self, paths: Iterable[Path]):
+    def __init__(self, paths: Mapping[Path, Collection[str] | None]):
         """Open the files and check their headers.
 
+        Args:
+            paths: with the names of the tensors that are read from each, or None for all.
+
         Raises:
-            CheckpointError: a file is damaged or truncated, or holds an unknown type.
+            CheckpointError: a file is damaged or truncated, holds an unknown type, or lacks a
+                tensor that is to be read from it.
         """
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self._files = {}
-        for path in paths:
+        for path, names in paths.items():
             try:
                 file = safe_open(path, framework="pt")
-                parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+                wanted = file.keys() if names is None else names
+                if missing := sorted({*wanted} - {*file.keys()}):
+                    raise CheckpointError(
+                        f"{path}: the index names tensors that are not in this file: "
+                        + ", ".join(map(short, missing[:5]))
+                    )
+                parts = {name: file.get_slice(name) for name in wanted}
             except (OSError, SafetensorError) as error:
                 raise CheckpointError(
                     f"{path}: damaged, truncated, or not safetensors ({error}); fetch it again"

@@ -228,7 +228,6 @@ def assert_refused(path: Path, message: str) -> None:
     [
         ("mistral", {"moe": {"num_experts": 8}}, "moe = "),
         ("mistral", {"vision_encoder": {"hidden_size": 1024}}, "vision_encoder = "),
-        ("mistral", {"lora": {"rank": 64}}, "lora = "),
         ("mistral", {"quantization": {"qformat_weight": "fp8_e4m3"}}, "quantization .* only"),
         ("mistral", {"yarn": {"factor": 16}}, "yarn = "),
         ("mistral", {"model_type": "mamba"}, "model_type = 'mamba' .*supported: transformer"),
@@ -282,6 +281,32 @@ def test_an_index_that_does_not_fit_its_files(model, tmp_path, monkeypatch):
     assert_refused(folder, "does not name files of this folder")
     edit(index, weight_map=[1])
     assert_refused(folder, "does not name files of this folder")
+
+
+KEY = "model.layers.0.mlp.gate_proj.weight"
+
+
+@pytest.mark.parametrize("overlay", ["a.safetensors", "model-overlay-00001.safetensors"])
+def test_an_index_decides_which_file_a_tensor_is_read_from(model, tmp_path, overlay):
+    save(model, tmp_path / "m")
+    folder = tmp_path / "m"
+    tensors, stale = load_file(folder / "model.safetensors"), "model-00001-of-00001.safetensors"
+    new = tensors[KEY] + 1
+    (folder / "model.safetensors").rename(folder / stale)
+    save_file({KEY: new, "of.nothing": new + 1}, folder / overlay)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(tensors, stale) | {KEY: overlay}}))
+    assert torch.equal(load(folder).layers[0].feed_forward.w1.weight, new)
+    # A file too many is not read, and that is said.
+    save_file({KEY: new - 2}, folder / "model.safetensors")
+    with pytest.warns(UserWarning, match="model.safetensors is not read, for .*index.json"):
+        assert torch.equal(load(folder).layers[0].feed_forward.w1.weight, new)
+    (folder / stale).unlink()
+    with pytest.raises(CheckpointError, match=f"missing: {stale}.*remove model.safetensors.index"):
+        load(folder)
+    save_file({"x": new}, folder / stale)
+    with pytest.raises(CheckpointError, match=f"{stale}: the index names tensors that are not in"):
+        load(folder)
 
 
 def test_weights_in_other_types(folder):
