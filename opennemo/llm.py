@@ -20,7 +20,7 @@ from opennemo.engine import Engine, EngineConfig, LocalEngine, SamplingParams
 from opennemo.engine.grammar import GrammarCompiler, Kind, call_grammar
 from opennemo.engine.ranks import Ranks
 from opennemo.engine.scoring import Pair, Score
-from opennemo.errors import InvalidRequest
+from opennemo.errors import CheckpointError, InvalidRequest
 from opennemo.model.checkpoint import load, open_checkpoint
 from opennemo.model.companions import read_generation_config
 from opennemo.model.formats import FORMATS, names
@@ -32,6 +32,7 @@ from opennemo.reply import Reply, TextStream
 from opennemo.tokenizer import Tokenizer, load_tokenizer
 from opennemo.tokenizer.calls import CallSyntax
 from opennemo.tokenizer.chat import Message, call_syntax, encode_chat, turn_end
+from opennemo.tokenizer.load import difference_beside
 from opennemo.tokenizer.messages import Tool
 
 __all__ = ["LLM", "Reply", "TextStream"]
@@ -203,6 +204,20 @@ class LLM:
     ) -> list[Score]:
         """How likely continuations are, each (ids of its context, its own ids); see `Engine`."""
         return self.engine.score(pairs, on_score)
+
+    def load_adapter(self, name: str, folder: Path) -> None:
+        """Load an adapter into the engine, to be asked for by name.
+
+        Raises:
+            CheckpointError: it is not for this model, or was taught with another tokenizer or chat
+                template than the model's.
+        """
+        if difference := difference_beside(folder, self.tokenizer):
+            raise CheckpointError(
+                f"{folder}: cannot be served beside this model, for {difference}; "
+                "`opennemo merge` makes one model of both"
+            )
+        self.engine.load_adapter(name, folder)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text by itself, with BOS where the model wants one."""

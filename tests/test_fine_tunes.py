@@ -1,15 +1,22 @@
 """What others made of NeMo: their template counts, their turns end, and no text becomes control."""
 
+import json
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from opennemo.engine import EngineConfig
+from opennemo.errors import CheckpointError
 from opennemo.llm import LLM
+from opennemo.model.export import merge
 from opennemo.tokenizer.chat import encode_chat, turn_end
 from opennemo.tokenizer.load import load_tokenizer
 from opennemo.tokenizer.saving import save_huggingface
+from opennemo.tokenizer.tekken import Tekken
 from tests import tiny
 
 CHATML = (
@@ -232,3 +239,68 @@ def test_ids_beyond_the_vocabulary_never_come(tmp_path: Path):
         hot = llm.chat(HI, max_tokens=50, temperature=5.0, seed=1, logprobs=5, ignore_eos=True)
         tokens = [token for token in hot.finish().answers[0].tokens if token.logprobs]
         assert tokens and all(id < n for token in tokens for id, _ in token.logprobs.top)
+
+
+def write_adapter(folder: Path) -> Path:
+    folder.mkdir()
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    name = "base_model.model.model.layers.0.self_attn.q_proj"
+    tensors = {"A": torch.ones(2, tiny.DIM), "B": torch.ones(tiny.HEADS * tiny.HEAD_DIM, 2)}
+    named = {f"{name}.lora_{half}.weight": tensor for half, tensor in tensors.items()}
+    save_file(named, folder / "adapter_model.safetensors")
+    return folder
+
+
+SECTIONS = (
+    "{% for m in messages %}{{ '### ' + m.role + ':\n' + m.content + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### assistant:\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("beside", ["all", "tokenizer", "template", "tekken"])
+def test_a_merged_adapter_asks_as_it_was_taught(tmp_path: Path, beside: str):
+    base, adapter = tmp_path / "base", write_adapter(tmp_path / "adapter")
+    tiny.write(base, tiny.weights(tiny.BYTES.vocab_size))
+    tiny.write_tokenizer(base, {})
+    wanted = "### user:\nHi\n### assistant:\n"
+    if beside in ("all", "tokenizer"):
+        tiny.write_tokenizer(adapter, {}, SECTIONS if beside == "tokenizer" else None)
+    if beside == "tekken":
+        tiny.BYTES.save(adapter / "tekken.json")
+    if beside != "tokenizer":
+        (adapter / "chat_template.jinja").write_text(SECTIONS)
+    merge(base, adapter, tmp_path / "merged")
+    tokenizer = load_tokenizer(tmp_path / "merged")
+    assert tokenizer.decode(encode_chat(tokenizer, HI), show_control=True) == wanted
+    with (
+        LLM.load(str(base), config=EngineConfig(adapters=True)) as llm,
+        pytest.raises(CheckpointError, match="its chat template lays out conversations in"),
+    ):
+        llm.load_adapter("a", adapter)
+
+
+def test_a_tokenizer_beside_an_adapter_that_says_the_same(tmp_path: Path):
+    base, adapter = tmp_path / "base", write_adapter(tmp_path / "adapter")
+    tiny.write(base, tiny.weights(tiny.BYTES.vocab_size))
+    tiny.BYTES.save(base / "tekken.json")
+    tiny.write_tokenizer(adapter, {})
+    merge(base, adapter, tmp_path / "merged")
+    assert load_tokenizer(tmp_path / "merged").instruct_version == "v3-tekken"
+    with LLM.load(str(base), config=EngineConfig(adapters=True)) as llm:
+        llm.load_adapter("a", adapter)
+        assert llm.chat(HI, adapter="a", max_tokens=3).finish().ids
+
+
+def test_a_tokenizer_beside_an_adapter_that_the_model_has_no_rows_for(tmp_path: Path):
+    base, adapter = tmp_path / "base", write_adapter(tmp_path / "adapter")
+    tiny.write(base, tiny.weights(tiny.BYTES.vocab_size))
+    tiny.write_tokenizer(base, {})
+    tiny.write_tokenizer(adapter, {"<|im_end|>": True, "<|im_start|>": True}, CHATML)
+    with pytest.raises(CheckpointError, match="tokenizer has 323 tokens, and the model 321 rows"):
+        merge(base, adapter, tmp_path / "merged")
+    (adapter / "tokenizer.json").unlink()
+    other = Tekken(r"[\s\S]", [*tiny.BYTES.tokens[:-1], b"ab"], n_special=64)
+    other.save(adapter / "tekken.json")
+    with pytest.raises(CheckpointError, match="another one: id 320 is b'ab', not b'zq'"):
+        merge(base, adapter, tmp_path / "merged")

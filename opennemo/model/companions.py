@@ -12,7 +12,8 @@ from opennemo.errors import CheckpointError
 from opennemo.files import read_json, write_json
 from opennemo.model.layouts import FolderLayout, short
 from opennemo.tokenizer.gguf_head import read_metadata
-from opennemo.tokenizer.load import load_tokenizer
+from opennemo.tokenizer.huggingface import read_chat_template
+from opennemo.tokenizer.load import difference_beside, load_tokenizer, tokenizer_file
 from opennemo.tokenizer.saving import save_huggingface
 
 TOKENIZERS = ("tekken.json", "tokenizer.json", "tokenizer.model*")
@@ -73,3 +74,33 @@ def copy_companions(src: Path, dst: Path, *, layout: FolderLayout = "mistral") -
         eos = read_generation_config(src).get("eos_token_ids", [tokenizer.eos_id])
         config = {"bos_token_id": tokenizer.bos_id, "eos_token_id": eos}
         write_json(dst / "generation_config.json", config)
+
+
+def take_over_companions(adapter: Path, dst: Path, *, layout: FolderLayout, rows: int) -> None:
+    """Let a model that an adapter was folded into ask as that was taught.
+
+    A tokenizer or template that lies beside the adapter takes the place of the model's.
+
+    Raises:
+        CheckpointError: it has tokens that none of the model's `rows` stands for, or is another
+            vocabulary.
+    """
+    own = load_tokenizer(dst) if tokenizer_file(dst) else None
+    difference = own and difference_beside(adapter, own)
+    if difference is not None and "another one" in difference:
+        raise CheckpointError(f"{adapter}: {difference}")
+    if own is not None and difference is None:
+        return
+    if tokenizer_file(adapter) is not None:
+        if (n_tokens := load_tokenizer(adapter).vocab_size) > rows:
+            raise CheckpointError(
+                f"{adapter}: its tokenizer has {n_tokens:,} tokens, and the model {rows:,} rows"
+            )
+        for pattern in (*TOKENIZERS, *OTHERS[:4]):
+            for file in dst.glob(pattern):
+                file.unlink()
+        copy_companions(adapter, dst, layout=layout)
+    elif (template := read_chat_template(adapter)) is not None:
+        for file in dst.glob("chat_template.*"):
+            file.unlink()
+        (dst / "chat_template.jinja").write_text(template, encoding="utf-8")

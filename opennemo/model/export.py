@@ -17,7 +17,7 @@ from opennemo.files import new_folder
 from opennemo.model import compressed
 from opennemo.model.attention import Packed
 from opennemo.model.checkpoint import load, open_checkpoint, write_model
-from opennemo.model.companions import copy_companions
+from opennemo.model.companions import copy_companions, take_over_companions
 from opennemo.model.formats import FORMATS, SCALED_KV
 from opennemo.model.layouts import FolderLayout
 from opennemo.model.lora import fold, read_adapter
@@ -162,7 +162,8 @@ def merge(
 ) -> None:
     """Write a model with an adapter folded into its weights, in the layout that it has.
 
-    What is a GGUF file becomes a folder of Hugging Face's.
+    What is a GGUF file becomes a folder of Hugging Face's. A tokenizer or chat template beside the
+    adapter that differs from the model's takes its place.
 
     Args:
         adapter: a folder that PEFT or `save_adapter` wrote.
@@ -177,17 +178,19 @@ def merge(
             f"{src}: is stored as {source.format}, and the sum is nothing that those codes could "
             "hold; merge into what it was made from, then quantize"
         )
-    scale, parts = read_adapter(adapter, source.config)
+    parts = read_adapter(adapter, source.config)
     wanted = dtype or source.dtype
 
     def read(name: str) -> Tensor:
         module = name.removesuffix(".weight")
         if module not in parts:
             return source.read(name, wanted)
-        return fold(source.read(name, torch.float32), scale, *parts[module]).to(wanted)
+        return fold(source.read(name, torch.float32), *parts[module]).to(wanted)
 
     layout = "hf" if source.layout == "gguf" else source.layout
     with new_folder(dst) as partial:
         tensors = {n: (wanted, shape) for n, shape in source.shapes.items()}
         write_model(partial, layout, source.config, tensors, read, progress=progress)
         copy_companions(src, partial, layout=layout)
+        rows = source.config.vocab_size
+        take_over_companions(adapter, partial, layout=layout, rows=rows)

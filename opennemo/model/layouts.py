@@ -54,7 +54,7 @@ WEIGHTS = {
 # an empty value (false, null, 0, {}) is as good as none.
 ONLY: dict[Layout, dict[str, list]] = {
     "mistral": {
-        "model_type": ["transformer"], "activation": ["silu"], "moe": [], "lora": [], "yarn": [],
+        "model_type": ["transformer"], "activation": ["silu"], "moe": [], "yarn": [],
         "rope_scaling": [], "llama_4_scaling": [], "vision_encoder": [], "multimodal": [],
         "qk_nope_head_dim": [], "use_biases": [],
     },

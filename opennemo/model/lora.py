@@ -6,12 +6,13 @@ arXiv:2305.14314), or inside the rounding of a model that learns in a number for
 `W + s * B @ A` is rounded as one, so that what is merged and quantised is what was trained. While
 serving, rows of the same flat pass may follow different adapters: `adapted` adds each one's part to
 the outputs of its own rows. Either way the model and number formats know of no adapters. Files are
-those of PEFT: `adapter_config.json` and `adapter_model.safetensors`.
+those of PEFT: `adapter_config.json` and `adapter_model.safetensors`; mistral-finetune's are read.
 """
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +41,21 @@ from opennemo.model.transformer import ModelConfig, Transformer
 # Linear layers of a block, from Hugging Face's names to ours.
 LAYERS = {names[COLUMN["hf"]]: ours for ours, names in WEIGHTS.items() if ".w" in ours}
 LINEAR = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
+# Files of PEFT's, and of mistral-finetune's, whose settings are in params.json.
+ADAPTER, FINETUNED = "adapter_model.safetensors", "lora.safetensors"
+# PEFT's settings that are read here, or change nothing once there are tensors: those say which
+# layers have an adapter, and dropout is for training.
+KNOWN_SETTINGS = {
+    "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern",
+    "init_lora_weights", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path",
+    "revision", "inference_mode", "target_modules", "exclude_modules", "layers_to_transform",
+    "layers_pattern", "lora_dropout", "fan_in_fan_out", "megatron_core", "eva_config",
+    "qalora_group_size", "runtime_config", "ensure_weight_tying",
+}  # fmt: skip
+HARMLESS = [("bias", "none")]
+# How A and B begin: without a trace in the base weights, or by taking their product off them.
+ONLY_BEGINS = ("true", "gaussian", "orthogonal", "eva", "mica")
+CHANGES_BASE = ("olora", "corda", "loftq", "lora_ga")
 _numbers = itertools.count(1)
 
 
@@ -54,34 +70,32 @@ class Adapter:
 
 
 def load_adapter(folder: Path, model: Transformer) -> Adapter:
-    """Read an adapter that PEFT saved, to be served beside the model it is for.
+    """Read an adapter that PEFT or mistral-finetune saved, to be served beside its model.
 
     Raises:
         CheckpointError: as `read_adapter`.
     """
-    scale, weights = read_adapter(folder, model.config)
     device, dtype = model.tok_embeddings.weight.device, model.tok_embeddings.weight.dtype
     ready = {
         module: (a.to(device, dtype), (b * scale).to(device, dtype))
-        for module, (a, b) in weights.items()
+        for module, (scale, a, b) in read_adapter(folder, model.config).items()
     }
     return Adapter(folder.name, ready)
 
 
-def read_adapter(
-    folder: Path, config: ModelConfig
-) -> tuple[float, dict[str, tuple[Tensor, Tensor]]]:
-    """An adapter that PEFT saved: s, and by module A (r, D) and B (O, r) in float32.
+def read_adapter(folder: Path, config: ModelConfig) -> dict[str, tuple[float, Tensor, Tensor]]:
+    """An adapter that PEFT or mistral-finetune saved: by module s, A (r, D), B (O, r) in float32.
 
     Raises:
-        CheckpointError: files are missing or damaged, it uses a variant that is not supported
-            (DoRA, biases, ranks by pattern), or its shapes do not match; the first five are named.
+        CheckpointError: files are missing or damaged, a setting would change the result in a way
+            that is not computed here, or shapes do not match; the first five are named.
     """
-    settings = _read_config(folder / "adapter_config.json")
-    rank, alpha = settings["r"], settings["lora_alpha"]
-    scale = alpha / (rank**0.5 if settings.get("use_rslora") else rank)
+    is_mistral = not (folder / "adapter_config.json").exists() and (folder / FINETUNED).exists()
+    if is_mistral:
+        path, settings = folder / FINETUNED, _read_params(folder / "params.json")
+    else:
+        path, settings = folder / ADAPTER, _read_config(folder / "adapter_config.json")
     halves: dict[str, dict[str, Tensor]] = {}
-    path = folder / "adapter_model.safetensors"
     try:
         with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118  a safetensors file is no mapping
@@ -95,17 +109,18 @@ def read_adapter(
         if (shape := shapes.get(f"{module}.weight")) is None:
             wrong.append(f"{module}: the model has no such layer")
             continue
+        rank, scale = settings.of(spell(f"{module}.weight", "hf").removesuffix(".weight"))
         expected = ((rank, shape[1]), (shape[0], rank))
         shapes_read = tuple(None if t is None else tuple(t.shape) for t in (a, b))
         if shapes_read != expected or a is None or b is None:
             wrong.append(f"{module}: A and B are {shapes_read}, expected {expected}")
             continue
-        if module.endswith(("wq", "wk")):
+        if module.endswith(("wq", "wk")) and not is_mistral:
             b = halves_to_pairs(b, config.head_dim)
-        weights[module] = (a.float(), b.float())
+        weights[module] = (scale, a.float(), b.float())
     if wrong or not weights:
         raise CheckpointError(f"{path}: " + ("; ".join(wrong[:5]) or "there are no weights in it"))
-    return scale, weights
+    return weights
 
 
 @contextmanager
@@ -345,33 +360,102 @@ def save_adapter(model: Transformer, folder: Path, *, base_model_name: str) -> N
         raise CheckpointError(f"{folder}: cannot be written: {error}") from error
 
 
-def _read_config(path: Path) -> dict:
+@dataclass(frozen=True)
+class _Scales:
+    """Rank and s of every layer, some by a pattern of its name."""
+
+    rank: int
+    alpha: float
+    rslora: bool = False
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    alphas: Mapping[str, float] = field(default_factory=dict)
+
+    def of(self, module: str) -> tuple[int, float]:
+        """r and s of a layer by its name in Hugging Face's layout."""
+
+        def first(patterns: Mapping[str, Any], default: Any) -> Any:
+            # As PEFT matches them: a whole name, or its end behind a dot.
+            fits = (p for p in patterns if re.match(rf"(.*\.)?({p})$", module))
+            return patterns[p] if (p := next(fits, None)) is not None else default
+
+        rank = first(self.ranks, self.rank)
+        return rank, first(self.alphas, self.alpha) / (rank**0.5 if self.rslora else rank)
+
+
+def _read_config(path: Path) -> _Scales:
+    """PEFT's settings; what is not known and not empty is refused, for it may change the result."""
     config = read_json(path)
-    odd = [
-        name
-        for name in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias")
-        if config.get(name)
-    ]
-    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or odd:
-        variant = odd or short([config.get("peft_type"), f"bias {config.get('bias')}"])
-        raise CheckpointError(f"{path}: only plain LoRA without biases is supported, not {variant}")
-    if not isinstance(config.get("r"), int) or not 0 < config["r"] <= 1024:
-        raise CheckpointError(f"{path}: r is {short(config.get('r'))}, allowed is 1 to 1024")
-    alpha = config.setdefault("lora_alpha", config["r"])
-    if type(alpha) not in (int, float) or not 0 < alpha <= 2**20:
+    if (kind := config.get("peft_type")) != "LORA":
+        raise CheckpointError(f"{path}: peft_type is {short(kind)}; only LORA is supported")
+    if str(init := config.get("init_lora_weights")).lower() in CHANGES_BASE or str(init).startswith(
+        "pissa"
+    ):
         raise CheckpointError(
-            f"{path}: lora_alpha is {short(alpha)}, allowed is a number up to {2**20:,}"
+            f"{path}: init_lora_weights is {short(init)}, which also changes the base weights when "
+            "training begins; save the adapter as plain LoRA "
+            "(PEFT: save_pretrained with path_initial_model_for_weight_conversion)"
         )
-    return config
+    for name, value in config.items():
+        if value and name not in KNOWN_SETTINGS and (name, value) not in HARMLESS:
+            raise CheckpointError(
+                f"{path}: {name} is {short(value)}, which is not supported: only plain LoRA is, "
+                "with use_rslora, rank_pattern and alpha_pattern"
+            )
+    if init is not None and type(init) is not bool and str(init).lower() not in ONLY_BEGINS:
+        only = ", ".join(ONLY_BEGINS)
+        raise CheckpointError(f"{path}: init_lora_weights is {short(init)}, not a bool or {only}")
+    rank = _rank(path, "r", config.get("r"))
+    alpha = _alpha(path, "lora_alpha", config.get("lora_alpha", rank))
+    ranks, alphas = (config.get(f"{name}_pattern") or {} for name in ("rank", "alpha"))
+    for name, patterns in (("rank", ranks), ("alpha", alphas)):
+        if not isinstance(patterns, dict):
+            raise CheckpointError(f"{path}: {name}_pattern is {short(patterns)}, not an object")
+        try:
+            for pattern in patterns:
+                re.compile(pattern)
+        except re.error as error:
+            raise CheckpointError(f"{path}: {name}_pattern {short(pattern)}: {error}") from None
+    return _Scales(
+        rank, alpha, bool(config.get("use_rslora")),
+        {p: _rank(path, f"rank_pattern[{short(p)}]", value) for p, value in ranks.items()},
+        {p: _alpha(path, f"alpha_pattern[{short(p)}]", value) for p, value in alphas.items()},
+    )  # fmt: skip
+
+
+def _read_params(path: Path) -> _Scales:
+    """mistral-finetune's settings, whose `scaling` is s itself."""
+    lora = read_json(path).get("lora")
+    if not isinstance(lora, dict):
+        raise CheckpointError(f"{path}: lora is {short(lora)}, not the settings of an adapter")
+    rank = _rank(path, "lora.rank", lora.get("rank"))
+    return _Scales(rank, _alpha(path, "lora.scaling", lora.get("scaling")) * rank)
+
+
+def _rank(path: Path, name: str, value: Any) -> int:
+    if type(value) is not int or not 0 < value <= 1024:
+        raise CheckpointError(f"{path}: {name} is {short(value)}, allowed is 1 to 1024")
+    return value
+
+
+def _alpha(path: Path, name: str, value: Any) -> float:
+    if type(value) not in (int, float) or not 0 < value <= 2**20:
+        raise CheckpointError(
+            f"{path}: {name} is {short(value)}, allowed is a number up to {2**20:,}"
+        )
+    return value
 
 
 def _module_of(key: str, path: Path) -> tuple[str, str]:
-    """base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight -> (our path, "A")."""
+    """base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight -> (our path, "A").
+
+    Or layers.0.attention.wq.lora_A.weight, as mistral-finetune writes it.
+    """
     module, _, kind = (
         key.removeprefix("base_model.model.").removeprefix("model.").rpartition(".lora_")
     )
     start, _, rest = module.partition("layers.")
     number, _, inner = rest.partition(".")
-    if start or kind not in ("A.weight", "B.weight") or inner not in LAYERS:
-        raise CheckpointError(f"{path}: {key} is not a part of an adapter for these models")
-    return f"layers.{number}.{LAYERS[inner]}", kind[0]
+    names = dict.fromkeys(LAYERS.values()) if path.name == FINETUNED else LAYERS
+    if start or kind not in ("A.weight", "B.weight") or inner not in names:
+        raise CheckpointError(f"{path}: {short(key)} is not a part of an adapter for these models")
+    return f"layers.{number}.{names[inner] or inner}", kind[0]

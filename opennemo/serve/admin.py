@@ -24,7 +24,7 @@ async def load_adapter(body: AdapterRequest, service: TheService) -> Response:
         raise InvalidRequest("lora_path: must be a folder below --lora-root")
     if body.lora_name in service.names or body.lora_name in engine.adapters:
         raise InvalidRequest(f"lora_name: {body.lora_name} exists already")
-    await asyncio.to_thread(engine.load_adapter, body.lora_name, folder)
+    await asyncio.to_thread(service.llm.load_adapter, body.lora_name, folder)
     return Json({"message": f"Success: LoRA adapter {body.lora_name} added."})
 
 

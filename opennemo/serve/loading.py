@@ -40,7 +40,7 @@ def load_model(settings: Settings) -> LLM:
     )  # fmt: skip
     try:
         for name, folder in modules.items():
-            llm.engine.load_adapter(name, folder)
+            llm.load_adapter(name, folder)
     except OpenNemoError:
         llm.close()
         raise

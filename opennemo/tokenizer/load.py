@@ -1,10 +1,21 @@
 """Opens any tokenizer: of a model's folder, of a file, or OpenNemo's own by its name."""
 
+from copy import copy
 from pathlib import Path
 
-from opennemo.errors import CheckpointError
+from opennemo.errors import CheckpointError, InvalidRequest
 from opennemo.tokenizer.rank_files import OWN, RankFile, own_tokenizer
 from opennemo.tokenizer.tokenizer import Tokenizer
+
+NAMES = (
+    "tekken.json", "tokenizer.model.v3", "tokenizer.model.v2", "tokenizer.model.v1",
+    "tokenizer.json", "tokenizer.model",
+)  # fmt: skip
+
+
+def tokenizer_file(folder: Path) -> Path | None:
+    """The file of a folder that holds its vocabulary."""
+    return next((folder / name for name in NAMES if (folder / name).exists()), None)
 
 
 def load_tokenizer(model: Path) -> Tokenizer:
@@ -25,11 +36,7 @@ def load_tokenizer(model: Path) -> Tokenizer:
     from opennemo.tokenizer.tekken import Tekken
     from opennemo.tokenizer.template import follow_own_template
 
-    file = model
-    if model.is_dir():
-        names = ["tekken.json", "tokenizer.model.v3", "tokenizer.model.v2", "tokenizer.model.v1"]
-        names += ["tokenizer.json", "tokenizer.model"]
-        file = next((model / name for name in names if (model / name).exists()), model)
+    file = tokenizer_file(model) or model
     if file.suffix == ".gguf":
         return load_gguf(file)
     if file.suffix == ".json" and "tekken" in file.name:
@@ -47,6 +54,44 @@ def load_tokenizer(model: Path) -> Tokenizer:
     raise CheckpointError(
         f"{model}: no tokenizer there (tekken.json, tokenizer.model, tokenizer.json or a .gguf)"
     )
+
+
+def difference_beside(folder: Path, tokenizer: Tokenizer) -> str | None:
+    """How what lies beside an adapter asks otherwise than a model's tokenizer; None if alike.
+
+    Raises:
+        CheckpointError: a tokenizer or template lies there, and is damaged.
+    """
+    from opennemo.tokenizer.chat import encode_chat
+    from opennemo.tokenizer.huggingface import read_chat_template
+    from opennemo.tokenizer.template import PROBES
+
+    if tokenizer_file(folder) is not None:
+        other = load_tokenizer(folder)
+        n_common = min(other.vocab_size, tokenizer.vocab_size)
+        for id in range(n_common):
+            ours, theirs = tokenizer.token_bytes(id), other.token_bytes(id)
+            if ours and theirs and ours != theirs:
+                return f"its vocabulary is another one: id {id} is {theirs!r}, not {ours!r}"
+        if other.vocab_size > tokenizer.vocab_size:
+            return f"its tokenizer has {other.vocab_size:,} tokens, not {tokenizer.vocab_size:,}"
+    elif (template := read_chat_template(folder)) is not None:
+        other = copy(tokenizer)
+        other.chat_template, other.instruct_version = template, None
+    else:
+        return None
+
+    def lay_out(by: Tokenizer, messages: list[dict]) -> list[int] | None:
+        try:
+            return encode_chat(by, messages)
+        except InvalidRequest:
+            return None
+
+    for messages in PROBES:
+        theirs = lay_out(other, messages)
+        if theirs is not None and theirs != lay_out(tokenizer, messages):
+            return "its chat template lays out conversations in another way"
+    return None
 
 
 def open_tokenizer(path: Path) -> Tokenizer:

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from opennemo.errors import CheckpointError, InvalidRequest
@@ -223,9 +224,10 @@ def test_a_saved_adapter_is_served_as_it_was_learned(tmp_path):
     config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
     assert config["target_modules"] == ["q_proj", "k_proj", "down_proj"]
     assert (config["r"], config["lora_alpha"]) == (4, 8)
-    scale, weights = read_adapter(tmp_path / "adapter", model.config)
-    assert scale == 2 and len(weights) == 6
-    for path, (a, b) in weights.items():
+    weights = read_adapter(tmp_path / "adapter", model.config)
+    assert len(weights) == 6
+    for path, (scale, a, b) in weights.items():
+        assert scale == 2
         assert torch.equal(a, low_rank(model, path).a) and torch.equal(b, low_rank(model, path).b)
     base = tiny().requires_grad_(False)
     adapter = load_adapter(tmp_path / "adapter", base)
@@ -252,7 +254,8 @@ def test_peft_reads_what_was_learned(tmp_path, rounded: bool):
     # And PEFT writes what is read here.
     theirs.save_pretrained(tmp_path / "again")
     again = read_adapter(tmp_path / "again", config)
-    assert again[0] == 2 and len(again[1]) == 7 * config.n_layers
+    assert {scale for scale, _, _ in again.values()} == {2}
+    assert len(again) == 7 * config.n_layers
 
 
 @pytest.mark.parametrize("layout", ["hf", "mistral"])
@@ -295,3 +298,117 @@ def test_what_cannot_be_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"layers\.0\.feed_forward\.w2: A and B are"):
         merge(tmp_path / "other", tmp_path / "adapter", tmp_path / "out")
     assert set(LINEAR) == {"wq", "wk", "wv", "wo", "w1", "w2", "w3"}
+
+
+def saved_by_peft(tmp_path, **settings) -> tuple[torch.Tensor, torch.Tensor]:
+    """An adapter with random weights: logits by PEFT from its files, and without it."""
+    peft = pytest.importorskip("peft", reason="the package peft is not installed")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    save(tiny(), tmp_path / "base")
+    read = transformers.AutoModelForCausalLM.from_pretrained
+    config = {"r": 4, "target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+    model = peft.get_peft_model(read(tmp_path / "base"), peft.LoraConfig(**(config | settings)))
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(tmp_path / "adapter")
+    with torch.no_grad():
+        plain = read(tmp_path / "base")(TOKENS[None]).logits[0]
+        theirs = peft.PeftModel.from_pretrained(read(tmp_path / "base"), tmp_path / "adapter")
+        return theirs.eval()(TOKENS[None]).logits[0], plain
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_rslora": True, "lora_alpha": 3},
+        {"rank_pattern": {"down_proj": 2, r".*\.0\.self_attn\.q_proj": 6}},
+        {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 5}, "use_rslora": True},
+        {"alpha_pattern": {"layers.1.mlp.down_proj": 30}},
+        {"layers_to_transform": [1]},
+        {"target_modules": "all-linear", "exclude_modules": ["k_proj", "lm_head"]},
+        {"init_lora_weights": "gaussian"},
+        {"init_lora_weights": "orthogonal"},
+        {"init_lora_weights": False, "lora_dropout": 0.5},
+    ],
+)
+def test_settings_of_peft_give_what_peft_computes(tmp_path, settings: dict):
+    expected, plain = saved_by_peft(tmp_path, **settings)
+    base = load(tmp_path / "base")
+    adapter = load_adapter(tmp_path / "adapter", base)
+    with torch.no_grad(), adapted(base, [(adapter, torch.arange(len(TOKENS)))]):
+        ours = base.output(base(TOKENS, Packed.of(len(TOKENS))))
+    torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+    assert (plain - expected).abs().max() > 0.01
+    merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    with torch.no_grad():
+        merged = load(tmp_path / "merged")
+        ours = merged.output(merged(TOKENS, Packed.of(len(TOKENS))))
+    torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is 'pissa_niter_4'"),
+        ({"init_lora_weights": "OLoRA"}, "init_lora_weights is 'OLoRA'"),
+        ({"init_lora_weights": "corda"}, "init_lora_weights is 'corda'"),
+        ({"init_lora_weights": "loftq", "loftq_config": {"bits": 4}}, "is 'loftq', which also"),
+        ({"init_lora_weights": "tomorrow's"}, "init_lora_weights is .tomorrow's., not a bool or"),
+        ({"alora_invocation_tokens": [7, 8]}, r"alora_invocation_tokens is \[7, 8\]"),
+        ({"use_qalora": True}, "use_qalora is True"),
+        ({"use_dora": True}, "use_dora is True"),
+        ({"bias": "all"}, "bias is 'all'"),
+        ({"lora_bias": True}, "lora_bias is True"),
+        ({"modules_to_save": ["lm_head"]}, r"modules_to_save is \['lm_head'\]"),
+        ({"trainable_token_indices": [3]}, "trainable_token_indices"),
+        ({"layer_replication": [[0, 2]]}, "layer_replication"),
+        ({"target_parameters": ["experts.w"]}, "target_parameters"),
+        ({"megatron_config": {"a": 1}}, "megatron_config"),
+        ({"of_a_later_version": 0.5}, "of_a_later_version is 0.5, which is not supported"),
+        ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
+        ({"rank_pattern": {"q_proj": 0}}, r"rank_pattern\['q_proj'\] is 0"),
+        ({"alpha_pattern": {"(": 1}}, "alpha_pattern '\\('"),
+        ({"rank_pattern": [1]}, "rank_pattern is"),
+    ],
+)
+def test_settings_that_change_the_result_are_refused_by_name(tmp_path, settings, message):
+    save_adapter(with_lora(tiny()), tmp_path, base_model_name="base")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    empty = {"use_dora": False, "of_a_later_version": None, "another": [], "loftq_config": {}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | empty))
+    assert read_adapter(tmp_path, PRESETS["tiny"])
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | settings))
+    with pytest.raises(CheckpointError, match=message):
+        read_adapter(tmp_path, PRESETS["tiny"])
+
+
+def test_what_mistral_finetune_leaves_behind(tmp_path):
+    model, config = with_lora(tiny(), layers=("wq", "w2")), PRESETS["tiny"]
+    save(tiny(), tmp_path / "base", layout="mistral")
+    params = json.loads((tmp_path / "base" / "params.json").read_text())
+    lora = {"enable": True, "rank": 4, "dropout": 0.0, "scaling": 2.0}
+    tensors = {}
+    for path in (f"layers.{i}.{name}" for i in range(config.n_layers)
+                 for name in ("attention.wq", "feed_forward.w2")):  # fmt: skip
+        part = low_rank(model, path)
+        tensors |= {f"{path}.lora_A.weight": part.a.data, f"{path}.lora_B.weight": part.b.data}
+    (tmp_path / "adapter").mkdir()
+    save_file(tensors, tmp_path / "adapter" / "lora.safetensors")
+    with pytest.raises(CheckpointError, match=r"params\.json"):
+        read_adapter(tmp_path / "adapter", config)
+    (tmp_path / "adapter" / "params.json").write_text(json.dumps(params | {"lora": lora}))
+    merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    merge_lora_(model)
+    # Merged weights keep the settings of the adapter that they learned with.
+    for settings in ({"lora": lora, "moe": None}, {"lora": {**lora, "enable": False}}):
+        (tmp_path / "merged" / "params.json").write_text(json.dumps(params | settings))
+        ours = load(tmp_path / "merged")
+        for name, weight in model.named_parameters():
+            assert torch.equal(ours.get_parameter(name), weight), name
+    wrong = {"layers.0.attention.wz.lora_A.weight": torch.zeros(4, 4)}
+    save_file(wrong, tmp_path / "adapter" / "lora.safetensors")
+    with pytest.raises(CheckpointError, match="not a part of an adapter"):
+        read_adapter(tmp_path / "adapter", config)
