@@ -109,16 +109,20 @@ def open_checkpoint(path: Path) -> Checkpoint:
         from opennemo.model.gguf import GGUF  # takes 1 s to import, and most models are folders
 
         layout, where, files = "gguf", path, GGUF(path)
-        settings, format = files.settings, None
+        settings = files.settings
     else:
         layout = _layout_of(path)
         where = path / FILES[layout][0]
         settings, files = read_json(where), SafetensorFiles(_weight_files(path, layout))
-        format = compressed.recognise(settings, where)
     # Settings that do not say whether the head is tied: it is where the weights have no head.
-    has_head = layouts.spell("output.weight", layout) in files.shapes
+    head = layouts.spell("output.", layout)
+    has_head = any(name.startswith(head) for name in files.shapes)
     settings = {layouts.key("tied_embeddings", layout): not has_head, **settings}
-    config = layouts.read_settings(settings, layout, where)
+    config, format = layouts.read_settings(settings, layout, where), None
+    if layout != "gguf":
+        matrices = {layouts.spell(n, "hf").removesuffix(".weight"): shape
+                    for n, shape in weight_shapes(config).items()}  # fmt: skip
+        format, files = compressed.recognise(settings, where, files, matrices)
     _compare(files, config, layout, format, path)
     return Checkpoint(layout=layout, config=config, format=format, files=files)
 
@@ -304,6 +308,7 @@ def _compare(
         *(name for pair in compressed.KV_SCALES[layout] for name in pair),
     )  # fmt: skip
     problems = {
+        "in codes that the settings do not explain": odd,
         "missing": [name for name in shapes if name not in stored],
         "unexpected": [
             layouts.short(n) for n in stored if n not in shapes and not n.endswith(ignored)
@@ -313,7 +318,6 @@ def _compare(
             for name, shape in shapes.items()
             if stored.get(name, shape) != shape
         ],
-        "in codes that the settings do not explain": odd,
     }
     for problem, weights in problems.items():
         if weights:
@@ -338,6 +342,10 @@ def write_model(
 
     `extra` are small tensors under the layout's own names, `more_settings` go into the settings.
     """
+    given = read
+    if layout == "mistral" and config.tied_embeddings:  # mistral-inference reads a head in any case
+        tensors = {**tensors, "output.weight": tensors["tok_embeddings.weight"]}
+        read = lambda n: given("tok_embeddings.weight" if n == "output.weight" else n)  # noqa: E731
     own_names = {layouts.spell(name, layout): name for name in tensors}
     sizes = {
         layouts.spell(name, layout): math.prod(shape) * dtype.itemsize

@@ -2,8 +2,9 @@
 
 Hugging Face's layout holds them as `compressed-tensors` does, which vLLM, SGLang and transformers
 read: `weight` in codes, `weight_scale`, for static inputs `input_scale`, and in config.json what
-they mean. Mistral's own folders of that kind say `qscale_weight` and `qscale_act`, one number each.
-Either may bring scales for keys and values, which a cache in FP8 needs.
+they mean; foreign.py reads what others write. Mistral's own folders of that kind say
+`qscale_weight` and `qscale_act`, one number each. Either may bring scales for keys and values,
+which a cache in FP8 needs.
 
 Sources: the compressed-tensors package 0.20 and vLLM's loaders for Mistral's layout.
 """
@@ -17,15 +18,20 @@ import torch
 from torch import Tensor
 
 from opennemo.errors import CheckpointError
+from opennemo.model.foreign import Decoded, Scheme, quantization_of, schemes, warn_of_inputs
 from opennemo.model.formats import FORMATS, SCALED_KV, Format, Rounding, Shapes, names
 from opennemo.model.layouts import FolderLayout, Layout, short
 from opennemo.model.quantization import QuantizedLinear
+from opennemo.model.tensor_files import SafetensorFiles
+
+Shape = tuple[int, ...]
 
 # What the scales of keys and of values are called: as written here, and as others do.
 KV_SCALES: dict[Layout, tuple[tuple[str, str], ...]] = {
     "hf": (
         ("self_attn.k_scale", "self_attn.v_scale"),
         ("self_attn.k_proj.k_scale", "self_attn.v_proj.v_scale"),  # ModelOpt
+        ("self_attn.k_proj.output_scale", "self_attn.v_proj.output_scale"),  # vLLM in 2024
         ("self_attn.kv_scale", "self_attn.kv_scale"),  # AutoFP8
     ),
     "mistral": (
@@ -65,42 +71,70 @@ def describe(format: Format, layout: Layout, kv: bool = False) -> dict[str, Any]
     }
 
 
-def recognise(settings: Mapping[str, Any], where: Path) -> str | None:
-    """The name in FORMATS of what the settings describe; None if nothing is quantised.
+def recognise(
+    settings: Mapping[str, Any], where: Path, files: SafetensorFiles, shapes: Mapping[str, Shape]
+) -> tuple[str | None, SafetensorFiles | Decoded]:
+    """The name in FORMATS of what settings describe, None if weights are plain, and the files.
+
+    What is quantised in another way, or in part, is decoded as it is read.
+
+    Args:
+        shapes: of all matrices, by the names of their modules in Hugging Face's layout.
 
     Raises:
-        CheckpointError: it is a scheme that is not supported.
+        CheckpointError: it is a scheme that is not supported; names the key and its value.
     """
     formats = [FORMATS[name] for name in names("store")]
     if native := settings.get("quantization"):
         for format in formats:
             if native == format.mistral:
-                return format.name
+                return format.name, files
         able = " or ".join(str(format.mistral) for format in formats if format.mistral)
         raise CheckpointError(
             f"{where}: quantization {short(native)} is not supported, only {able}"
         )
-    config = settings.get("quantization_config")
+    config, where = quantization_of(settings, where)
     if not config:
-        return None
+        return None, files
     if not isinstance(config, dict):
         raise CheckpointError(f"{where}: quantization_config is {short(config)}, not an object")
-    groups = config.get("config_groups")
-    group = next(iter(groups.values()), None) if isinstance(groups, dict) else None
+    found = schemes(config, files, where)
+    found = {module: scheme for module, scheme in found.items() if module in shapes}
+    stored = {module: scheme for module, scheme in found.items() if scheme is not None}
     for format in formats:
-        if any(_includes(config, other) for other in format.others):
-            return format.name
-        if isinstance(group, dict) and config.get("ignore") == ["lm_head"]:
-            _, weights, inputs = _scheme(format)
-            if _includes(group.get("weights"), weights) and _includes(
-                group.get("input_activations"), inputs
-            ):
-                return format.name
-    raise CheckpointError(
-        f"{where}: this quantization_config ({short(config.get('quant_method'))}, "
-        f"{short(config.get('format'))}) is not supported; supported are "
-        + ", ".join(names("store"))
-    )
+        if stored.keys() == found.keys() - {"lm_head"} and all(
+            _is_stored_as(format, config, scheme, module, files, shapes)
+            for module, scheme in stored.items()
+        ):
+            return format.name, files
+    if not stored:
+        return None, files
+    warn_of_inputs(where, stored, config)
+    try:
+        return None, Decoded(files, stored, shapes)
+    except CheckpointError as error:
+        raise CheckpointError(f"{where.parent}: {error}") from None
+
+
+def _is_stored_as(
+    format: Format,
+    config: Any,
+    scheme: Scheme,
+    module: str,
+    files: Any,
+    shapes: Mapping[str, Shape],
+) -> bool:
+    """Whether a matrix is stored as the format says, tensor by tensor."""
+    if scheme.weights is None:
+        if not any(_includes(config, other) for other in format.others):
+            return False
+    else:
+        _, weights, inputs = _scheme(format)
+        if not _includes(scheme.weights, weights) or not _includes(scheme.inputs, inputs):
+            return False
+    sizes = parts(format, "hf", shapes[module])
+    lacks_zero = f"{module}.weight_zero_point" not in files.shapes
+    return lacks_zero and all(f"{module}.{suffix}" in files.shapes for suffix in sizes)
 
 
 def _scheme(format: Format) -> tuple[str, dict[str, Any], dict[str, Any] | None]:
@@ -139,6 +173,15 @@ def _includes(entry: Any, wanted: Mapping[str, Any] | None) -> bool:
 def is_stored_in_codes(name: str) -> bool:
     """Whether a weight is quantised at all: the matrices of blocks are."""
     return name.startswith("layers.") and "norm" not in name
+
+
+def misfit(format: Format, shapes: Mapping[str, Shape]) -> str | None:
+    """Why a model of these weights cannot be written in a format; None if it can."""
+    share = format.weights.share
+    for name, shape in shapes.items():
+        if isinstance(share, int) and is_stored_in_codes(name) and shape[1] % share:
+            return f"{format.name} needs widths in multiples of {share}, {name} is {shape}"
+    return None
 
 
 def parts(format: Format, layout: Layout, shape: tuple[int, ...]) -> Shapes:

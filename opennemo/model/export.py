@@ -115,15 +115,13 @@ def quantize(
     except ValueError as error:
         raise CheckpointError(f"{dst}: {error}") from None
     shapes = source.shapes
+    if problem := compressed.misfit(row, shapes):
+        raise CheckpointError(f"{src}: {problem}")
     tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for name, shape in shapes.items():
         if not compressed.is_stored_in_codes(name):
             tensors[name] = (source.dtype, shape)
             continue
-        share = row.weights.share
-        if isinstance(share, int) and shape[1] % share:
-            needs = f"{format} needs widths in multiples of {share}"
-            raise CheckpointError(f"{src}: {needs}, {name} is {shape}")
         module = name.removesuffix("weight")
         parts = compressed.parts(row, to, shape)
         tensors |= {f"{module}{suffix}": part for suffix, part in parts.items()}

@@ -262,8 +262,11 @@ _ROWS = (
         name="fp8-static", weights=_float8("tensor"), inputs=_float8("tensor"), static=True,
         uses=("train", "store"), kernel=CpuFormat.FP8, tensor_cores=True,
         mistral={"qformat_weight": "fp8_e4m3", "qscheme_act": "TENSOR"},
-        # AutoFP8, which made the first FP8 folders of Mistral NeMo.
-        others=({"quant_method": "fp8", "activation_scheme": "static"},),
+        # AutoFP8, which made the first FP8 folders of Mistral NeMo, and NVIDIA's ModelOpt.
+        others=(
+            {"quant_method": "fp8", "activation_scheme": "static"},
+            {"quant_method": "modelopt", "quant_algo": "FP8"},
+        ),
     ),
     Format(
         name="int8", weights=_int8("row"), inputs=_int8(32), kv=_int8("row"),

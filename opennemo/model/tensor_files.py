@@ -22,10 +22,11 @@ from opennemo.model.layouts import short
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 QUANTIZED = {
     "F8_E4M3": torch.float8_e4m3fn, "I8": torch.int8, "I32": torch.int32, "I64": torch.int64,
+    "U8": torch.uint8,
 }  # fmt: skip
 DTYPES = PLAIN | QUANTIZED
 # What the state of a run holds besides.
-STATE = {"U8": torch.uint8, "BOOL": torch.bool, "F64": torch.float64}
+STATE = {"BOOL": torch.bool, "F64": torch.float64}
 CODES = {dtype: code for code, dtype in (DTYPES | STATE).items()}
 
 

@@ -15,7 +15,8 @@ import torch
 
 from opennemo.errors import InvalidRequest
 from opennemo.files import write_whole
-from opennemo.model.checkpoint import load, open_checkpoint
+from opennemo.model.checkpoint import load, open_checkpoint, weight_shapes
+from opennemo.model.compressed import misfit
 from opennemo.model.formats import FORMATS
 from opennemo.model.hub import locate
 from opennemo.model.lora import add_lora_
@@ -127,6 +128,8 @@ def change_weights_(model: Transformer, recipe: Recipe) -> None:
     """Put rounding, and then adapters, on top of the weights, as the recipe says."""
     qat, lora = recipe.qat, recipe.lora
     if qat is not None:
+        if problem := misfit(FORMATS[qat.format], weight_shapes(model.config)):
+            raise InvalidRequest(f"qat.format: {problem}")
         prepare_qat_(model, FORMATS[qat.format], kv=qat.kv)
     if lora is not None:
         generator = torch.Generator().manual_seed(recipe.seed)

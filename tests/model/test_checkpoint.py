@@ -76,7 +76,11 @@ def test_load_gives_what_was_saved(saved, model, dtype):
 def test_tied_embeddings_stay_one_tensor(layout, tmp_path):
     config = replace(TINY, tied_embeddings=True, sliding_window=7)
     save(Transformer(config), tmp_path / layout, layout=layout)
-    assert len(load_file(weights(tmp_path / layout))) == 9 * TINY.n_layers + 2
+    tensors = load_file(weights(tmp_path / layout))
+    # mistral-inference reads a head in any case.
+    assert len(tensors) == 9 * TINY.n_layers + (3 if layout == "mistral" else 2)
+    if layout == "mistral":
+        assert torch.equal(tensors["output.weight"], tensors["tok_embeddings.weight"])
     loaded = load(tmp_path / layout)
     assert loaded.config == config
     assert loaded.output.weight is loaded.tok_embeddings.weight
@@ -242,7 +246,7 @@ def assert_refused(path: Path, message: str) -> None:
         ("hf", {"rope_scaling": "yarn"}, "rope_type = 'yarn'"),
         ("hf", {"rope_parameters": {"rope_type": "llama3"}}, "'llama3'.*: default"),
         ("hf", {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
-        ("hf", {"quantization_config": {"quant_method": "gptq"}}, "quantization_config .*gptq"),
+        ("hf", {"quantization_config": {"quant_method": "exl2"}}, "quant_method is 'exl2'"),
     ],
 )  # fmt: skip
 def test_models_that_compute_something_else(model, layout, change, message, tmp_path):

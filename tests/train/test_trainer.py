@@ -251,6 +251,13 @@ def test_samples_are_drawn_at_evaluations_by_who_passes_the_function(make_recipe
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+def test_widths_that_a_format_cannot_hold_are_refused_before_the_first_step(make_recipe, tmp_path):
+    recipe = make_recipe("chat", steps=6, qat={"format": "int4"})
+    with pytest.raises(InvalidRequest, match=r"qat\.format: int4 needs widths in multiples of 32"):
+        train(recipe, tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
 def test_an_adapter_is_learned_and_read_back(make_recipe, tmp_path):
     base = train(make_recipe("chat", steps=1), tmp_path / "base", quiet=True)["model"]
     recipe = make_recipe(
