@@ -29,7 +29,13 @@ from opennemo.train.conversations import (
     read_examples,
     read_pairs,
 )
-from opennemo.train.shapes import SPEAKERS, conversation_of, parse_line
+from opennemo.train.shapes import (
+    SPEAKERS,
+    conversation_of,
+    holds_preference,
+    parse_line,
+    preference_of,
+)
 
 
 def validate(paths: Sequence[Path], tokenizer: Tokenizer, max_tokens: int) -> Report:
@@ -97,7 +103,11 @@ def repair(line: bytes, reader: Reader) -> dict[str, Any] | None:
     """What is good of a line, in the shape of `messages`; None if nothing is."""
     try:
         row = _renamed(parse_line(line))
-        messages, tools = conversation_of(row)
+        if reader.pairs:
+            messages, tools, answers = preference_of(row)
+            answers = {"chosen": answers[0], "rejected": answers[1]}
+        else:
+            (messages, tools), answers = conversation_of(row), {}
     except InvalidRequest:
         return None
     is_system = [m.get("role") in ("system", "developer") for m in messages]
@@ -106,8 +116,7 @@ def repair(line: bytes, reader: Reader) -> dict[str, Any] | None:
     fields = {k: row[k] for k in row.keys() & {"lang", "language", "source", "licence", "kind"}}
     if tools:
         fields["tools"] = tools
-    if reader.pairs:
-        fields |= {key: row.get(key) for key in ("chosen", "rejected")}
+    fields |= answers
     for beginning in [turns] if reader.pairs else _beginnings(turns):
         candidate = {"messages": [*system, *beginning], **fields}
         try:
@@ -126,7 +135,7 @@ def _beginnings(turns: list[Message]) -> Iterator[list[Message]]:
 
 
 def _renamed(row: dict[str, Any]) -> dict[str, Any]:
-    """The line with roles, functions and calls under the names that they have today."""
+    """The line with roles under the names that they have today."""
     if not isinstance(row.get("messages"), list):
         return row
     messages = []
@@ -134,11 +143,7 @@ def _renamed(row: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(message, dict):
             return row
         name = str(message.get("role")).lower().replace("-", "_")
-        role = "tool" if name == "function" else SPEAKERS.get(name, message.get("role"))
-        message = {**message, "role": role}
-        if isinstance(call := message.pop("function_call", None), dict):
-            message["tool_calls"] = [{"function": call}]
-        messages.append(message)
+        messages.append({**message, "role": SPEAKERS.get(name, message.get("role"))})
     return {**row, "messages": messages}
 
 
@@ -146,7 +151,7 @@ def _holds_pairs(path: Path) -> bool:
     for _, lines in batches_of_lines([path]):
         for _, line in lines:
             try:
-                return "chosen" in parse_line(line)
+                return holds_preference(parse_line(line))
             except InvalidRequest:
                 continue
     return False

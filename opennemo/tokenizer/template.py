@@ -115,8 +115,11 @@ class ChatTemplate:
         for i, message in enumerate(self._messages):
             if message["role"] != "assistant" or message.get("weight") == 0:
                 continue
-            before = self._render(self._messages[:i], add_generation_prompt=True)
             through = self._render(self._messages[: i + 1])
+            if i and i > (self._messages[0]["role"] == "system"):
+                before = self._render(self._messages[:i], add_generation_prompt=True)
+            else:  # nothing was said that could be answered, and templates may add a system text
+                before = through[: max(0, through.rfind(message["content"].strip()))]
             if not (through.startswith(before) and whole.startswith(through)):
                 raise InvalidRequest(
                     "messages: this model's chat template changes an assistant message once "

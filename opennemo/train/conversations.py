@@ -7,11 +7,13 @@ skipped in silence: its file, number and reason are in the report.
 It does not know the shapes of lines (shapes.py), how examples are packed, or what the loss is.
 """
 
+import json
 import multiprocessing
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
@@ -26,11 +28,11 @@ from opennemo.tokenizer.chat import encode_for_training
 from opennemo.tokenizer.chat_layouts import LAYOUTS
 from opennemo.tokenizer.messages import Message, Tool
 from opennemo.train.shapes import (
-    answer_of,
     as_context,
     checked,
     conversation_of,
     parse_line,
+    preference_of,
     split_at_answers,
 )
 
@@ -171,12 +173,11 @@ class Reader:
         return examples
 
     def pair(self, row: dict[str, Any], report: Report) -> list[Pair]:
-        messages, tools = conversation_of(row)
+        messages, tools, answers = preference_of(row)
         roles = [m.get("role") for m in messages if m.get("role") not in ("system", "developer")]
         if not roles or roles[-1] not in ("user", "tool"):
             raise InvalidRequest("messages: must end with what is answered, a user or tool message")
         context = [as_context(m) for m in messages]
-        answers = [answer_of(row, key) for key in ("chosen", "rejected")]
         if answers[0] == answers[1]:
             raise InvalidRequest("chosen and rejected are the same")
         sides, conversation = [], []
@@ -241,10 +242,16 @@ def _read_share(
 
 
 def batches_of_lines(paths: Iterable[Path]) -> Iterator[tuple[str, list[tuple[int, bytes]]]]:
-    """Lines with their numbers, some of a file at a time; of an empty file one empty line."""
+    """Lines with their numbers, some of a file at a time; of an empty file one empty line.
+
+    Of a file that is one JSON array, or one object over several lines, the entries, numbered.
+    """
     for path in paths:
         if not path.is_file():
             raise InvalidRequest(f"{path}: no such file")
+        if entries := _entries(path):
+            yield str(path), list(enumerate(entries, 1))
+            continue
         batch, size, number, is_rest, is_empty = [], 0, 1, False, True
         with open_lines(path) as (_, lines):
             for line in lines:
@@ -258,3 +265,19 @@ def batches_of_lines(paths: Iterable[Path]) -> Iterator[tuple[str, list[tuple[in
                     yield str(path), batch
                     batch, size = [], 0
         yield str(path), [(1, b"")] if is_empty else batch
+
+
+def _entries(path: Path) -> list[bytes]:
+    """The entries of a file that is not lines but one JSON value; [] of any other."""
+    with open_lines(path) as (_, lines):
+        first = next((line for line in lines if line.strip(b"\xef\xbb\xbf\r\n\t ")), b"")
+        if first.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] not in (b"[", b"{"):
+            return []
+        with suppress(ValueError, RecursionError):
+            if isinstance(json.loads(first.decode("utf-8-sig")), dict):
+                return []
+        with suppress(ValueError, RecursionError):
+            value = json.loads((first + b"".join(lines)).decode("utf-8-sig"))
+            rows = value if isinstance(value, list) else [value]
+            return [json.dumps(row, ensure_ascii=False).encode() for row in rows]
+    return []

@@ -3,16 +3,21 @@
 Each shape is a few lines that give OpenAI's `messages`, as plain dicts; what those say is judged by
 one function, `checked`, whatever the line looked like.
 
-    messages                mistral-finetune's, with `tools`, `system`, `weight: 0`, `only_last`
+    messages                mistral-finetune's, with `tools`, `system`, `weight: 0`, `only_last`;
+                            `functions` and `function_call` of OpenAI's first tools
     conversations           ShareGPT's from and value; calls and results as LLaMA-Factory has them
     instruction, output     Alpaca's, with `input`, `system`, `history`
-    ..., chosen, rejected   any of these followed by two answers, a preference (`answer_of`)
+    prompt, completion      TRL's, texts or messages; likewise question, query, answer, response
+    ..., chosen, rejected   a question in any of these and two answers, a preference; or two whole
+                            conversations that begin alike (`preference_of`)
 
 It knows no files and no tokens. Sources: the README and `finetune/data/tokenize.py` of
-mistral-finetune, the data formats of LLaMA-Factory and TRL.
+mistral-finetune, the data formats of LLaMA-Factory and TRL; the cards of UltraFeedback, Orca's
+pairs, HelpSteer3 and hh-rlhf, and NeMo-RL's datasets.
 """
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -27,6 +32,11 @@ SPEAKERS = {
     "function_call": "call", "tool_call": "call",
 }  # fmt: skip
 
+QUESTIONS = ("prompt", "question", "instruction", "query", "input")
+ANSWERS = ("completion", "response", "answer", "output")
+CHOICES = (("chosen", "rejected"), ("chosen_response", "rejected_response"))
+TRANSCRIPT = re.compile(r"(?:^|\n\n)(Human|Assistant): ?")  # hh-rlhf's
+
 
 def parse_line(line: bytes) -> dict[str, Any]:
     """The object that a line of JSON says.
@@ -37,7 +47,7 @@ def parse_line(line: bytes) -> dict[str, Any]:
     if not line:
         raise InvalidRequest("the file is empty")
     try:
-        row = json.loads(line.decode())
+        row = json.loads(line.decode("utf-8-sig"))  # with or without Windows' mark at the start
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"not UTF-8 (byte {error.start})") from None
     except (ValueError, RecursionError) as error:
@@ -54,22 +64,16 @@ def conversation_of(row: dict[str, Any]) -> tuple[list[Message], list[Tool]]:
         InvalidRequest: the line has no shape that is known.
     """
     shapes = {"messages": _messages, "interactions": _messages, "conversations": _sharegpt}
-    keys = [key for key in shapes if key in row]
+    keys = [key for key in shapes if row.get(key) is not None]
     if len(keys) > 1:
         raise InvalidRequest(f"both {' and '.join(keys)} are given; there can be one")
     if keys:
-        turns = row[keys[0]]
-        if not isinstance(turns, list) or not turns or not all(isinstance(t, dict) for t in turns):
-            raise InvalidRequest(f"{keys[0]}: must be a list of at least one object")
-        messages = shapes[keys[0]](turns)
-    elif "instruction" in row and "output" in row:
-        messages = _alpaca(row)
+        messages = _turns(row[keys[0]], keys[0])
     else:
-        names = ", ".join(list(row)[:5]) or "nothing"
-        raise InvalidRequest(
-            "no conversation: it needs `messages`, `conversations`, or `instruction` and `output`; "
-            f"found {names}"
-        )
+        question, answer = _first(row, QUESTIONS), _first(row, ANSWERS)
+        if question is None or answer is None or question == answer:
+            raise InvalidRequest(_no_conversation(row))
+        messages = _question(row, question) + _spoken(row[answer], answer)
     if row.get("only_last"):
         *earlier, last = messages
         messages = [*map(as_context, earlier), last]
@@ -79,13 +83,145 @@ def conversation_of(row: dict[str, Any]) -> tuple[list[Message], list[Tool]]:
     return messages, _tools(row)
 
 
+def preference_of(
+    row: dict[str, Any],
+) -> tuple[list[Message], list[Tool], tuple[list[Message], list[Message]]]:
+    """What is answered, the tools, and the chosen and the rejected answer of a line.
+
+    Raises:
+        InvalidRequest: the line has no shape that is known.
+    """
+    chosen, rejected = answers = _two_answers(row)
+    keys = [key for key in ("messages", "conversations", "context") if row.get(key) is not None]
+    begins = [answer[0].get("role") for answer in answers]
+    if not {*begins} & {"system", "developer", "user"}:
+        if keys:
+            context = _turns(row[keys[0]], keys[0])
+            # Some sets repeat the chosen answer where they have messages.
+            while context and context[-1:] == chosen[-1:]:
+                context = context[:-1]
+        elif (question := _first(row, QUESTIONS)) is not None:
+            context = _question(row, question)
+        else:
+            raise InvalidRequest(
+                "chosen and rejected are answers, and nothing says to what: there is no `prompt`, "
+                "`messages` or `conversations`"
+            )
+    else:
+        context = []
+        for one, other in zip(chosen, rejected, strict=False):
+            if one != other:
+                break
+            context.append(one)
+        while context and context[-1].get("role") == "assistant":
+            context.pop()  # an answer that both begin with is a part of what is compared
+        answers = chosen[len(context) :], rejected[len(context) :]
+        if not all(answers) or any(a[0].get("role") != "assistant" for a in answers):
+            raise InvalidRequest(
+                "chosen and rejected are whole conversations that do not answer the same messages"
+            )
+    for key in ("system", "system_prompt"):
+        if row.get(key) and context[:1] != [{"role": "system", "content": row[key]}]:
+            context = [*context, {"role": "system", "content": row[key]}]
+    return context, _tools(row), (answers[0], answers[1])
+
+
+def holds_preference(row: dict[str, Any]) -> bool:
+    """Whether a line compares answers."""
+    keys = ("chosen", "chosen_response", "completions", "overall_preference")
+    return any(key in row for key in keys) or _is_pair(row.get("output"))
+
+
+def _two_answers(row: dict[str, Any]) -> tuple[list[Message], list[Message]]:
+    for keys in CHOICES:
+        if any(key in row for key in keys):
+            values = [row.get(key) for key in keys]
+            if all(isinstance(v, str) and TRANSCRIPT.match(v) for v in values):
+                chosen, rejected = map(_transcript, values)
+            else:
+                chosen, rejected = (_spoken(row.get(key), key) for key in keys)
+            return chosen, rejected
+    if _is_pair(row.get("output")):  # LLaMA-Factory's of 2023
+        good, bad = row["output"]
+        return _spoken(good, "output[0]"), _spoken(bad, "output[1]")
+    completions = row.get("completions")
+    if isinstance(completions, list) and len(completions) > 1:  # NeMo-RL's
+        if not all(isinstance(c, dict) and type(c.get("rank")) is int for c in completions):
+            raise InvalidRequest("completions: must be objects with a `rank` and a `completion`")
+        ranked = sorted(completions, key=lambda completion: completion["rank"])
+        best, worst = ranked[0].get("completion"), ranked[-1].get("completion")
+        return _spoken(best, "completion"), _spoken(worst, "completion")
+    if "overall_preference" in row:  # HelpSteer3's: below zero the first is better
+        preference = row["overall_preference"]
+        if not isinstance(preference, int | float) or not preference:
+            raise InvalidRequest(f"overall_preference: {preference!r} prefers neither response")
+        keys = ("response1", "response2") if preference < 0 else ("response2", "response1")
+        return _spoken(row.get(keys[0]), keys[0]), _spoken(row.get(keys[1]), keys[1])
+    names = ", ".join(list(row)[:5]) or "nothing"
+    unpaired = "; one answer with a `label` is not a pair" if "label" in row else ""
+    raise InvalidRequest(
+        f"no preference: it needs `chosen` and `rejected`; found {names}{unpaired}"
+    )
+
+
+def _transcript(text: str) -> list[Message]:
+    """A conversation in one text, its turns headed Human: and Assistant:."""
+    _, *pieces = TRANSCRIPT.split(text)
+    speakers = {"Human": "user", "Assistant": "assistant"}
+    heads, contents = pieces[::2], pieces[1::2]
+    return [_message(speakers[h], c) for h, c in zip(heads, contents, strict=True)]
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list) and [type(entry) for entry in value] == [str, str]
+
+
+def _first(row: dict[str, Any], keys: Sequence[str]) -> str | None:
+    return next((key for key in keys if row.get(key) is not None), None)
+
+
+def _question(row: dict[str, Any], key: str) -> list[Message]:
+    """What is asked: messages, or a text with its input and what was said before."""
+    if not isinstance(row[key], str):
+        return _turns(row[key], key)
+    messages: list[Message] = []
+    for entry in row.get("history") or []:
+        if not isinstance(entry, list) or len(entry) != 2:
+            raise InvalidRequest("history: must be a list of pairs, of question and answer")
+        messages += [_message("user", entry[0]), _message("assistant", entry[1])]
+    more = _first(row, ("input", "context")) if key == "instruction" else None
+    question = f"{row[key]}\n\n{row[more]}" if more and row[more] else row[key]
+    return [*messages, _message("user", question)]
+
+
+def _no_conversation(row: dict[str, Any]) -> str:
+    names = ", ".join(list(row)[:5]) or "nothing"
+    hint = ""
+    if isinstance(row.get("text"), str):
+        hint = "; texts are learned with the objective text"
+    elif holds_preference(row):
+        hint = "; answers that are compared are learned with the objective preference"
+    return (
+        "no conversation: it needs `messages`, `conversations`, `prompt` and `completion`, or "
+        f"`instruction` and `output`; found {names}{hint}"
+    )
+
+
 def checked(messages: list[Message], tools: list[Tool], *, strict: bool = True) -> list[Message]:
     """The conversation in normal form, good enough to learn from.
 
     A server takes some things as they come (arguments that are no JSON, a call to a tool that is
     gone), but to learn them would be to learn a mistake; unless `strict` is off they are refused.
     """
-    conversation = normalize(messages)
+    try:
+        conversation = normalize(messages)
+    except InvalidRequest:
+        if any("<tool_call>" in str(message.get("content")) for message in messages):
+            raise InvalidRequest(
+                "messages: calls are text in <tool_call> tags, and results have roles of their "
+                "own; write calls as `tool_calls` and definitions as `tools`"
+            ) from None
+        raise
     learned = [m for m in conversation if m["role"] == "assistant" and m.get("weight") != 0]
     if not learned:
         silent = any(m["role"] == "assistant" for m in conversation)
@@ -126,12 +262,38 @@ def split_at_answers(messages: Sequence[Message]) -> Iterator[list[Message]]:
             yield [*system, *map(as_context, turns[:start]), *answer]
 
 
+def _turns(turns: Any, key: str) -> list[Message]:
+    """A list of turns, spelt in either way."""
+    if not isinstance(turns, list) or not turns or not all(isinstance(t, dict) for t in turns):
+        raise InvalidRequest(f"{key}: must be a list of at least one object")
+    sharegpt = key == "conversations" or any("from" in turn for turn in turns)
+    return _sharegpt(turns) if sharegpt else _messages(turns)
+
+
+def _spoken(value: Any, key: str) -> list[Message]:
+    """An answer: a text, a message, or several messages."""
+    if isinstance(value, str):
+        return [_message("assistant", value)]
+    if isinstance(value, dict):
+        value = [value]
+    if not isinstance(value, list) or not value or not all(isinstance(m, dict) for m in value):
+        raise InvalidRequest(f"{key}: must be a text, a message, or a list of messages")
+    return _turns(value, key)
+
+
 def _messages(turns: list[dict]) -> list[Message]:
-    """mistral-finetune's messages, whose `content` may be called `text`."""
-    return [
-        {**turn, "content": turn["text"]} if "content" not in turn and "text" in turn else turn
-        for turn in turns
-    ]
+    """OpenAI's messages, also as its first tools had them, and `text` for mistral-finetune's."""
+    messages = []
+    for turn in turns:
+        if "content" not in turn and "text" in turn:
+            turn = {**turn, "content": turn["text"]}
+        if isinstance(turn.get("function_call"), dict):
+            calls = [{"function": turn["function_call"]}]
+            turn = {k: v for k, v in turn.items() if k != "function_call"} | {"tool_calls": calls}
+        if turn.get("role") == "function":
+            turn = {**turn, "role": "tool"}
+        messages.append(turn)
+    return messages
 
 
 def _sharegpt(turns: list[dict]) -> list[Message]:
@@ -160,17 +322,6 @@ def _calls(text: Any, i: int) -> list[dict]:
         raise InvalidRequest(f"conversations[{i}].value: a function call must be JSON") from None
 
 
-def _alpaca(row: dict[str, Any]) -> list[Message]:
-    instruction, more = row["instruction"], row.get("input")
-    messages: list[Message] = []
-    for entry in row.get("history") or []:
-        if not isinstance(entry, list) or len(entry) != 2:
-            raise InvalidRequest("history: must be a list of pairs, of question and answer")
-        messages += [_message("user", entry[0]), _message("assistant", entry[1])]
-    question = f"{instruction}\n\n{more}" if more else instruction
-    return [*messages, _message("user", question), _message("assistant", row["output"])]
-
-
 def _message(role: str, content: Any) -> Message:
     return {"role": role, "content": content}
 
@@ -194,17 +345,6 @@ def _tools(row: dict[str, Any]) -> list[Tool]:
 def _is_function(tool: Any) -> bool:
     function = tool.get("function") if isinstance(tool, dict) else None
     return isinstance(function, dict) and isinstance(function.get("name"), str)
-
-
-def answer_of(row: dict[str, Any], key: str) -> list[Message]:
-    """An answer may be a text, a message, or several messages."""
-    value = row.get(key)
-    if isinstance(value, str):
-        value = {"role": "assistant", "content": value}
-    answer: list[Any] = value if isinstance(value, list) else [value]
-    if not answer or not all(isinstance(m, dict) for m in answer):
-        raise InvalidRequest(f"{key}: must be a text, a message, or a list of messages")
-    return answer
 
 
 def as_context(message: Message) -> Message:

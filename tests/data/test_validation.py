@@ -29,7 +29,8 @@ LINES: list[tuple[dict | str, list[dict] | None]] = [
     ({"messages": [ASK, SAY, RESULT, SAY]}, [ASK, SAY]),
     ({"messages": [{**ASK, "role": "human"}, {**SAY, "role": "GPT"}]}, [ASK, SAY]),
     (
-        {"messages": [ASK, OLD, {**RESULT, "role": "function"}, SAY], "functions": [{"name": "f"}]},
+        {"messages": [{**ASK, "role": "human"}, OLD, {**RESULT, "role": "function"}, SAY],
+         "functions": [{"name": "f"}]},
         [ASK, {**CALL, "content": None}, RESULT, SAY],
     ),
     ({"messages": [ASK, SAY, ASK, CALL, RESULT, SAY]}, [ASK, SAY]),

@@ -164,6 +164,137 @@ def test_other_shapes_are_the_same_conversation(smollm2, tmp_path):
     assert smollm2.decode(learned(last)) == "D"
 
 
+U, GOOD, WRONG = ({"role": r, "content": c} for r, c in
+                  (("user", "2+2?"), ("assistant", "4"), ("assistant", "5")))  # fmt: skip
+S = {"role": "system", "content": "Be exact."}
+PREFERENCES = {
+    "messages": {"messages": [U], "chosen": "4", "rejected": "5"},
+    "a prompt and whole conversations": {"prompt": "2+2?", "chosen": [U, GOOD],
+                                         "rejected": [U, WRONG], "score_chosen": 9.0},
+    "the same with the chosen as messages": {"prompt": "2+2?", "messages": [U, GOOD],
+                                             "chosen": [U, GOOD], "rejected": [U, WRONG]},
+    "messages with the chosen answer": {"messages": [U, GOOD], "chosen": [GOOD],
+                                        "rejected": [WRONG]},
+    "whole conversations": {"chosen": [U, GOOD], "rejected": [U, WRONG]},
+    "a prompt of messages": {"prompt": [U], "chosen": [GOOD], "rejected": [WRONG]},
+    "three texts": {"prompt": "2+2?", "chosen": "4", "rejected": "5"},
+    "a question": {"question": "2+2?", "chosen": "4", "rejected": "5"},
+    "responses": {"instruction": "2+2?", "chosen_response": "4", "rejected_response": "5"},
+    "ShareGPT": {"conversations": [{"from": "human", "value": "2+2?"}],
+                 "chosen": {"from": "gpt", "value": "4"},
+                 "rejected": {"from": "gpt", "value": "5"}},
+    "Alpaca": {"instruction": "2+2?", "input": "", "chosen": "4", "rejected": "5"},
+    "Alpaca of 2023": {"instruction": "2+2?", "input": "", "output": ["4", "5"]},
+    "a transcript": {"chosen": "\n\nHuman: 2+2?\n\nAssistant: 4",
+                     "rejected": "\n\nHuman: 2+2?\n\nAssistant: 5"},
+    "ranked completions": {"context": [U], "completions": [
+        {"rank": 1, "completion": [WRONG]}, {"rank": 0, "completion": [GOOD]}]},
+    "marked responses": {"context": [U], "response1": "5", "response2": "4",
+                         "overall_preference": 2},
+}  # fmt: skip
+
+
+def test_preferences_of_any_shape_are_the_same_pair(smollm2, tmp_path):
+    for name, row in PREFERENCES.items():
+        (pair,), report = read_pairs([write(tmp_path / "p.jsonl", row)], smollm2, max_tokens=128)
+        prompt = encode_chat(smollm2, [U])
+        sides = [smollm2.decode(learned(side)) for side in (pair.chosen, pair.rejected)]
+        assert sides == ["4", "5"] and not report.bad, name
+        assert pair.chosen.ids[: len(prompt)].tolist() == prompt, name
+    with_system = [
+        {"system": "Be exact.", "question": "2+2?", "chosen": "4", "rejected": "5"},
+        {"chosen": [S, U, GOOD], "rejected": [S, U, WRONG]},
+        {"prompt": [S, U], "chosen": [GOOD], "rejected": [WRONG]},
+        {"system": "Be exact.", "chosen": [S, U, GOOD], "rejected": [S, U, WRONG]},
+    ]
+    pairs, _ = read_pairs([write(tmp_path / "s.jsonl", *with_system)], smollm2, max_tokens=128)
+    prompt = encode_chat(smollm2, [S, U])
+    assert [pair.chosen.ids[: len(prompt)].tolist() for pair in pairs] == [prompt] * 4
+    longer = {"chosen": [*CHAT[:3], GOOD], "rejected": [*CHAT[:3], WRONG]}
+    other = {"chosen": [U, GOOD, U, GOOD], "rejected": [U, GOOD, U, WRONG]}
+    pairs, _ = read_pairs([write(tmp_path / "l.jsonl", longer, other)], smollm2, max_tokens=128)
+    assert [smollm2.decode(learned(pair.rejected)) for pair in pairs] == ["5", "5"]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "a", "completion": "b", "label": True}, "one answer with a `label` is not"),
+        ({"chosen": "The sky is blue.", "rejected": "The sky is green."}, "nothing says to what"),
+        ({"chosen": [U, GOOD], "rejected": [S, WRONG]}, "do not answer the same messages"),
+        ({"prompt": "a", "chosen": 1, "rejected": "b"}, "chosen: must be a text, a message, or"),
+        ({"context": [U], "response1": "a", "response2": "b", "overall_preference": 0}, "neither"),
+        ({"context": [U], "completions": [{"completion": [GOOD]}] * 2}, "with a `rank`"),
+        ({"messages": [U]}, "needs `chosen` and `rejected`; found messages"),
+    ],
+)  # fmt: skip
+def test_what_is_no_preference_says_what_it_is(smollm2, tmp_path, row: dict, message: str):
+    _, report = read_pairs([write(tmp_path / "p.jsonl", row)], smollm2, max_tokens=128)
+    assert message in report.bad[0].reason
+
+
+def test_files_as_people_have_them(smollm2, tmp_path):
+    rows = [{"messages": CHAT}, {"prompt": "A", "completion": "B"}]
+    lines = [json.dumps(row) for row in rows]
+    files = {
+        "windows.jsonl": ("\ufeff" + "\r\n".join(lines) + "\r\n").encode(),
+        "array.json": json.dumps(rows, indent=1).encode(),
+        "array-in-a-line.json": json.dumps(rows).encode(),
+        "array-of-windows.json": ("\ufeff" + json.dumps(rows, indent="\t")).encode(),
+        "array.jsonl.gz": gzip.compress(json.dumps(rows, indent=1).encode()),
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+        examples = read(tmp_path / name, smollm2)
+        said = [smollm2.decode(learned(example)) for example in examples]
+        assert said == ["BD", "B"], name
+    (tmp_path / "one.json").write_text(json.dumps(rows[0], indent=2))
+    assert len(read(tmp_path / "one.json", smollm2)) == 1
+    (tmp_path / "bad.json").write_text(json.dumps([rows[0], {"text": "x"}, rows[1]], indent=1))
+    examples, report = read_examples([tmp_path / "bad.json"], smollm2, max_tokens=64)
+    assert len(examples) == 2 and [bad.line for bad in report.bad] == [2]
+    assert "texts are learned with the objective text" in report.bad[0].reason
+
+
+FUNCTION_CALL = {"name": "get_weather", "arguments": '{"city": "Rome"}'}
+
+
+def test_chats_as_people_have_them(smollm2, nemo, tmp_path):
+    rows = {
+        "A prompt and a completion of messages": {"prompt": CHAT[:1], "completion": CHAT[1:2]},
+        "query and response": {"query": "A", "response": "B"},
+        "question and answer": {"question": "A", "answer": "B"},
+        "null where Arrow has other rows": {"messages": CHAT[:2], "conversations": None,
+                                            "tools": None, "system": None},
+    }  # fmt: skip
+    for name, row in rows.items():
+        (one,) = read(write(tmp_path / "a.jsonl", row), smollm2)
+        (same,) = read(write(tmp_path / "b.jsonl", {"messages": CHAT[:2]}), smollm2)
+        assert one.ids.tolist() == same.ids.tolist(), name
+    old = {"messages": [{"role": "user", "content": "Weather in Rome?"},
+                        {"role": "assistant", "content": None, "function_call": FUNCTION_CALL},
+                        {"role": "function", "name": "get_weather", "content": '{"celsius": 22}'},
+                        {"role": "assistant", "content": "22 degrees."}],
+           "functions": [WEATHER["function"]]}  # fmt: skip
+    new = {**ROUND_TRIP, "messages": ROUND_TRIP["messages"][:4]}
+    one, two = read(write(tmp_path / "old.jsonl", old, new), smollm2)
+    assert one.ids.tolist() == two.ids.tolist()
+    greeting = [{"role": "assistant", "content": "Hello"}, *CHAT[:2]]
+    for tokenizer in (smollm2, nemo):
+        for messages in (greeting, [S, *greeting]):
+            (one,) = read(write(tmp_path / "g.jsonl", {"messages": messages}), tokenizer)
+            assert tokenizer.decode(learned(one)) == "HelloB"
+    hermes = [
+        {"from": "human", "value": "t?"},
+        {"from": "gpt", "value": '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'},
+        {"from": "tool", "value": "<tool_response>\n{}\n</tool_response>"},
+        {"from": "gpt", "value": "ok"},
+    ]
+    path = write(tmp_path / "hermes.jsonl", {"conversations": hermes})
+    _, report = read_examples([path], nemo, max_tokens=512)
+    assert "calls are text in <tool_call> tags" in report.bad[0].reason
+
+
 ASK, SAY = CHAT[:2]
 BAD = {
     "{": "not JSON",
@@ -227,7 +358,7 @@ def test_pairs_share_their_prompt_and_learn_the_answers_only(smollm2, nemo, tmp_
             "tools": [WEATHER],
         },
         {"messages": CHAT[:3], "chosen": "D", "rejected": "D"},
-        {"messages": CHAT, "chosen": "D", "rejected": "E"},
+        {"messages": CHAT, "chosen": "F", "rejected": "E"},
         {"messages": CHAT[:3], "chosen": "", "rejected": "E"},
         {"messages": CHAT[:3], "rejected": "E"},
     ]
