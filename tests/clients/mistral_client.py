@@ -31,6 +31,12 @@ called = client.chat.complete(
     model=model, messages=hello, tools=tools, tool_choice="any", max_tokens=2000
 )
 message = called.choices[0].message
+streamed = client.chat.stream(
+    model=model, messages=hello, tools=tools, tool_choice="any", max_tokens=2000
+)
+deltas = [event.data.choices[0].delta for event in streamed]
+for call in [call for delta in deltas for call in delta.tool_calls or []]:
+    assert call.function.name == "add" and 0 <= json.loads(call.function.arguments)["n"] <= 9
 assert called.choices[0].finish_reason == "tool_calls"
 assert 0 <= json.loads(message.tool_calls[0].function.arguments)["n"] <= 9
 results = [

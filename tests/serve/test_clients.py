@@ -226,6 +226,40 @@ def test_mistral_tools_and_errors(mistral):
         mistral.fim.complete(model="tiny", prompt="def f(")
 
 
+@pytest.mark.parametrize("choice", ["any", "auto"])
+def test_mistral_streams_whole_calls(running, tiny_llm, choice):
+    """Mistral's clients take every delta for a call of its own, and insist on its name."""
+    bias = {9: 100.0} if choice == "auto" else None
+    with running(tiny_llm(logit_bias=bias)) as server:
+        client = mistralai.Mistral(server_url=server.url, api_key="none")
+        settings = {"model": "tiny", "messages": HELLO, "tools": TOOLS, "tool_choice": choice}
+        for seed in range(3):
+            sampling = {"max_tokens": 300, "random_seed": seed}
+            whole = client.chat.complete(**settings, **sampling).choices[0]
+            chunks = [event.data.choices[0] for event in client.chat.stream(**settings, **sampling)]
+            calls = [call for chunk in chunks for call in chunk.delta.tool_calls or []]
+            assert [c.function for c in calls] == [c.function for c in whole.message.tool_calls]
+            assert chunks[-1].finish_reason == whole.finish_reason and len({c.id for c in calls})
+
+
+def test_deltas_of_calls_suit_clients_that_nobody_recognises(http):
+    """OpenAI's add names up, Mistral's want one in each delta: an empty one suits both."""
+    body = {"model": "tiny", "messages": HELLO, "tools": TOOLS, "tool_choice": "required"}
+    with http.stream("POST", "/v1/chat/completions", json={**body, "stream": True}) as answer:
+        lines = [line[6:] for line in answer.iter_lines() if line.startswith("data: {")]
+    deltas = [json.loads(line)["choices"][0]["delta"] for line in lines]
+    calls = [call for delta in deltas for call in delta.get("tool_calls", [])]
+    first = [call for call in calls if call["index"] == 0]
+    assert len(first) > 1 and "".join(c["function"]["name"] for c in first) in ("add", "now")
+
+
+def test_anthropic_blocks_have_a_list_of_citations(http):
+    """Vercel's client refuses null there, and Anthropic's specification asks for the field."""
+    body = {"model": "tiny", "messages": HELLO, "max_tokens": 4}
+    assert http.post("/v1/messages", json=body).json()["content"][0]["citations"] == []
+    assert '"citations":null' not in http.post("/v1/messages", json={**body, "stream": True}).text
+
+
 def test_anthropic(claude):
     settings = {"model": "tiny", "messages": HELLO, "max_tokens": 20}
     settings["extra_body"] = {"temperature": 0}

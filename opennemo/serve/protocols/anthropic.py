@@ -116,7 +116,7 @@ async def create_message(
     text, calls = generation.answers[0].text, generation.answers[0].calls
     content: list[dict[str, Any]] = []
     if text or not calls:
-        content.append({"type": "text", "text": text, "citations": None})
+        content.append(_text(text))
     for call in calls:
         content.append(_tool_use(call.id, call.name, _object(call.arguments)))
     message = _head(generation) | {"content": content, **_stop(generation)}
@@ -151,7 +151,7 @@ class _MessageStory:
     def add(self, token: Token) -> Iterator[str]:
         if token.text:
             if self._kind != "text":
-                yield from self._open({"type": "text", "text": "", "citations": None})
+                yield from self._open(_text(""))
             yield self._delta({"type": "text_delta", "text": token.text})
         for call in token.calls:
             if call.name:
@@ -208,6 +208,11 @@ def _stop(generation: Generation) -> dict[str, Any]:
     answer = generation.answers[0]
     by, reason = answer.stopped_by, STOP_REASONS[answer.finish_reason or "stop"]
     return {"stop_reason": "stop_sequence" if by else reason, "stop_sequence": by}
+
+
+def _text(text: str) -> dict[str, Any]:
+    # Anthropic's specification asks for the field, and Vercel's client for a list.
+    return {"type": "text", "text": text, "citations": []}
 
 
 def _tool_use(id: str, name: str, input: Any) -> dict[str, Any]:

@@ -30,19 +30,24 @@ async def chat_completions(
     """Answer a conversation."""
     generation = await service.chat(client, body, prefix="chatcmpl-", salt=body.cache_salt)
     generation.keep_stop = bool(body.include_stop_str_in_output)
+    mistral = body.is_mistral() or "mistral" in request.headers.get("user-agent", "").lower()
     if body.stream:
-        return EventStream(generation, _ChatStory(generation, service, body))
+        return EventStream(generation, _ChatStory(generation, service, body, mistral))
     await generation.whole(request.receive)
-    return Json(_chat_response(generation, service.llm, body), headers=generation.headers)
+    content = _chat_response(generation, service.llm, body, mistral)
+    return Json(content, headers=generation.headers)
 
 
-def _chat_response(generation: Generation, llm: LLM, body: ChatRequest) -> dict[str, Any]:
+def _chat_response(
+    generation: Generation, llm: LLM, body: ChatRequest, mistral: bool
+) -> dict[str, Any]:
     """The body that answers a chat request, once all is there."""
-    choices, mistral = [], body.is_mistral()  # whose first client wants a string, even if empty
+    choices = []
     for i, answer in enumerate(generation.answers):
         calls = [_call(call) for call in answer.calls]
         message = {
             "role": "assistant",
+            # Mistral's first client wants a string, even if empty.
             "content": body.prefix() + answer.text or (None if calls and not mistral else ""),
             "refusal": None,
             "annotations": [],
@@ -73,13 +78,18 @@ def _head(generation: Generation, kind: str) -> dict[str, Any]:
 
 
 class _ChatStory:
-    """The events of a chat stream."""
+    """The events of a chat stream.
 
-    def __init__(self, generation: Generation, service: Service, body: ChatRequest):
+    OpenAI's clients get calls as they grow. Mistral's take each delta for a whole call, as Mistral
+    sends them, so theirs come in the finishing chunk.
+    """
+
+    def __init__(self, generation: Generation, service: Service, body: ChatRequest, mistral: bool):
         self._generation, self._llm, self._body = generation, service.llm, body
+        self._mistral = mistral
         self._n_open = len(generation.answers)
         self._held: list[list[Token]] = [[] for _ in generation.answers]  # without text as yet
-        self._wants_usage = service.settings.mistral_usage or body.is_mistral()
+        self._wants_usage = service.settings.mistral_usage or mistral
 
     def begin(self) -> Iterator[str]:
         for i in range(self._n_open):
@@ -93,13 +103,15 @@ class _ChatStory:
             logprobs = _chat_logprobs(self._llm, held) if wants_logprobs else None
             yield self._chunk(i, {"content": token.text}, logprobs=logprobs)
             held.clear()
-        for call in token.calls:
+        for call in () if self._mistral else token.calls:
             yield self._chunk(i, {"tool_calls": [_call(call, delta=True)]})
         if token.finish_reason:
             self._n_open -= 1
             extras = _extras(self._llm.tokenizer, self._generation, i, self._body)
             usage = self._last_usage()
-            yield self._chunk(i, {}, usage, finish_reason=token.finish_reason, **extras)
+            calls = self._generation.answers[i].calls if self._mistral else []
+            whole = {"tool_calls": [_call(call, delta=True) for call in calls]} if calls else {}
+            yield self._chunk(i, whole, usage, finish_reason=token.finish_reason, **extras)
 
     def _last_usage(self) -> dict[str, Any]:
         """What a finishing chunk says of usage: for OpenAI's clients null, for Mistral's counts."""
@@ -121,8 +133,8 @@ class _ChatStory:
 
 
 def _call(call: Any, *, delta: bool = False) -> dict[str, Any]:
-    if delta and not call.name:
-        return {"index": call.index, "function": {"arguments": call.arguments}}
+    if delta and not call.name:  # clients add names up, and some insist on one in each delta
+        return {"index": call.index, "function": {"name": "", "arguments": call.arguments}}
     function = {"name": call.name, "arguments": call.arguments}
     entry = {"id": call.id, "type": "function", "function": function}
     return {"index": call.index, **entry} if delta else entry
