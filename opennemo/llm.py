@@ -6,7 +6,6 @@ becomes ids, and tools and formats become a grammar that the answer cannot leave
 neither HTTP nor the terminal.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Many
 from dataclasses import replace
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 
 from opennemo.engine import Engine, EngineConfig, LocalEngine, SamplingParams
-from opennemo.engine.grammar import GrammarCompiler, Kind, call_grammar
+from opennemo.engine.grammar import GrammarCompiler, Kind
 from opennemo.engine.ranks import Ranks
 from opennemo.engine.scoring import Pair, Score
 from opennemo.errors import CheckpointError, InvalidRequest
@@ -158,7 +157,9 @@ class LLM:
 
         Args:
             tool_choice: "auto", "none", "required" (or "any"), or OpenAI's objects that name one
-                tool or several. Calls are always to a declared tool, with valid arguments.
+                tool or several. Calls are always to a declared tool, with valid arguments; what
+                a grammar cannot hold of a schema is left to the model with "auto" (`not_held` of
+                the reply names it), and refused where a call is required or a tool is `strict`.
             format: the kind of a grammar that the answer's text follows, and its source.
             adapter: the name of one that was loaded.
             n: how many answers. Prompts share cached pages within the same `salt` only.
@@ -171,16 +172,22 @@ class LLM:
         ids = encode_chat(self.tokenizer, messages, tools if allowed else None)
         syntax = call_syntax(self.tokenizer)
         announcing_id = self.tokenizer.control.get(syntax.marks[0])
+        left_out: tuple[str, ...] = ()
         if allowed:
-            format = self._answer_format(syntax, allowed, required, parallel_tool_calls, format)
+            sampling["grammar"], left_out = self.grammars.compile_calls(
+                syntax, allowed, required=required, format=format, parallel=parallel_tool_calls
+            )
         elif announcing_id is not None:
             bias = sampling.get("logit_bias", self.defaults.logit_bias)
             sampling["logit_bias"] = {**bias, announcing_id: -100.0}
-        if format is not None:
+        if format is not None and not allowed:
             sampling["grammar"] = self.grammars.compile(*format)
         if isinstance(end := turn_end(self.tokenizer), str):
             stop = (*stop, end)
-        return self._submit(ids, sampling, stop, syntax if allowed else None, adapter, n, salt)
+        calls = syntax if allowed else None
+        reply = self._submit(ids, sampling, stop, calls, adapter, n, salt)
+        reply.not_held = left_out
+        return reply
 
     def complete(
         self,
@@ -235,27 +242,6 @@ class LLM:
         end = turn_end(tokenizer)
         eos_id = end if isinstance(end, int) else tokenizer.eos_id
         return GrammarCompiler(tokens, control, eos_id, tokenizer.encode)
-
-    def _answer_format(
-        self,
-        syntax: CallSyntax,
-        tools: list[Tool],
-        required: bool,
-        parallel: bool,
-        format: tuple[Kind, str] | None,
-    ) -> tuple[Kind, str]:
-        """A grammar of calls, or else of text, which follows `format` if there is one."""
-        text = None
-        if format is not None and not required:
-            if format[0] not in ("json_object", "json_schema"):
-                raise InvalidRequest(
-                    f"a {format[0]} cannot be combined with tools that may be used"
-                )
-            text = f"%json {format[1] or json.dumps({'type': 'object'})}"
-        closed, control = [_closed(tool) for tool in tools], self.tokenizer.control
-        return "lark", call_grammar(
-            syntax, closed, control, required=required, text=text, parallel=parallel
-        )
 
     def _submit(
         self,
@@ -312,20 +298,6 @@ def _text_side(path: Path) -> tuple[Tokenizer, SamplingParams, set[int]]:
     end = turn_end(tokenizer)
     eos_ids = {tokenizer.eos_id, *given.get("eos_token_ids", ())}
     return tokenizer, defaults, eos_ids | ({end} if isinstance(end, int) else set())
-
-
-def _closed(tool: Tool) -> Tool:
-    """The tool without arguments that it does not name, unless its schema speaks of others."""
-    schema = tool["function"].get("parameters") or {}
-    if "properties" not in schema or not schema.keys() <= {
-        "type",
-        "properties",
-        "required",
-        "title",
-    }:
-        return tool
-    parameters = {**schema, "additionalProperties": False}
-    return {**tool, "function": {**tool["function"], "parameters": parameters}}
 
 
 def _choose_tools(tools: list[Tool], choice: str | Mapping[str, Any]) -> tuple[list[Tool], bool]:

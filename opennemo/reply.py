@@ -76,6 +76,7 @@ class Reply:
         self.prompt_ids = prompt_ids
         n, key = min(max(n, 1), 100), secrets.token_hex(8)  # ids of calls differ between replies
         self.answers = [Answer() for _ in range(n)]
+        self.not_held: tuple[str, ...] = ()  # of tools' schemas: what is left to the model
         self._texts = [TextStream(tokenizer, stop, calls) for _ in range(n)]
         self._parsers = [CallParser(calls, f"{key}/{i}") for i in range(n)] if calls else []
         self._tokenizer, self._engine = tokenizer, engine

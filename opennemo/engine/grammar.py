@@ -8,22 +8,30 @@ The engine sees only `Grammar.start()` and what `Matcher` offers.
 
 import json
 import re
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import lru_cache
+from threading import Lock
 from typing import Any, Literal
 
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+from llguidance.gbnf_to_lark import GbnfToLarkError, any_to_lark
 
+from opennemo.engine.schemas import FittedSchema, Schema, fit
 from opennemo.errors import InvalidRequest
 from opennemo.tokenizer.calls import CallSyntax, to_json
 
-Kind = Literal["json_object", "json_schema", "regex", "choice", "lark"]
+Kind = Literal["json_object", "json_schema", "regex", "choice", "lark", "gbnf", "calls"]
 
 MAX_SOURCE = 64 * 1024  # characters of a grammar
-MAX_DEPTH = 64  # of nested objects and lists in a schema
+MAX_SCHEMA = 256 * 1024  # of a JSON schema, whose descriptions count, too
+MAX_CALLS_SOURCE = 4 * 1024 * 1024  # of what call_grammar makes of all tools together
 MAX_CHOICES = 10_000
 KEPT = 256  # compiled grammars, least recently used first out
+MAX_KEPT = 16 * 1024 * 1024  # characters of them together
+# Objects of thousands of optional properties need more than llguidance's 2,000 items in a row.
+LIMITS = LLParserLimits(max_items_in_row=20_000, verbose_errors=False)
 
 ANY_TEXT = "(.|\\n)*"  # as a regular expression
 MAX_CALLS = 16  # in one answer, where nothing but tags tells calls apart
@@ -51,6 +59,11 @@ class Matcher:
     def error(self) -> str:
         """Why nothing may follow, in one line; "" if nothing is wrong."""
         return _first_line(self._matcher.get_error())
+
+    @property
+    def accepts(self) -> bool:
+        """The answer may end here."""
+        return self._matcher.is_accepting()
 
     @property
     def complete(self) -> bool:
@@ -90,32 +103,163 @@ class GrammarCompiler:
         self._vocabulary = LLTokenizer(
             TokenizerWrapper(_Vocabulary(tokens, control, eos_id, encode))
         )
-        self.compile = lru_cache(KEPT)(self._compile)
+        self._control = frozenset(control)
+        self._n_words = -(-len(tokens) // 32)  # of a mask
+        self._kept: OrderedDict[tuple[Kind, str], Grammar] = OrderedDict()
+        self._n_kept, self._keeping = 0, Lock()
+        self._error_of_part = lru_cache(4 * KEPT)(self._error_of)
+        self._kept_arguments = lru_cache(4 * KEPT)(self._fit_arguments)
+
+    def compile(self, kind: Kind, source: str = "") -> Grammar:
+        """Compile a grammar, or find it among the last that were compiled; see `_compile`."""
+        key = (kind, source)
+        with self._keeping:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+                return self._kept[key]
+        grammar = self._compile(kind, source)
+        with self._keeping:
+            self._n_kept += 0 if key in self._kept else len(source)
+            self._kept[key] = grammar
+            while len(self._kept) > KEPT or (self._n_kept > MAX_KEPT and len(self._kept) > 1):
+                self._n_kept -= len(self._kept.popitem(last=False)[0][1])
+        return grammar
+
+    def compile_calls(
+        self,
+        syntax: CallSyntax,
+        tools: Sequence[Mapping[str, Any]],
+        *,
+        required: bool,
+        format: tuple[Kind, str] | None = None,
+        parallel: bool = True,
+    ) -> tuple[Grammar, tuple[str, ...]]:
+        """A grammar of calls, or of text that follows `format`, unless a call is `required`.
+
+        -> the grammar, and what of the tools' schemas it does not hold, by tool and path.
+
+        Raises:
+            InvalidRequest: what cannot be held must be, because a call is required or the tool is
+                strict; or `format` is one that cannot be combined with tools.
+        """
+        text = None
+        if format is not None and not required:
+            if format[0] not in ("json_object", "json_schema"):
+                raise InvalidRequest(
+                    f"a {format[0]} cannot be combined with tools that may be used"
+                )
+            self.compile(*format)  # says what is wrong with it
+            text = self.fit(format[1] or '{"type": "object"}').schema
+        held, gaps, strict = [], [], required
+        for tool in tools:
+            function = tool["function"]
+            must = required or function.get("strict") is True
+            strict |= must
+            parameters = to_json(function.get("parameters") or {})
+            small = len(parameters) <= MAX_SOURCE // 4  # many of them may be kept
+            fitted = (self._kept_arguments if small else self._fit_arguments)(parameters)
+            if fitted.gaps and must:
+                why = "tool_choice" if required else "strict"
+                what = f"tools: {function['name']!r}: {unheld(fitted)}; {why} asks for it"
+                raise InvalidRequest(what)
+            gaps += [f"{function['name']}: {gap}" for gap in fitted.gaps]
+            held.append({**tool, "function": {**function, "parameters": fitted.schema}})
+        options: dict[str, Any] = {"required": required, "text": text, "parallel": parallel}
+        try:
+            return self.compile("calls", call_grammar(syntax, held, self._control, **options)), (
+                *gaps,
+            )
+        except InvalidRequest as error:
+            if strict:
+                raise InvalidRequest(
+                    f"tools: their schemas together are too much: {error}"
+                ) from None
+        bare = [{"function": {"name": tool["function"]["name"]}} for tool in tools]
+        grammar = self.compile("calls", call_grammar(syntax, bare, self._control, **options))
+        return grammar, ("all tools: parameters",)
+
+    def _fit_arguments(self, source: str) -> FittedSchema:
+        """The same of a schema of arguments: an object, which has no properties but those named."""
+        schema, gaps = json.loads(source), []
+        kinds = schema.get("type", "object") if isinstance(schema, dict) else None
+        if kinds == "object" or (isinstance(kinds, list) and "object" in kinds):
+            schema = {k: v for k, v in schema.items() if k != "nullable"} | {"type": "object"}
+        elif str(kinds).lower() != "object":
+            schema, gaps = _ANY, ["parameters.type"]
+        fitted = self.fit(json.dumps(schema))
+        schema, gaps = dict(fitted.schema), gaps + [f"parameters.{gap}" for gap in fitted.gaps]
+        if schema.get("type") != "object":
+            schema, gaps = dict(_ANY), gaps or ["parameters"]
+        properties = schema.get("properties")
+        if properties and schema.keys() <= {"type", "properties", "required", "$defs"}:
+            schema["additionalProperties"] = False
+            if "$ref" not in source:  # an optional property that nothing satisfies never comes
+                able = {k: v for k, v in properties.items() if not self._error_of(json.dumps(v))}
+                schema["properties"] = able
+        return FittedSchema(schema, tuple(gaps), fitted.why)
+
+    def fit(self, source: str) -> FittedSchema:
+        """What can be held of a JSON schema."""
+        if len(source) > MAX_SCHEMA:
+            why = f"it has {len(source):,} characters, allowed are {MAX_SCHEMA:,}"
+            return FittedSchema({}, ("the schema",), why)
+        return fit(json.loads(source), lambda part: self._error_of_part(json.dumps(part)))
+
+    def _error_of(self, schema: str) -> str:
+        try:
+            grammar = LLMatcher.grammar_from_json_schema(schema)
+            return _first_line(LLMatcher.validate_grammar(grammar, self._vocabulary, limits=LIMITS))
+        except ValueError as error:
+            return _first_line(str(error))
 
     def _compile(self, kind: Kind, source: str = "") -> Grammar:
-        """Compile a grammar; `compile` is this with a memory of the last `KEPT` results.
+        """Compile a grammar.
 
         Args:
             kind: what `source` is: a JSON schema, a regex, a JSON list of strings to choose from,
-                or a Lark grammar. For any JSON object it is not needed.
+                a Lark grammar, one of llama.cpp's (GBNF) or else Lark, or what `call_grammar`
+                makes. For any JSON object it is not needed.
 
         Raises:
             InvalidRequest: too large, too deep, or not understood; with llguidance's own words.
         """
-        if len(source) > MAX_SOURCE:
-            raise InvalidRequest(
-                f"the {kind} has {len(source):,} characters, allowed are {MAX_SOURCE:,}"
-            )
+        most = {"json_schema": MAX_SCHEMA, "calls": MAX_CALLS_SOURCE}.get(kind, MAX_SOURCE)
+        if len(source) > most:
+            raise InvalidRequest(f"the {kind} has {len(source):,} characters, allowed are {most:,}")
         try:
-            text = _to_llguidance(kind, source)
-        except (ValueError, RecursionError) as error:
-            raise InvalidRequest(f"the {kind} is not valid: {error}") from None
-        matcher = LLMatcher(
-            self._vocabulary, text, log_level=0, limits=LLParserLimits(verbose_errors=False)
-        )
+            text = self._to_llguidance(kind, source)
+        except (ValueError, RecursionError, GbnfToLarkError, IndexError) as error:
+            what = _first_line(str(error)) or type(error).__name__
+            raise InvalidRequest(f"the {kind} is not valid: {what}") from None
+        matcher = LLMatcher(self._vocabulary, text, log_level=0, limits=LIMITS)
+        if not matcher.is_error():  # some grammars fail only when they are asked for a token
+            Matcher(matcher.deep_copy()).fill(np.zeros(self._n_words, np.int32))
         if matcher.is_error():
             raise InvalidRequest(f"the {kind} is not valid: {_first_line(matcher.get_error())}")
         return Grammar(matcher, kind, source)
+
+    def _to_llguidance(self, kind: Kind, source: str) -> str:
+        if kind == "regex":
+            return LLMatcher.grammar_from_regex(source)
+        if kind in ("lark", "calls"):
+            return LLMatcher.grammar_from_lark(source)
+        if kind == "gbnf":
+            return LLMatcher.grammar_from_lark(any_to_lark(source))
+        if kind == "json_object":
+            return LLMatcher.grammar_from_json_schema({"type": "object", "x-guidance": _JSON_STYLE})
+        value = json.loads(source)
+        if kind == "choice":
+            return LLMatcher.grammar_from_lark(f"start: {_choices(value)}")
+        fitted = self.fit(source)
+        if fitted.gaps:
+            raise ValueError(unheld(fitted))
+        return LLMatcher.grammar_from_json_schema({**fitted.schema, "x-guidance": _JSON_STYLE})
+
+
+def unheld(fitted: FittedSchema) -> str:
+    """What of a schema cannot be held, and why, in a line."""
+    why = f": {fitted.why}" if fitted.why else ""
+    return f"{', '.join(fitted.gaps[:5])} cannot be held by a grammar{why}"[:500]
 
 
 def call_grammar(
@@ -124,14 +268,14 @@ def call_grammar(
     control: Collection[str],
     *,
     required: bool = True,
-    text: str | None = None,
+    text: Schema | None = None,
     parallel: bool = True,
 ) -> str:
     """Lark source of an answer that calls declared tools with valid arguments, in a syntax.
 
-    The answer is a call, or several if `parallel`; or, if none is `required`, `text`, which is
-    Lark as well, by default any that cannot be mistaken for calls. `control` are the names of
-    control tokens.
+    The answer is a call, or several if `parallel`; or, if none is `required`, text: JSON of the
+    schema `text`, or by default any that cannot be mistaken for calls. `control` are the names of
+    control tokens. Schemas are such as `GrammarCompiler.fit` gives.
 
     Raises:
         InvalidRequest: there is no tool to call.
@@ -144,7 +288,7 @@ def call_grammar(
     if not required:
         announcement = syntax.marks[0]
         anything = f"/{ANY_TEXT}/" if announcement in control else _text_without(announcement)
-        instead = f" | text\ntext: {text or anything}"
+        instead = f" | text\ntext: {anything if text is None else _json(text)}"
     # Small models would go on calling for ever where nothing but tags tells calls apart.
     times = "*" if syntax.is_list else f"{{0,{MAX_CALLS - 1}}}"
     many = f"({lark(syntax.separator)} call){times}" if parallel else ""
@@ -181,7 +325,7 @@ def _calls_of(
             pieces = syntax.fill(syntax.call, values, {"$arguments", *control})
             rules.append(f"call_{i}: {_lark(pieces, f'args_{i}')}")
             rules += (free and _in_any_order(i, schema)) or [f"args_{i}: {_json(schema or _ANY)}"]
-        if sum(map(len, rules)) < 3 * MAX_SOURCE // 4:  # what else there is comes on top
+        if sum(map(len, rules)) < MAX_CALLS_SOURCE // 4:
             break
     return "\n".join(rules)
 
@@ -229,8 +373,10 @@ def _in_any_order(i: int, schema: Any) -> list[str] | None:
 
 def _json(schema: Any) -> str:
     """Lark of a value; what has no separators needs no style."""
+    if schema is True:
+        schema = {}
     if isinstance(schema, dict) and schema.get("type") not in ("string", "number", "integer"):
-        schema = {"x-guidance": _JSON_STYLE, **schema}
+        schema = {**schema, "x-guidance": _JSON_STYLE}
     return f"%json {json.dumps(schema)}"
 
 
@@ -265,26 +411,12 @@ class _Vocabulary:
         return [self._single[byte] for byte in data if byte in self._single]
 
 
-def _to_llguidance(kind: Kind, source: str) -> str:
-    if kind == "regex":
-        return LLMatcher.grammar_from_regex(source)
-    if kind == "lark":
-        return LLMatcher.grammar_from_lark(source)
-    if kind == "json_object":
-        return LLMatcher.grammar_from_json_schema({"type": "object", "x-guidance": _JSON_STYLE})
-    value = json.loads(source)
-    if kind == "choice":
-        if not isinstance(value, list) or not value or not all(isinstance(v, str) for v in value):
-            raise ValueError("a list of one or more strings is expected")
-        if len(value) > MAX_CHOICES:
-            raise ValueError(f"{len(value):,} choices are given, allowed are {MAX_CHOICES:,}")
-        options = " | ".join(json.dumps(v) for v in value)
-        return LLMatcher.grammar_from_lark(f"start: {options}")
-    if not isinstance(value, dict):
-        raise ValueError("a JSON object is expected")
-    if _depth(value) > MAX_DEPTH:
-        raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
-    return LLMatcher.grammar_from_json_schema({"x-guidance": _JSON_STYLE, **value})
+def _choices(value: Any) -> str:
+    if not isinstance(value, list) or not value or not all(isinstance(v, str) for v in value):
+        raise ValueError("a list of one or more strings is expected")
+    if len(value) > MAX_CHOICES:
+        raise ValueError(f"{len(value):,} choices are given, allowed are {MAX_CHOICES:,}")
+    return " | ".join(json.dumps(v) for v in value)
 
 
 def _bare(name: str) -> str:
@@ -293,14 +425,6 @@ def _bare(name: str) -> str:
 
 
 def _first_line(text: str) -> str:
-    return text.strip().partition("\n")[0][:300]
-
-
-def _depth(value: object) -> int:
-    """How deep lists and objects are nested; stops counting past what is allowed."""
-    level, depth = [value], 0
-    while level and depth <= MAX_DEPTH:
-        inner = [list(v.values()) if isinstance(v, dict) else v for v in level]
-        level = [x for v in inner if isinstance(v, list) for x in v]
-        depth += 1
-    return depth
+    """An error in a line: those about a regex say what is wrong in their last."""
+    lines = [line.strip() for line in text.strip().splitlines()] or [""]
+    return (f"{lines[0]} {lines[-1]}" if lines[0].endswith(":") else lines[0])[:300]

@@ -237,7 +237,8 @@ class LocalEngine(Loop):
                 continue
             if sequence in masks and not masks[sequence].any():
                 reason = sequence.matcher and sequence.matcher.error
-                self._finish(sequence, "error", f"the grammar allows no token: {reason}")
+                wrong = InvalidRequest(f"the grammar allows no token: {reason}")
+                self._finish(sequence, "error", wrong)
                 continue
             if sequence.params.prompt_logprobs is not None and sequence.n_output == 0:
                 self._note_prompt_logprobs(chunk, logits[start:end])
@@ -280,9 +281,11 @@ class LocalEngine(Loop):
         sequence.tokens.append(token)
         params, reason, matcher = sequence.params, None, sequence.matcher
         if matcher is not None and (error := matcher.advance(token)):
-            self._finish(sequence, "error", f"the grammar cannot go on: {error}")
+            self._finish(sequence, "error", InvalidRequest(f"the grammar cannot go on: {error}"))
             return
-        ends = token in params.stop_ids or (token in self.eos_ids and not params.ignore_eos)
+        ends = token in self.eos_ids and not params.ignore_eos
+        if token in params.stop_ids:  # never in the middle of what a grammar promises
+            ends |= matcher is None or matcher.accepts
         if ends or (matcher is not None and matcher.complete):
             reason = "stop"
         elif sequence.n_output >= sequence.max_tokens:
@@ -293,7 +296,9 @@ class LocalEngine(Loop):
             sequence, reason, id=token, logprobs=logprobs, prompt_logprobs=prompt_logprobs
         )
 
-    def _finish(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> None:
+    def _finish(
+        self, sequence: Sequence, reason: FinishReason, error: str | OpenNemoError | None = None
+    ) -> None:
         """End a sequence without a further token: a score, or cancelled, or failed."""
         if not sequence.finished:
             self._pass_on(sequence, reason, error=error)

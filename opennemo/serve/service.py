@@ -189,6 +189,9 @@ class Service:
         if ignored:
             names = [n for n in ignored if n.isascii() and n.isidentifier()][:20]
             generation.headers["x-ignored-params"] = ", ".join(names)
+        if reply.not_held:
+            text = ", ".join(reply.not_held).encode("ascii", "replace").decode()
+            generation.headers["x-not-held"] = "".join(filter(str.isprintable, text))[:1000]
         self.active.add(generation)
         return generation
 

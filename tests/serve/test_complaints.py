@@ -113,6 +113,29 @@ def test_calls_are_found_whatever_is_done_with_special_tokens(http, skip):
         assert isinstance(json.loads(call["function"]["arguments"])["n"], int)
 
 
+def test_a_tool_with_any_schema_blocks_no_conversation(http):
+    """One MCP tool whose schema no grammar can hold made every request with it a 400."""
+    tags = {"type": "array", "items": {"type": "string"}, "uniqueItems": True}
+    odd = {"name": "odd", "parameters": {"type": "object", "properties": {"tags": tags}}}
+    body = {**BODY, "tools": [TOOL, {"type": "function", "function": odd}]}
+    answer = http.post(CHAT, json=body)
+    assert answer.status_code == 200
+    assert answer.headers["x-not-held"] == "odd: parameters.properties.tags.uniqueItems"
+    for choice in ("required", {"type": "function", "function": {"name": "odd"}}):
+        refused = http.post(CHAT, json={**body, "tool_choice": choice})
+        assert refused.status_code == 400
+        assert "'odd': parameters.properties.tags.uniqueItems" in refused.json()["message"]
+    named = {"type": "function", "function": {"name": "add"}}
+    assert http.post(CHAT, json={**body, "tool_choice": named}).status_code == 200
+
+
+def test_a_schema_of_hundreds_of_optional_properties_is_no_defect(http):
+    properties = {f"p{i}": {"type": "integer", "minimum": 0} for i in range(600)}
+    schema = {"type": "object", "properties": properties, "additionalProperties": False}
+    format = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    assert choice(http, response_format=format, max_tokens=50)
+
+
 def test_a_call_that_is_cut_off_is_no_error(http):
     answer = choice(http, tools=[TOOL], tool_choice="required", max_tokens=12)
     assert answer["finish_reason"] == "length"
