@@ -16,18 +16,19 @@ from typing import Any, Literal
 
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
-from llguidance.gbnf_to_lark import GbnfToLarkError, any_to_lark
+from llguidance.gbnf_to_lark import any_to_lark
 
 from opennemo.engine.schemas import FittedSchema, Schema, fit
 from opennemo.errors import InvalidRequest
 from opennemo.tokenizer.calls import CallSyntax, to_json
 
-Kind = Literal["json_object", "json_schema", "regex", "choice", "lark", "gbnf", "calls"]
+Kind = Literal["json_object", "json_schema", "regex", "choice", "lark", "grammar", "calls"]
 
 MAX_SOURCE = 64 * 1024  # characters of a grammar
 MAX_SCHEMA = 256 * 1024  # of a JSON schema, whose descriptions count, too
 MAX_CALLS_SOURCE = 4 * 1024 * 1024  # of what call_grammar makes of all tools together
 MAX_CHOICES = 10_000
+MAX_RULES = 500  # of llama.cpp's grammars: translating takes the square of their number
 KEPT = 256  # compiled grammars, least recently used first out
 MAX_KEPT = 16 * 1024 * 1024  # characters of them together
 # Objects of thousands of optional properties need more than llguidance's 2,000 items in a row.
@@ -228,7 +229,7 @@ class GrammarCompiler:
             raise InvalidRequest(f"the {kind} has {len(source):,} characters, allowed are {most:,}")
         try:
             text = self._to_llguidance(kind, source)
-        except (ValueError, RecursionError, GbnfToLarkError, IndexError) as error:
+        except (ValueError, RecursionError) as error:
             what = _first_line(str(error)) or type(error).__name__
             raise InvalidRequest(f"the {kind} is not valid: {what}") from None
         matcher = LLMatcher(self._vocabulary, text, log_level=0, limits=LIMITS)
@@ -243,8 +244,8 @@ class GrammarCompiler:
             return LLMatcher.grammar_from_regex(source)
         if kind in ("lark", "calls"):
             return LLMatcher.grammar_from_lark(source)
-        if kind == "gbnf":
-            return LLMatcher.grammar_from_lark(any_to_lark(source))
+        if kind == "grammar":
+            return LLMatcher.grammar_from_lark(_to_lark(source))
         if kind == "json_object":
             return LLMatcher.grammar_from_json_schema({"type": "object", "x-guidance": _JSON_STYLE})
         value = json.loads(source)
@@ -409,6 +410,16 @@ class _Vocabulary:
         if self._encode is not None:
             return self._encode(data.decode("utf-8", "replace"))
         return [self._single[byte] for byte in data if byte in self._single]
+
+
+def _to_lark(source: str) -> str:
+    """A grammar of llama.cpp's, or one that is Lark already. Raises: ValueError, it is neither."""
+    if (n := source.count("::=")) > MAX_RULES:
+        raise ValueError(f"it has {n:,} rules, allowed are {MAX_RULES}")
+    try:
+        return any_to_lark(source)
+    except Exception as error:  # it raises no other class, for a rule that is not there
+        raise ValueError(str(error)) from None
 
 
 def _choices(value: Any) -> str:

@@ -1,5 +1,8 @@
 """Fields of vLLM's that shape an answer: tokens that may come or may not, prompts cut short."""
 
+import json
+import re
+
 import pytest
 
 CHAT = "/v1/chat/completions"
@@ -77,3 +80,89 @@ def test_a_prompt_is_cut_to_its_last_tokens_where_that_is_asked_for(http):
     # The layout of a conversation would be cut in the middle, so there it has no effect.
     answer = http.post(CHAT, json={**BODY, "truncate_prompt_tokens": 3})
     assert answer.headers["x-ignored-params"] == "truncate_prompt_tokens"
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 9}},
+    "required": ["n"],
+    "additionalProperties": False,
+}
+JSON = '{"n": [0-9]}'
+GBNF = 'root ::= "yes" | digit{3}\ndigit ::= [0-9] # one'
+
+
+@pytest.mark.parametrize(
+    ("fields", "pattern"),
+    [
+        ({"guided_json": SCHEMA}, JSON),
+        ({"guided_json": json.dumps(SCHEMA)}, JSON),
+        ({"guided_choice": ["red", "blue"]}, "red|blue"),
+        ({"guided_regex": "[0-9]{3}"}, "[0-9]{3}"),
+        ({"guided_grammar": GBNF}, "yes|[0-9]{3}"),
+        ({"guided_grammar": 'start: "yes" | "no"'}, "yes|no"),
+        ({"structured_outputs": {"grammar": GBNF}}, "yes|[0-9]{3}"),
+        ({"nvext": {"guided_json": SCHEMA}}, JSON),
+        ({"nvext": {"guided_choice": ["red", "blue"]}}, "red|blue"),
+        ({"guided_json": SCHEMA, "nvext": {"guided_json": SCHEMA}}, JSON),
+        ({"regex": "[0-9]{3}"}, "[0-9]{3}"),
+        ({"ebnf": GBNF}, "yes|[0-9]{3}"),
+        ({"json_schema": SCHEMA}, JSON),
+        ({"json_schema": json.dumps(SCHEMA)}, JSON),
+        ({"grammar": GBNF}, "yes|[0-9]{3}"),
+        ({"response_format": {"type": "json_object", "schema": SCHEMA}}, JSON),
+        ({"response_format": {"type": "json", "value": SCHEMA}}, JSON),
+        ({"response_format": {"type": "regex", "value": "[0-9]{3}"}}, "[0-9]{3}"),
+        ({"response_format": {"type": "grammar", "grammar": GBNF}}, "yes|[0-9]{3}"),
+    ],
+)
+def test_whatever_asks_for_a_form_gets_it(http, fields, pattern):
+    """vLLM's older fields, NIM's, SGLang's, llama.cpp's and TGI's were dropped in silence."""
+    for path, prompt in ((CHAT, {}), ("/v1/completions", {"prompt": "Hi", "messages": None})):
+        answer = http.post(path, json={**BODY, **prompt, **fields})
+        assert answer.status_code == 200 and "x-ignored-params" not in answer.headers, answer.text
+        choice = answer.json()["choices"][0]
+        text = choice["text"] if prompt else choice["message"]["content"]
+        assert re.fullmatch(pattern, text), text
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"guided_json": 5}, {"guided_choice": "red"}, {"guided_regex": "("}, {"nvext": 3},
+        {"nvext": {"guided_what": "x"}}, {"grammar": 'root ::= "a'}, {"grammar": "[" * 3000},
+        {"grammar": 'other ::= "a"'}, {"structural_tag": "{}"}, {"guided_whitespace_pattern": " "},
+        {"guided_regex": "a", "regex": "b"}, {"json_schema": {"type": "array", "contains": {}}},
+        {"response_format": {"type": "text"}, "guided_json": {"uniqueItems": True}},
+        {"response_format": {"type": "regex"}}, {"response_format": {"type": "structural_tag"}},
+    ],
+)  # fmt: skip
+def test_a_form_that_cannot_be_had_is_refused(http, fields):
+    answer = http.post(CHAT, json={**BODY, **fields})
+    assert answer.status_code == 400, answer.text
+
+
+def test_the_forms_of_other_protocols_hold_too(http):
+    body = {"model": "tiny", "messages": BODY["messages"], "max_tokens": 40}
+    form = {"type": "json_schema", "schema": SCHEMA}
+    for fields in ({"output_config": {"format": form}}, {"output_format": form}):
+        answer = http.post("/v1/messages", json={**body, **fields})
+        assert re.fullmatch(JSON, answer.json()["content"][0]["text"])
+    wrong = {"type": "json_schema", "schema": {"uniqueItems": True}}
+    assert http.post("/v1/messages", json={**body, "output_format": wrong}).status_code == 400
+    tool = {"name": "f", "strict": True, "input_schema": {"type": "object", "not": {"minimum": 1}}}
+    refused = http.post("/v1/messages", json={**body, "tools": [tool]})
+    assert (
+        refused.status_code == 400 and "'f': parameters.not" in refused.json()["error"]["message"]
+    )
+    body = {"model": "tiny", "input": "Hi", "max_output_tokens": 40, "guided_json": SCHEMA}
+    answer = http.post("/v1/responses", json=body).json()
+    assert re.fullmatch(JSON, answer["output"][0]["content"][0]["text"])
+
+
+def test_stop_token_ids_end_no_required_call(http):
+    tool = {"type": "function", "function": {"name": "f", "parameters": SCHEMA}}
+    body = {**BODY, "tools": [tool], "tool_choice": "required", "parallel_tool_calls": False}
+    answer = http.post(CHAT, json={**body, "max_tokens": 200, "stop_token_ids": [*range(3, 67)]})
+    (call,) = answer.json()["choices"][0]["message"]["tool_calls"]
+    assert re.fullmatch(JSON, call["function"]["arguments"])

@@ -13,6 +13,7 @@ from opennemo.engine import Token
 from opennemo.errors import InvalidRequest
 from opennemo.llm import LLM
 from opennemo.serve.error_bodies import Json
+from opennemo.serve.protocols.answer_formats import Format, response_format
 from opennemo.serve.protocols.schema import Body, Messages, Stop, Tools
 from opennemo.serve.protocols.stream import STREAMS, EventStream, Generation, event
 from opennemo.serve.service import TheClient, TheService
@@ -46,6 +47,8 @@ class CountRequest(Body):
             function = {"name": tool["name"], "parameters": parameters}
             if tool.get("description"):
                 function["description"] = tool["description"]
+            if tool.get("strict") is not None:
+                function["strict"] = tool["strict"]
             tools.append({"type": "function", "function": function})
         return {"messages": messages, "tools": tools or None}
 
@@ -58,6 +61,8 @@ class MessagesRequest(CountRequest):
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=0, lt=2**31)
     stop_sequences: Stop | None = None
+    output_config: dict[str, Any] | None = None
+    output_format: dict[str, Any] | None = None  # its name in the beta
 
     def arguments(self, llm: LLM) -> dict[str, Any]:
         """Arguments for `LLM.chat`."""
@@ -75,7 +80,17 @@ class MessagesRequest(CountRequest):
             "tool_choice": tool_choice,
             "parallel_tool_calls": not choice.get("disable_parallel_tool_use"),
             "stop": tuple(self.stop_sequences or ()),
+            "format": self._format(),
         }
+
+    def _format(self) -> Format | None:
+        inner = (self.output_config or {}).get("format")
+        if not isinstance(inner, dict | None):
+            raise InvalidRequest("output_config.format: must be an object")
+        return self.format(
+            response_format(inner, "output_config.format"),
+            response_format(self.output_format, "output_format"),
+        )
 
 
 def _messages(message: dict[str, Any], where: str) -> list[dict[str, Any]]:

@@ -66,7 +66,7 @@ class ResponsesRequest(Body):
             "tools": [_tool(tool, i) for i, tool in enumerate(self.tools or [])] or None,
             "tool_choice": self.tool_choice or "auto",
             "parallel_tool_calls": self.parallel_tool_calls is not False,
-            "format": response_format(format),
+            "format": self.format(response_format(format, "text.format")),
         }
 
     def messages(self) -> list[dict[str, Any]]:

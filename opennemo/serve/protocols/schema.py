@@ -12,16 +12,23 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from opennemo.errors import InvalidRequest
 from opennemo.llm import LLM
 from opennemo.serve.error_bodies import Refusal
-from opennemo.serve.protocols.answer_formats import response_format, structured_outputs
+from opennemo.serve.protocols.answer_formats import (
+    FIELDS,
+    Format,
+    guided,
+    only,
+    response_format,
+    structured_outputs,
+)
 
 # Fields of the protocols that cannot change an answer of ours; never refused.
 WITHOUT_EFFECT = frozenset(
     {
-        "background", "guardrails", "include", "metadata", "modalities", "parallel_tool_calls",
-        "prediction", "priority", "prompt_cache_key", "prompt_cache_retention", "prompt_mode",
-        "reasoning", "reasoning_effort", "request_id", "safety_identifier", "service_tier",
-        "skip_special_tokens", "spaces_between_special_tokens", "store", "tool_choice",
-        "truncation", "user", "verbosity",
+        "background", "guardrails", "guided_decoding_backend", "include", "metadata", "modalities",
+        "parallel_tool_calls", "prediction", "priority", "prompt_cache_key",
+        "prompt_cache_retention", "prompt_mode", "reasoning", "reasoning_effort", "request_id",
+        "safety_identifier", "service_tier", "skip_special_tokens",
+        "spaces_between_special_tokens", "store", "tool_choice", "truncation", "user", "verbosity",
     }
 )  # fmt: skip
 # Fields that would let a request run code in the server.
@@ -65,6 +72,7 @@ class Body(BaseModel):
             Refusal: 422 for an unknown field, if `strict`.
         """
         extra = {name for name, value in (self.model_extra or {}).items() if value is not None}
+        extra -= FIELDS  # `format` applies or refuses them
         if refused := sorted(extra & set(REFUSED)):
             raise InvalidRequest(f"{refused[0]}: the server does not take this from a request")
         unknown = sorted(extra - WITHOUT_EFFECT)
@@ -75,6 +83,14 @@ class Body(BaseModel):
             ]
             raise Refusal(422, f"unknown fields: {', '.join(unknown)}", detail=detail)
         return sorted(extra)
+
+    def format(self, *own: Format | None) -> Format | None:
+        """The form that the answer is to have: by fields of the protocol's own, or of others.
+
+        Raises:
+            InvalidRequest: it cannot be held, or there are two.
+        """
+        return only({*own, guided(self.model_extra or {})})
 
 
 class StreamOptions(BaseModel):
@@ -140,10 +156,8 @@ class Sampling(Body):
             words = [start + w.lstrip() for w in self.bad_words for start in ("", " ")]
             encoded = {tuple(llm.tokenizer.encode(word)) for word in words}
             given["bad_words"] = tuple(ids for ids in encoded if ids)
-        format = structured_outputs(self.structured_outputs) or response_format(
-            self.response_format
-        )
-        return given | {"stop": tuple(self.stop or ()), "format": format}
+        own = structured_outputs(self.structured_outputs), response_format(self.response_format)
+        return given | {"stop": tuple(self.stop or ()), "format": self.format(*own)}
 
 
 class ChatRequest(Sampling):
