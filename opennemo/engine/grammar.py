@@ -418,7 +418,7 @@ def _to_lark(source: str) -> str:
         raise ValueError(f"it has {n:,} rules, allowed are {MAX_RULES}")
     try:
         return any_to_lark(source)
-    except Exception as error:  # it raises no other class, for a rule that is not there
+    except Exception as error:  # noqa: BLE001  it raises no other class
         raise ValueError(str(error)) from None
 
 

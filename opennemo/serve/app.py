@@ -21,13 +21,13 @@ from opennemo.errors import OpenNemoError
 from opennemo.serve import admin
 from opennemo.serve.error_bodies import Refusal, error_response, refusal
 from opennemo.serve.gate import Gate
-from opennemo.serve.protocols import anthropic, catalog, chat, nim, responses
+from opennemo.serve.protocols import anthropic, catalog, chat, completions, nim, responses
 from opennemo.serve.service import Service
 from opennemo.serve.tracing import trace
 
 ERRORS = {400, 401, 403, 404, 405, 413, 422, 429, 431, 500, 501, 503}
 WEB = Path(__file__).parent / "web"
-PROTOCOLS = (chat, responses, anthropic, catalog, nim)
+PROTOCOLS = (chat, completions, responses, anthropic, catalog, nim)
 log = structlog.get_logger("opennemo.serve")
 
 

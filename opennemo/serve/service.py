@@ -5,6 +5,7 @@ HTTP stays outside: routes ask `start` for a generation and put it into their pr
 
 import asyncio
 import secrets
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -30,6 +31,13 @@ NEMO_NAMES = (
     "mistral-tiny-2407",
     "mistral-tiny-latest",
 )
+ELSEWHERE = {  # how names of other services' models begin, which clients have as defaults
+    "gpt-": "OpenAI", "chatgpt-": "OpenAI", "o1": "OpenAI", "o3": "OpenAI", "o4": "OpenAI",
+    "text-": "OpenAI", "davinci": "OpenAI", "babbage": "OpenAI", "claude": "Anthropic",
+    "gemini": "Google", "mistral-": "Mistral", "codestral": "Mistral", "ministral": "Mistral",
+    "magistral": "Mistral", "devstral": "Mistral", "pixtral": "Mistral", "open-mi": "Mistral",
+    "deepseek": "DeepSeek", "grok": "xAI", "command-": "Cohere",
+}  # fmt: skip
 INSIDE = "opennemo.client"  # in the scope of a request that comes from a batch: for whom
 log = structlog.get_logger("opennemo.serve")
 
@@ -52,6 +60,7 @@ class Service:
         self.active: set[Generation] = set()
         self.draining = self.asleep = False
         self.names: list[str] = []
+        self.typed: tuple[str, ...] = ()  # another name that it answers to
         self._llm: LLM | None = None
 
     def load(self) -> None:
@@ -83,6 +92,8 @@ class Service:
         is_instruct = llm.tokenizer.instruct_version is not None
         nemo_names = NEMO_NAMES if is_nemo and is_instruct else ()
         self.names = self.settings.served_model_name or [*nemo_names, llm.name]
+        # Whoever started it knows the model by what they typed, a path perhaps.
+        self.typed = () if self.settings.served_model_name else (self.settings.model,)
         asked = min(config.max_position_embeddings, self.settings.max_model_len or 2**31)
         if llm.engine.max_context < asked:
             log.warning("context shortened to what memory has room for",
@@ -115,7 +126,8 @@ class Service:
 
     def serves(self, model: str) -> bool:
         """Whether a model's name is one of ours, or an adapter's."""
-        return model in self.names or (self._llm is not None and model in self._llm.engine.adapters)
+        adapters = () if self._llm is None else self._llm.engine.adapters
+        return model in self.names or model in self.typed or model in adapters
 
     def adapter(self, model: str | None) -> str | None:
         """The adapter that a model's name stands for; None for the model itself.
@@ -128,11 +140,18 @@ class Service:
             return None
         if model in llm.engine.adapters:
             return model
-        raise Refusal(
-            404, f"there is no model {model!r} here; there are: "
-            f"{', '.join([*self.names, *llm.engine.adapters])[:500]}",
-            type="invalid_model", code="model_not_found", param="model",
-        )  # fmt: skip
+        if model in self.typed:
+            return None
+        there = ", ".join([*self.names, *llm.engine.adapters])[:500]
+        message = f"there is no model {model!r} here; there are: {there}. "
+        owner = next((o for start, o in ELSEWHERE.items() if model.lower().startswith(start)), "")
+        if owner:
+            message += f"{model} runs at {owner}, not here: set the client's model to "
+            message += f"{self.names[0]!r}, or "
+        else:
+            message += "To answer to another name, "
+        message += f"start the server with --served-model-name {shlex.quote(model)}"
+        raise Refusal(404, message, type="invalid_model", code="model_not_found", param="model")
 
     async def chat(
         self, client: Client, body: Any, *, prefix: str, salt: str | None = None

@@ -171,3 +171,92 @@ def test_words_of_vllm_for_going_on(http):
 
 def test_load_is_told(http):
     assert http.get("/load").json() == {"server_load": 0}
+
+
+def test_the_name_that_was_typed_is_served_beside_the_models_own(running, tiny_llm, tmp_path):
+    """Whoever started a server got a 404 for the name that they had started it with."""
+    typed = str(tmp_path / "models" / "of-mine")
+    with running(tiny_llm(), model=typed) as server, server.client() as http:
+        for name in (typed, "tiny"):
+            assert http.post(CHAT, json={**BODY, "model": name}).json()["model"] == name
+        card = http.get(f"/v1/models/{typed}").json()
+        assert card["id"] == typed and card["parent"] is None
+        assert server.service.serves(typed)
+    other = running(tiny_llm(), model=typed, served_model_name=["mine"])
+    with other as server, server.client() as http:  # then that name says it all
+        assert http.post(CHAT, json={**BODY, "model": typed}).status_code == 404
+
+
+def test_a_model_that_is_not_there_says_what_to_do(http):
+    for name, words in (("gpt-4o", ["OpenAI", "'tiny'"]), ("other", []), ("a b;c", ["'a b;c'"])):
+        answer = http.post(CHAT, json={**BODY, "model": name})
+        assert answer.status_code == 404
+        for word in ("no model", "tiny", "--served-model-name", *words):
+            assert word in answer.json()["message"]
+
+
+def test_parts_of_characters_are_told_apart_and_offsets_count_characters(http):
+    """All were named U+FFFD, so that one overwrote the other, and each counted as a character."""
+    text = "😀 日x"
+    body = {"model": "tiny", "prompt": text, "max_tokens": 1, "temperature": 0, "echo": True}
+    for more in ({}, {"stream": True}):
+        answer = http.post("/v1/completions", json={**body, "logprobs": 20, **more})
+        data = answer.text.split("data: ")[1] if more else answer.text
+        logprobs = json.loads(data)["choices"][0]["logprobs"]
+        n = len(text.encode()) + 1
+        assert logprobs["text_offset"][:n] == [0, 0, 0, 0, 0, 1, 2, 2, 2, 3]
+        assert logprobs["tokens"][1:5] == [f"bytes:\\x{byte:02x}" for byte in "😀".encode()]
+        for token, own, top in zip(*list(logprobs.values())[:3], strict=True):
+            assert top is None or (len(top) >= 20 and top[token] == own)
+
+
+def test_offsets_go_on_from_part_to_part_of_a_stream(http):
+    body = {"model": "tiny", "prompt": "abc", "max_tokens": 40, "logprobs": 0, "seed": 3}
+    whole = http.post("/v1/completions", json=body).json()["choices"][0]
+    lines = http.post("/v1/completions", json={**body, "stream": True}).text.split("data: ")[1:-1]
+    parts = [json.loads(line)["choices"][0] for line in lines]
+    assert "".join(part["text"] for part in parts) == whole["text"]
+    offsets = [offset for part in parts for offset in part["logprobs"]["text_offset"]]
+    assert offsets == whole["logprobs"]["text_offset"] and max(offsets) > 1
+
+
+def test_a_list_of_prompts_is_streamed(http, server):
+    body = {"model": "tiny", "prompt": ["abc", "de", "f"], "n": 2, "seed": 3, "max_tokens": 12}
+    whole = http.post("/v1/completions", json=body).json()
+    usage = {"stream_options": {"include_usage": True}}
+    answer = http.post("/v1/completions", json={**body, "stream": True, **usage})
+    *lines, last, end = answer.text.split("data: ")[1:]
+    assert end.strip() == "[DONE]"
+    counts = json.loads(last)["usage"]
+    assert counts["completion_tokens"] == whole["usage"]["completion_tokens"]
+    assert counts["prompt_tokens"] == whole["usage"]["prompt_tokens"]
+    texts, reasons = [""] * 6, [None] * 6
+    for line in lines:
+        chunk = json.loads(line)
+        (part,) = chunk["choices"]
+        assert chunk["usage"] is None
+        texts[part["index"]] += part["text"]
+        reasons[part["index"]] = part["finish_reason"]
+    assert texts == [c["text"] for c in whole["choices"]]
+    assert reasons == [c["finish_reason"] for c in whole["choices"]]
+    endless = {**body, "stream": True, "n": 1, "ignore_eos": True, "max_tokens": 3000}
+    with http.stream("POST", "/v1/completions", json=endless) as stream:
+        next(stream.iter_lines())
+    while server.service.active:  # hanging up ends them all
+        time.sleep(0.01)
+
+
+def test_every_stream_says_usage_where_its_clients_look(http):
+    usage = {"stream_options": {"include_usage": True}}
+    lines = http.post(CHAT, json={**BODY, "stream": True, **usage}).text.split("data: ")[1:-1]
+    *chunks, last = [json.loads(line) for line in lines]
+    assert all(chunk["usage"] is None for chunk in chunks)
+    assert last["choices"] == [] and last["usage"]["completion_tokens"] > 0
+    events = http.post("/v1/messages", json={**BODY, "stream": True}).text.split("data: ")[1:]
+    counts = [json.loads(event.partition("\n")[0]) for event in events]
+    (end,) = [event["usage"] for event in counts if event["type"] == "message_delta"]
+    whole = http.post("/v1/messages", json=BODY).json()["usage"]
+    for name in ("input_tokens", "cache_read_input_tokens"):
+        assert isinstance(end[name], int)
+    total = whole["input_tokens"] + whole["cache_read_input_tokens"]
+    assert end["input_tokens"] + end["cache_read_input_tokens"] == total

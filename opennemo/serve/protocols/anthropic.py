@@ -176,7 +176,11 @@ class _MessageStory:
 
     def end(self) -> Iterator[str]:
         yield from self._close()
-        usage = {"output_tokens": self._generation.n_output_tokens}
+        # By now it is known what was cached, and some clients count from here alone.
+        names = ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
+        usage = _head(self._generation)["usage"]
+        usage = {name: usage[name] for name in names}
+        usage["output_tokens"] = self._generation.n_output_tokens
         yield _event("message_delta", delta=_stop(self._generation), usage=usage)
         yield _event("message_stop")
 

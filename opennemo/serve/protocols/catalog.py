@@ -32,7 +32,7 @@ async def get_model(name: str, service: TheService) -> Response:
 def card(service: Service, name: str) -> dict[str, Any]:
     """A model's description that OpenAI's and Mistral's clients both accept."""
     llm = service.llm
-    is_adapter = name not in service.names
+    is_adapter = service.adapter(name) is not None
     is_nemo = service.names[0] in NEMO_NAMES
     chats = llm.tokenizer.instruct_version is not None or llm.tokenizer.chat_template is not None
     length = llm.engine.max_context

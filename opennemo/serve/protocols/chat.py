@@ -1,4 +1,4 @@
-"""OpenAI's and Mistral's completions: of conversations and of plain texts, whole and streamed."""
+"""OpenAI's and Mistral's completions of conversations, whole and streamed."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -8,11 +8,9 @@ from starlette.responses import Response
 
 import opennemo
 from opennemo.engine import Token
-from opennemo.errors import InvalidRequest
 from opennemo.llm import LLM
-from opennemo.reply import Answer
-from opennemo.serve.error_bodies import Json, Refusal
-from opennemo.serve.protocols.schema import ChatRequest, CompletionRequest, Sampling
+from opennemo.serve.error_bodies import Json
+from opennemo.serve.protocols.schema import ChatRequest, Sampling
 from opennemo.serve.protocols.stream import STREAMS, EventStream, Generation, event
 from opennemo.serve.service import Service, TheClient, TheService
 from opennemo.tokenizer import Tokenizer
@@ -20,7 +18,6 @@ from opennemo.tokenizer import Tokenizer
 router = APIRouter()
 DONE = event("[DONE]")
 FINGERPRINT = f"opennemo-{opennemo.__version__}"
-COUNTS = ("prompt_tokens", "completion_tokens", "total_tokens")
 
 
 @router.post("/v1/chat/completions", responses=STREAMS)
@@ -62,12 +59,13 @@ def _chat_response(
             "logprobs": logprobs,
             "finish_reason": answer.finish_reason,
         }
-        choices.append(entry | _extras(llm.tokenizer, generation, i, body))
+        choices.append(entry | extras(llm.tokenizer, generation, i, body))
     content = {"choices": choices, "usage": generation.usage(), "service_tier": "default"}
-    return _head(generation, "chat.completion") | content
+    return head(generation, "chat.completion") | content
 
 
-def _head(generation: Generation, kind: str) -> dict[str, Any]:
+def head(generation: Generation, kind: str) -> dict[str, Any]:
+    """What every body and every chunk begins with."""
     return {
         "id": generation.id,
         "object": kind,
@@ -107,29 +105,28 @@ class _ChatStory:
             yield self._chunk(i, {"tool_calls": [_call(call, delta=True)]})
         if token.finish_reason:
             self._n_open -= 1
-            extras = _extras(self._llm.tokenizer, self._generation, i, self._body)
+            more = extras(self._llm.tokenizer, self._generation, i, self._body)
             usage = self._last_usage()
             calls = self._generation.answers[i].calls if self._mistral else []
             whole = {"tool_calls": [_call(call, delta=True) for call in calls]} if calls else {}
-            yield self._chunk(i, whole, usage, finish_reason=token.finish_reason, **extras)
+            yield self._chunk(i, whole, usage, finish_reason=token.finish_reason, **more)
 
     def _last_usage(self) -> dict[str, Any]:
-        """What a finishing chunk says of usage: for OpenAI's clients null, for Mistral's counts."""
-        if self._body.include_usage:
-            return {"usage": None}
-        wanted = self._wants_usage and not self._n_open
+        """What the last finishing chunk says of usage: Mistral's clients look for counts there."""
+        wanted = self._wants_usage and not self._n_open and not self._body.include_usage
         return {"usage": self._generation.usage()} if wanted else {}
 
     def end(self) -> Iterator[str]:
         if self._body.include_usage:
-            head = _head(self._generation, "chat.completion.chunk")
-            yield event(head | {"choices": [], "usage": self._generation.usage()})
+            news = {"choices": [], "usage": self._generation.usage()}
+            yield event(head(self._generation, "chat.completion.chunk") | news)
         yield DONE
 
     def _chunk(self, i: int, delta: dict, beside: dict | None = None, /, **fields: Any) -> str:
         choice = {"index": i, "delta": delta, "logprobs": None, "finish_reason": None} | fields
-        head = _head(self._generation, "chat.completion.chunk")
-        return event(head | {"choices": [choice]} | (beside or {}))
+        usage = {"usage": None} if self._body.include_usage else {}  # it comes in a last chunk
+        beside = {"choices": [choice]} | usage | (beside or {})
+        return event(head(self._generation, "chat.completion.chunk") | beside)
 
 
 def _call(call: Any, *, delta: bool = False) -> dict[str, Any]:
@@ -159,152 +156,28 @@ def _chat_logprobs(llm: LLM, tokens: list[Token]) -> dict[str, Any]:
     return {"content": content, "refusal": None}
 
 
-def _extras(
+def extras(
     tokenizer: Tokenizer, generation: Generation, index: int, body: Sampling
 ) -> dict[str, Any]:
     """vLLM's additions to a choice, where they were asked for."""
-    extras: dict[str, Any] = {}
+    more: dict[str, Any] = {}
     if body.return_token_ids:
         ids = generation.answers[index].ids
-        extras |= {"token_ids": ids, "prompt_token_ids": generation.reply.prompt_ids}
+        more |= {"token_ids": ids, "prompt_token_ids": generation.reply.prompt_ids}
     if body.prompt_logprobs is not None:
-        extras["prompt_logprobs"] = [
+        more["prompt_logprobs"] = [
             logprobs
             and {
                 str(id): {"logprob": max(value, -9999.0), "decoded_token": tokenizer.decode([id])}
                 for id, value in ((token, logprobs.logprob), *logprobs.top)
             }
-            for token, logprobs in _prompt_logprobs(generation, index)
+            for token, logprobs in prompt_logprobs(generation, index)
         ]
-    return extras
+    return more
 
 
-def _prompt_logprobs(generation: Generation, index: int) -> list[tuple[int, Any]]:
+def prompt_logprobs(generation: Generation, index: int) -> list[tuple[int, Any]]:
+    """Ids of the prompt, each with its log-probabilities."""
     tokens = generation.answers[index].tokens
     logprobs = next((t.prompt_logprobs for t in tokens if t.prompt_logprobs is not None), ())
     return list(zip(generation.reply.prompt_ids, logprobs, strict=False))
-
-
-@router.post("/v1/completions", responses=STREAMS)
-async def completions(
-    body: CompletionRequest, service: TheService, client: TheClient, request: Request
-) -> Response:
-    """Continue texts."""
-    prompts = body.prompts()
-    if body.stream and len(prompts) > 1:
-        raise InvalidRequest("stream: takes one prompt, not a list of them")
-    generations: list[Generation] = []
-    try:
-        for prompt in prompts:
-
-            def ask(llm: LLM, options: dict[str, Any], prompt: str | list[int] = prompt):
-                return llm.complete(body.ids(prompt, llm), **body.arguments(llm), **options)
-
-            generations.append(
-                await service.start(client, body, ask, prefix="cmpl-", salt=body.cache_salt)
-            )
-            generations[-1].keep_stop = bool(body.include_stop_str_in_output)
-        llm, first = service.llm, generations[0]
-        if body.stream:
-            return EventStream(first, _CompletionStory(first, llm, body))
-        for generation in generations:
-            await generation.whole(request.receive)
-    finally:
-        if not body.stream:
-            for generation in generations:
-                generation.close()
-    choices = [
-        _completion_choice(g, llm, body, i, answer)
-        for g in generations
-        for i, answer in enumerate(g.answers)
-    ]
-    usages = [generation.usage() for generation in generations]
-    content = {
-        "choices": [{**choice, "index": i} for i, choice in enumerate(choices)],
-        "usage": usages[0] | {name: sum(usage[name] for usage in usages) for name in COUNTS},
-    }
-    return Json(_head(first, "text_completion") | content, headers=first.headers)
-
-
-def _completion_choice(
-    generation: Generation,
-    llm: LLM,
-    body: CompletionRequest,
-    index: int,
-    answer: Answer,
-    *,
-    begins: bool = True,
-) -> dict[str, Any]:
-    """A choice with an answer, or with a part of one; the first part shows the prompt, too."""
-    tokenizer, shown, text, tokens = llm.tokenizer, [], answer.text, answer.tokens
-    if body.echo and begins:
-        shown = _prompt_logprobs(generation, index)
-        prompt = tokenizer.decode(generation.reply.prompt_ids)
-        text, tokens = (prompt, []) if body.max_tokens == 0 else (prompt + text, tokens)
-    logprobs = None
-    if body.logprobs is not None:
-        shown = shown + [
-            (token.id, token.logprobs)
-            for token in tokens
-            if token.id is not None and token.id not in llm.engine.eos_ids
-        ]
-        logprobs = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-        offset = 0
-        for id, values in shown:
-            logprobs["tokens"].append(_token(tokenizer, id, 0)["token"])
-            logprobs["text_offset"].append(offset)
-            offset += len(tokenizer.decode([id]))
-            logprobs["token_logprobs"].append(values and max(values.logprob, -9999.0))
-            top = values and {
-                _token(tokenizer, id, 0)["token"]: max(logprob, -9999.0)
-                for id, logprob in values.top
-            }
-            logprobs["top_logprobs"].append(top)
-    reason = answer.finish_reason
-    choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
-    return choice | (_extras(tokenizer, generation, index, body) if reason else {})
-
-
-class _CompletionStory:
-    """The events of a stream of plain text."""
-
-    def __init__(self, generation: Generation, llm: LLM, body: CompletionRequest):
-        self._generation, self._llm, self._body = generation, llm, body
-        self._held = [Answer() for _ in generation.answers]  # tokens without text as yet
-        self._begun: set[int] = set()
-
-    def begin(self) -> Iterator[str]:
-        return iter(())
-
-    def add(self, token: Token) -> Iterator[str]:
-        i, part = token.index, self._held[token.index]
-        part.tokens.append(token)
-        if token.text or token.finish_reason:
-            begins = i not in self._begun
-            entry = _completion_choice(
-                self._generation, self._llm, self._body, i, part, begins=begins
-            )
-            yield self._chunk(choices=[entry])
-            self._begun.add(i)
-            self._held[i] = Answer()
-
-    def end(self) -> Iterator[str]:
-        if self._body.include_usage:
-            yield self._chunk(choices=[], usage=self._generation.usage())
-        yield DONE
-
-    def _chunk(self, **fields: Any) -> str:
-        return event(_head(self._generation, "text_completion") | fields)
-
-
-@router.post("/v1/fim/completions")
-async def fim_completions() -> Response:
-    """Refuse to fill in the middle, which these models were not trained for."""
-    message = "this model was not trained to fill in the middle"
-    raise Refusal(400, message, type="invalid_model", code="1500")
-
-
-@router.post("/v1/embeddings")
-async def embeddings() -> Response:
-    """Refuse to embed, which these models were not trained for."""
-    raise Refusal(501, "this server generates text; it has no embedding model")

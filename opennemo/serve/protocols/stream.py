@@ -76,7 +76,7 @@ class Generation:
         Raises:
             OpenNemoError: it cannot be finished.
         """
-        watch = asyncio.create_task(self._watch(receive))
+        watch = asyncio.create_task(self.watch(receive))
         try:
             async for _ in self.tokens():
                 pass
@@ -97,7 +97,12 @@ class Generation:
                 self.reply.cancel()
             self._on_close(self)
 
-    async def _watch(self, receive: Receive) -> None:
+    def fail(self, failure: OpenNemoError) -> None:
+        """Note why it did not end well."""
+        self.failure = failure
+
+    async def watch(self, receive: Receive) -> None:
+        """Cancel it when the client hangs up."""
         while (await receive())["type"] != "http.disconnect":
             pass
         self.abort(Refusal(499, "the client hung up"))
@@ -125,6 +130,60 @@ class Generation:
         }
 
 
+class Several:
+    """Generations of one request, to prompts of their own, read as one: answers count through."""
+
+    def __init__(self, generations: list[Generation]):
+        self._generations, self.headers = generations, generations[0].headers
+
+    async def tokens(self) -> AsyncGenerator[list[Token], None]:
+        """What is new of any of them; as for one."""
+        news: asyncio.Queue[list[Token] | BaseException | None] = asyncio.Queue()
+
+        async def read(generation: Generation, first: int) -> None:
+            try:
+                async with aclosing(generation.tokens()) as batches:
+                    async for tokens in batches:
+                        for token in tokens:
+                            token.index += first
+                        await news.put(tokens)
+                await news.put(None)
+            except OpenNemoError as error:
+                await news.put(error)
+
+        n = len(self._generations[0].answers)
+        readers = [
+            asyncio.create_task(read(generation, k * n))
+            for k, generation in enumerate(self._generations)
+        ]
+        try:
+            n_open = len(readers)
+            while n_open:
+                item = await news.get()
+                if isinstance(item, BaseException):
+                    raise item
+                n_open -= item is None
+                if item is not None:
+                    yield item
+        finally:
+            for reader in readers:
+                reader.cancel()
+            await asyncio.gather(*readers, return_exceptions=True)
+
+    def fail(self, failure: OpenNemoError) -> None:
+        for generation in self._generations:
+            generation.fail(failure)
+
+    def close(self) -> None:
+        for generation in self._generations:
+            generation.close()
+
+    async def watch(self, receive: Receive) -> None:
+        await self._generations[0].watch(receive)  # it ends when the client has hung up
+        self.fail(Refusal(499, "the client hung up"))
+        self.close()
+
+
 class Story(Protocol):
     """How a protocol reports an answer while it comes: each method gives events as text."""
 
@@ -142,7 +201,9 @@ class EventStream(Response):
     unclosed, and because it watches for hang-ups itself.
     """
 
-    def __init__(self, generation: Generation, story: Story, *, ping: str = ": keep-alive\n\n"):
+    def __init__(
+        self, generation: Generation | Several, story: Story, *, ping: str = ": keep-alive\n\n"
+    ):
         headers = {
             "content-type": "text/event-stream; charset=utf-8",
             "cache-control": "no-cache",
@@ -154,7 +215,7 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         generation, story = self._generation, self._story
-        watch = asyncio.create_task(generation._watch(receive))
+        watch = asyncio.create_task(generation.watch(receive))
 
         async def body(text: str, more: bool = True) -> None:
             data = text.encode("utf-8", "replace")
@@ -174,7 +235,7 @@ class EventStream(Response):
                 path, refused = scope["path"], refusal(error)
                 name = "error" if path.startswith(("/v1/messages", "/v1/responses")) else None
                 await body(event(error_body(refused, path), name))
-                generation.failure = error
+                generation.fail(error)
             await body("", more=False)
         finally:
             watch.cancel()
