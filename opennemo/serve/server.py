@@ -15,6 +15,7 @@ from fastapi import FastAPI
 from opennemo.errors import OpenNemoError
 from opennemo.serve.bounded_http import BoundedHeaders
 from opennemo.serve.service import Service
+from opennemo.serve.settings import without_effect
 
 DESCRIPTORS = 16 * 1024
 log = structlog.get_logger("opennemo.serve")
@@ -72,6 +73,8 @@ def run(app: FastAPI) -> None:
             log.info("ready", names=service.names, context=llm.engine.max_context)
 
     app.state.loaded = loaded
+    if names := without_effect():
+        log.warning("set, but without effect", names=names)
     log.info("loading", model=settings.model, host=settings.host, port=settings.port)
     try:
         server.run()

@@ -39,7 +39,30 @@ NIM = {
     "NIM_SSL_CERTS_PATH": "ssl_certfile",
     "NIM_CORS_ALLOW_ORIGINS": "allowed_origins",
     "NIM_ENABLE_KV_CACHE_REUSE": "enable_prefix_caching",
+    "NIM_TENSOR_PARALLEL_SIZE": "tensor_parallel_size",
+    "NIM_MAX_BATCH_SIZE": "max_num_seqs",
 }
+PASSTHROUGH = "NIM_PASSTHROUGH_ARGS"
+LOG_LEVELS = {"default": "info", "trace": "debug", "warn": "warning", "fatal": "critical"}  # NIM's
+# Flags of vLLM's that change no answer: how memory, graphs and workers are arranged there.
+VLLM_ONLY = frozenset(
+    {
+        "api-server-count", "async-scheduling", "attention-backend", "compilation-config",
+        "cpu-offload-gb", "cuda-graph-sizes", "disable-custom-all-reduce",
+        "disable-fastapi-docs", "disable-frontend-multiprocessing",
+        "disable-hybrid-kv-cache-manager",
+        "disable-log-requests", "disable-log-stats", "disable-uvicorn-access-log",
+        "distributed-executor-backend", "download-dir", "enable-chunked-prefill", "enable-lora",
+        "enable-log-requests", "enable-prompt-tokens-details", "enable-sleep-mode", "enforce-eager",
+        "gpu-memory-utilization", "guided-decoding-backend",
+        "kv-cache-memory-bytes", "load-format", "max-cpu-loras", "max-log-len", "max-logprobs",
+        "max-lora-rank", "max-loras", "max-parallel-loading-workers", "max-seq-len-to-capture",
+        "mm-processor-kwargs", "num-gpu-blocks-override", "num-scheduler-steps",
+        "optimization-level", "preemption-mode", "safetensors-load-strategy",
+        "scheduling-policy", "seed", "swap-space", "trust-remote-code",
+        "use-v2-block-manager", "uvicorn-log-level",
+    }
+)  # fmt: skip
 
 
 def _quantizations() -> list[str]:
@@ -160,7 +183,7 @@ class Settings(BaseSettings):
     otlp_traces_endpoint: str | None = Field(
         None, pattern="^https?://", description="Collector of OpenTelemetry spans; needs an extra."
     )
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_level: Literal["debug", "info", "warning", "error", "critical"] = "info"
     enable_docs: bool = Field(False, description="Offer /openapi.json.")
     root_path: str = Field("", description="Path a proxy strips.")
     ssl_keyfile: Path | None = None
@@ -180,7 +203,10 @@ class Settings(BaseSettings):
             if isinstance(values.get(name), str):
                 values[name] = [v.strip() for v in values[name].split(",") if v.strip()]
         if isinstance(values.get("log_level"), str):
-            values["log_level"] = values["log_level"].lower()
+            level = values["log_level"].lower()
+            values["log_level"] = LOG_LEVELS.get(level, level)
+        if isinstance(values.get("model"), str):  # as NIM writes that it lies on the hub
+            values["model"] = values["model"].removeprefix("hf://")
         return values
 
     @model_validator(mode="after")
@@ -212,6 +238,26 @@ def _state_home() -> Path:
     return Path(os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state"))
 
 
+def without_effect() -> list[str]:
+    """NIM's variables, and flags of vLLM's among its arguments, that are set and change nothing."""
+    nim = {name for name, value in os.environ.items() if name.startswith("NIM_") and value}
+    flags = [f"{PASSTHROUGH}: {flag}" for flag in _passed_through()[1]]
+    return [*sorted(nim - NIM.keys() - {PASSTHROUGH}), *flags]
+
+
+def _passed_through() -> tuple[list[str], list[str]]:
+    """Arguments of NIM_PASSTHROUGH_ARGS that count, and flags that mean something to vLLM alone."""
+    kept: list[str] = []
+    dropped: list[str] = []
+    into = kept
+    for word in shlex.split(os.environ.get(PASSTHROUGH, "")):
+        if word.startswith("--"):
+            name = word[2:].partition("=")[0].replace("_", "-")
+            into = dropped if name.removeprefix("no-") in VLLM_ONLY else kept
+        into.append(word)
+    return kept, [word for word in dropped if word.startswith("--")]
+
+
 def read_settings(arguments: list[str]) -> Settings:
     """The settings of a server that is started with these arguments.
 
@@ -219,8 +265,8 @@ def read_settings(arguments: list[str]) -> Settings:
         InvalidRequest: what is wrong with which setting.
     """
     # A later flag wins over an earlier one, so those of the environment come first.
-    arguments = [*shlex.split(os.environ.get("NIM_PASSTHROUGH_ARGS", "")), *arguments]
     try:
+        arguments = [*_passed_through()[0], *arguments]
         options: dict[str, Any] = {"_cli_parse_args": arguments, "_cli_exit_on_error": False}
         return Settings(**options, _cli_prog_name="opennemo serve")  # pyright: ignore
     except ValidationError as error:

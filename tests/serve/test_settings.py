@@ -3,7 +3,7 @@
 import pytest
 
 from opennemo.errors import InvalidRequest
-from opennemo.serve.settings import read_settings
+from opennemo.serve.settings import read_settings, without_effect
 
 
 def test_precedence(monkeypatch, tmp_path):
@@ -45,3 +45,35 @@ def test_wrong_settings_are_one_line(arguments, message):
 def test_listening_elsewhere_needs_a_key_or_courage():
     assert read_settings(["--host", "0.0.0.0", "--insecure"]).host == "0.0.0.0"
     assert read_settings(["--host", "0.0.0.0", "--api-key", "x" * 10]).api_key
+
+
+@pytest.mark.parametrize(
+    ("level", "ours"),
+    [
+        ("DEFAULT", "info"), ("TRACE", "debug"), ("DEBUG", "debug"), ("INFO", "info"),
+        ("WARNING", "warning"), ("ERROR", "error"), ("CRITICAL", "critical"),
+    ],
+)  # fmt: skip
+def test_every_log_level_of_nims(monkeypatch, level, ours):
+    monkeypatch.setenv("NIM_LOG_LEVEL", level)
+    assert read_settings([]).log_level == ours
+
+
+def test_nims_values_start_and_what_has_no_effect_is_named(monkeypatch):
+    monkeypatch.setenv("NIM_MODEL_PATH", "hf://mistralai/Mistral-Nemo-Instruct-2407")
+    monkeypatch.setenv("NIM_TENSOR_PARALLEL_SIZE", "2")
+    monkeypatch.setenv("NIM_HEALTH_PORT", "8001")
+    monkeypatch.setenv(
+        "NIM_PASSTHROUGH_ARGS",
+        "--gpu-memory-utilization 0.9 --max-num-seqs 7 --no-enable-chunked-prefill --swap-space=4",
+    )
+    settings = read_settings([])
+    assert settings.model == "mistralai/Mistral-Nemo-Instruct-2407"
+    assert (settings.tensor_parallel_size, settings.max_num_seqs) == (2, 7)
+    flags = ("--gpu-memory-utilization", "--no-enable-chunked-prefill", "--swap-space=4")
+    named = without_effect()
+    assert named == ["NIM_HEALTH_PORT", *(f"NIM_PASSTHROUGH_ARGS: {flag}" for flag in flags)]
+    for wrong in ("--max-num-seq 7", "--pipeline-parallel-size 2", "'"):
+        monkeypatch.setenv("NIM_PASSTHROUGH_ARGS", wrong)
+        with pytest.raises(InvalidRequest):
+            read_settings([])
