@@ -1,12 +1,13 @@
 """What benchmarks share: a row of their tables, and what a machine can do."""
 
 import json
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+
+from opennemo.planning import machines
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,13 +30,7 @@ def write_rows(rows: Sequence[Row], file: Path | None) -> None:
 def read_bandwidth(threads: int) -> float:
     """Bytes a second that this machine reads from memory, the best of some tries."""
     torch.set_num_threads(threads)
-    block, seconds = torch.ones(1 << 26), []
-    # Which of them waits for nothing but memory depends on the processor.
-    for read in 7 * (block.sum, lambda: torch.dot(block, block)):
-        start = time.perf_counter()
-        read()
-        seconds.append(time.perf_counter() - start)
-    return block.nbytes / min(seconds)
+    return machines.read_bandwidth()
 
 
 def peak_memory() -> int:

@@ -6,6 +6,7 @@ becomes ids, and tools and formats become a grammar that the answer cannot leave
 neither HTTP nor the terminal.
 """
 
+import sys
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Many
 from dataclasses import replace
@@ -19,12 +20,11 @@ from opennemo.engine import Engine, EngineConfig, LocalEngine, SamplingParams
 from opennemo.engine.grammar import GrammarCompiler, Kind
 from opennemo.engine.ranks import Ranks
 from opennemo.engine.scoring import Pair, Score
+from opennemo.engine.sizes import announcement, fit
 from opennemo.errors import CheckpointError, InvalidRequest
 from opennemo.model.checkpoint import load, open_checkpoint
 from opennemo.model.companions import read_generation_config
-from opennemo.model.formats import FORMATS, names
 from opennemo.model.hub import locate
-from opennemo.model.quantization import quantize_, quantize_head_
 from opennemo.model.tensor_parallel import check_divides, load_share
 from opennemo.model.transformer import Transformer
 from opennemo.reply import Reply, TextStream
@@ -62,7 +62,7 @@ class LLM:
         device: str | None = None,
         dtype: torch.dtype | None = None,
         config: EngineConfig | None = None,
-        format: str | None = None,
+        format: str = "auto",
     ) -> "LLM":
         """Load a model and start its engine.
 
@@ -70,48 +70,36 @@ class LLM:
             model: a folder, a `.gguf` file, or a Hugging Face id such as
                 `mistralai/Mistral-Nemo-Instruct-2407`.
             device: "cpu" or "cuda"; by default CUDA where there is one.
-            dtype: of weights, by default bfloat16 on CUDA and float32 on a CPU, where a model in
-                codes, and the blocks of a GGUF file, stay as they are stored; and of the KV cache,
-                unless `config` names its format or the model brings scales for one in fp8.
-            format: of FORMATS, to round the weights to as they are loaded, as `quantize` would.
+            dtype: of weights that are in no codes, and of the KV cache unless `config` names its
+                format; in place of `format`.
+            format: "auto", "stored" or one of FORMATS. "auto" keeps codes and 16 bits as they are
+                stored, and rounds what does not fit into the memory that is available, matrix by
+                matrix as it is read, to the best format that does. A line on standard error says
+                so, as it does of a context shorter than the model's.
 
         Raises:
             CheckpointError: there is no such model, or it cannot be used.
-            InvalidRequest: the model is in codes already, or the format needs calibration.
+            InvalidRequest: the model cannot run in this format; or it does not fit, or the context
+                that `config` asks for does not: with the numbers, and what would fit.
         """
-        path = locate(model)
+        path, config = locate(model), config or EngineConfig()
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         tokenizer, defaults, eos_ids = _text_side(path)
         checkpoint = open_checkpoint(path)
-        in_codes, on_cpu = checkpoint.format is not None, device == "cpu"
-        if format is not None and (format not in names("load") or in_codes):
-            allowed = ", ".join(names("load"))
-            stored = f", and {model} is stored in {checkpoint.format}" if in_codes else ""
-            raise InvalidRequest(f"format {format!r}: a model is loaded in {allowed}{stored}")
-        row = None if format is None else FORMATS[format]
-        config, ranks = config or EngineConfig(), None
-        # PyTorch, which runs adapters, would decode blocks anew for every step.
-        blocks = on_cpu and row is None and dtype is None and not config.adapters
-        if row is not None and not row.in_codes:
-            dtype, row = row.weights.dtype, None
-        if dtype is None and not (in_codes and on_cpu and checkpoint.dtype == torch.bfloat16):
-            dtype = torch.float32 if on_cpu else torch.bfloat16
+        chosen = fit(checkpoint, torch.device(device).type, config, format, dtype)
+        if line := announcement(checkpoint, config, chosen, format):
+            print(f"opennemo: {line}", file=sys.stderr)
+        config = replace(config, kv_format=chosen.kv_format, n_pages=chosen.n_pages)
+        ranks = None
         if config.tensor_parallel_size > 1:
-            if config.adapters or row is not None:
+            if config.adapters or chosen.form.format is not None:
                 raise InvalidRequest("tensor_parallel_size above 1 takes no adapters and no codes")
             check_divides(checkpoint.config, config.tensor_parallel_size)
-            share = partial(_share, path, dtype, config.tensor_parallel_size)
+            share = partial(_share, path, chosen.form.dtype, config.tensor_parallel_size)
             ranks = Ranks(config.tensor_parallel_size, share, device)
             net = ranks.model
         else:
-            net = load(checkpoint, device=device, dtype=dtype, blocks=blocks)
-        if row is not None:
-            quantize_(net, row)
-            in_codes = True
-        if in_codes and on_cpu:
-            # A quarter of a small model's time is its head. Codes of 8 bits cost it next to nothing
-            # (docs/log.md), and it is what llama.cpp does, too; folders keep it whole for others.
-            quantize_head_(net, FORMATS["int8"])
+            net = load(checkpoint, device=device, form=chosen.form)
         engine = LocalEngine(
             net, eos_ids, config, checkpoint.read_kv_scale(), ranks, tokenizer.vocab_size
         )

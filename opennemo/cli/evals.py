@@ -107,7 +107,9 @@ def run(
     ] = None,
     format: Annotated[
         list[str] | None,
-        typer.Option(help="Of the weights: {load}; repeat to compare with the first."),
+        typer.Option(
+            help="Of the weights: auto, stored, {load}; repeat to compare with the first."
+        ),
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Ask in the model's chat layout.")] = False,
     model_name: Annotated[str | None, typer.Option(help="Its name at its server.")] = None,
@@ -157,10 +159,8 @@ def _load_replicas(spread: list[str], request: Any, format: str | None) -> Any:
 
     configure_logs("warning")
     kv = FORMATS.get(request.kv_format or "")
-    plain = format in FORMATS and not FORMATS[format].in_codes
     options = flags(
-        dtype=FORMATS[format].dtype_name if format and plain else None,
-        quantization=None if plain else format, device=request.device,
+        format=format, device=request.device,
         kv_cache_dtype=kv.dtype_name if kv else request.kv_format, kv_scale=request.kv_scale,
     )  # fmt: skip
     # Nothing is listened on; without a port they are apart from those of a server here.

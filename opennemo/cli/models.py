@@ -1,5 +1,6 @@
 """`opennemo info`, `convert`, `quantize` and `merge`: a model's files, and those made of them."""
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,20 +16,29 @@ LAYOUTS = ("hf", "mistral")
 
 @app.command()
 def info(model: Model) -> None:
-    """What a model is, the memory it needs, and what fits on this machine; loads no weights."""
+    """What a model is, the memory it needs, what fits here and how fast; loads no weights."""
+    import torch
     from rich.console import Console
     from rich.table import Table
 
+    from opennemo.engine import EngineConfig
+    from opennemo.engine.sizes import fit, fits
     from opennemo.model.checkpoint import open_checkpoint
+    from opennemo.model.formats import names
     from opennemo.model.hub import locate
-    from opennemo.model.memory import Needs, machine_memory
+    from opennemo.model.memory import available_memory, kv_bytes, machine_memory
+    from opennemo.planning.machines import read_bandwidth
 
     checkpoint = open_checkpoint(locate(model))
     config, console = checkpoint.config, Console(highlight=False)
-    needs, memories = Needs.of(config), machine_memory()
+    types = [
+        f"{n:,} tensors in {type} ({size(n_bytes)})"
+        for type, (n, n_bytes) in checkpoint.stored_types().items()
+    ]
     rows = {
-        "parameters": f"{needs.n_parameters:,}",
-        "layout": f"{checkpoint.layout}, stored as {str(checkpoint.dtype).removeprefix('torch.')}",
+        "parameters": f"{sum(map(math.prod, checkpoint.shapes.values())):,}",
+        "layout": checkpoint.layout,
+        "stored": ", ".join(types),
         "layers": f"{config.n_layers} of width {config.dim:,}, feed-forward {config.hidden_dim:,}",
         "heads": f"{config.n_heads} for queries, {config.n_kv_heads} for keys and values, "
         f"of {config.head_dim}",
@@ -37,21 +47,35 @@ def info(model: Model) -> None:
         + (f", window {config.sliding_window:,}" if config.sliding_window else ""),
     }
     for name, value in rows.items():
-        console.print(f"{name:<11} {value}")
+        console.print(f"{name:<11} {value}", soft_wrap=True)
     lengths = [n for n in (1024, 8192, 32768, 131072) if n <= config.max_position_embeddings]
     table = Table("memory for", *(f"{n:,} tokens" for n in lengths), title_justify="left")
-    for kv, n_bytes in needs.kv_per_token.items():
-        table.add_row(f"KV cache in {kv}", *(size(n * n_bytes) for n in lengths))
+    for kv in names("cache"):
+        table.add_row(f"KV cache in {kv}", *(size(n * kv_bytes(config, kv)) for n in lengths))
     console.print(table)
-    fits = Table("weights in", "size", *(f"context on {device}" for device in memories))
-    for weights, n_bytes in needs.weights.items():
-        contexts = [
-            f"{needs.max_context(memory, weights, 'bf16'):,}" for memory in memories.values()
-        ]
-        fits.add_row(weights, size(n_bytes), *contexts)
-    console.print(fits)
-    memory = ", ".join(f"{device} {size(n_bytes)}" for device, n_bytes in memories.items())
-    console.print(f"Context: tokens that fit beside the weights, KV cache in bf16. {memory}.")
+    bandwidth, memory = read_bandwidth(), machine_memory()
+    for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
+        table = Table(
+            f"weights on {device} in", "memory", "context that fits", "KV cache",
+            *(["tokens/s at most"] if device == "cpu" else []),
+        )  # fmt: skip
+        try:
+            chosen = fit(checkpoint, device, EngineConfig()).name
+        except InvalidRequest:
+            chosen = ""
+        for one in fits(checkpoint, device, EngineConfig()).values():
+            table.add_row(
+                one.name + " *" * (one.name == chosen), size(one.needs.weights),
+                f"{one.context:,}" if one.context else "does not fit", one.kv_format,
+                f"{bandwidth / one.needs.read:.1f}",
+            )  # fmt: skip
+        console.print(table)
+    for device, n_bytes in available_memory().items():
+        console.print(f"{device}: {size(n_bytes)} of {size(memory[device])} are available.")
+    console.print(
+        f"Memory is read at {bandwidth / 1e9:.0f} GB/s, and one answer at a time reads all weights "
+        "for each token.\n" + "* what --format auto takes." * bool(chosen)
+    )
 
 
 @app.command()

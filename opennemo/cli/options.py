@@ -29,6 +29,17 @@ NewFolder = Annotated[Path, typer.Argument(help="The folder to write; it must no
 KvFormat = Annotated[
     str | None, typer.Option("--kv-cache-dtype", help="Number format of the KV cache: {cache}.")
 ]
+Format = Annotated[
+    str,
+    typer.Option(
+        help="Of the weights: auto, stored, {load}. auto keeps what is stored, and rounds what "
+        "does not fit into memory."
+    ),
+]
+MaxContext = Annotated[
+    int | None,
+    typer.Option("--max-model-len", min=1, help="Tokens of context; by default what fits."),
+]
 Dtype = Annotated[
     str | None, typer.Option(help="bfloat16, float16 or float32; by default as stored.")
 ]

@@ -12,7 +12,10 @@ from opennemo.cli.options import (
     DEFAULT_MODEL,
     Device,
     Engines,
+    Format,
+    MaxContext,
     Model,
+    NamesFormats,
     Ranks,
     RayAddress,
     Replicas,
@@ -49,7 +52,7 @@ def serve(context: typer.Context) -> None:
     run(server)
 
 
-@app.command()
+@app.command(cls=NamesFormats)
 def batch(
     requests: Annotated[
         Path,
@@ -61,7 +64,8 @@ def batch(
     output: Annotated[Path, typer.Option("--output", "-o", help="The file of answers to write.")],
     model: Model = DEFAULT_MODEL,
     max_num_seqs: Annotated[int, typer.Option(help="Lines answered side by side.")] = 64,
-    max_model_len: Annotated[int | None, typer.Option(help="Tokens of context.")] = None,
+    max_model_len: MaxContext = None,
+    format: Format = "auto",
     served_model_name: Annotated[
         list[str] | None, typer.Option(help="What bodies may call the model; repeatable.")
     ] = None,
@@ -85,7 +89,7 @@ def batch(
 
     named = [f"--served-model-name={name}" for name in served_model_name or ()]
     options = flags(
-        max_num_seqs=max_num_seqs, max_model_len=max_model_len, device=device,
+        max_num_seqs=max_num_seqs, max_model_len=max_model_len, format=format, device=device,
         tensor_parallel_size=tensor_parallel_size,
     )  # fmt: skip
     _, spread = on_engines(engine, replicas, ray_address)

@@ -9,8 +9,12 @@ import typer
 from opennemo.cli.options import (
     DEFAULT_MODEL,
     Device,
+    Format,
+    KvFormat,
+    MaxContext,
     MaxTokens,
     Model,
+    NamesFormats,
     Ranks,
     Seed,
     Temperature,
@@ -24,7 +28,7 @@ from opennemo.errors import InvalidRequest
 app = typer.Typer()
 
 
-@app.command()
+@app.command(cls=NamesFormats)
 def chat(
     model: Model = DEFAULT_MODEL,
     system: Annotated[str | None, typer.Option(help="The system message.")] = None,
@@ -33,6 +37,9 @@ def chat(
     top_k: TopK = None,
     seed: Seed = None,
     max_tokens: MaxTokens = 2048,
+    format: Format = "auto",
+    max_context: MaxContext = None,
+    kv_format: KvFormat = None,
     device: Device = None,
     ranks: Ranks = 1,
 ) -> None:
@@ -44,7 +51,7 @@ def chat(
     from opennemo.terminal import answer, converse
 
     def load() -> Any:
-        return _load(model, device, ranks)
+        return _load(model, format, max_context, kv_format, device, ranks)
 
     if text is None:
         converse(model, system, load, sampling)
@@ -52,7 +59,7 @@ def chat(
         answer(text, system, load, sampling)
 
 
-@app.command()
+@app.command(cls=NamesFormats)
 def generate(
     model: Model,
     prompt: Annotated[str | None, typer.Argument(help="The text to continue.")] = None,
@@ -67,6 +74,9 @@ def generate(
     top_k: TopK = None,
     seed: Seed = None,
     max_tokens: MaxTokens = 256,
+    format: Format = "auto",
+    max_context: MaxContext = None,
+    kv_format: KvFormat = None,
     device: Device = None,
     ranks: Ranks = 1,
 ) -> None:
@@ -77,14 +87,22 @@ def generate(
     sampling = given(
         temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, max_tokens=max_tokens
     )
-    with _load(model, device, ranks) as llm:
+    with _load(model, format, max_context, kv_format, device, ranks) as llm:
         for piece in llm.complete(text or "", stop=tuple(stop or ()), **sampling):
             print(piece, end="", flush=True)
         print()
 
 
-def _load(model: str, device: str | None, ranks: int) -> Any:
+def _load(
+    model: str,
+    format: str,
+    max_context: int | None,
+    kv_format: str | None,
+    device: str | None,
+    ranks: int,
+) -> Any:
     from opennemo.engine import EngineConfig
     from opennemo.llm import LLM
 
-    return LLM.load(model, device=device, config=EngineConfig(tensor_parallel_size=ranks))
+    config = EngineConfig(max_context=max_context, kv_format=kv_format, tensor_parallel_size=ranks)
+    return LLM.load(model, device=device, config=config, format=format)

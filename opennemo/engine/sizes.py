@@ -1,15 +1,38 @@
-"""How large an engine is, by its settings, its model and the memory there is."""
+"""How large an engine is, by its settings, its model and the memory there is.
 
-from dataclasses import dataclass
+`fit` decides before a model is loaded: the form that its weights run in, and the context beside
+them. `cache_size` lays that out.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from opennemo.errors import InvalidRequest
 from opennemo.model.attention import FUSED_PAGE_SIZE
+from opennemo.model.checkpoint import Checkpoint, Form
 from opennemo.model.formats import SCALED_KV, plain
-from opennemo.model.memory import USABLE, machine_memory
+from opennemo.model.memory import (
+    STORED,
+    USABLE,
+    Needs,
+    activations,
+    automatic,
+    available_memory,
+    forms,
+    kv_bytes,
+)
 from opennemo.model.pages import Pages
-from opennemo.model.transformer import Transformer
+from opennemo.model.transformer import ModelConfig, Transformer
+from opennemo.progress import size
+
+PAGE_SIZE = 16  # tokens, on a CPU
+MORE_PAGES = 64  # than one sequence of the longest context takes
+# A form that leaves less context than this is passed over where another leaves more ...
+COMFORTABLE = 4096
+SMALLEST = 512  # ... and none that leaves less than this is chosen.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +89,7 @@ def cache_size(
     own = own.name if scale is None else SCALED_KV
     if scale is None and config.kv_scale is not None:
         scale = torch.full((model.config.n_layers, 2), config.kv_scale)
-    page_size = config.page_size or (FUSED_PAGE_SIZE if weight.is_cuda else 16)
+    page_size = config.page_size or (FUSED_PAGE_SIZE if weight.is_cuda else PAGE_SIZE)
     rest = {"page_size": page_size, "format": config.kv_format or own, "scale": scale}
     n_pages = config.n_pages
     if n_pages is None:  # one sequence of `max_context` and 64 more, or what memory has room for
@@ -74,6 +97,144 @@ def cache_size(
         device = f"cuda:{weight.device.index or 0}" if weight.is_cuda else "cpu"
         weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
         share = 1 if weight.is_cuda else config.tensor_parallel_size  # CPU ranks share its memory
-        room = int(USABLE * machine_memory()[device]) // share - weights
-        n_pages = max(1, min(-(-max_context // page_size) + 64, room // page))
+        room = int(USABLE * available_memory()[device]) // share - weights
+        n_pages = max(1, min(-(-max_context // page_size) + MORE_PAGES, room // page))
     return CacheSize(n_pages=n_pages, n_spare=int(weight.is_cuda), **rest)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """How a model runs in the memory there is, in bytes."""
+
+    name: str  # of the form
+    form: Form
+    needs: Needs
+    kv_format: str
+    per_page: int  # of the cache, of `page_size` tokens
+    page_size: int
+    n_pages: int  # that fit, at most what one sequence of the longest context and some more take
+    context: int  # tokens of one sequence that fit, at most what the model was trained for
+    fixed: int  # what is needed besides the cache
+    room: int  # what may be taken
+
+    def shortage(self, n_pages: int, n_tokens: int) -> str:
+        """Why so many pages do not fit, in numbers."""
+        rest, cache = self.fixed - self.needs.weights, n_pages * self.per_page
+        return (
+            f"{size(self.fixed + cache)} are needed ({size(self.needs.weights)} of weights in "
+            f"{self.name}, {size(cache)} of KV cache in {self.kv_format} for {n_tokens:,} tokens, "
+            f"{size(rest)} to load and to compute), and {size(self.room)} may be taken"
+        )
+
+
+def fits(
+    checkpoint: Checkpoint, device: str, config: EngineConfig, dtype: torch.dtype | None = None
+) -> dict[str, Fit]:
+    """What fits of each form that a model can run in, by name; with `dtype`, of that type alone."""
+    model, on_cpu, memory = checkpoint.config, device == "cpu", available_memory()
+    made = forms(checkpoint, device, config.adapters or config.tensor_parallel_size > 1)
+    if config.tensor_parallel_size > 1:  # rounds nothing
+        made = {name: form for name, form in made.items() if form.format is None}
+    if dtype is not None:
+        name = STORED if checkpoint.format else str(dtype).removeprefix("torch.")
+        made = {name: Form(dtype=dtype, head=made[STORED].head if STORED in made else None)}
+    room = int(USABLE * memory["cpu" if on_cpu else f"cuda:{torch.cuda.current_device()}"])
+    share = 1 if on_cpu else config.tensor_parallel_size  # CPU ranks share its memory
+    step = activations(model, config.max_batched_tokens, config.max_sequences) if on_cpu else 0
+    page_size = config.page_size or (PAGE_SIZE if on_cpu else FUSED_PAGE_SIZE)
+    longest = _longest(model, config)
+    wanted = config.n_pages or -(-longest // page_size) + MORE_PAGES
+    scaled = config.kv_scale is not None or checkpoint.read_kv_scale() is not None
+    result = {}
+    for name, form in made.items():
+        needs = Needs.of(checkpoint, form, device, config.adapters)
+        fixed = needs.weights // share + max(needs.loading, step)
+        for kv in _kv_formats(config, form, scaled, on_cpu):
+            per_page = -(-page_size * kv_bytes(model, kv) // share)
+            n_pages = max(0, min((room - fixed) // per_page, wanted))
+            result[name] = Fit(
+                name=name, form=form, needs=needs, kv_format=kv, per_page=per_page,
+                page_size=page_size, n_pages=n_pages, context=min(longest, n_pages * page_size),
+                fixed=fixed, room=room,
+            )  # fmt: skip
+            if n_pages == wanted:
+                break
+    return result
+
+
+def fit(
+    checkpoint: Checkpoint,
+    device: str,
+    config: EngineConfig,
+    format: str = "auto",
+    dtype: torch.dtype | None = None,
+) -> Fit:
+    """The form to load a model in and the context beside it, before anything is loaded.
+
+    "auto" takes the first of `automatic` that leaves room for the context that is asked for, or
+    for a comfortable one; a format that is named, or a `dtype`, is taken if it fits.
+
+    Raises:
+        InvalidRequest: there is no such form; or nothing fits, with the numbers and what would.
+    """
+    found = fits(checkpoint, device, config, dtype)
+    if dtype is None and format not in ("auto", *found):
+        stored = f", and the model is stored in {checkpoint.format}" if checkpoint.format else ""
+        raise InvalidRequest(f"format {format!r}: allowed are auto, {', '.join(found)}{stored}")
+    if dtype is not None:
+        tried = [*found.values()]
+    elif format == "auto":
+        tried = [found[name] for name in automatic(checkpoint, found, device)]
+    else:
+        tried = [found[format]]
+    asked, longest = config.max_context or config.n_pages, _longest(checkpoint.config, config)
+    wanted = longest if asked else min(longest, COMFORTABLE)
+    pages = {one.name: config.n_pages or -(-wanted // one.page_size) for one in tried}
+    best = next((one for one in tried if one.n_pages >= pages[one.name]), None)
+    if best is None and not asked:
+        best = max(tried, key=lambda one: one.context)
+        best = best if best.context >= min(longest, SMALLEST) else None
+    if best is not None:
+        return best
+    last, less = (
+        min(tried, key=lambda one: one.fixed),
+        replace(config, max_context=None, n_pages=None),
+    )
+    others = [
+        f"--format {one.name} with {one.context:,} tokens"
+        for one in fits(checkpoint, device, less).values()
+        if one.context >= SMALLEST
+    ]
+    raise InvalidRequest(
+        f"the model does not fit: {last.shortage(pages[last.name], wanted)}; "
+        + ("what fits: " + "; ".join(others) if others else "no format of it fits")
+    )
+
+
+def announcement(checkpoint: Checkpoint, config: EngineConfig, chosen: Fit, format: str) -> str:
+    """What a user should hear of a choice, in one line; nothing where nothing was given up."""
+    longest, said = _longest(checkpoint.config, config), []
+    if format == "auto" and chosen.form.format is not None:
+        said.append(f"weights are rounded to {chosen.name} as they are read")
+    if chosen.context < longest and config.n_pages is None:
+        said.append(f"the context is {chosen.context:,} tokens instead of {longest:,}")
+    if said and chosen.kv_format == "int8" and config.kv_format is None:
+        said.append("keys and values are in int8")
+    room = f"to fit into {size(chosen.room)}: "
+    return room + ", ".join(said) if said else ""
+
+
+def _longest(model: ModelConfig, config: EngineConfig) -> int:
+    longest = model.max_position_embeddings
+    return min(config.max_context or longest, longest)
+
+
+def _kv_formats(config: EngineConfig, form: Form, scaled: bool, on_cpu: bool) -> Iterable[str]:
+    """What a cache may be in: what is asked for, else by choice; on a CPU codes save context."""
+    if config.kv_format:
+        return (config.kv_format,)
+    if scaled:
+        return (SCALED_KV,)
+    own = plain(form.dtype or torch.float32)
+    assert own is not None, form.dtype
+    return (own.name, *(["int8"] if on_cpu else []))

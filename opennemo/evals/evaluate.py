@@ -84,7 +84,7 @@ def compare(folder: Path | None, runs: dict[str, list[ResultRow]]) -> report.Cel
 
 def _load(request: Request, format: str | None) -> LLM:
     config = EngineConfig(kv_format=request.kv_format, kv_scale=request.kv_scale)
-    return LLM.load(request.model, device=request.device, config=config, format=format)
+    return LLM.load(request.model, device=request.device, config=config, format=format or "auto")
 
 
 def _settings(request: Request) -> dict[str, Any]:

@@ -46,7 +46,7 @@ class OpenNemoLM(TemplateLM):
             kind = getattr(torch, dtype) if dtype and dtype != "auto" else None
             if not torch.cuda.is_available():  # "cuda" is the harness's default
                 device = None
-            pretrained = LLM.load(pretrained, device=device, dtype=kind, format=format)
+            pretrained = LLM.load(pretrained, device=device, dtype=kind, format=format or "auto")
         self.llm, self.run = pretrained, run
         self.llm.tokenizer.expect_corpus()
         self.cut: set[str] = set()

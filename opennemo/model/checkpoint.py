@@ -26,16 +26,22 @@ from opennemo.errors import CheckpointError
 from opennemo.files import new_folder, read_json, write_json
 from opennemo.model import compressed, layouts
 from opennemo.model.companions import copy_companions
-from opennemo.model.formats import BLOCKS, FORMATS, BlockFormat
+from opennemo.model.formats import BLOCKS, FORMATS, BlockFormat, Format, plain
 from opennemo.model.layouts import FolderLayout, Layout
-from opennemo.model.quantization import QuantizedEmbedding, QuantizedLinear, replace_module
-from opennemo.model.tensor_files import PLAIN, SafetensorFiles, write_safetensors
+from opennemo.model.quantization import (
+    QuantizedEmbedding,
+    QuantizedLinear,
+    quantize_rows,
+    replace_module,
+)
+from opennemo.model.tensor_files import PLAIN, SafetensorFiles, forget_pages, write_safetensors
 from opennemo.model.transformer import ModelConfig, Transformer
 from opennemo.progress import Progress
 
 # The file of settings, and the name of the weights up to its suffix.
 FILES = {"mistral": ("params.json", "consolidated"), "hf": ("config.json", "model")}
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+EMBEDDING, HEAD = "tok_embeddings.weight", "output.weight"
 MAX_SHARD = 5 * 10**9  # bytes, as on the hub
 
 
@@ -53,14 +59,28 @@ class Checkpoint:
         """Every weight's, as if nothing were stored in codes."""
         return weight_shapes(self.config)
 
+    @cached_property
+    def in_blocks(self) -> bool:
+        """Whether it is a GGUF file with matrices in blocks."""
+        return any(self._blocks_of(name) for name in self.shapes)
+
     @property
     def dtype(self) -> torch.dtype:
         """What the embedding is stored in, which stands for the rest; float32 if in blocks."""
-        return self.files.dtypes[layouts.spell("tok_embeddings.weight", self.layout)]
+        return self.files.dtypes[layouts.spell(EMBEDDING, self.layout)]
+
+    def stored_types(self) -> dict[str, tuple[int, int]]:
+        """What tensors are stored in, the largest part first: how many, and their bytes."""
+        types: dict[str, tuple[int, int]] = {}
+        for type, n_bytes in self.files.stored_types():
+            n, total = types.get(type, (0, 0))
+            types[type] = (n + 1, total + n_bytes)
+        return dict(sorted(types.items(), key=lambda item: -item[1][1]))
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """One tensor by Mistral's name: a view of the file where that is possible, else a copy."""
-        tensor = self.files.read(layouts.spell(name, self.layout), dtype)
+        own = layouts.spell(name, self.layout)
+        tensor = self.files.read(own, dtype or self.files.dtypes[own])
         # Codes, and scales of rows, follow their rows; what belongs to a whole matrix stays.
         if self.layout == "hf" and layouts.is_rotated(name) and tensor.numel() > 2:
             return layouts.halves_to_pairs(tensor, self.config.head_dim)
@@ -74,21 +94,50 @@ class Checkpoint:
         tensors = {suffix: self.read(f"{module}.{suffix}") for suffix in parts}
         return compressed.unpack(format, self.layout, shape, tensors)
 
-    def read_blocks(self, name: str) -> tuple[BlockFormat, dict[str, Tensor]] | None:
-        """One matrix of a GGUF file as its blocks, by Mistral's name, or None if it is in none.
+    def runs_in(self, name: str, form: "Form") -> Format:
+        """What a weight becomes as it is loaded, by Mistral's name; a tied head is one, too."""
+        rounded = FORMATS[self.format] if self.format else form.format
+        if rounded and compressed.is_stored_in_codes(name):
+            return rounded
+        if form.blocks and (blocks := self._blocks_of(name)):
+            return blocks
+        if form.head and name == HEAD:
+            return form.head
+        kept = plain(form.dtype or self.dtype)
+        assert kept is not None, form.dtype
+        return kept
+
+    def read_in(self, name: str, format: Format) -> dict[str, Tensor]:
+        """One matrix as the tensors of a format in codes: those stored, or rounded as it is read.
 
         What is in blocks that nothing multiplies becomes q8_0, and a warning says so.
         """
-        own = layouts.spell(name, self.layout)
-        if self.layout != "gguf" or len(self.shapes[name]) != 2:
+        if self.format and compressed.is_stored_in_codes(name):
+            return self.read_linear(name.removesuffix(".weight")).tensors
+        own = layouts.spell(self._stored_name(name), self.layout)
+        if self.layout == "gguf" and self.files.format_of(own) == format.name:
+            return {"weight": self.files.read_codes(own)}
+        if self.layout == "gguf" and self.files.is_rare(own):
+            rare = self.files.type_of(own)
+            message = f"weights in {rare} are rounded to {format.name} as they are read"
+            warnings.warn(message, stacklevel=3)
+        weight = self.read(self._stored_name(name))
+        tensors = quantize_rows(format, weight)
+        forget_pages(weight)
+        return tensors
+
+    def _stored_name(self, name: str) -> str:
+        """A weight's own name, or the embedding's for a head that is tied to it."""
+        return name if name in self.shapes else EMBEDDING
+
+    def _blocks_of(self, name: str) -> BlockFormat | None:
+        """What a matrix of a GGUF file runs in if it stays in its blocks; None if it is in none."""
+        own = layouts.spell(self._stored_name(name), self.layout)
+        if self.layout != "gguf" or len(self.files.shapes[own]) != 2:
             return None
         if format := self.files.format_of(own):
-            return BLOCKS[format], {"weight": self.files.read_codes(own)}
-        if not self.files.is_rare(own):
-            return None
-        message = f"weights in {self.files.type_of(own)} are rounded to q8_0 as they are read"
-        warnings.warn(message, stacklevel=3)
-        return BLOCKS["q8_0"], BLOCKS["q8_0"].quantize(self.files.read(own, torch.float32))
+            return BLOCKS[format]
+        return BLOCKS["q8_0"] if self.files.is_rare(own) else None
 
     def read_kv_scale(self) -> Tensor | None:
         """Scales (L, 2) of keys and values for a KV cache in FP8, if the model brings them.
@@ -132,44 +181,52 @@ def read_config(path: Path) -> ModelConfig:
     return open_checkpoint(path).config
 
 
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """What weights become as they are loaded; `Checkpoint.runs_in` says it of each."""
+
+    dtype: torch.dtype | None = None  # of what is not in codes; None: the embedding's as stored
+    blocks: bool = False  # what a GGUF file has in blocks stays so, but for what `format` names
+    format: Format | None = None  # the matrices of the model's blocks are rounded to it
+    head: Format | None = None  # the head is, where it is in no blocks
+
+
 def load(
     source: Path | Checkpoint,
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
-    blocks: bool = False,
+    form: Form | None = None,
 ) -> Transformer:
     """A model folder or `.gguf` file as a model, by default in the type it is stored in.
 
     Takes the memory of the model and of one weight more. Weights that lie in the file as they are
     wanted take none: they are mapped, privately, so that training may write to them. So are the
-    matrices of a GGUF file in codes, with `blocks`; otherwise they are dequantised.
+    matrices of a GGUF file in codes, if `form` keeps them; otherwise they are dequantised.
+
+    Args:
+        dtype: in place of a `form`, the type of what is not in codes.
 
     Raises:
         CheckpointError: not a model, incomplete, damaged, or of a kind that is not supported.
     """
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
-    model = empty_model(checkpoint.config)
-    for name in checkpoint.shapes:
-        if checkpoint.format and compressed.is_stored_in_codes(name):
-            path_of = name.removesuffix(".weight")
-            replace_module(model, path_of, checkpoint.read_linear(path_of).to(device))
-            continue
-        module, _, kind = name.rpartition(".")
-        if blocks and (found := checkpoint.read_blocks(name)):
-            format, shape = found[0], checkpoint.shapes[name]
-            tensors = {name: tensor.to(device) for name, tensor in found[1].items()}
+    form, config = form or Form(dtype=dtype), checkpoint.config
+    model = empty_model(config)
+    for name in (*checkpoint.shapes, *([HEAD] if config.tied_embeddings else ())):
+        format, (module, _, kind) = checkpoint.runs_in(name, form), name.rpartition(".")
+        if format.in_codes:
+            shape = checkpoint.shapes.get(name, checkpoint.shapes[EMBEDDING])
+            tensors = {n: t.to(device) for n, t in checkpoint.read_in(name, format).items()}
             stored: nn.Module = QuantizedLinear(format, shape, tensors)
-            if name == "tok_embeddings.weight":
-                if checkpoint.config.tied_embeddings:
-                    replace_module(model, "output", stored)
-                stored = QuantizedEmbedding(format, shape, tensors, dtype or checkpoint.dtype)
+            if name == EMBEDDING:
+                stored = QuantizedEmbedding(format, shape, tensors, form.dtype or checkpoint.dtype)
             replace_module(model, module, stored)
-            continue
-        weight = checkpoint.read(name, dtype or checkpoint.dtype).to(device)
-        setattr(model.get_submodule(module), kind, nn.Parameter(weight))
-    if checkpoint.config.tied_embeddings and isinstance(model.tok_embeddings, nn.Embedding):
-        model.output.weight = model.tok_embeddings.weight
+        elif name in checkpoint.shapes:
+            weight = checkpoint.read(name, format.weights.dtype).to(device)
+            setattr(model.get_submodule(module), kind, nn.Parameter(weight))
+        else:
+            model.output.weight = model.tok_embeddings.weight
     return model
 
 
@@ -304,7 +361,7 @@ def _compare(
     # What may be stored though it is not needed: a tied head, in old files RoPE's angles, and the
     # scales of a KV cache in FP8.
     ignored = (
-        layouts.spell("output.weight", layout), "rotary_emb.inv_freq",
+        layouts.spell(HEAD, layout), "rotary_emb.inv_freq",
         *(name for pair in compressed.KV_SCALES[layout] for name in pair),
     )  # fmt: skip
     problems = {
@@ -383,7 +440,7 @@ def write_model(
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_json(folder / f"{stem}.safetensors.index.json", index)
-    dtype = tensors["tok_embeddings.weight"][0]
+    dtype = tensors[EMBEDDING][0]
     stored_as = {"torch_dtype": str(dtype).removeprefix("torch.")} if layout == "hf" else {}
     content = layouts.write_settings(config, layout) | stored_as | dict(more_settings or {})
     write_json(folder / settings, content)

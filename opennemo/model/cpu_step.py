@@ -4,8 +4,6 @@ Its weights are packed for the kernel, whatever number format they are in; the m
 let go of meanwhile.
 """
 
-import ctypes
-import mmap
 from collections.abc import Iterator
 
 import torch
@@ -15,6 +13,7 @@ from opennemo.kernels import cpu
 from opennemo.model.attention import Paged
 from opennemo.model.formats import FORMATS, plain
 from opennemo.model.quantization import QuantizedEmbedding, QuantizedLinear
+from opennemo.model.tensor_files import forget_pages
 from opennemo.model.transformer import Block, Transformer
 
 
@@ -116,20 +115,5 @@ def _empty(linear: nn.Module) -> None:
     if format is None or format.in_place:
         return  # the kernel reads what it has
     for tensor in (*linear.parameters(), *linear.buffers()):
-        _forget_pages(tensor)
+        forget_pages(tensor)
         tensor.data = tensor.new_empty(0)
-
-
-def _forget_pages(tensor: Tensor) -> None:
-    """Take the memory pages that lie wholly inside a tensor from it; its numbers are lost.
-
-    A file stays mapped as long as one of its tensors lives, and what was read of it counts as ours:
-    loading would seem to take, and in a container would take, twice the model.
-    """
-    page = mmap.PAGESIZE
-    start = -(-tensor.data_ptr() // page) * page
-    length = (tensor.data_ptr() + tensor.nbytes) // page * page - start
-    if length > 0 and hasattr(mmap, "MADV_DONTNEED") and tensor.is_contiguous():
-        ctypes.CDLL(None).madvise(
-            ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_DONTNEED
-        )

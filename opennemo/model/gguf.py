@@ -12,6 +12,7 @@ Specification: docs/gguf.md of ggml, versions 2 and 3, little-endian.
 
 import math
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -101,6 +102,11 @@ class GGUF:
             raise CheckpointError(f"{path}: {error}") from error
         except (OSError, ValueError, struct.error, RecursionError) as error:
             raise CheckpointError(f"{path}: damaged, or not GGUF: {error}") from error
+
+    def stored_types(self) -> Iterator[tuple[str, int]]:
+        """What each tensor is stored in, as ggml calls it, and its bytes."""
+        for entry in self._entries.values():
+            yield entry.type.name, entry.n_bytes
 
     def type_of(self, name: str) -> str:
         """What a tensor is stored in, as ggml calls it."""

@@ -1,69 +1,157 @@
-"""What a model needs and what fits: arithmetic over its shape, before anything is loaded.
+"""What a model needs and what there is: arithmetic over its shape, before anything is loaded.
 
-Weights are counted as they are stored: the matrices of the blocks in the format, embedding, head
-and norms in bf16 if those are codes. The KV cache takes 2 * L * K * H numbers a token.
+A `Form` says what weights become as they are loaded, `forms` which of them a model can have, and
+`Needs` what one takes. How much context goes beside it is the engine's business (engine/sizes.py).
 """
 
 import math
 import os
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from opennemo.model.checkpoint import weight_shapes
-from opennemo.model.formats import FORMATS, Format, names
+from opennemo.model.checkpoint import EMBEDDING, HEAD, Checkpoint, Form
+from opennemo.model.formats import FORMATS, names
 from opennemo.model.pages import rounding_of
 from opennemo.model.transformer import ModelConfig
 
-# Leaves room for activations, the logits of a step, and PyTorch itself.
+# Leaves room for what is not counted: PyTorch's own, grammars, fragments.
 USABLE = 0.9
+STORED = "stored"  # the form of a model that stays in the codes it is stored in
+# What weights that do not fit are rounded to, best first.
+ROUNDED = {"cpu": ("int8", "int4"), "cuda": ("fp8", "int4")}
+
+
+def forms(checkpoint: Checkpoint, device: str, adapters: bool = False) -> dict[str, Form]:
+    """The forms that a model can run in on "cpu" or "cuda", by name; the best comes first.
+
+    Those that follow `ROUNDED` are not chosen unless they are named.
+    """
+    on_cpu, own = device == "cpu", checkpoint.dtype
+    # PyTorch, which runs adapters, would decode blocks anew for every step.
+    blocks = on_cpu and checkpoint.in_blocks and not adapters
+    if on_cpu:
+        rest = own if own == torch.bfloat16 else torch.float32
+        best = ("bf16", "fp32") if own == torch.bfloat16 else ("fp32", "bf16")
+    else:
+        rest, best = torch.bfloat16, ("bf16", "fp32")
+    # A quarter of a small model's time is its head. Codes of 8 bits cost it next to nothing
+    # (docs/log.md), and it is what llama.cpp does, too; folders keep it whole for others.
+    head = FORMATS["int8"] if on_cpu else None
+    made = {}
+    if checkpoint.format or blocks:
+        made[STORED] = Form(dtype=rest, blocks=blocks, head=head if checkpoint.format else None)
+    if checkpoint.format is None:
+        for name in dict.fromkeys((*best, *ROUNDED[device], *names("load"))):
+            row = FORMATS[name]
+            made[name] = Form(dtype=row.weights.dtype)
+            if row.in_codes:
+                made[name] = Form(dtype=rest, blocks=blocks, format=row, head=head)
+    return made
+
+
+def automatic(checkpoint: Checkpoint, made: dict[str, Form], device: str) -> list[str]:
+    """The names of `forms` that are tried where none is asked for, in this order."""
+    # Twice the bytes say nothing that 16 bits did not.
+    wider = "fp32" if checkpoint.dtype == torch.bfloat16 or device != "cpu" else ""
+    tried = [name for name in made if name in (STORED, "fp32", "bf16") and name != wider]
+    tried = tried[:1] if STORED in made else tried
+    return tried + [name for name in ROUNDED[device] if name in made]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Needs:
-    """The memory that a model needs, in bytes, by format."""
+    """What a model takes in a form, in bytes."""
 
-    config: ModelConfig
-    n_parameters: int
-    weights: dict[str, int]
-    kv_per_token: dict[str, int]
+    weights: int  # as they run
+    loading: int  # besides, while they are loaded
+    read: int  # of the weights, for one token
 
     @classmethod
-    def of(cls, config: ModelConfig) -> "Needs":
-        """Without loading it."""
-        shapes = weight_shapes(config)
-        n_parameters = sum(map(math.prod, shapes.values()))
-        matrices = [s for name, s in shapes.items() if "layers." in name and len(s) == 2]
-        rest, heads = n_parameters - sum(map(math.prod, matrices)), 2 * config.n_layers
-        heads *= config.n_kv_heads
+    def of(
+        cls, checkpoint: Checkpoint, form: Form, device: str = "cpu", adapters: bool = False
+    ) -> "Needs":
+        """Without loading it. With `adapters` a CPU keeps packed weights twice."""
+        on_cpu, shapes = device == "cpu", checkpoint.shapes
+        tied = checkpoint.config.tied_embeddings
+        weights = loading = read = 0
+        for name, shape in (shapes | ({HEAD: shapes[EMBEDDING]} if tied else {})).items():
+            format = checkpoint.runs_in(name, form)
+            n_bytes = format.nbytes(math.prod(shape[:-1]), shape[-1])
+            in_place = format.kernel is not None and format.kernel.in_place
+            packed = on_cpu and len(shape) == 2 and name != EMBEDDING and not in_place
+            if not (name == HEAD and tied) or packed:
+                weights += n_bytes * (2 if packed and adapters else 1)
+            if name != EMBEDDING:
+                read += n_bytes
+            # A matrix in float32, as it was dequantised, and in its form, while it is packed.
+            expanded = 4 * math.prod(shape) if checkpoint.in_blocks and not in_place else 0
+            loading = max(loading, expanded + n_bytes * packed)
+        return cls(weights=weights, loading=loading, read=read)
 
-        def weights(format: Format) -> int:
-            number = 2 if format.in_codes else format.weights.dtype.itemsize
-            return number * rest + sum(format.nbytes(*shape) for shape in matrices)
 
-        return cls(
-            config=config,
-            n_parameters=n_parameters,
-            weights={name: weights(FORMATS[name]) for name in names("load")},
-            kv_per_token={
-                name: round(heads * rounding_of(name).row_bytes(config.head_dim))
-                for name in names("cache")
-            },
-        )
+def kv_bytes(config: ModelConfig, kv: str) -> int:
+    """What a token of context takes in a KV cache of a format, on all layers."""
+    heads = 2 * config.n_layers * config.n_kv_heads
+    return math.ceil(heads * rounding_of(kv).row_bytes(config.head_dim))
 
-    def max_context(self, memory: int, weights: str, kv: str) -> int:
-        """Tokens of context that `memory` bytes have room for beside the weights, 0 if for none."""
-        room = int(USABLE * memory) - self.weights[weights]
-        return max(0, min(room // self.kv_per_token[kv], self.config.max_position_embeddings))
+
+def activations(config: ModelConfig, n_tokens: int, n_rows: int) -> int:
+    """What a step of so many tokens takes on a CPU, with logits of `n_rows`, thrice: to choose."""
+    c = config
+    attention = (2 * c.n_heads + 2 * c.n_kv_heads + 1) * c.head_dim
+    return 4 * (n_tokens * (3 * c.dim + attention + 2 * c.hidden_dim) + 3 * n_rows * c.vocab_size)
 
 
 def machine_memory() -> dict[str, int]:
     """Bytes of memory by device: "cpu", what a container may use of it, and each "cuda:N"."""
-    memory = {"cpu": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")}
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.exists() and (text := limit.read_text().strip()).isdigit():
-        memory["cpu"] = min(memory["cpu"], int(text))
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = {"cpu": min([physical, *(limit for limit, _ in _control_groups())])}
     for i in range(torch.cuda.device_count()):
         memory[f"cuda:{i}"] = torch.cuda.get_device_properties(i).total_memory
     return memory
+
+
+def available_memory() -> dict[str, int]:
+    """What can be taken of it now; files in memory give way, so they do not count as used."""
+    free = [machine_memory()["cpu"], *(limit - used for limit, used in _control_groups())]
+    if (meminfo := Path("/proc/meminfo")).exists():
+        match = re.search(r"^MemAvailable: +(\d+) kB", meminfo.read_text("ascii"), re.MULTILINE)
+        free += [int(match[1]) * 1024] if match else []
+    memory = {"cpu": max(0, min(free))}
+    for i in range(torch.cuda.device_count()):
+        memory[f"cuda:{i}"] = torch.cuda.mem_get_info(i)[0]
+    return memory
+
+
+def _control_groups() -> Iterator[tuple[int, int]]:
+    """Limits of this process's groups, and what is used of each: cgroups of both versions."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text("ascii").splitlines()
+    except OSError:
+        return
+    root = Path("/sys/fs/cgroup")
+    for _, controllers, path in (line.split(":", 2) for line in lines):
+        if controllers == "":
+            mount, limit, usage, prefix = root, "memory.max", "memory.current", ""
+        elif "memory" in controllers.split(","):
+            mount, prefix = root / "memory", "total_"
+            limit, usage = "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        # In a container the path may be the host's; its own group is then mounted at the top.
+        inner = mount / path.lstrip("/")
+        for group in (inner, *inner.parents):
+            if not group.is_relative_to(mount):
+                break
+            try:
+                most, used = (group / limit).read_text("ascii"), (group / usage).read_text("ascii")
+                stat = (group / "memory.stat").read_text("ascii")
+            except OSError:
+                continue
+            if most.strip().isdigit():
+                files = re.findall(rf"^{prefix}(?:in)?active_file (\d+)", stat, re.MULTILINE)
+                yield int(most), max(0, int(used) - sum(map(int, files)))

@@ -18,6 +18,7 @@ from opennemo.model.transformer import Attend
 
 # Layers that see the same input. Engines fuse them into one product, with one scale.
 FUSED = (("wq", "wk", "wv"), ("w1", "w3"))
+PART = 2**20  # weights that are rounded at a time
 
 
 class QATLinear(nn.Linear):
@@ -252,12 +253,17 @@ def quantize_(
 def quantize_head_(model: nn.Module, format: Format) -> None:
     """Replace the output head by its stored form; a tied embedding keeps its precision."""
     weight = model.get_parameter("output.weight").detach()
-    # In parts, which stay in the processor's cache and keep temporaries small; rows are rounded
-    # one by one in every format that a head can have.
+    model.output = QuantizedLinear(format, weight.shape, quantize_rows(format, weight))
+
+
+def quantize_rows(format: Format, weight: Tensor) -> dict[str, Tensor]:
+    """A matrix (O, D) as the tensors of a format that rounds its rows one by one.
+
+    In parts, which stay in the processor's cache and keep temporaries small.
+    """
     assert format.weights.share != "tensor"
-    parts = [format.quantize(rows) for rows in weight.split(1024)]
-    tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    model.output = QuantizedLinear(format, weight.shape, tensors)
+    parts = [format.quantize(rows) for rows in weight.split(max(1, PART // weight.shape[1]))]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def quantize_linear(

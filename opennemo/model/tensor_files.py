@@ -7,9 +7,11 @@ only what lies in memory whole, so writing is done here: a length, a JSON header
 Specification: https://github.com/huggingface/safetensors#format
 """
 
+import ctypes
 import json
 import math
-from collections.abc import Callable, Collection, Mapping
+import mmap
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -72,6 +74,28 @@ class SafetensorFiles:
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """One tensor; a view of the file, without a copy, where it is stored as `dtype`."""
         return self._files[name].get_tensor(name).to(dtype or self.dtypes[name])
+
+    def stored_types(self) -> Iterator[tuple[str, int]]:
+        """What each tensor is stored in, and its bytes."""
+        for name, dtype in self.dtypes.items():
+            n_bytes = math.prod(self.shapes[name]) * dtype.itemsize
+            yield str(dtype).removeprefix("torch."), n_bytes
+
+
+def forget_pages(tensor: Tensor) -> None:
+    """Take the memory pages that lie wholly inside a tensor from it.
+
+    Its numbers are lost, unless it is a view of a file, which they come back from. A file stays
+    mapped as long as one of its tensors lives, and what was read of it counts as ours: loading
+    would seem to take, and in a container would take, twice the model.
+    """
+    page = mmap.PAGESIZE
+    start = -(-tensor.data_ptr() // page) * page
+    length = (tensor.data_ptr() + tensor.nbytes) // page * page - start
+    if length > 0 and hasattr(mmap, "MADV_DONTNEED") and tensor.is_contiguous():
+        ctypes.CDLL(None).madvise(
+            ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_DONTNEED
+        )
 
 
 def write_safetensors(

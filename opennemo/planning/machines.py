@@ -1,6 +1,7 @@
 """The machines that a run is planned for: cards, and how many there are."""
 
 import re
+import time
 from dataclasses import dataclass
 
 from opennemo.errors import InvalidRequest
@@ -28,6 +29,19 @@ CARDS = {
     "l40s": Card(memory=45.0 * GIB, flops=362e12, link=32 * GB, network=25 * GB),
     "4090": Card(memory=24.0 * GIB, flops=165e12, link=32 * GB, network=12.5 * GB),
 }
+
+
+def read_bandwidth() -> float:
+    """Bytes a second that this machine reads from memory, the best of some tries; half a second."""
+    import torch
+
+    block, seconds = torch.ones(1 << 26), []
+    # Which of them waits for nothing but memory depends on the processor.
+    for read in 5 * (block.sum, lambda: torch.dot(block, block)):
+        start = time.perf_counter()
+        read()
+        seconds.append(time.perf_counter() - start)
+    return block.nbytes / min(seconds)
 
 
 @dataclass(frozen=True)

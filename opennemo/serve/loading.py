@@ -36,7 +36,7 @@ def load_model(settings: Settings) -> LLM:
     dtype = None if settings.dtype == "auto" else getattr(torch, settings.dtype)
     llm = LLM.load(
         settings.model, device=settings.device, dtype=dtype, config=config,
-        format=settings.quantization,
+        format=settings.quantization or settings.format,
     )  # fmt: skip
     try:
         for name, folder in modules.items():

@@ -24,6 +24,7 @@ from pydantic_settings import (
 
 from opennemo.errors import InvalidRequest
 from opennemo.model.formats import FORMATS, SCALED_KV, names
+from opennemo.model.memory import STORED
 from opennemo.serve.auth import LOOPBACK
 
 Names = Annotated[list[str], NoDecode]
@@ -65,6 +66,10 @@ VLLM_ONLY = frozenset(
 )  # fmt: skip
 
 
+def _formats() -> list[str]:
+    return ["auto", STORED, *names("load")]
+
+
 def _quantizations() -> list[str]:
     return [name for name in names("load") if FORMATS[name].in_codes]
 
@@ -98,6 +103,11 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on.")
     device: str | None = Field(None, description="cpu or cuda; by default a GPU if there is one.")
+    format: Annotated[str, AfterValidator(_one_of(_formats))] = Field(
+        "auto",
+        description="Of the weights: auto keeps what is stored, and rounds what does not fit into "
+        f"memory; {', '.join(_formats()[1:])}.",
+    )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     quantization: Annotated[str, AfterValidator(_one_of(_quantizations))] | None = Field(
         None, description=f"Round weights as they are loaded: {', '.join(_quantizations())}."
@@ -215,6 +225,8 @@ class Settings(BaseSettings):
             raise ValueError(f"listening on {self.host} needs --api-key, or --insecure")
         if not self.replicas and (self.max_replicas or self.ray_address):
             raise ValueError("--max-replicas and --ray-address need --replicas")
+        if (self.format != "auto") + (self.dtype != "auto") + (self.quantization is not None) > 1:
+            raise ValueError("--format, --dtype and --quantization exclude each other")
         if self.max_replicas and self.max_replicas < self.replicas:
             raise ValueError("--max-replicas is below --replicas")
         if any(len(key) < 8 for key in (*self.api_key, self.admin_key or "long enough")):

@@ -28,6 +28,6 @@ def test_a_context_that_does_not_fit_into_memory_is_shortened(model, monkeypatch
     page = 2 * 2 * 16 * 2 * 16 * 4  # bytes: k and v, layers, tokens, heads, channels, float32
     weights = sum(p.nbytes for p in model.parameters())
     memory = {"cpu": int((weights + 5.5 * page) / 0.9)}
-    monkeypatch.setattr("opennemo.engine.sizes.machine_memory", lambda: memory)
+    monkeypatch.setattr("opennemo.engine.sizes.available_memory", lambda: memory)
     engine = LocalEngine(deepcopy(model), [])
     assert (engine.cache.n_pages, engine.max_context) == (5, 80)

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from opennemo.errors import CheckpointError
 from opennemo.model import layouts
 from opennemo.model.attention import Packed
-from opennemo.model.checkpoint import load
+from opennemo.model.checkpoint import Form, load
 from opennemo.model.companions import read_generation_config
 from opennemo.model.formats import BLOCKS
 from opennemo.model.gguf import CHUNK, FORMATS, GGUF, PLAIN, RARE
@@ -174,7 +174,7 @@ def test_a_type_that_is_not_supported_is_not_called_damage(number, tmp_path):
 def test_blocks_stay_as_they_are_in_the_file(type, tied, tmp_path):
     path = tmp_path / "model.gguf"
     expected = write(path, replace(CONFIG, tied_embeddings=tied), type)
-    codes = load(path, blocks=True)
+    codes = load(path, form=Form(blocks=True))
     assert [name for name, p in codes.named_parameters() if p.dim() > 1] == []
     mapped = GGUF(path).read_codes("token_embd.weight")
     embedding, head = codes.get_submodule("tok_embeddings"), codes.get_submodule("output")
@@ -196,7 +196,7 @@ def test_blocks_stay_as_they_are_in_the_file(type, tied, tmp_path):
 def test_rarer_types_are_rounded_to_eight_bits_and_say_so(type, tmp_path):
     expected = write(tmp_path / "model.gguf", replace(CONFIG, n_layers=1), type)
     with pytest.warns(UserWarning, match=f"in {type.name} are rounded to q8_0"):
-        codes = load(tmp_path / "model.gguf", blocks=True)
+        codes = load(tmp_path / "model.gguf", form=Form(blocks=True))
     for path, module in codes.named_modules():
         if isinstance(module, QuantizedLinear):
             assert module.format is BLOCKS["q8_0"]
