@@ -353,7 +353,9 @@ def start_ours(folder: str, threads: int) -> None:
     """In a fresh process: load, say a token, decode 32 sequences; print seconds and peak bytes."""
     torch.set_num_threads(threads)
     start = time.perf_counter()
-    with LLM.load(folder, config=EngineConfig(n_pages=32 * (CONTEXT // PAGE + 1))) as llm:
+    with LLM.load(
+        folder, config=EngineConfig(n_pages=32 * (CONTEXT // PAGE + 1), n_draft_tokens=0)
+    ) as llm:
         llm.complete([1, 2, 3], max_tokens=1, temperature=0).finish()
         seconds = time.perf_counter() - start
         prompts = [[100 + (31 * i + 7 * s) % 40_000 for i in range(CONTEXT)] for s in range(32)]

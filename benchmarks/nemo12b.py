@@ -255,7 +255,7 @@ def main() -> None:
         n_bytes = sum(
             t.nbytes for name, t in model.state_dict().items() if "tok_embeddings" not in name
         )
-        engine = LocalEngine(model, [], EngineConfig(n_pages=64))
+        engine = LocalEngine(model, [], EngineConfig(n_pages=64, n_draft_tokens=0))
         seconds = time.perf_counter() - start
     finally:
         if options.folder is None:

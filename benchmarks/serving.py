@@ -135,7 +135,7 @@ async def load(port: int, model: str, n_clients: int, n_tokens: int) -> Measured
 def engine_alone(folder: str, n_clients: int, n_tokens: int) -> None:
     """In a process of its own: the same questions without HTTP and text; tokens a second."""
     # Without the cache, as otherwise a second round would have no prompts to compute.
-    config = EngineConfig(max_context=CONTEXT, prefix_caching=False)
+    config = EngineConfig(max_context=CONTEXT, prefix_caching=False, n_draft_tokens=0)
     with LLM.load(folder, config=config) as llm:
         llm.chat(messages(999), temperature=0, max_tokens=4).finish()
         for _ in sys.stdin:  # a line asks for a round

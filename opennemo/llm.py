@@ -80,12 +80,14 @@ class LLM:
         Raises:
             CheckpointError: there is no such model, or it cannot be used.
             InvalidRequest: the model cannot run in this format; or it does not fit, or the context
-                that `config` asks for does not: with the numbers, and what would fit.
+                that `config` asks for does not: with the numbers, and what would fit; or the draft
+                model has another vocabulary.
         """
         path, config = locate(model), config or EngineConfig()
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         tokenizer, defaults, eos_ids = _text_side(path)
         checkpoint = open_checkpoint(path)
+        draft = None if config.draft is None else _load_draft(config.draft, tokenizer, device)
         chosen = fit(checkpoint, torch.device(device).type, config, format, dtype)
         if line := announcement(checkpoint, config, chosen, format):
             print(f"opennemo: {line}", file=sys.stderr)
@@ -101,7 +103,7 @@ class LLM:
         else:
             net = load(checkpoint, device=device, form=chosen.form)
         engine = LocalEngine(
-            net, eos_ids, config, checkpoint.read_kv_scale(), ranks, tokenizer.vocab_size
+            net, eos_ids, config, checkpoint.read_kv_scale(), ranks, tokenizer.vocab_size, draft
         )
         engine.start()
         return cls(_name(path, model), tokenizer, engine, defaults)
@@ -271,6 +273,18 @@ def _share(
 ) -> Transformer:
     """What a rank loads, in a process of its own; see Ranks."""
     return load_share(open_checkpoint(path), rank, n_ranks, device=device, dtype=dtype)
+
+
+def _load_draft(model: str, tokenizer: Tokenizer, device: str) -> Transformer:
+    """A small model that guesses for one with this tokenizer."""
+    path = locate(model)
+    if not tokenizer.has_vocabulary_of(load_tokenizer(path)):
+        raise InvalidRequest(
+            f"draft {model}: its vocabulary is not that of the model it guesses for"
+        )
+    checkpoint = open_checkpoint(path)
+    form = fit(checkpoint, torch.device(device).type, EngineConfig(n_pages=1)).form
+    return load(checkpoint, device=device, form=form)
 
 
 def _text_side(path: Path) -> tuple[Tokenizer, SamplingParams, set[int]]:

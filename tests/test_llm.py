@@ -4,8 +4,11 @@ import importlib.util
 
 import pytest
 
+from opennemo.engine import EngineConfig
 from opennemo.errors import ContextTooLong, InvalidRequest
 from opennemo.llm import LLM
+from opennemo.model.checkpoint import save
+from opennemo.model.transformer import PRESETS, Transformer
 from opennemo.tokenizer.tekken import SINGLE_BYTES, Tekken
 
 BYTES = Tekken(r"(?s:.)", SINGLE_BYTES, n_special=64)  # one token a byte
@@ -54,3 +57,20 @@ def test_what_does_not_fit_says_so_and_the_next_request_goes_on(llm):
     with pytest.raises(InvalidRequest, match="temperature"):
         llm.complete("x", temperature=-1)
     assert llm.complete("One plus one is", temperature=0, max_tokens=3).text
+
+
+@needs_smollm2
+def test_a_draft_model_guesses_and_one_of_another_vocabulary_is_refused(llm, tmp_path):
+    """The model itself is the draft, so that most of what it guesses is kept."""
+    config = EngineConfig(draft="smollm2-135m-instruct", n_draft_tokens=3, max_context=512)
+    question = [{"role": "user", "content": "Tell me about the sea."}]
+    with LLM.load("smollm2-135m-instruct", config=config) as guessing:
+        for sampling in ({"temperature": 0}, {"temperature": 0.8, "top_p": 0.9, "seed": 1}):
+            answer = guessing.chat(question, max_tokens=40, **sampling)
+            assert answer.text == llm.chat(question, max_tokens=40, **sampling).text
+        stats = guessing.engine.stats()
+        assert stats["draft_tokens_kept"] > 0.5 * stats["draft_tokens"] > 0
+    save(Transformer(PRESETS["tiny"]), tmp_path, layout="mistral")
+    BYTES.save(tmp_path / "tekken.json")
+    with pytest.raises(InvalidRequest, match=f"draft {tmp_path}: its vocabulary"):
+        LLM.load("smollm2-135m-instruct", config=EngineConfig(draft=str(tmp_path)))

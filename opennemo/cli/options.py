@@ -25,6 +25,12 @@ Device = Annotated[str | None, typer.Option(help="cpu or cuda; by default a GPU 
 Ranks = Annotated[
     int, typer.Option("--tensor-parallel-size", min=1, help="Processes, or GPUs, that share it.")
 ]
+Draft = Annotated[
+    str | None,
+    typer.Option(
+        help="A small model of the same vocabulary that guesses ahead; no answer changes."
+    ),
+]
 NewFolder = Annotated[Path, typer.Argument(help="The folder to write; it must not contain files.")]
 KvFormat = Annotated[
     str | None, typer.Option("--kv-cache-dtype", help="Number format of the KV cache: {cache}.")

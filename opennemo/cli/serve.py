@@ -11,6 +11,7 @@ import typer
 from opennemo.cli.options import (
     DEFAULT_MODEL,
     Device,
+    Draft,
     Engines,
     Format,
     MaxContext,
@@ -71,6 +72,7 @@ def batch(
     ] = None,
     device: Device = None,
     tensor_parallel_size: Ranks = 1,
+    draft: Draft = None,
     engine: Engines = "process",
     replicas: Replicas = None,
     ray_address: RayAddress = None,
@@ -90,7 +92,7 @@ def batch(
     named = [f"--served-model-name={name}" for name in served_model_name or ()]
     options = flags(
         max_num_seqs=max_num_seqs, max_model_len=max_model_len, format=format, device=device,
-        tensor_parallel_size=tensor_parallel_size,
+        tensor_parallel_size=tensor_parallel_size, draft=draft,
     )  # fmt: skip
     _, spread = on_engines(engine, replicas, ray_address)
     configure_logs("warning" if spread else "error")

@@ -9,6 +9,7 @@ import typer
 from opennemo.cli.options import (
     DEFAULT_MODEL,
     Device,
+    Draft,
     Format,
     KvFormat,
     MaxContext,
@@ -42,6 +43,7 @@ def chat(
     kv_format: KvFormat = None,
     device: Device = None,
     ranks: Ranks = 1,
+    draft: Draft = None,
 ) -> None:
     """Talk to a model. Without a terminal, answer the text on standard input, once."""
     sampling = given(
@@ -51,7 +53,7 @@ def chat(
     from opennemo.terminal import answer, converse
 
     def load() -> Any:
-        return _load(model, format, max_context, kv_format, device, ranks)
+        return _load(model, format, max_context, kv_format, device, ranks, draft)
 
     if text is None:
         converse(model, system, load, sampling)
@@ -79,6 +81,7 @@ def generate(
     kv_format: KvFormat = None,
     device: Device = None,
     ranks: Ranks = 1,
+    draft: Draft = None,
 ) -> None:
     """Continue a text as it stands, without a chat layout."""
     if (prompt is None) == (file is None):
@@ -87,7 +90,7 @@ def generate(
     sampling = given(
         temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, max_tokens=max_tokens
     )
-    with _load(model, format, max_context, kv_format, device, ranks) as llm:
+    with _load(model, format, max_context, kv_format, device, ranks, draft) as llm:
         for piece in llm.complete(text or "", stop=tuple(stop or ()), **sampling):
             print(piece, end="", flush=True)
         print()
@@ -100,9 +103,12 @@ def _load(
     kv_format: str | None,
     device: str | None,
     ranks: int,
+    draft: str | None,
 ) -> Any:
     from opennemo.engine import EngineConfig
     from opennemo.llm import LLM
 
-    config = EngineConfig(max_context=max_context, kv_format=kv_format, tensor_parallel_size=ranks)
+    config = EngineConfig(
+        max_context=max_context, kv_format=kv_format, tensor_parallel_size=ranks, draft=draft
+    )
     return LLM.load(model, device=device, config=config, format=format)

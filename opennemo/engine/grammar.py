@@ -56,6 +56,10 @@ class Matcher:
         """Take the token that was chosen; returns what went wrong, if anything did."""
         return None if self._matcher.consume_token(token) else self.error
 
+    def copy(self) -> "Matcher":
+        """One that goes on from here by itself."""
+        return Matcher(self._matcher.deep_copy())
+
     @property
     def error(self) -> str:
         """Why nothing may follow, in one line; "" if nothing is wrong."""

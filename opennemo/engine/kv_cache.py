@@ -121,7 +121,7 @@ class KVCache:
                 self._free[page] = None
         sequence.pages.clear()
         sequence.page_keys.clear()
-        sequence.n_computed = 0
+        sequence.n_computed = sequence.n_drafted = 0
 
     def reset(self) -> None:
         """Forget every prefix; pages in use stay in use."""

@@ -8,10 +8,12 @@ and the others go on. The engine knows ids, not text.
 
 import itertools
 import logging
+import time
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Many
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +21,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from opennemo.engine.drafts import Drafter, SmallModel, fill_masks
 from opennemo.engine.engine import check_pair, check_request
 from opennemo.engine.kv_cache import KVCache
 from opennemo.engine.loop import Loop
 from opennemo.engine.params import SamplingParams
 from opennemo.engine.ranks import Ranks
 from opennemo.engine.runner import Runner
-from opennemo.engine.sampler import bias_, sample, target_logprobs, token_logprobs
+from opennemo.engine.sampler import sample, target_logprobs, token_logprobs
 from opennemo.engine.scheduler import Scheduler
 from opennemo.engine.scoring import Pair, Score, Scoring
 from opennemo.engine.sequence import Chunk, Sequence
@@ -50,11 +53,13 @@ class LocalEngine(Loop):
         kv_scale: Tensor | None = None,
         ranks: Ranks | None = None,
         n_tokens: int | None = None,
+        draft: Transformer | None = None,
     ):
         """`kv_scale` (L, 2) are the scales of keys and of values, for a cache in fp8.
 
         With `ranks` the model is the share of rank 0. A model may have more rows than `n_tokens`,
-        the tokens of its vocabulary; none of the others is taken or chosen.
+        the tokens of its vocabulary; none of the others is taken or chosen. `draft` is a small
+        model of the same vocabulary, which guesses at what comes next.
 
         Raises:
             InvalidRequest: the KV cache's format is unknown, or fp8 and without scales.
@@ -70,13 +75,23 @@ class LocalEngine(Loop):
         self.max_context = min(longest, size.n_pages * size.page_size)
         self.cache = KVCache(size.n_pages, size.page_size, config.prefix_caching)
         self.scheduler = Scheduler(
-            self.cache, config.max_batched_tokens, config.max_sequences, config.n_draft_tokens,
+            self.cache, config.max_batched_tokens, config.max_sequences,
             max_rows=max(config.max_sequences, MAX_LOGITS // self.vocab_size),
         )  # fmt: skip
         if ranks is not None:
             ranks.begin(size)
         self.ranks = ranks
         self.runner = Runner(model, size, config.adapters, ranks)
+        n_guesses = config.n_draft_tokens
+        if draft is None and self.runner.device.type != "cpu":
+            n_guesses = n_guesses or 0  # a GPU's recorded steps have one token a sequence
+        small_model = None
+        if draft is not None:
+            pages = {"n_pages": size.n_pages, "page_size": size.page_size, "kv_format": None}
+            own = cache_size(draft, replace(config, **pages), longest, None)
+            small_model = SmallModel(Runner(draft, own), self.vocab_size)
+        self.drafter = Drafter(n_guesses, self.eos_ids, small_model)
+        self._runners = [self.runner, *([small_model.runner] if small_model else [])]
         self.adapters: dict[str, Adapter] = {}
         self._ids = itertools.count(1)
         self._sequences: dict[int, dict[int, Sequence]] = {}  # alive, by request and index
@@ -147,10 +162,12 @@ class LocalEngine(Loop):
     def sleep(self) -> None:
         self.stop()
         self.cache.reset()
-        self.runner.sleep()
+        for runner in self._runners:
+            runner.sleep()
 
     def wake(self) -> None:
-        self.runner.wake()
+        for runner in self._runners:
+            runner.wake()
         self.start()
 
     def close(self) -> None:
@@ -169,13 +186,18 @@ class LocalEngine(Loop):
             "prefix_cache_queries": cache.n_asked_tokens,
             "prefix_cache_hits": cache.n_hit_tokens,
             "preemptions": scheduler.n_preemptions,
+            "draft_tokens": self.drafter.n_guessed,
+            "draft_tokens_kept": self.drafter.n_kept,
         }
 
     def _step(self) -> bool:
+        start = time.perf_counter()
+        self.drafter.guess(self.scheduler.running, self.cache)
+        guessed = time.perf_counter()
         chunks = self.scheduler.next_step()
         if not chunks:
             return bool(self.scheduler.waiting or self.scheduler.scores)
-        masks = self._masks.submit(self._fill_masks, chunks)  # while the model runs
+        masks = self._masks.submit(fill_masks, chunks, self.vocab_size)  # while the model runs
         try:
             logits = self.runner.run(chunks)[:, : self.vocab_size]
         except RuntimeError as error:  # out of memory, a kernel that fails: other requests go on
@@ -184,7 +206,11 @@ class LocalEngine(Loop):
                 self._finish(chunk.sequence, "error", f"the model failed: {error}")
             self.failed = self.failed or self.runner.is_broken
             return True
-        self._advance(chunks, logits, masks.result())
+        self.drafter.follow(chunks)
+        n_tokens = self._advance(chunks, logits, masks.result())
+        if all(chunk.n_new == 1 for chunk in chunks):
+            seconds = time.perf_counter() - guessed
+            self.drafter.pace.note(len(logits), n_tokens, seconds, guessed - start)
         return True
 
     def _add(self, sequences: list[Sequence]) -> None:
@@ -197,36 +223,25 @@ class LocalEngine(Loop):
             if index in (None, sequence.index):
                 self._finish(sequence, "cancelled")
 
-    def _fill_masks(self, chunks: list[Chunk]) -> dict[Sequence, np.ndarray]:
-        """Which tokens may come next, one bit each, for answers that follow a grammar."""
-        masks = {}
-        for chunk in chunks:
-            matcher = chunk.sequence.matcher
-            if matcher is not None and chunk.reaches_end:
-                masks[chunk.sequence] = np.zeros(-(-self.vocab_size // 32), np.int32)
-                matcher.fill(masks[chunk.sequence])
-        return masks
-
     def _advance(
-        self, chunks: list[Chunk], logits: Tensor, masks: dict[Sequence, np.ndarray]
-    ) -> None:
-        """Book what was computed, choose tokens where a chunk reached its end, and pass them on."""
+        self, chunks: list[Chunk], logits: Tensor, masks: dict[Sequence, list[np.ndarray]]
+    ) -> int:
+        """Book what was computed, choose tokens where a chunk reached its end, and pass them on.
+
+        -> how many came.
+        """
         ends = list(itertools.accumulate(chunk.n_rows for chunk in chunks))
-        ready = [
-            (chunk, end - 1)
-            for chunk, end in zip(chunks, ends, strict=True)
-            if chunk.reaches_end and chunk.sequence.max_tokens
-        ]
-        plain = [(chunk, row) for chunk, row in ready if not chunk.draft]
-        sequences = [chunk.sequence for chunk, _ in plain]
-        bits = {i: masks[s] for i, s in enumerate(sequences) if s in masks}
-        index = torch.tensor([row for _, row in plain], dtype=torch.int64)
-        index = index.to(logits.device, non_blocking=True)
-        tokens = sample(logits[index], sequences, self.eos_ids, bits)
+        choices, bits, prefixes, rows = [chunk.prefixes for chunk in chunks], {}, [], []
+        for chunk, end, places in zip(chunks, ends, choices, strict=True):
+            bits |= dict(enumerate(masks.get(chunk.sequence, ()), len(prefixes)))
+            prefixes += places
+            rows += range(end - len(places), end)
+        index = torch.tensor(rows, dtype=torch.int64).to(logits.device, non_blocking=True)
+        tokens = sample(logits[index], prefixes, self.eos_ids, bits)
         # On a GPU nothing waits for the step before its last number is needed, here.
         top = logits.amax(-1)
         numbers = torch.cat((top.isfinite(), tokens)).tolist()
-        healthy, tokens = numbers[: len(logits)], numbers[len(logits) :]
+        healthy, chosen = numbers[: len(logits)], iter(numbers[len(logits) :])
         scores = target_logprobs(logits, top, chunks)
         for chunk, end in zip(chunks, ends, strict=True):
             sequence, start = chunk.sequence, end - chunk.n_rows
@@ -235,7 +250,7 @@ class LocalEngine(Loop):
             if not all(healthy[start:end]):
                 self._finish(sequence, "error", "the model computed a number that is not finite")
                 continue
-            if sequence in masks and not masks[sequence].any():
+            if sequence in masks and not masks[sequence][0].any():
                 reason = sequence.matcher and sequence.matcher.error
                 wrong = InvalidRequest(f"the grammar allows no token: {reason}")
                 self._finish(sequence, "error", wrong)
@@ -247,26 +262,30 @@ class LocalEngine(Loop):
             self.cache.publish(sequence)
             if not (sequence.max_tokens or sequence.n_pending):
                 self._finish(sequence, "stop")
-        for (chunk, row), token in zip(plain, tokens, strict=True):
-            sequence, n_top = chunk.sequence, chunk.sequence.params.logprobs
-            if not sequence.finished:
-                logprobs = None if n_top is None else token_logprobs(logits[row], token, n_top)
-                self._append(sequence, token, logprobs)
-        for chunk, row in ready:
-            if chunk.draft and not chunk.sequence.finished:
-                self._check_draft(chunk, logits[row - len(chunk.draft) : row + 1])
+        n_tokens = 0
+        for chunk, end, places in zip(chunks, ends, choices, strict=True):
+            tokens = list(itertools.islice(chosen, len(places)))
+            if tokens and not chunk.sequence.finished:
+                n_tokens += self._take(chunk, tokens, logits[end - len(tokens) : end])
+        return n_tokens
 
-    def _check_draft(self, chunk: Chunk, logits: Tensor) -> None:
-        """Keep the drafted tokens as far as greedy choice agrees, and the one token after them."""
-        sequence, logits = chunk.sequence, logits.clone()
-        for row in logits:  # what depends on the answer so far is not drafted
-            bias_(row, sequence, self.eos_ids)
-        for guess, token in zip((*chunk.draft, None), logits.argmax(-1).tolist(), strict=True):
-            self._append(sequence, token, None)
+    def _take(self, chunk: Chunk, tokens: list[int], logits: Tensor) -> int:
+        """Take the tokens that were chosen after a chunk's prefixes, as far as guesses were right.
+
+        `logits` (R, V) are the rows that they were chosen from -> how many are taken.
+        """
+        sequence, n_top = chunk.sequence, chunk.sequence.params.logprobs
+        for n, (guess, token) in enumerate(zip((*chunk.draft, None), tokens, strict=True)):
+            logprobs = None if n_top is None else token_logprobs(logits[n], token, n_top)
+            self._append(sequence, token, logprobs)
             if sequence.finished or token != guess:
-                return
+                break
             sequence.n_computed += 1
             self.cache.publish(sequence)
+        sequence.n_drafted = min(sequence.n_drafted, sequence.n_computed)
+        if chunk.draft:
+            self.drafter.learn(sequence, len(chunk.draft), n + (token == guess))
+        return n + 1
 
     def _note_prompt_logprobs(self, chunk: Chunk, logits: Tensor) -> None:
         """Keep how likely the model found each token of the prompt; row i predicts token i + 1."""

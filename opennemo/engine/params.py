@@ -68,10 +68,3 @@ class SamplingParams:
         """Whether the choice of a token depends on which tokens came before."""
         penalties = (self.repetition_penalty - 1, self.presence_penalty, self.frequency_penalty)
         return any(penalties)
-
-    @property
-    def can_be_drafted(self) -> bool:
-        """Whether several tokens may be checked at once: greedy, each independent of the rest."""
-        greedy = self.temperature == 0 and not self.penalises and self.min_tokens == 0
-        free = not self.bad_words and self.grammar is None
-        return greedy and free and self.logprobs is None

@@ -5,10 +5,11 @@ cache. It knows nothing of requests' fates, only which tokens stand where and wh
 Rows that follow an adapter take PyTorch's path through the same pages, beside the compiled one.
 """
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +22,15 @@ from opennemo.model.pages import Pages
 from opennemo.model.step import Step, compile_step
 from opennemo.model.torch_step import TorchStep
 from opennemo.model.transformer import Transformer
+
+
+class Stretch(NamedTuple):
+    """Tokens of one sequence that follow one another, to be computed."""
+
+    start: int  # the place of the first
+    tokens: list[int]
+    n_rows: int  # of how many, at the end, logits are wanted
+    pages: list[int]  # of the sequence
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,15 +115,17 @@ class Runner:
                 self.copy_page(*chunk.copy)
         plain = [chunk for chunk in chunks if chunk.sequence.adapter is None]
         if len(plain) == len(chunks):
-            return self.compute(self._lay_out(chunks))
+            return self.compute(self.lay_out(map(_stretch, chunks)))
         if self._adapted_step is None:
             raise RuntimeError("this engine was not made for adapters")
         others = [chunk for chunk in chunks if chunk.sequence.adapter is not None]
         logits = []
         if plain:
-            logits += self.compute(self._lay_out(plain)).split([c.n_rows for c in plain])
+            logits += self.compute(self.lay_out(map(_stretch, plain))).split(
+                [c.n_rows for c in plain]
+            )
         with adapted(self.model, self._rows_by_adapter(others)):
-            inputs = self._place(self._lay_out(others))
+            inputs = self._place(self.lay_out(map(_stretch, others)))
             logits += self._adapted_step(*inputs).split([c.n_rows for c in others])
         of_chunk = dict(zip(map(id, (*plain, *others)), logits, strict=True))
         return torch.cat([of_chunk[id(chunk)] for chunk in chunks])
@@ -128,26 +140,26 @@ class Runner:
     def _together(self, verb: str, *args: Any) -> AbstractContextManager[None]:
         return nullcontext() if self._ranks is None else self._ranks.together(verb, *args)
 
-    def _lay_out(self, chunks: list[Chunk]) -> Layout:
-        tokens, positions, slots, rows, context_lens = [], [], [], [], []
-        for chunk in chunks:
-            start, new = chunk.sequence.n_computed, chunk.tokens
-            end, pages = start + len(new), chunk.sequence.pages
+    def lay_out(self, stretches: Iterable[Stretch]) -> Layout:
+        """Stretches of different sequences, end to end."""
+        tokens, positions, slots, rows, lengths, context_lens, tables = ([] for _ in range(7))
+        for start, new, n_rows, pages in stretches:
+            end = start + len(new)
             tokens += new
             positions += range(start, end)
             slots += [
                 pages[p // self.page_size] * self.page_size + p % self.page_size
                 for p in range(start, end)
             ]
-            rows += range(len(tokens) - chunk.n_rows, len(tokens))
+            rows += range(len(tokens) - n_rows, len(tokens))
+            lengths.append(len(new))
             context_lens.append(end)
-        lengths = [len(chunk.tokens) for chunk in chunks]
+            tables.append(pages)
         width = max(-(-n // self.page_size) for n in context_lens)
-        page_table = [c.sequence.pages[:width] for c in chunks]
         return Layout(
             tokens=tokens, positions=positions, slots=slots, rows=rows, lengths=lengths,
             context_lens=context_lens,
-            page_table=[pages + [0] * (width - len(pages)) for pages in page_table],
+            page_table=[pages[:width] + [0] * (width - len(pages)) for pages in tables],
         )  # fmt: skip
 
     def _place(self, layout: Layout) -> tuple[Tensor, Paged, Tensor]:
@@ -176,3 +188,8 @@ class Runner:
 
     def _tensor(self, values: list, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.tensor(values, dtype=dtype).to(self.device, non_blocking=True)
+
+
+def _stretch(chunk: Chunk) -> Stretch:
+    sequence = chunk.sequence
+    return Stretch(sequence.n_computed, chunk.tokens, chunk.n_rows, sequence.pages)

@@ -1,7 +1,8 @@
 """Choose the next token of every row at once, each by its own rules.
 
-Seeds hold in any batch: a row consumes exactly one uniform number, drawn from its
-own sequence's generator, and finds its token by inverting the cumulative distribution. Filters
+Seeds hold in any batch: a row has exactly one uniform number, its sequence's for that place of the
+answer, and finds its token by inverting the cumulative distribution. So a place's token is the same
+whether or not those before it were guessed. Filters
 (top-k, top-p, min-p) look at the likeliest `HEAD` tokens, sorted; the full vocabulary is sorted
 only for the rare row whose nucleus is larger.
 """
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from opennemo.engine.params import SamplingParams
-from opennemo.engine.sequence import Chunk, Sequence
+from opennemo.engine.sequence import Chunk, Prefix, Sequence
 from opennemo.engine.token import TokenLogprobs
 
 HEAD = 1024
@@ -20,29 +21,29 @@ FORBIDDEN = -1e9  # finite: where a grammar allows nothing but such tokens, one 
 
 def sample(
     logits: Tensor,
-    sequences: list[Sequence],
+    prefixes: list[Prefix],
     eos_ids: frozenset[int],
     masks: dict[int, np.ndarray] | None = None,
 ) -> Tensor:
-    """The next token (S,) of each sequence from its row of logits (S, V), changed in place.
+    """The next token (S,) after each prefix from its row of logits (S, V), changed in place.
 
     `masks` holds, for rows whose answer follows a grammar, one bit for each token that may come.
     """
-    for i, sequence in enumerate(sequences):
-        bias_(logits[i], sequence, eos_ids)
+    for i, prefix in enumerate(prefixes):
+        _bias_(logits[i], prefix, eos_ids)
     if masks:
         bits = torch.from_numpy(np.stack(list(masks.values()))).to(logits.device)
         places = torch.arange(32, dtype=torch.int32, device=logits.device)
         allowed = (bits[:, :, None] >> places & 1).flatten(1)[:, : logits.shape[1]].bool()
         rows = list(masks)
         logits[rows] = logits[rows].masked_fill(~allowed, -torch.inf)
-    penalised = [i for i, s in enumerate(sequences) if s.params.penalises]
+    penalised = [i for i, p in enumerate(prefixes) if p.params.penalises]
     if penalised:
-        logits[penalised] = _penalise(logits[penalised], [sequences[i] for i in penalised])
+        logits[penalised] = _penalise(logits[penalised], [prefixes[i] for i in penalised])
     tokens = logits.argmax(-1)
-    random = [i for i, s in enumerate(sequences) if s.params.temperature > 0]
+    random = [i for i, p in enumerate(prefixes) if p.params.temperature > 0]
     if random:
-        tokens[random] = _draw(logits[random], [sequences[i] for i in random])
+        tokens[random] = _draw(logits[random], [prefixes[i] for i in random])
     return tokens
 
 
@@ -86,9 +87,9 @@ def target_logprobs(
     return scores
 
 
-def bias_(row: Tensor, sequence: Sequence, eos_ids: frozenset[int]) -> None:
+def _bias_(row: Tensor, prefix: Prefix, eos_ids: frozenset[int]) -> None:
     """Apply what a request asks for single tokens to its row of logits (V,), in place."""
-    params = sequence.params
+    params = prefix.params
     if params.logit_bias:
         ids = torch.tensor(list(params.logit_bias), device=row.device)
         row[ids] += torch.tensor(list(params.logit_bias.values()), device=row.device)
@@ -97,41 +98,52 @@ def bias_(row: Tensor, sequence: Sequence, eos_ids: frozenset[int]) -> None:
         others[list(params.allowed_ids)] = 0
         row += others
     if params.bad_words:
-        answer = sequence.tokens[sequence.n_prompt :]
+        answer = prefix.answer
         for *start, last in params.bad_words:
             if answer[len(answer) - len(start) :] == start:
                 row[last] = FORBIDDEN
-    if sequence.n_output < params.min_tokens and params.grammar is None:
+    if prefix.n_output < params.min_tokens and params.grammar is None:
         row[list(eos_ids | params.stop_ids)] = -torch.inf
 
 
-def _penalise(logits: Tensor, sequences: list[Sequence]) -> Tensor:
+def _penalise(logits: Tensor, prefixes: list[Prefix]) -> Tensor:
     """Repetition (CTRL, arXiv:1909.05858), presence and frequency penalties, (S, V) -> (S, V)."""
+    rows_of: dict[Sequence, list[int]] = {}
+    for row, prefix in enumerate(prefixes):
+        rows_of.setdefault(prefix.sequence, []).append(row)
 
-    def count(of: list[list[int]]) -> Tensor:
-        rows = [i for i, tokens in enumerate(of) for _ in tokens]
-        ids = [id for tokens in of for id in tokens]
+    def count(start: int | None) -> Tensor:
+        """How often each token stands in the answer, or from `start` on."""
         counts = torch.zeros_like(logits)
-        at = (torch.tensor(rows, dtype=torch.int64), torch.tensor(ids, dtype=torch.int64))
-        return counts.index_put_(at, torch.ones(len(ids), device=logits.device), accumulate=True)
+        for sequence, rows in rows_of.items():  # what its prefixes share is counted once
+            ids = sequence.tokens[sequence.n_prompt if start is None else start :]
+            counts[rows] = torch.bincount(
+                torch.tensor(ids, dtype=torch.int64, device=logits.device),
+                minlength=logits.shape[1],
+            ).float()
+        for row, prefix in enumerate(prefixes):
+            for guess in prefix.guesses:
+                counts[row, guess] += 1
+        return counts
 
     def column(name: str) -> Tensor:
-        values = [getattr(s.params, name) for s in sequences]
+        values = [getattr(p.params, name) for p in prefixes]
         return torch.tensor(values, device=logits.device)[:, None]
 
     repetition = column("repetition_penalty")
-    seen = count([s.tokens for s in sequences]) > 0
+    seen = count(0) > 0
     scaled = torch.where(logits > 0, logits / repetition, logits * repetition)
     logits = torch.where(seen, scaled, logits)
-    answered = count([s.tokens[s.n_prompt :] for s in sequences])
+    answered = count(None)
     presence, frequency = column("presence_penalty"), column("frequency_penalty")
     return logits - presence * (answered > 0) - frequency * answered
 
 
-def _draw(logits: Tensor, sequences: list[Sequence]) -> Tensor:
+def _draw(logits: Tensor, prefixes: list[Prefix]) -> Tensor:
     """Sample each row of (S, V) under its temperature and filters -> ids (S,)."""
-    params = [s.params for s in sequences]
-    uniform = torch.tensor([s.rng.random() for s in sequences], device=logits.device)
+    params = [p.params for p in prefixes]
+    numbers = [p.sequence.uniform(p.n_output) for p in prefixes]
+    uniform = torch.tensor(numbers, device=logits.device)
     temperature = torch.tensor([p.temperature for p in params], device=logits.device)
     # Float64 so that a vocabulary's worth of rounding cannot move a token across its border.
     logits = logits.double() / temperature[:, None]

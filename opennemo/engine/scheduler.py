@@ -9,7 +9,6 @@ requests.
 Continuous batching is Orca's (OSDI 2022), chunked prefill Sarathi's (arXiv:2403.02310).
 """
 
-from array import array
 from collections import deque
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -27,7 +26,6 @@ class Scheduler:
     cache: KVCache
     max_batched_tokens: int  # in one step, over all sequences
     max_sequences: int  # that run at the same time
-    n_draft_tokens: int = 0  # guessed by prompt lookup for each greedy sequence
     max_rows: int = 2**31  # of logits in one step, without drafts
     n_preemptions: int = 0
     waiting: deque[Sequence] = field(default_factory=deque)
@@ -49,13 +47,17 @@ class Scheduler:
         """Chunks to compute together; empty only when nothing runs or waits."""
         budget, rows = self.max_batched_tokens, self.max_rows
         chunks, preempted = [], False
+        # Guesses take no room from other sequences' next tokens.
+        spare = max(0, budget - sum(s.n_pending == 1 for s in self.running))
         for sequence in sorted(self.running, key=lambda s: s.n_pending > 1):  # decoding first
             if min(budget, rows) <= 0:
                 break
             if sequence not in self.running:  # preempted in this very loop
                 continue
-            chunk = self._chunk(sequence, budget, rows)
-            end = sequence.n_computed + len(chunk.tokens)
+            chunk = self._chunk(sequence, budget, rows, spare)
+            end = sequence.n_computed + chunk.n_new
+            if not self.cache.extend(sequence, end + len(chunk.draft)):
+                chunk = replace(chunk, draft=())  # no other gives way to guesses
             while not self.cache.extend(sequence, end):
                 preempted = True
                 busy = {id(c.sequence) for c in chunks}
@@ -67,12 +69,14 @@ class Scheduler:
                 chunks.append(chunk)
                 budget -= len(chunk.tokens)
                 rows -= chunk.n_rows
+                spare -= len(chunk.draft)
         for sequence in (*islice(self.waiting, LOOKAHEAD), *islice(self.scores, LOOKAHEAD)):
             if preempted or min(budget, rows) <= 0 or len(self.running) >= self.max_sequences:
                 break
             if not sequence.is_ready:
                 continue
             source = self.cache.match(sequence)
+            sequence.n_drafted = sequence.n_computed
             chunk, n_pages = self._chunk(sequence, budget, rows), len(sequence.pages)
             if not self.cache.extend(sequence, sequence.n_computed + len(chunk.tokens)):
                 self.cache.release(sequence)
@@ -89,41 +93,14 @@ class Scheduler:
     def _queue(self, sequence: Sequence) -> deque[Sequence]:
         return self.waiting if sequence.max_tokens else self.scores
 
-    def _chunk(self, sequence: Sequence, budget: int, rows: int) -> Chunk:
+    def _chunk(self, sequence: Sequence, budget: int, rows: int, n_guesses: int = 0) -> Chunk:
         n_rowless = max(0, sequence.first_row - sequence.n_computed)
         n_new = min(sequence.n_pending, budget, n_rowless + rows)
-        room = min(
-            self.n_draft_tokens,
-            budget - n_new,
-            sequence.max_tokens - sequence.n_output - 1,
-        )
-        if n_new == 1 == sequence.n_pending and room > 0 and sequence.params.can_be_drafted:
-            return Chunk(sequence, 1, look_up(sequence.tokens, room))
-        return Chunk(sequence, n_new)
+        guesses = sequence.guesses if sequence.n_pending == 1 else ()
+        return Chunk(sequence, n_new, guesses[:n_guesses])
 
     def _preempt(self, sequence: Sequence) -> None:
         self.n_preemptions += 1
         self.running.remove(sequence)
         self.cache.release(sequence)
         self._queue(sequence).appendleft(sequence)
-
-
-def look_up(tokens: list[int], n: int, longest: int = 3) -> tuple[int, ...]:
-    """Guess the next n tokens: what followed the last time the latest few tokens stood together.
-
-    Prompt-lookup decoding: answers that quote, edit or summarise their prompt repeat it. Tries
-    the last `longest` tokens first, then fewer; () when none of them occurred before.
-
-    >>> look_up([1, 2, 3, 4, 9, 1, 2, 3], 2)
-    (4, 9)
-    """
-    text, width = array("q", tokens).tobytes(), 8
-    for size in range(min(longest, len(tokens) - 1), 0, -1):
-        tail = text[-size * width :]
-        at = text.rfind(tail, 0, len(text) - width)
-        while at > 0 and at % width:  # found astride two tokens
-            at = text.rfind(tail, 0, at + len(tail) - 1)
-        if at >= 0:
-            start = at // width + size
-            return tuple(tokens[start : start + n])
-    return ()

@@ -8,6 +8,7 @@ no tensors.
 """
 
 import random
+from array import array
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -49,7 +50,10 @@ class Sequence:
     targets: list[Target] = field(default_factory=list)  # of a score, by place
     scores: list[tuple[float, bool]] = field(default_factory=list)  # of `targets`; is it likeliest?
     matcher: Matcher | None = None  # where the answer stands in its grammar
+    guesses: tuple[int, ...] = ()  # at the tokens that come next; see drafts.py
+    n_drafted: int = 0  # tokens that lie in the draft model's cache
     finished: bool = False
+    _uniforms: array = field(default_factory=lambda: array("d"))
 
     def __post_init__(self) -> None:
         self.n_prompt = len(self.tokens)
@@ -57,9 +61,15 @@ class Sequence:
             self.matcher = self.params.grammar.start()
 
     @cached_property
-    def rng(self) -> random.Random:
+    def _rng(self) -> random.Random:
         seed = self.params.seed
         return random.Random(None if seed is None else f"{seed}/{self.index}")
+
+    def uniform(self, place: int) -> float:
+        """The random number, from 0 to 1, that chooses the answer's token at a place."""
+        while len(self._uniforms) <= place:
+            self._uniforms.append(self._rng.random())
+        return self._uniforms[place]
 
     @property
     def n_pending(self) -> int:
@@ -85,6 +95,25 @@ class Sequence:
         """Whether its leader has computed what they share."""
         leader = self.leader
         return leader is None or leader.finished or leader.n_computed >= self.n_shared
+
+
+class Prefix(NamedTuple):
+    """A sequence, and guesses at its next tokens, after which another one is chosen."""
+
+    sequence: Sequence
+    guesses: tuple[int, ...] = ()
+
+    @property
+    def params(self) -> SamplingParams:
+        return self.sequence.params
+
+    @property
+    def n_output(self) -> int:
+        return self.sequence.n_output + len(self.guesses)
+
+    @property
+    def answer(self) -> list[int]:
+        return [*self.sequence.tokens[self.sequence.n_prompt :], *self.guesses]
 
 
 @dataclass(frozen=True)
@@ -114,6 +143,13 @@ class Chunk:
         """How many of its last positions are to be turned into logits."""
         end = self.sequence.n_computed + self.n_new
         return max(0, min(self.n_new, end - self.sequence.first_row)) + len(self.draft)
+
+    @property
+    def prefixes(self) -> list[Prefix]:
+        """After which tokens are chosen, by the last rows, if it reaches the end of an answer."""
+        if not (self.reaches_end and self.sequence.max_tokens):
+            return []
+        return [Prefix(self.sequence, self.draft[:i]) for i in range(len(self.draft) + 1)]
 
     @property
     def targets(self) -> list[Target]:

@@ -49,7 +49,10 @@ class EngineConfig:
     max_sequences: int = 64  # that run at the same time
     max_queued: int = 1024  # that wait; one more is refused
     prefix_caching: bool = True
-    n_draft_tokens: int = 0  # guessed by prompt lookup and checked in one step; 0: off
+    # Guessed for a sequence and checked in one step; 0: off; None: as many as are worth it, and on
+    # a GPU without `draft` none.
+    n_draft_tokens: int | None = None
+    draft: str | None = None  # a small model of the same vocabulary, which guesses
     adapters: bool = False  # whether requests may name one; on a CPU this keeps weights twice
     tensor_parallel_size: int = 1  # ranks that share every layer
 

@@ -30,6 +30,7 @@ def load_model(settings: Settings) -> LLM:
         max_queued=settings.max_num_queued_reqs,
         prefix_caching=settings.enable_prefix_caching,
         n_draft_tokens=settings.num_speculative_tokens,
+        draft=settings.draft,
         adapters=bool(modules or settings.lora_root),
         tensor_parallel_size=settings.tensor_parallel_size,
     )

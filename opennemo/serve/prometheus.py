@@ -43,6 +43,8 @@ ENGINE = {  # from Engine.stats; many replicas add theirs up
     "kv_cache_pages_used": (GaugeMetricFamily, "Pages of the KV cache in use"),
     "prefix_cache_queries": (CounterMetricFamily, "Prompt tokens looked up"),
     "prefix_cache_hits": (CounterMetricFamily, "Prompt tokens found in the cache"),
+    "draft_tokens": (CounterMetricFamily, "Tokens guessed ahead"),
+    "draft_tokens_kept": (CounterMetricFamily, "Guesses that were right"),
     "preemptions": (CounterMetricFamily, "Answers that gave their pages back"),
 }
 SIZES = (1, 10, 50, 100, 500, 1000, 5000, 10_000, 50_000, 100_000)

@@ -162,7 +162,13 @@ class Settings(BaseSettings):
     share_prefix_cache: bool = Field(
         False, description="Between keys, which must trust each other."
     )
-    num_speculative_tokens: int = Field(0, ge=0, le=64, description="Guessed by prompt lookup.")
+    num_speculative_tokens: int | None = Field(
+        None, ge=0, le=64,
+        description="Guessed for an answer in each step; 0: off; by default as many as save time.",
+    )  # fmt: skip
+    draft: str | None = Field(
+        None, description="A small model of the same vocabulary that guesses ahead."
+    )
     override_generation_config: dict[str, float] = Field(
         {}, description='Defaults of requests, e.g. {"temperature": 0.3}.'
     )

@@ -57,6 +57,12 @@ class Tokenizer(ABC):
             raise IndexError(f"{id} is no token id")
         return self._bytes[id]
 
+    def has_vocabulary_of(self, other: "Tokenizer") -> bool:
+        """Whether every id stands for the same in both."""
+        if (self.vocab_size, dict(self.control)) != (other.vocab_size, dict(other.control)):
+            return False
+        return all(self.token_bytes(i) == other.token_bytes(i) for i in range(self.vocab_size))
+
     def decode(self, ids: Iterable[int], *, show_control: bool = False) -> str:
         """Text of the ids; control tokens vanish, or appear by name with `show_control`.
 

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from opennemo.engine.kv_cache import KVCache
 from opennemo.engine.params import SamplingParams
-from opennemo.engine.scheduler import Scheduler, look_up
+from opennemo.engine.scheduler import Scheduler
 from opennemo.engine.scoring import plan
 from opennemo.engine.sequence import Sequence
 
@@ -115,14 +115,3 @@ def test_scores_keep_to_their_rows_and_let_answers_go_first(pairs, n_pages, budg
             break
     assert all(len(s.scores) == len(s.targets) for s in scores) and cache.n_used == 0
     assert sum(len(s.targets) for s in scores) == sum(len(ids) for _, ids in pairs)
-
-
-@given(st.lists(st.integers(0, 3), min_size=1, max_size=40), st.integers(1, 5))
-def test_look_up_quotes_what_followed(tokens, n):
-    guess = look_up(tokens, n)
-    assert len(guess) <= n
-    if guess:
-        at = [i for i in range(len(tokens)) if tuple(tokens[i : i + len(guess)]) == guess]
-        assert any(tokens[i - 1] == tokens[-1] for i in at if i > 0)
-    else:
-        assert tokens[-1] not in tokens[:-1]
