@@ -2,17 +2,23 @@
 
 In every type of block a weight is `scale * code - min`, and 16 or 32 weights share scale and min:
 one family, whatever the bits. A row of weights is a row of bytes. This is the definition that the
-CPU kernel (kernels/blocks.h), which reads the rows where they are, is tested against.
+CPU kernel (kernels/blocks.h), which reads the rows where they are, is tested against. Which codes
+and scales stand for given weights is block_scales.py's business.
 
 Layouts: ggml-common.h of ggml; tests compare with `gguf.dequantize`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from opennemo.model.block_scales import Fit, Grid, fit
+
+# Weights that are rounded at a time: what the search keeps of them stays in a core's cache.
+CHUNK = 2**16
 
 
 class Codes(NamedTuple):
@@ -25,11 +31,16 @@ class Codes(NamedTuple):
 
 @dataclass(frozen=True)
 class BlockType:
-    """How many weights lie in how many bytes, and how to take blocks (..., bytes) apart."""
+    """How many weights lie in how many bytes, and how blocks (..., bytes) are read and made.
+
+    `pack` takes codes (B, n_weights), the smallest being 0, and all else that was found for them.
+    """
 
     n_weights: int
     n_bytes: int
     unpack: Callable[[Tensor], Codes]
+    pack: Callable[[Tensor, Fit], Sequence[Tensor]]
+    grid: Grid
 
     def row_bytes(self, width: int) -> int:
         """Bytes of a row of weights, whose width must be whole blocks."""
@@ -50,12 +61,38 @@ def dequantize(type: str, rows: Tensor) -> Tensor:
     return (weights if min is None else weights - min[..., None]).flatten(-2)
 
 
-def quantize_q8_0(weights: Tensor) -> Tensor:
-    """Weights (O, D) -> rows of bytes (O, B) of q8_0, D being a multiple of 32."""
-    groups = weights.float().unflatten(-1, (-1, 32))
-    scale = groups.abs().amax(-1, keepdim=True) / 127
-    codes = (groups / scale.clamp(min=1e-30)).round().clamp(-127, 127).to(torch.int8)
-    return torch.cat((scale.half().view(torch.uint8), codes.view(torch.uint8)), -1).flatten(-2)
+def quantize(type: str, weights: Tensor, importance: Tensor | None = None) -> Tensor:
+    """Weights (O, D) -> rows of bytes (O, B) of a type, with the least loss that was found.
+
+    Args:
+        importance: (D,) how much an error counts in each column, by default the same: the mean
+            square of that input, so that what the loss measures is the layer's output.
+
+    Raises:
+        ValueError: D is not a multiple of the type's block.
+    """
+    kind = TYPES[type]
+    width, n = weights.shape[-1], kind.n_weights
+    if width % n:
+        raise ValueError(f"{type} needs widths in multiples of {n}, not {width:,}")
+    if importance is None or not importance.any():
+        importance = torch.ones(width, device=weights.device)
+    # No column is worth nothing: its codes would be anything.
+    importance = importance.float() / importance.float().mean()
+    importance = importance.clamp(min=1e-3)
+    return torch.cat(
+        [
+            _quantize(kind, rows.float(), importance.expand_as(rows))
+            for rows in weights.split(max(1, CHUNK // width))
+        ]
+    )
+
+
+def _quantize(kind: BlockType, weights: Tensor, importance: Tensor) -> Tensor:
+    blocks = fit(*(t.reshape(-1, kind.n_weights) for t in (weights, importance)), kind.grid)
+    codes = blocks.codes if kind.grid.table else blocks.codes - kind.grid.low
+    parts = kind.pack(codes.to(torch.uint8), blocks)
+    return torch.cat([part.view(torch.uint8) for part in parts], -1).view(len(weights), -1)
 
 
 # ---- what each type means: blocks (..., bytes) -> codes (..., D), scale and min (..., groups) ----
@@ -151,11 +188,7 @@ def _q6_k(x: Tensor) -> Codes:
 
 
 def _looked_up(x: Tensor) -> Tensor:
-    values = torch.tensor(
-        [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113],
-        dtype=torch.int8, device=x.device,
-    )  # fmt: skip
-    return values[x.int()]
+    return torch.tensor(IQ4, dtype=torch.int8, device=x.device)[x.int()]
 
 
 def _iq4_nl(x: Tensor) -> Codes:
@@ -170,17 +203,119 @@ def _iq4_xs(x: Tensor) -> Codes:
     return Codes(_looked_up(codes), _half(x[..., :2]) * scale, None)
 
 
+# ---- and back: codes from 0 and their scales -> the parts of blocks, one after the other ----
+
+
+def _float16(x: Tensor | None) -> Tensor:
+    assert x is not None
+    return x[:, None].contiguous()
+
+
+def _whole(x: Tensor | None, zero: int = 0) -> Tensor:
+    assert x is not None
+    return (x + zero).to(torch.uint8)
+
+
+def _in_nibbles(codes: Tensor) -> Tensor:
+    """The inverse of `_nibbles`."""
+    low, high = codes.chunk(2, -1)
+    return low | high << 4
+
+
+def _in_bits(codes: Tensor, shifts: range) -> Tensor:
+    """The inverse of `_bits`."""
+    at = torch.tensor(shifts, dtype=torch.uint8, device=codes.device)
+    return (codes << at[:, None]).sum(-2, dtype=torch.uint8)
+
+
+def _in_fifth_bits(codes: Tensor) -> Tensor:
+    return _in_bits((codes >> 4).unflatten(-1, (4, 8)).transpose(-1, -2), range(8))
+
+
+def _in_six_bits(blocks: Fit) -> Tensor:
+    units, min_units = _whole(blocks.units), _whole(blocks.min_units)
+    (a, upper_a), (b, upper_b) = units.chunk(2, -1), min_units.chunk(2, -1)
+    c = upper_a & 15 | (upper_b & 15) << 4
+    return torch.cat((a | (upper_a >> 4) << 6, b | (upper_b >> 4) << 6, c), -1)
+
+
+def _as_q4_0(codes: Tensor, blocks: Fit) -> Sequence[Tensor]:
+    return _float16(blocks.unit), _in_nibbles(codes)
+
+
+def _as_q4_1(codes: Tensor, blocks: Fit) -> Sequence[Tensor]:
+    assert blocks.min_unit is not None
+    return _float16(blocks.unit), _float16(-blocks.min_unit), _in_nibbles(codes)
+
+
+def _as_q5_0(codes: Tensor, blocks: Fit) -> Sequence[Tensor]:
+    return _float16(blocks.unit), _in_fifth_bits(codes), _in_nibbles(codes & 15)
+
+
+def _as_q5_1(codes: Tensor, blocks: Fit) -> Sequence[Tensor]:
+    unit, minimum, nibbles = _as_q4_1(codes & 15, blocks)
+    return unit, minimum, _in_fifth_bits(codes), nibbles
+
+
+def _as_q8_0(codes: Tensor, blocks: Fit) -> Sequence[Tensor]:
+    return _float16(blocks.unit), codes - 127  # modulo 256, as two's complement has it
+
+
+def _as_q2_k(codes: Tensor, blocks: Fit) -> Sequence[Tensor]:
+    scales = _whole(blocks.units) | _whole(blocks.min_units) << 4
+    low = _in_bits(codes.unflatten(-1, (2, 4, 32)), range(0, 8, 2)).flatten(-2)
+    return scales, low, _float16(blocks.unit), _float16(blocks.min_unit)
+
+
+def _as_q3_k(codes: Tensor, blocks: Fit) -> Sequence[Tensor]:
+    high = _in_bits((codes >> 2).unflatten(-1, (8, 32)), range(8))
+    low = _in_bits((codes & 3).unflatten(-1, (2, 4, 32)), range(0, 8, 2)).flatten(-2)
+    scale = _whole(blocks.units, 32)
+    upper = _in_bits((scale >> 4).unflatten(-1, (4, 4)), range(0, 8, 2))
+    return high, low, _in_nibbles(scale & 15), upper, _float16(blocks.unit)
+
+
+def _as_q4_k(codes: Tensor, blocks: Fit) -> Sequence[Tensor]:
+    nibbles = _in_nibbles(codes.unflatten(-1, (4, 64))).flatten(-2)
+    return _float16(blocks.unit), _float16(blocks.min_unit), _in_six_bits(blocks), nibbles
+
+
+def _as_q5_k(codes: Tensor, blocks: Fit) -> Sequence[Tensor]:
+    *scales, nibbles = _as_q4_k(codes & 15, blocks)
+    return *scales, _in_bits((codes >> 4).unflatten(-1, (8, 32)), range(8)), nibbles
+
+
+def _as_q6_k(codes: Tensor, blocks: Fit) -> Sequence[Tensor]:
+    low = _in_nibbles((codes & 15).unflatten(-1, (2, 128))).flatten(-2)
+    high = _in_bits((codes >> 4).unflatten(-1, (2, 4, 32)), range(0, 8, 2)).flatten(-2)
+    assert blocks.units is not None
+    return low, high, blocks.units.to(torch.int8), _float16(blocks.unit)
+
+
+def _as_iq4_xs(codes: Tensor, blocks: Fit) -> Sequence[Tensor]:
+    scale = _whole(blocks.units, 32)
+    high = _in_bits((scale >> 4).unflatten(-1, (2, 4)).transpose(-1, -2), range(0, 8, 2))
+    low = _in_bits((scale & 15).unflatten(-1, (4, 2)).transpose(-1, -2), range(0, 8, 4))
+    nibbles = _in_nibbles(codes.unflatten(-1, (8, 32))).flatten(-2)
+    return _float16(blocks.unit), high, low, nibbles
+
+
+IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+_FREE = {"has_min": True, "free_min": True}
 TYPES = {
-    "q4_0": BlockType(32, 18, _q4_0),
-    "q4_1": BlockType(32, 20, _q4_1),
-    "q5_0": BlockType(32, 22, _q5_0),
-    "q5_1": BlockType(32, 24, _q5_1),
-    "q8_0": BlockType(32, 34, _q8_0),
-    "q2_k": BlockType(256, 84, _q2_k),
-    "q3_k": BlockType(256, 110, _q3_k),
-    "q4_k": BlockType(256, 144, _q4_k),
-    "q5_k": BlockType(256, 176, _q5_k),
-    "q6_k": BlockType(256, 210, _q6_k),
-    "iq4_nl": BlockType(32, 18, _iq4_nl),
-    "iq4_xs": BlockType(256, 136, _iq4_xs),
+    "q4_0": BlockType(32, 18, _q4_0, _as_q4_0, Grid(32, -8, 7)),
+    "q4_1": BlockType(32, 20, _q4_1, _as_q4_1, Grid(32, 0, 15, **_FREE)),
+    "q5_0": BlockType(32, 22, _q5_0, _as_q5_0, Grid(32, -16, 15)),
+    "q5_1": BlockType(32, 24, _q5_1, _as_q5_1, Grid(32, 0, 31, **_FREE)),
+    # -128 is left out: its magnitude is not an int8, which some kernels rely on.
+    "q8_0": BlockType(32, 34, _q8_0, _as_q8_0, Grid(32, -127, 127)),
+    "q2_k": BlockType(256, 84, _q2_k, _as_q2_k, Grid(16, 0, 3, has_min=True, units=(0, 15))),
+    "q3_k": BlockType(256, 110, _q3_k, _as_q3_k, Grid(16, -4, 3, units=(-32, 31))),
+    "q4_k": BlockType(256, 144, _q4_k, _as_q4_k, Grid(32, 0, 15, has_min=True, units=(0, 63))),
+    "q5_k": BlockType(256, 176, _q5_k, _as_q5_k, Grid(32, 0, 31, has_min=True, units=(0, 63))),
+    "q6_k": BlockType(256, 210, _q6_k, _as_q6_k, Grid(16, -32, 31, units=(-128, 127))),
+    "iq4_nl": BlockType(32, 18, _iq4_nl, _as_q4_0, Grid(32, -127, 113, table=IQ4)),
+    "iq4_xs": BlockType(
+        256, 136, _iq4_xs, _as_iq4_xs, Grid(32, -127, 113, table=IQ4, units=(-32, 31))
+    ),
 }

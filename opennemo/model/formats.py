@@ -219,10 +219,10 @@ class BlockFormat(Format):
         return rows * blocks.TYPES[self.name].row_bytes(columns)
 
     def quantize(self, weight: Tensor, scale: Tensor | None = None) -> dict[str, Tensor]:
-        """Only for q8_0: the others come from files."""
-        if self.name != "q8_0" or scale is not None:
-            raise ValueError(f"nothing is rounded to {self.name} here")
-        return {"weight": blocks.quantize_q8_0(weight)}
+        """A matrix (O, D) -> rows of bytes; blocks find their scales themselves."""
+        if scale is not None:
+            raise ValueError(f"{self.name} has no scale to be given")
+        return {"weight": blocks.quantize(self.name, weight)}
 
     def dequantize(self, tensors: Mapping[str, Tensor], columns: int, dtype: torch.dtype) -> Tensor:
         return blocks.dequantize(self.name, tensors["weight"]).to(dtype)
@@ -278,7 +278,7 @@ _ROWS = (
     ),
 )  # fmt: skip
 FORMATS: dict[str, Format] = {format.name: format for format in _ROWS}
-# What GGUF files hold and nothing else is rounded to: inputs become int8 in groups of 32.
+# What GGUF files hold: inputs become int8 in groups of 32.
 BLOCKS: dict[str, BlockFormat] = {
     name: BlockFormat(
         name=name, weights=Rounding(dtype=torch.uint8, limit=1), inputs=_int8(32),

@@ -1,0 +1,215 @@
+"""Scales, minima and codes for blocks of weights: those that lose least.
+
+A group of weights becomes `scale * value - min`, where `value` is one of a few numbers. The loss is
+the sum of `importance * (weight - result)^2`. Given the codes, the best scale and min solve least
+squares; given scale and min, the best codes are the nearest. So the search begins at several
+scales, keeps the best and alternates between the two. Where groups of a block have small whole
+numbers as scales, the unit of these numbers is found in the same way.
+
+Weights of a group lie along the first axis, (n, groups), where sums over them are fast. This file
+knows nothing of bytes; blocks.py does.
+
+Ideas: the k-quants and importance matrices of llama.cpp, Lloyd's algorithm for scalar quantisation.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+TINY = 1e-30
+# Scales at which the search begins, relative to the one that just reaches the extreme.
+STARTS = (0.82, 0.87, 0.91, 0.94, 0.97, 1.0, 1.03, 1.07, 1.12, 1.18, 1.26)
+MIRRORED = (-1.1, -1.0, -0.9)  # with the table the other way round, as it is not symmetric
+N_ALTERNATIONS = 3
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The numbers that a type of block can stand for."""
+
+    n: int  # weights that share a scale
+    low: int  # the smallest value of a code, and the largest
+    high: int
+    has_min: bool = False
+    free_min: bool = False  # it may be negative; otherwise zero lies within a group's range
+    # The limits of the whole numbers that are groups' scales and minima, in units of two floats
+    # of the block; None: each group has floats of its own.
+    units: tuple[int, int] | None = None
+    table: Sequence[int] | None = None  # the values, if they are not all of low to high
+
+    def codes(self, values: Tensor) -> Tensor:
+        """Values, any numbers, to the numbers of the nearest ones, counted from `low` or from 0."""
+        if self.table is None:
+            return values.round().clamp_(self.low, self.high)
+        # Half-way marks are multiples of a half: doubled, rounding down decides exactly.
+        doubled = (2 * values).floor_().clamp_(-256, 255).int() + 256
+        return _nearest(tuple(self.table)).to(values.device)[doubled]
+
+    def values(self, codes: Tensor) -> Tensor:
+        """What codes stand for."""
+        if self.table is None:
+            return codes
+        return torch.tensor(self.table, dtype=torch.float32, device=codes.device)[codes]
+
+
+def _nearest(table: tuple[int, ...]) -> Tensor:
+    """Index of the nearest entry for (i - 256) / 2 and a little more, i = 0 to 511."""
+    marks = [a + b for a, b in pairwise(table)]
+    return torch.bucketize(torch.arange(-256, 256), torch.tensor(marks), right=True)
+
+
+class Fit(NamedTuple):
+    """Blocks of weights in codes. Weights are unit * units * value - min_unit * min_units."""
+
+    codes: Tensor  # (blocks, weights) as `Grid.codes` counts them
+    unit: Tensor  # (blocks,) float16
+    min_unit: Tensor | None
+    units: Tensor | None  # (blocks, groups) whole numbers, if groups have those
+    min_units: Tensor | None
+
+
+def fit(weights: Tensor, importance: Tensor, grid: Grid) -> Fit:
+    """Blocks (B, n) of float32 -> codes, scales and minima; `importance` (B, n) is positive."""
+    n_blocks = len(weights)
+    x, w = (t.reshape(-1, grid.n).T.contiguous() for t in (weights, importance))
+    scale, low = _search(x, w, grid)
+    if grid.units is None:
+        unit, min_unit, units, min_units = _half(scale), _half(-low), None, None
+        scale, low = unit.float(), -min_unit.float()
+        codes = _codes(x, scale, low, grid)
+    else:
+        unit, min_unit, units, min_units, codes = _in_units(x, w, scale, low, n_blocks, grid)
+    codes = codes.T.reshape(n_blocks, -1)
+    if not grid.has_min:
+        return Fit(codes, unit, None, units, None)
+    return Fit(codes, unit, min_unit, units, min_units)
+
+
+def _half(x: Tensor) -> Tensor:
+    return x.clamp(-65504, 65504).half()
+
+
+def _codes(x: Tensor, scale: Tensor, low: Tensor, grid: Grid) -> Tensor:
+    inverse = torch.where(scale == 0, 0, 1 / scale)
+    return grid.codes((x - low if grid.has_min else x) * inverse)
+
+
+def _search(x: Tensor, w: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Groups (n, M) -> scales (M,), and the number that code 0 stands for, (M,)."""
+    wx = w * x
+    total, first = w.sum(0), wx.sum(0)
+    zero = torch.zeros_like(first)
+    if grid.has_min:
+        low, high = x.amin(0), x.amax(0)
+        low = low if grid.free_min else low.clamp(max=0)
+        widest = (high - low) / grid.high
+    else:
+        extreme = x.gather(0, x.abs().argmax(0, keepdim=True))[0]
+        low, widest = zero, extreme / grid.low
+    best_gain = torch.full_like(first, -1)
+    best_scale, best_low = zero, zero
+
+    def improve(scale: Tensor, low: Tensor) -> None:
+        nonlocal best_gain, best_scale, best_low
+        values = grid.values(_codes(x, scale, low, grid))
+        wv = w * values
+        xv, vv = (wx * values).sum(0), (wv * values).sum(0)
+        if grid.has_min:
+            scale, low = _line(total, wv.sum(0), vv, first, xv)
+            if not grid.free_min:
+                above = low > 0
+                scale = torch.where(above, xv / vv.clamp(min=TINY), scale)
+                low = torch.where(above, 0, low)
+            gain = scale * xv + low * first
+        else:
+            scale, low = xv / vv.clamp(min=TINY), zero
+            gain = scale * xv
+        better = gain > best_gain
+        best_gain = torch.where(better, gain, best_gain)
+        best_scale = torch.where(better, scale, best_scale)
+        best_low = torch.where(better, low, best_low)
+
+    for start in STARTS if grid.table is None else STARTS + MIRRORED:
+        improve(widest * start, low)
+    for _ in range(N_ALTERNATIONS):
+        improve(best_scale, best_low)
+    return best_scale, best_low
+
+
+def _line(w: Tensor, wv: Tensor, wvv: Tensor, wx: Tensor, wvx: Tensor) -> tuple[Tensor, Tensor]:
+    """Least squares: slope and intercept of x over v from sums with weights w."""
+    determinant = w * wvv - wv * wv
+    flat = determinant <= 1e-6 * w * wvv
+    slope = torch.where(flat, 0, (w * wvx - wv * wx) / torch.where(flat, 1, determinant))
+    return slope, (wx - slope * wv) / w
+
+
+def _in_units(
+    x: Tensor, w: Tensor, scale: Tensor, low: Tensor, n_blocks: int, grid: Grid
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Scales (M,) of groups as whole numbers of a unit that the block's groups share."""
+    assert grid.units is not None
+    least, most = grid.units
+    scale, low = scale.view(n_blocks, -1), low.view(n_blocks, -1)
+    n_groups = scale.shape[1]
+
+    def rounded(values: Tensor, unit: Tensor) -> Tensor:
+        inverse = torch.where(unit == 0, 0, 1 / unit.float())
+        return (values * inverse[:, None]).round().clamp_(least, most)
+
+    if least < 0:
+        extreme = scale.gather(1, scale.abs().argmax(1, keepdim=True))[:, 0]
+        unit = _half(extreme / least)
+    else:
+        unit = _half(scale.amax(1) / most)
+    min_unit = _half((-low).amax(1) / most)
+    units, min_units = rounded(scale, unit), rounded(-low, min_unit)
+
+    def of_groups(per_block: Tensor, per_group: Tensor) -> Tensor:
+        return (per_block.float()[:, None] * per_group).flatten()
+
+    total, wx = w.sum(0), (w * x).sum(0)
+    best: tuple[Tensor, ...] | None = None
+    best_loss = torch.empty(0)
+    for _ in range(1 + N_ALTERNATIONS):
+        scale, low = of_groups(unit, units), -of_groups(min_unit, min_units)
+        codes = _codes(x, scale, low, grid)
+        values = grid.values(codes)
+        loss = (w * (x - scale * values - low) ** 2).sum(0).view(n_blocks, -1).sum(1)
+        now = (unit, min_unit, units, min_units, codes.view(-1, n_blocks, n_groups))
+        if best is None:
+            best, best_loss = now, loss
+        else:
+            better = loss < best_loss
+            shapes = [better, better, better[:, None], better[:, None], better[:, None]]
+            best = tuple(
+                torch.where(b, new, old) for b, new, old in zip(shapes, now, best, strict=True)
+            )
+            best_loss = torch.minimum(loss, best_loss)
+        # The whole numbers that are best for these codes, then the units.
+        if grid.has_min:
+            lows = (wx - scale * (w * values).sum(0)) / total
+            min_units = rounded(-lows.view(n_blocks, -1), min_unit)
+            low = -of_groups(min_unit, min_units)
+        wvv = (w * values * values).sum(0)
+        scales = ((w * values) * (x - low)).sum(0) / wvv.clamp(min=TINY)
+        units = rounded(scales.view(n_blocks, -1), unit)
+        u, v = units.flatten() * values, -min_units.flatten()
+        sums = [w * u * u, w * u * v, w * v * v, w * u * x, w * v * x]
+        uu, uv, vv, ux, vx = (s.sum(0).view(n_blocks, -1).sum(1) for s in sums)
+        if grid.has_min:
+            determinant = uu * vv - uv * uv
+            flat = determinant <= 1e-6 * uu * vv
+            safe = torch.where(flat, 1, determinant)
+            both = (ux * vv - uv * vx) / safe, (vx * uu - uv * ux) / safe
+            unit = _half(torch.where(flat, ux / uu.clamp(min=TINY), both[0]))
+            min_unit = _half(torch.where(flat, 0, both[1]).clamp(min=0))
+        else:
+            unit = _half(ux / uu.clamp(min=TINY))
+    assert best is not None
+    *scales, codes = best
+    return (*scales, codes.reshape(len(codes), -1))  # pyright: ignore[reportReturnType]
