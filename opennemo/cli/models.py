@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from opennemo.cli.options import Dtype, Model, NamesFormats, NewFolder, one_of
+from opennemo.cli.options import Dtype, Model, NamesFormats, NewModel, one_of
 from opennemo.errors import InvalidRequest
 from opennemo.progress import progress, size
 
@@ -81,79 +81,114 @@ def info(model: Model) -> None:
 @app.command()
 def convert(
     source: Model,
-    folder: NewFolder,
+    out: NewModel,
     to: Annotated[
-        str, typer.Option(help="hf (config.json, model.safetensors) or mistral (params.json).")
-    ] = "hf",
+        str | None,
+        typer.Option(
+            help="hf (config.json, model.safetensors), mistral (params.json) or gguf; by default "
+            "gguf for NAME.gguf, else hf."
+        ),
+    ] = None,
     dtype: Dtype = None,
 ) -> None:
-    """Write a model in another layout: Mistral's own, or Hugging Face's."""
+    """Write a model in another layout: Mistral's own, Hugging Face's, or a GGUF file."""
     from opennemo.model.checkpoint import convert as convert_checkpoint
+    from opennemo.model.export import to_gguf
     from opennemo.model.hub import locate
 
-    layout, stored_as = one_of("--to", to, LAYOUTS), _dtype(dtype)
+    layout, stored_as = _layout(to, out, (*LAYOUTS, "gguf")), _dtype(dtype)
     with progress("Converting", unit="bytes") as bar:
-        convert_checkpoint(locate(source), folder, to=layout, dtype=stored_as, progress=bar.update)
-    print(f"Wrote {folder}")
+        if layout == "gguf":
+            to_gguf(locate(source), out, dtype=stored_as, progress=bar.update)
+        else:
+            convert_checkpoint(locate(source), out, to=layout, dtype=stored_as, progress=bar.update)
+    print(f"Wrote {out}")
 
 
 @app.command(cls=NamesFormats)
 def quantize(
     source: Model,
-    folder: NewFolder,
+    out: NewModel,
     format: Annotated[
-        str, typer.Option(help="One of {store}; a static one needs --calibrate.")
+        str,
+        typer.Option(
+            help="A folder in {store} (a static one needs --calibrate), or a GGUF file in {gguf}."
+        ),
     ] = "fp8",
-    to: Annotated[str, typer.Option(help="hf, or mistral for {mistral}.")] = "hf",
+    to: Annotated[
+        str | None, typer.Option(help="Of a folder: hf, or mistral for {mistral}.")
+    ] = None,
     calibrate: Annotated[
         list[Path] | None,
-        typer.Option(help="Texts that fixed scales are measured on: .jsonl, .txt."),
+        typer.Option(
+            help="Texts (.jsonl, .txt) that fixed scales are measured on, or for GGUF how much "
+            "each input matters."
+        ),
     ] = None,
     calibration_tokens: Annotated[int, typer.Option(min=1, help="To read of them.")] = 4096,
     kv: Annotated[
         str | None, typer.Option(help="{scaled}: also write the scales of such a KV cache.")
     ] = None,
 ) -> None:
-    """Write a model in a number format that serves faster and in less memory; vLLM reads it too."""
-    from opennemo.model.export import calibrate as run_over
-    from opennemo.model.export import quantize as quantize_checkpoint
+    """Write a model in fewer bits: a folder, which vLLM reads too, or a file for llama.cpp."""
+    from opennemo.model import export
     from opennemo.model.formats import FORMATS, SCALED_KV, names
+    from opennemo.model.gguf_writer import MIXTURES
     from opennemo.model.hub import locate
     from opennemo.texts import Texts
 
-    name, layout = one_of("--format", format, names("store")), one_of("--to", to, LAYOUTS)
+    name = one_of("--format", format, (*names("store"), *MIXTURES))
+    layout = _layout(to, out, ("gguf",) if name in MIXTURES else LAYOUTS)
     if kv is not None:
         one_of("--kv", kv, (SCALED_KV,))
-    path, calibration = locate(source), None
-    if FORMATS[name].static or kv:
+    path, calibration, importance = locate(source), None, None
+    texts = (text for _, text in Texts(calibrate or []))
+    if layout == "gguf":
+        if kv:
+            raise InvalidRequest(f"--kv {kv} needs a folder: GGUF files have no such scales")
+        if calibrate:
+            with progress("Calibrating") as bar:
+                importance = export.importance(path, texts, calibration_tokens, bar.update)
+    elif FORMATS[name].static or kv:
         if not calibrate:
             why = f"--kv {kv}" if kv else f"--format {name}"
             raise InvalidRequest(f"{why} needs texts to calibrate on: --calibrate FILE")
-        texts = (text for _, text in Texts(calibrate))
-        calibration = run_over(path, texts, calibration_tokens)
+        calibration = export.calibrate(path, texts, calibration_tokens)
     with progress("Quantizing", unit="bytes") as bar:
-        quantize_checkpoint(
-            path, folder, format=name, to=layout, calibration=calibration, kv=bool(kv),
-            progress=bar.update,
-        )  # fmt: skip
-    print(f"Wrote {folder}")
+        if layout == "gguf":
+            export.to_gguf(path, out, format=name, importance=importance, progress=bar.update)
+        else:
+            export.quantize(
+                path, out, format=name, to=layout, calibration=calibration, kv=bool(kv),
+                progress=bar.update,
+            )  # fmt: skip
+    print(f"Wrote {out}")
 
 
 @app.command()
 def merge(
     model: Model,
     adapter: Annotated[Path, typer.Argument(help="A LoRA's folder, as PEFT writes it.")],
-    folder: NewFolder,
+    out: NewModel,
     dtype: Dtype = None,
 ) -> None:
-    """Fold an adapter into the weights of a model, in the layout that it has."""
+    """Fold an adapter into the weights of a model, in the layout that it has or as NAME.gguf."""
     from opennemo.model.export import merge as fold
     from opennemo.model.hub import locate
 
     stored_as = _dtype(dtype)
     with progress("Merging", unit="bytes") as bar:
-        fold(locate(model), adapter, folder, dtype=stored_as, progress=bar.update)
-    print(f"Wrote {folder}")
+        fold(locate(model), adapter, out, dtype=stored_as, progress=bar.update)
+    print(f"Wrote {out}")
+
+
+def _layout(to: str | None, out: Path, allowed: tuple[str, ...]) -> Any:
+    """The layout that is asked for, by name or by that of the output."""
+    is_file = out.suffix == ".gguf"
+    layout = one_of("--to", to or ("gguf" if is_file or "hf" not in allowed else "hf"), allowed)
+    if is_file != (layout == "gguf"):
+        raise InvalidRequest(f"{out}: a GGUF file is called NAME.gguf, and no folder is")
+    return layout
 
 
 def _dtype(name: str | None) -> Any:

@@ -31,7 +31,10 @@ Draft = Annotated[
         help="A small model of the same vocabulary that guesses ahead; no answer changes."
     ),
 ]
-NewFolder = Annotated[Path, typer.Argument(help="The folder to write; it must not contain files.")]
+NewModel = Annotated[
+    Path,
+    typer.Argument(help="The folder to write, without files in it, or a new file NAME.gguf."),
+]
 KvFormat = Annotated[
     str | None, typer.Option("--kv-cache-dtype", help="Number format of the KV cache: {cache}.")
 ]
@@ -81,9 +84,11 @@ class NamesFormats(TyperCommand):
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         from opennemo.model.formats import FORMATS, SCALED_KV, names
+        from opennemo.model.gguf_writer import MIXTURES
 
         mistral = ", ".join(name for name, format in FORMATS.items() if format.mistral)
         values = {use: ", ".join(names(use)) for use in ("load", "train", "store", "cache")}
+        values["gguf"] = ", ".join(MIXTURES)
         for option in self.params:
             if text := getattr(option, "help", None):
                 vars(option)["help"] = text.format(**values, scaled=SCALED_KV, mistral=mistral)

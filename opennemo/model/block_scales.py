@@ -133,11 +133,17 @@ def _search(x: Tensor, w: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         best_scale = torch.where(better, scale, best_scale)
         best_low = torch.where(better, low, best_low)
 
-    for start in STARTS if grid.table is None else STARTS + MIRRORED:
+    for start in _starts(grid):
         improve(widest * start, low)
     for _ in range(N_ALTERNATIONS):
         improve(best_scale, best_low)
     return best_scale, best_low
+
+
+def _starts(grid: Grid) -> Sequence[float]:
+    if grid.table is not None:
+        return STARTS + MIRRORED
+    return STARTS if grid.high - grid.low < 128 else (1.0,)  # eight bits leave nothing to find
 
 
 def _line(w: Tensor, wv: Tensor, wvv: Tensor, wx: Tensor, wvx: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ Layouts: ggml-common.h of ggml; tests compare with `gguf.dequantize`.
 """
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,8 +18,9 @@ from torch import Tensor
 
 from opennemo.model.block_scales import Fit, Grid, fit
 
-# Weights that are rounded at a time: what the search keeps of them stays in a core's cache.
-CHUNK = 2**16
+# Weights that are rounded at a time. What the search keeps of them stays in a core's cache, and
+# PyTorch does not divide its operations between threads, which would wait for each other each time.
+CHUNK = 2**15
 
 
 class Codes(NamedTuple):
@@ -80,16 +82,14 @@ def quantize(type: str, weights: Tensor, importance: Tensor | None = None) -> Te
     # No column is worth nothing: its codes would be anything.
     importance = importance.float() / importance.float().mean()
     importance = importance.clamp(min=1e-3)
-    return torch.cat(
-        [
-            _quantize(kind, rows.float(), importance.expand_as(rows))
-            for rows in weights.split(max(1, CHUNK // width))
-        ]
-    )
+    parts = weights.detach().split(max(1, CHUNK // width))
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        return torch.cat(list(threads.map(lambda rows: _quantize(kind, rows, importance), parts)))
 
 
 def _quantize(kind: BlockType, weights: Tensor, importance: Tensor) -> Tensor:
-    blocks = fit(*(t.reshape(-1, kind.n_weights) for t in (weights, importance)), kind.grid)
+    both = weights.float(), importance.expand_as(weights)
+    blocks = fit(*(t.reshape(-1, kind.n_weights) for t in both), kind.grid)
     codes = blocks.codes if kind.grid.table else blocks.codes - kind.grid.low
     parts = kind.pack(codes.to(torch.uint8), blocks)
     return torch.cat([part.view(torch.uint8) for part in parts], -1).view(len(weights), -1)

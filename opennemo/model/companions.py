@@ -23,6 +23,9 @@ OTHERS = (
 )  # fmt: skip
 # The settings of generation that are read, and the largest value of each that makes sense.
 SAMPLING = {"temperature": 100.0, "top_p": 1.0, "top_k": 2**22}
+# What they are called in GGUF files.
+GGUF_SAMPLING = {"temperature": "general.sampling.temp"}
+GGUF_SAMPLING |= {name: f"general.sampling.{name}" for name in ("top_p", "top_k")}
 
 
 def read_generation_config(path: Path) -> dict[str, Any]:
@@ -35,7 +38,10 @@ def read_generation_config(path: Path) -> dict[str, Any]:
         CheckpointError: it says something that makes no sense.
     """
     if path.suffix == ".gguf":
-        fields, raw = read_metadata(path), {}
+        fields = read_metadata(path)
+        raw = {name: fields.get(key) for name, key in GGUF_SAMPLING.items()}
+        # Stored as float32, where 0.3 is 0.30000001192.
+        raw = {k: float(f"{v:.7g}") if isinstance(v, float) else v for k, v in raw.items()}
         eos = [fields.get(f"tokenizer.ggml.{which}_token_id") for which in ("eos", "eot", "eom")]
     else:
         config, raw = (

@@ -1,22 +1,26 @@
-"""A model written as another folder, matrix by matrix: in a number format, or with an adapter.
+"""A model written anew, matrix by matrix: in a number format, as GGUF, or with an adapter.
 
 Formats with fixed scales need to know how large things get, so `calibrate` runs the model over real
-text once: the inputs of its layers, and its keys and values for a KV cache in FP8. `quantize` and
-`merge` then stream the weights, so that a 12B model is converted where it would not fit.
+text once: the inputs of its layers, and its keys and values for a KV cache in FP8. Blocks of codes
+lose less where it counts if they know how large each input is (`importance`), for which one layer
+after the other is in memory. `quantize`, `to_gguf` and `merge` then stream the weights, so that a
+12B model is converted where it would not fit.
 """
 
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from opennemo.errors import CheckpointError, InvalidRequest
 from opennemo.files import new_folder
-from opennemo.model import compressed
+from opennemo.model import blocks, compressed
 from opennemo.model.attention import Packed
-from opennemo.model.checkpoint import load, open_checkpoint, write_model
+from opennemo.model.checkpoint import Checkpoint, load, open_checkpoint, write_model
 from opennemo.model.companions import copy_companions, take_over_companions
 from opennemo.model.formats import FORMATS, SCALED_KV
 from opennemo.model.layouts import FolderLayout
@@ -24,8 +28,10 @@ from opennemo.model.lora import fold, read_adapter
 from opennemo.model.pages import rounding_of
 from opennemo.model.quantization import calibration as record_inputs
 from opennemo.model.quantization import quantize_linear
+from opennemo.model.transformer import Block, rotary
 from opennemo.progress import Progress
 from opennemo.tokenizer import load_tokenizer
+from opennemo.tokenizer.load import difference_beside
 
 WINDOW = 512  # tokens of each text
 
@@ -62,25 +68,138 @@ def calibrate(path: Path, texts: Iterable[str], n_tokens: int) -> Calibration:
     Raises:
         InvalidRequest: there is no text.
     """
-    tokenizer, model = load_tokenizer(path), load(path, dtype=torch.float32)
-    left, largest_kv = n_tokens, torch.zeros(model.config.n_layers, 2)
+    windows, model = _windows(path, texts, n_tokens), load(path, dtype=torch.float32)
+    largest_kv = torch.zeros(model.config.n_layers, 2)
     with record_inputs(model) as largest_inputs:
-        for text in texts:
-            start = [tokenizer.bos_id] if tokenizer.add_bos else []
-            ids = (start + tokenizer.encode(text))[: min(left, WINDOW)]
-            if not ids:
-                continue
+        for ids in windows:
             packed = Packed.of(len(ids), window=model.config.sliding_window)
             model(torch.tensor(ids), _Watched(packed, largest_kv))
-            left -= len(ids)
-            if left <= 0:
-                break
-    if left == n_tokens:
-        raise InvalidRequest("there is no text to calibrate on")
     rounding = rounding_of(SCALED_KV)
     scales = [rounding.scale(largest).view(()) for largest in largest_kv.view(-1, 1)]
     return Calibration(
         largest_inputs=largest_inputs, kv_scale=torch.stack(scales).view_as(largest_kv)
+    )
+
+
+def _windows(path: Path, texts: Iterable[str], n_tokens: int) -> list[list[int]]:
+    """The beginnings of texts in ids, `n_tokens` in all."""
+    tokenizer, windows, left = load_tokenizer(path), [], n_tokens
+    for text in texts:
+        start = [tokenizer.bos_id] if tokenizer.add_bos else []
+        if ids := (start + tokenizer.encode(text))[: min(left, WINDOW)]:
+            windows.append(ids)
+            left -= len(ids)
+        if left <= 0:
+            break
+    if not windows:
+        raise InvalidRequest("there is no text to calibrate on")
+    return windows
+
+
+@torch.inference_mode()
+def importance(
+    path: Path,
+    texts: Iterable[str],
+    n_tokens: int,
+    progress: Progress = lambda done, total: None,
+) -> dict[str, Tensor]:
+    """The mean square of each input (D,) of every matrix, by path of the module, over some texts.
+
+    Takes the memory of one layer in float32 and of what goes through it, whatever the model has.
+
+    Args:
+        progress: called with the layers that are done, and all.
+
+    Raises:
+        CheckpointError: as for `load`.
+        InvalidRequest: there is no text.
+    """
+    source, windows = open_checkpoint(path), _windows(path, texts, n_tokens)
+    config = source.config
+    attend = Packed.of(*map(len, windows), window=config.sliding_window)
+    tokens = torch.tensor([id for ids in windows for id in ids])
+    x = source.read("tok_embeddings.weight", source.dtype)[tokens].float()
+    rope = rotary(attend.positions, config.head_dim, config.rope_theta)
+    squares: dict[str, Tensor] = {}
+    for i in range(config.n_layers):
+        progress(i, config.n_layers)
+        with torch.device("meta"):
+            layer = Block(config, i)
+        prefix = f"layers.{i}."
+        for name, _ in list(layer.named_parameters()):
+            module, _, kind = name.rpartition(".")
+            weight = nn.Parameter(_read(source, f"{prefix}{name}"), requires_grad=False)
+            setattr(layer.get_submodule(module), kind, weight)
+        for name, module in layer.named_modules():
+            if isinstance(module, nn.Linear):
+                module.register_forward_pre_hook(_record_squares(squares, f"{prefix}{name}"))
+        x = layer(x, rope, attend)
+    progress(config.n_layers, config.n_layers)
+    norm = source.read("norm.weight", torch.float32)
+    head = "tok_embeddings" if config.tied_embeddings else "output"
+    squares[head] = F.rms_norm(x, norm.shape, norm, config.norm_eps).square().mean(0)
+    return squares
+
+
+def _read(source: Checkpoint, name: str) -> Tensor:
+    """A weight in float32, also of a folder in codes."""
+    module = name.removesuffix(".weight")
+    if source.format and compressed.is_stored_in_codes(name):
+        return source.read_linear(module).dequantize(torch.float32)
+    return source.read(name, torch.float32)
+
+
+def _record_squares(squares: dict[str, Tensor], path: str) -> Callable[..., None]:
+    def record(_: nn.Module, inputs: tuple[Tensor]) -> None:
+        squares[path] = inputs[0].square().mean(0)
+
+    return record
+
+
+def to_gguf(
+    src: Path,
+    dst: Path,
+    *,
+    format: str | None = None,
+    dtype: torch.dtype | None = None,
+    importance: Mapping[str, Tensor] | None = None,
+    progress: Progress = lambda done, total: None,
+) -> None:
+    """Write a model as one GGUF file: in a mixture of blocks, in a plain type, or as it is stored.
+
+    Args:
+        format: of `gguf_writer.MIXTURES`.
+        dtype: of the matrices, where no format is given.
+        importance: of inputs, as the function of that name returns it.
+        progress: called with the bytes of weights that are written, and of all.
+
+    Raises:
+        CheckpointError: as for `write_gguf`; or the model is stored in codes other than blocks.
+    """
+    from opennemo.model import gguf_writer as writer
+
+    source = open_checkpoint(src)
+    if source.format:
+        raise CheckpointError(
+            f"{src}: is stored as {source.format}; write GGUF from what it was made from"
+        )
+    stored = writer.stored_types(source) if source.layout == "gguf" else {}
+    if format is not None:
+        mixture = writer.MIXTURES[format]
+        types, number = mixture.types(source.shapes, source.config), mixture.number
+        coarse = {stored[n] for n, t in types.items() if stored.get(n) in blocks.TYPES.keys() - {t}}
+        if coarse:
+            warnings.warn(
+                f"weights in {', '.join(sorted(coarse))} are rounded a second time, which loses "
+                "more than to begin with 16 bits",
+                stacklevel=2,
+            )
+    elif dtype is None and stored:
+        types, number = stored, source.files.settings.get("general.file_type", 1024)
+    else:
+        types, number = writer.plain_types(source.shapes, dtype or source.dtype)
+    writer.write_gguf(
+        dst, src, source, types=types, file_type=number, importance=importance, progress=progress
     )
 
 
@@ -160,8 +279,9 @@ def merge(
 ) -> None:
     """Write a model with an adapter folded into its weights, in the layout that it has.
 
-    What is a GGUF file becomes a folder of Hugging Face's. A tokenizer or chat template beside the
-    adapter that differs from the model's takes its place.
+    What is a GGUF file becomes a folder of Hugging Face's; if `dst` is called `.gguf`, anything
+    becomes such a file. In a folder, a tokenizer or chat template beside the adapter that differs
+    from the model's takes its place.
 
     Args:
         adapter: a folder that PEFT or `save_adapter` wrote.
@@ -179,12 +299,25 @@ def merge(
     parts = read_adapter(adapter, source.config)
     wanted = dtype or source.dtype
 
-    def read(name: str) -> Tensor:
+    def folded(name: str, weight: Tensor) -> Tensor:
         module = name.removesuffix(".weight")
-        if module not in parts:
-            return source.read(name, wanted)
-        return fold(source.read(name, torch.float32), *parts[module]).to(wanted)
+        return fold(weight, *parts[module]) if module in parts else weight
 
+    def read(name: str) -> Tensor:
+        return folded(name, source.read(name, torch.float32)).to(wanted)
+
+    if dst.suffix == ".gguf":
+        from opennemo.model import gguf_writer as writer
+
+        if difference := difference_beside(adapter, load_tokenizer(src)):
+            raise CheckpointError(
+                f"{adapter}: {difference}; merge into a folder, which takes it over, then convert"
+            )
+        types, number = writer.plain_types(source.shapes, wanted)
+        writer.write_gguf(
+            dst, src, source, types=types, file_type=number, change=folded, progress=progress
+        )
+        return
     layout = "hf" if source.layout == "gguf" else source.layout
     with new_folder(dst) as partial:
         tensors = {n: (wanted, shape) for n, shape in source.shapes.items()}

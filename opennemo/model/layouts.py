@@ -153,9 +153,13 @@ def read_settings(raw: Mapping[str, Any], layout: Layout, where: Path) -> ModelC
 
 
 def write_settings(config: ModelConfig, layout: Layout) -> dict[str, Any]:
-    """The content of params.json or config.json that `read_settings` reads back."""
+    """The content of params.json, config.json or a GGUF's head that `read_settings` reads back."""
     values = {key(name, layout): value for name, value in asdict(config).items()}
-    if layout == "mistral":
+    if layout == "gguf":
+        del values["tied_embeddings"]  # that there is no head says it
+        values |= {"llama.attention.value_length": config.head_dim}
+        values |= {"llama.rope.dimension_count": config.head_dim}
+    if layout != "hf":
         return {name: value for name, value in values.items() if value not in (None, False)}
     # Without a window Mistral's architecture is Llama's; RoPE is said for old readers and new.
     rope = {"rope_type": "default", "rope_theta": config.rope_theta}

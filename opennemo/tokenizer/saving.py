@@ -26,11 +26,7 @@ def save_huggingface(tokenizer: Tokenizer, folder: Path) -> None:
     Raises:
         ValueError: a token is spelled like a control token, which this format cannot tell apart.
     """
-    if isinstance(tokenizer, Tekken):
-        spec, names = _tekken_spec(tokenizer)
-    else:
-        assert isinstance(tokenizer, SentencePiece | HuggingFace)
-        spec, names = tokenizer.spec(), tokenizer.control_names
+    spec, names = spec_of(tokenizer)
     bos = names[tokenizer.bos_id]
     if tokenizer.add_bos:
         begin = {"SpecialToken": {"id": bos, "type_id": 0}}
@@ -57,8 +53,19 @@ def save_huggingface(tokenizer: Tokenizer, folder: Path) -> None:
         (folder / name).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
 
 
+def spec_of(tokenizer: Tokenizer) -> tuple[dict[str, Any], dict[int, str]]:
+    """The content of tokenizer.json, and id -> name of the control tokens as they are in it.
+
+    Raises:
+        ValueError: a token is spelled like a control token, which this format cannot tell apart.
+    """
+    if isinstance(tokenizer, Tekken):
+        return _tekken_spec(tokenizer)
+    assert isinstance(tokenizer, SentencePiece | HuggingFace)
+    return tokenizer.spec(), tokenizer.control_names
+
+
 def _tekken_spec(tokenizer: Tekken) -> tuple[dict[str, Any], dict[int, str]]:
-    """The content of tokenizer.json, and id -> name of the control tokens as they are in it."""
     control = list(tokenizer.control)
     if tokenizer.version == "v3":
         # NeMo was not trained on these, which came later; that they are absent marks it as v3.

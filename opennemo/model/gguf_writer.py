@@ -1,0 +1,272 @@
+"""Any model written as one `.gguf` file, in 16 or 32 bits or in blocks of codes.
+
+The head is written by the `gguf` package; then the tensors follow as they are read, some rows at a
+time, so that a file is made in little memory however large the model is. What lies in the source in
+the wanted type already is copied byte for byte.
+
+`MIXTURES` says which type each matrix gets. As llama.cpp has it, matrices that matter more have
+more bits: the head, and in some layers the values and the second matrix of the feed-forward.
+
+Specification: docs/gguf.md of ggml; mixtures: `llama-quant.cpp` of llama.cpp.
+"""
+
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType as Type
+from torch import Tensor
+
+from opennemo.errors import CheckpointError
+from opennemo.files import open_whole
+from opennemo.model import blocks, layouts
+from opennemo.model.checkpoint import Checkpoint
+from opennemo.model.companions import GGUF_SAMPLING, read_generation_config
+from opennemo.model.gguf import PLAIN
+from opennemo.model.transformer import ModelConfig
+from opennemo.progress import Progress
+from opennemo.tokenizer import load_tokenizer
+from opennemo.tokenizer.gguf_head import read_metadata
+from opennemo.tokenizer.gguf_saving import gguf_fields
+
+ALIGNMENT = 32
+CHUNK = 2**22  # weights that are read at a time
+# In place of a type whose blocks are wider than a matrix allows.
+NARROWER = {
+    "q2_k": "q4_0", "q3_k": "iq4_nl", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0",
+    "iq4_xs": "iq4_nl",
+}  # fmt: skip
+# The type in layer i of n, or None where it is that of most matrices.
+InLayer = Callable[[int, int], str | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixture:
+    """Types of the matrices of a file: of most, and of those that matter more."""
+
+    number: int  # in the file's head
+    most: str
+    head: str = "q6_k"
+    values: InLayer = lambda i, n: None  # of attention.wv
+    shared_values: str | None = None  # the same where 4 heads or more share keys and values
+    out: str | None = None  # of attention.wo
+    down: InLayer = lambda i, n: None  # of feed_forward.w2
+
+    def types(self, shapes: Mapping[str, tuple[int, ...]], config: ModelConfig) -> dict[str, str]:
+        """The type of every weight, by Mistral's name; norms stay in float32."""
+        return {name: self._type(name, shape, config) for name, shape in shapes.items()}
+
+    def _type(self, name: str, shape: tuple[int, ...], config: ModelConfig) -> str:
+        if len(shape) != 2:
+            return "f32"
+        type, n_layers = None, config.n_layers
+        if name == "output.weight" or (name == "tok_embeddings.weight" and config.tied_embeddings):
+            type = self.head
+        elif ".wv." in name:
+            shared = config.n_heads >= 4 * config.n_kv_heads
+            type = (shared and self.shared_values) or self.values(_layer(name), n_layers)
+        elif ".wo." in name:
+            type = self.out
+        elif ".w2." in name:
+            type = self.down(_layer(name), n_layers)
+        type = type or self.most
+        fits = shape[1] % blocks.TYPES[type].n_weights == 0
+        return type if fits else NARROWER.get(type, type)
+
+
+def _layer(name: str) -> int:
+    return int(name.split(".")[1])
+
+
+def _six_in_some(i: int, n: int) -> str | None:
+    """The first and the last eighth of the layers, and every third between."""
+    return "q6_k" if i < n // 8 or i >= 7 * n // 8 or (i - n // 8) % 3 == 2 else None
+
+
+def _five_at_first(i: int, n: int) -> str | None:
+    return "q5_k" if i < n // 8 else None
+
+
+MIXTURES = {
+    "q4_k_m": Mixture(number=15, most="q4_k", values=_six_in_some, down=_six_in_some),
+    "q4_k_s": Mixture(
+        number=14, most="q4_k", down=_five_at_first,
+        values=lambda i, n: "q5_k" if i < 4 else None,
+    ),
+    "q5_k_m": Mixture(number=17, most="q5_k", values=_six_in_some, down=_six_in_some),
+    "q5_k_s": Mixture(number=16, most="q5_k"),
+    "q6_k": Mixture(number=18, most="q6_k"),
+    "q8_0": Mixture(number=7, most="q8_0", head="q8_0"),
+    "iq4_xs": Mixture(number=30, most="iq4_xs", shared_values="q5_k", down=_five_at_first),
+    "iq4_nl": Mixture(number=25, most="iq4_nl", shared_values="q5_k", down=_five_at_first),
+    "q4_0": Mixture(number=2, most="q4_0"),
+    "q4_1": Mixture(number=3, most="q4_1"),
+    "q5_0": Mixture(number=8, most="q5_0"),
+    "q5_1": Mixture(number=9, most="q5_1"),
+    "q3_k_m": Mixture(
+        number=12, most="q3_k", out="q4_k", values=lambda i, n: "q5_k" if i < 2 else "q4_k",
+        down=lambda i, n: "q5_k" if i < n // 16 else "q4_k",
+    ),
+    "q2_k": Mixture(
+        number=10, most="q2_k", out="q3_k", shared_values="q4_k", values=lambda i, n: "q3_k",
+        down=lambda i, n: "q3_k",
+    ),
+}  # fmt: skip
+
+
+def plain_types(
+    shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype
+) -> tuple[dict[str, str], int]:
+    """Matrices in a plain type, norms in float32; and the number in the head."""
+    name = {each: type.name.lower() for type, each in PLAIN.items()}[dtype]
+    types = {key: name if len(shape) == 2 else "f32" for key, shape in shapes.items()}
+    return types, {"f32": 0, "f16": 1, "bf16": 32}[name]
+
+
+def stored_types(source: Checkpoint) -> dict[str, str]:
+    """Every weight of a GGUF file in the type that it has there."""
+    return {n: source.files.type_of(layouts.spell(n, "gguf")).lower() for n in source.shapes}
+
+
+def write_gguf(
+    dst: Path,
+    src: Path,
+    source: Checkpoint,
+    *,
+    types: Mapping[str, str],
+    file_type: int,
+    importance: Mapping[str, Tensor] | None = None,
+    change: Callable[[str, Tensor], Tensor] | None = None,
+    progress: Progress = lambda done, total: None,
+) -> None:
+    """Write the opened model `source` of the path `src` as a file, whole or not at all.
+
+    Args:
+        types: of every weight, by Mistral's name: "f32", "f16", "bf16" or one of `blocks.TYPES`.
+        file_type: what the head says of the types, a number of llama.cpp's.
+        importance: of the inputs of matrices (D,), by the path of the module.
+        change: what becomes of a weight before it is written, as when an adapter is folded in.
+        progress: called with the bytes of weights that are written, and of all.
+
+    Raises:
+        CheckpointError: the file exists or cannot be written, a width is not in whole blocks,
+            weights are not finite, or the vocabulary has no place in such a file.
+    """
+    sizes = {}
+    for name, shape in source.shapes.items():
+        n, n_bytes = gguf.GGML_QUANT_SIZES[Type[types[name].upper()]]
+        if shape[-1] % n:
+            needs = f"{types[name]} needs widths in multiples of {n}"
+            raise CheckpointError(f"{src}: {needs}, {name} is {shape}")
+        sizes[name] = math.prod(shape) // n * n_bytes
+    if dst.exists():
+        raise CheckpointError(f"{dst}: exists; choose another name")
+    fields = head_fields(src, source) | {
+        "general.file_type": file_type, "general.quantization_version": 2,
+    }  # fmt: skip
+    fields.setdefault("general.name", dst.stem)
+    done, total = 0, sum(sizes.values())
+    try:
+        dst.parent.mkdir(parents=True, exist_ok=True)
+        with open_whole(dst) as file:
+            head = gguf.GGUFWriter(file.name, "llama")
+            for key, value in fields.items():
+                _add(head, key, value)
+            for name, shape in source.shapes.items():
+                own, type = layouts.spell(name, "gguf"), Type[types[name].upper()]
+                head.add_tensor_info(own, shape, np.dtype(np.float32), sizes[name], type)
+            head.write_header_to_file()
+            head.write_kv_data_to_file()
+            head.write_ti_data_to_file()
+            head.close()
+            file.seek(0, os.SEEK_END)
+            for name in source.shapes:
+                file.write(bytes(-file.tell() % ALIGNMENT))
+                end = file.tell() + sizes[name]
+                weight = (importance or {}).get(name.removesuffix(".weight"))
+                for part in _parts(src, source, name, types[name], weight, change):
+                    file.write(part.numpy().data)
+                    progress(done := done + part.numel(), total)
+                assert file.tell() == end, name
+            file.write(bytes(-file.tell() % ALIGNMENT))
+    except OSError as error:
+        raise CheckpointError(f"{dst}: cannot be written: {error}") from error
+
+
+def head_fields(src: Path, source: Checkpoint) -> dict[str, Any]:
+    """What the file says beside its weights: settings, vocabulary, how it is sampled."""
+    fields: dict[str, Any] = {"general.type": "model"}
+    settings = layouts.write_settings(source.config, "gguf")
+    if source.layout == "gguf":
+        kept = ("general.", "tokenizer.")
+        fields |= {k: v for k, v in read_metadata(src).items() if k.startswith(kept)}
+        for key in ("general.alignment", "general.architecture"):
+            fields.pop(key, None)
+        return fields | settings
+    generation = read_generation_config(src)
+    fields |= {key: generation[name] for name, key in GGUF_SAMPLING.items() if name in generation}
+    try:
+        tokenizer = load_tokenizer(src)
+        vocabulary = gguf_fields(tokenizer, source.config.vocab_size)
+    except ValueError as error:
+        raise CheckpointError(f"{src}: its vocabulary cannot be written: {error}") from error
+    for id in generation.get("eos_token_ids", []):
+        if id != tokenizer.eos_id:
+            vocabulary.setdefault("tokenizer.ggml.eot_token_id", id)
+    return fields | settings | vocabulary
+
+
+def _add(head: Any, key: str, value: Any) -> None:
+    """A key of the type that llama.cpp expects for such values."""
+    match value:
+        case bool():
+            head.add_bool(key, value)
+        case int():
+            (head.add_uint32 if 0 <= value < 2**32 else head.add_int64)(key, value)
+        case float():
+            head.add_float32(key, value)
+        case str():
+            head.add_string(key, value)
+        case _:
+            head.add_array(key, value)
+
+
+def _parts(
+    src: Path,
+    source: Checkpoint,
+    name: str,
+    type: str,
+    importance: Tensor | None,
+    change: Callable[[str, Tensor], Tensor] | None,
+) -> Iterator[Tensor]:
+    """The bytes of one weight in a type, some rows at a time."""
+    own, shape = layouts.spell(name, source.layout), source.shapes[name]
+    n_rows = max(1, CHUNK // shape[-1])
+    stored = source.files.type_of(own).lower() if source.layout == "gguf" else None
+    if change is None and stored == type and Type[type.upper()] not in PLAIN:
+        yield from (rows.flatten() for rows in source.files.read_codes(own).split(n_rows))
+        return
+    if change is None and stored in blocks.TYPES and len(shape) == 2:
+        for codes in source.files.read_codes(own).split(n_rows):
+            yield _bytes(src, name, blocks.dequantize(stored, codes), type, importance)
+        return
+    dtype = torch.float32 if change else source.files.dtypes[own]
+    weight = source.read(name, dtype)
+    weight = change(name, weight) if change else weight
+    for rows in (weight if len(shape) == 2 else weight[None]).split(n_rows):
+        yield _bytes(src, name, rows, type, importance)
+
+
+def _bytes(src: Path, name: str, rows: Tensor, type: str, importance: Tensor | None) -> Tensor:
+    if not torch.isfinite(rows).all():
+        raise CheckpointError(f"{src}: {name} has numbers that are not finite")
+    plain = PLAIN.get(Type[type.upper()])
+    if plain is None:
+        return blocks.quantize(type, rows, importance).flatten()
+    return rows.to(plain).contiguous().view(torch.uint8).flatten()
