@@ -64,7 +64,7 @@ SPINE_BUDGET = 6_200
 # What the spine does not need, directly or through others.
 WINGS = {"batch", "cli", "cluster", "data", "evals", "planning", "terminal"}
 # Lines of Python in the package. It falls; raise it only in the commit that needs it, saying why.
-BUDGET = 28_000
+BUDGET = 31_000
 # File names that two floors share on purpose: the same subject, seen from each.
 SHARED_NAMES = {"__init__", "__main__", "chat"}
 FORBIDDEN_NAMES = {"utils", "common", "base", "helpers", "core", "misc"}

@@ -492,16 +492,22 @@ template <class T> static INLINE void unpack_span(const uint8_t* p, int n_groups
   T::unpack(p, to);
 }
 
-// One row of weights as numbers: an embedding.
+// One row of weights as numbers.
 template <class T> static void row_of_blocks(const uint8_t* row, int n, float* to) {
+  constexpr int PART = T::HALVES ? GROUP / 2 : GROUP;  // weights that share a scale
   for (int k = 0; k < n; k += SPAN, row += SPAN_BYTES<T>) {
     Span span;
     unpack_span<T>(row, (n - k) / GROUP, span);
-    for (int i = 0; i < std::min(SPAN, n - k); i++) {
-      int lane = i / GROUP, half = T::HALVES ? i / 16 % 2 : 0;
-      uint8_t code = span.codes[lane][i % GROUP];
-      float signed_code = T::BITS == 8 && !BIAS8 ? (int8_t)code : code;
-      to[k + i] = span.scale[half][lane] * signed_code - span.min[half][lane];
+    const uint8_t* codes = (const uint8_t*)span.codes;
+    for (int i = 0; i < std::min(SPAN, n - k); i += PART) {
+      const int half = i / PART % (GROUP / PART), lane = i / GROUP;
+      const float scale = span.scale[half][lane], min = span.min[half][lane];
+      for (int j = i; j < i + PART; j += W) {
+        vf code;
+        for (int v = 0; v < W; v++)
+          code[v] = T::BITS == 8 && !BIAS8 ? (int8_t)codes[j + v] : codes[j + v];
+        store(to + k + j, code * scale - splat(min));
+      }
     }
   }
 }

@@ -1146,6 +1146,19 @@ void blocks_multiply(int format, int rows, int cols, const uint8_t* codes, int64
   });
 }
 
+// Rows of blocks as numbers (rows, cols).
+void blocks_rows(int format, int rows, int cols, const uint8_t* codes, int64_t row_bytes, float* to,
+                 int n_threads) {
+  Pool pool(n_threads);
+  pool.run([&](int) {
+    pool.share(rows, [&](int i) {
+      with_blocks(format, [&](auto type) {
+        row_of_blocks<decltype(type)>(codes + i * row_bytes, cols, to + (size_t)i * cols);
+      });
+    });
+  });
+}
+
 int model_step(Model* m, const Step* step) {
   if (!m->valid(*step)) return 1;
   m->step(*step);

@@ -145,6 +145,23 @@ def multiply(
     return y
 
 
+def dequantize(
+    format: CpuFormat, rows: Tensor, columns: int, instructions: str | None = None
+) -> Tensor:
+    """Rows of blocks (O, bytes) -> weights (O, D) in float32, on as many threads as PyTorch has.
+
+    Raises:
+        CompilerMissing: the kernel cannot be built here.
+    """
+    rows = rows.contiguous()
+    weights = torch.empty(len(rows), columns)
+    load_library(instructions or available_instructions()[0]).blocks_rows(
+        format, len(rows), columns, rows.data_ptr(), rows.stride(0), weights.data_ptr(),
+        min(torch.get_num_threads(), len(rows)),
+    )  # fmt: skip
+    return weights
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayerWeights:
     """A block's matrices; those that see the same input are packed as one."""
@@ -212,6 +229,9 @@ def load_library(instructions: str) -> ctypes.CDLL:
     library.matrix_refer.argtypes = [pointer, *[number] * 4, pointer, ctypes.c_int64]
     library.blocks_multiply.argtypes = [
         *[number] * 3, pointer, ctypes.c_int64, pointer, number, pointer, number,
+    ]  # fmt: skip
+    library.blocks_rows.argtypes = [
+        *[number] * 3, pointer, ctypes.c_int64, pointer, number,
     ]  # fmt: skip
     library.model_step.argtypes = [pointer, pointer]
     return library

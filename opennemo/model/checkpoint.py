@@ -99,7 +99,8 @@ class Checkpoint:
         rounded = FORMATS[self.format] if self.format else form.format
         if rounded and compressed.is_stored_in_codes(name):
             return rounded
-        if form.blocks and (blocks := self._blocks_of(name)):
+        stays = form.blocks and (form.tables or name not in (EMBEDDING, HEAD))
+        if stays and (blocks := self._blocks_of(name)):
             return blocks
         if form.head and name == HEAD:
             return form.head
@@ -189,6 +190,7 @@ class Form:
     blocks: bool = False  # what a GGUF file has in blocks stays so, but for what `format` names
     format: Format | None = None  # the matrices of the model's blocks are rounded to it
     head: Format | None = None  # the head is, where it is in no blocks
+    tables: bool = True  # whether the embedding and the head stay in blocks, too
 
 
 def load(

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from opennemo.kernels.cpu import CpuFormat
+from opennemo.kernels.cpu import CompilerMissing, CpuFormat, dequantize
 from opennemo.model import blocks
 
 Share = int | Literal["row", "tensor"]
@@ -225,7 +225,13 @@ class BlockFormat(Format):
         return {"weight": blocks.quantize(self.name, weight)}
 
     def dequantize(self, tensors: Mapping[str, Tensor], columns: int, dtype: torch.dtype) -> Tensor:
-        return blocks.dequantize(self.name, tensors["weight"]).to(dtype)
+        rows = tensors["weight"]
+        if rows.device.type == "cpu" and self.kernel is not None:
+            try:  # a tenth of the time
+                return dequantize(self.kernel, rows, columns).to(dtype)
+            except CompilerMissing:
+                pass
+        return blocks.dequantize(self.name, rows).to(dtype)
 
 
 def _cast(dtype: torch.dtype) -> Rounding:

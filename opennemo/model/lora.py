@@ -75,7 +75,7 @@ def load_adapter(folder: Path, model: Transformer) -> Adapter:
     Raises:
         CheckpointError: as `read_adapter`.
     """
-    device, dtype = model.tok_embeddings.weight.device, model.tok_embeddings.weight.dtype
+    device, dtype = model.norm.weight.device, model.norm.weight.dtype
     ready = {
         module: (a.to(device, dtype), (b * scale).to(device, dtype))
         for module, (scale, a, b) in read_adapter(folder, model.config).items()
@@ -279,7 +279,7 @@ def merge_lora_(model: Transformer) -> None:
     Codes become plain weights again, for the sum is nothing that codes could hold. A model that
     learned in a number format computes the same as before, bit for bit.
     """
-    dtype = model.tok_embeddings.weight.dtype
+    dtype = model.norm.weight.dtype
     with torch.no_grad():
         for path, module in list(model.named_modules()):
             if isinstance(module, RoundedLoRA):

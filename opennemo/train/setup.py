@@ -15,7 +15,7 @@ import torch
 
 from opennemo.errors import InvalidRequest
 from opennemo.files import write_whole
-from opennemo.model.checkpoint import load, open_checkpoint, weight_shapes
+from opennemo.model.checkpoint import Form, load, open_checkpoint, weight_shapes
 from opennemo.model.compressed import misfit
 from opennemo.model.formats import FORMATS
 from opennemo.model.hub import locate
@@ -106,7 +106,9 @@ def make_model(
             f"model.path is stored as {checkpoint.format}, whose codes cannot learn: adapt it "
             "with a [lora] table, or name what it was made from"
         )
-    model = load(checkpoint, dtype=dtype)
+    # An adapter alone learns over blocks of codes as they are; the vocabulary's tables do not stay.
+    blocks = recipe.lora is not None and recipe.qat is None
+    model = load(checkpoint, form=Form(dtype=dtype, blocks=blocks, tables=False))
     model.config = replace(model.config, **wanted)
     return model
 

@@ -39,6 +39,15 @@ def test_a_type_means_what_its_makers_say(type: str):
 
 
 @pytest.mark.parametrize("type", TYPES)
+def test_rows_as_numbers_equal_the_definition(type: str, instructions: str):
+    for width in widths(type):
+        rows = random_blocks(type, 70, width)
+        found = cpu.dequantize(cpu.CpuFormat[type.upper()], rows, width, instructions)
+        # The kernel subtracts the minimum without rounding before.
+        assert torch.allclose(found, dequantize(type, rows), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("type", TYPES)
 def test_a_product_equals_the_definition(type: str, instructions: str):
     assert INPUTS is not None
     for width in widths(type):

@@ -16,12 +16,15 @@ from opennemo.errors import InvalidRequest, OpenNemoError
 from opennemo.llm import answer_all
 from opennemo.model.attention import Packed
 from opennemo.model.checkpoint import load
+from opennemo.model.hub import locate
 from opennemo.model.lora import load_adapter
+from opennemo.model.quantization import QuantizedLinear
 from opennemo.train.config import read_recipe
 from opennemo.train.metrics import read_metrics
 from opennemo.train.run import train
-from opennemo.train.setup import Setup
+from opennemo.train.setup import Setup, make_model
 from opennemo.train.trainer import Trainer
+from tests.cli.conftest import needs_smollm2
 
 CPU = torch.device("cpu")
 
@@ -270,6 +273,23 @@ def test_an_adapter_is_learned_and_read_back(make_recipe, tmp_path):
     assert len(adapter.weights) == 7 * model.config.n_layers
     assert any(b.any() for _, b in adapter.weights.values())
     assert "LoRA of rank 4" in (made["adapter"] / "README.md").read_text()
+
+
+@needs_smollm2
+def test_an_adapter_is_learned_over_the_blocks_of_a_gguf_file(make_recipe, tmp_path):
+    recipe = make_recipe(
+        "chat", steps=4, lora={"rank": 4, "alpha": 8.0}, saving={"every": 4},
+        model={"path": "smollm2-135m-instruct", "shape": None, "tokenizer": None},
+    )  # fmt: skip
+    file = locate("smollm2-135m-instruct")
+    learning = make_model(recipe, file)
+    formats = {m.format.name for m in learning.modules() if isinstance(m, QuantizedLinear)}
+    assert formats == {"q4_1"} and isinstance(learning.output, torch.nn.Linear)
+    made = train(recipe, tmp_path / "run", quiet=True)
+    metrics = read_metrics(tmp_path / "run")
+    assert metrics[-1]["loss"] < metrics[0]["loss"]
+    adapter = load_adapter(made["adapter"], learning)
+    assert any(b.any() for _, b in adapter.weights.values())
 
 
 def losses(recipe, folder: Path) -> list[float]:
