@@ -41,7 +41,7 @@ def test_128_greedy_tokens_equal_transformers_on_20_prompts(tmp_path: Path):
     transformers = pytest.importorskip("transformers")
     convert(locate("smollm2-135m-instruct"), tmp_path / "hf", to="hf", dtype=torch.float32)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
-    with LLM.load(str(tmp_path / "hf")) as llm:
+    with LLM.load(str(tmp_path / "hf"), config=EngineConfig(kv_format="fp32")) as llm:
         replies = [llm.complete(p, temperature=0, max_tokens=128, ignore_eos=True) for p in PROMPTS]
         for prompt, reply in zip(PROMPTS, replies, strict=True):
             assert reply.text

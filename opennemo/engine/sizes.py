@@ -4,7 +4,6 @@
 them. `cache_size` lays that out.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -29,6 +28,8 @@ from opennemo.model.transformer import ModelConfig, Transformer
 from opennemo.progress import size
 
 PAGE_SIZE = 16  # tokens, on a CPU
+# There it takes no more time than float32 or bf16, and less with many sequences (docs/log.md).
+CPU_KV = "int8"
 MORE_PAGES = 64  # than one sequence of the longest context takes
 # A form that leaves less context than this is passed over where another leaves more ...
 COMFORTABLE = 4096
@@ -42,7 +43,8 @@ class EngineConfig:
     max_context: int | None = None  # tokens of one sequence; None: what the model was trained for
     n_pages: int | None = None  # None: one sequence of `max_context` and some more, if they fit
     page_size: int | None = None  # tokens; None: what fused attention takes on a GPU, else 16
-    # Of FORMATS; None: fp8 if the model brings scales, else what its embedding is in.
+    # Of FORMATS; None: fp8 if the model brings scales, else int8 on a CPU, and as the embedding is
+    # on a GPU, or where an engine is made around a model that was loaded before.
     kv_format: str | None = None
     kv_scale: float | None = None  # for fp8 where the model brings none
     max_batched_tokens: int = 512  # computed in one step
@@ -152,16 +154,14 @@ def fits(
     for name, form in made.items():
         needs = Needs.of(checkpoint, form, device, config.adapters)
         fixed = needs.weights // share + max(needs.loading, step)
-        for kv in _kv_formats(config, form, scaled, on_cpu):
-            per_page = -(-page_size * kv_bytes(model, kv) // share)
-            n_pages = max(0, min((room - fixed) // per_page, wanted))
-            result[name] = Fit(
-                name=name, form=form, needs=needs, kv_format=kv, per_page=per_page,
-                page_size=page_size, n_pages=n_pages, context=min(longest, n_pages * page_size),
-                fixed=fixed, room=room,
-            )  # fmt: skip
-            if n_pages == wanted:
-                break
+        kv = _kv_format(config, form, scaled, on_cpu)
+        per_page = -(-page_size * kv_bytes(model, kv) // share)
+        n_pages = max(0, min((room - fixed) // per_page, wanted))
+        result[name] = Fit(
+            name=name, form=form, needs=needs, kv_format=kv, per_page=per_page,
+            page_size=page_size, n_pages=n_pages, context=min(longest, n_pages * page_size),
+            fixed=fixed, room=room,
+        )  # fmt: skip
     return result
 
 
@@ -187,7 +187,7 @@ def fit(
     if dtype is not None:
         tried = [*found.values()]
     elif format == "auto":
-        tried = [found[name] for name in automatic(checkpoint, found, device)]
+        tried = [found[name] for name in automatic(found, device)]
     else:
         tried = [found[format]]
     asked, longest = config.max_context or config.n_pages, _longest(checkpoint.config, config)
@@ -221,8 +221,6 @@ def announcement(checkpoint: Checkpoint, config: EngineConfig, chosen: Fit, form
         said.append(f"weights are rounded to {chosen.name} as they are read")
     if chosen.context < longest and config.n_pages is None:
         said.append(f"the context is {chosen.context:,} tokens instead of {longest:,}")
-    if said and chosen.kv_format == "int8" and config.kv_format is None:
-        said.append("keys and values are in int8")
     room = f"to fit into {size(chosen.room)}: "
     return room + ", ".join(said) if said else ""
 
@@ -232,12 +230,10 @@ def _longest(model: ModelConfig, config: EngineConfig) -> int:
     return min(config.max_context or longest, longest)
 
 
-def _kv_formats(config: EngineConfig, form: Form, scaled: bool, on_cpu: bool) -> Iterable[str]:
-    """What a cache may be in: what is asked for, else by choice; on a CPU codes save context."""
-    if config.kv_format:
-        return (config.kv_format,)
-    if scaled:
-        return (SCALED_KV,)
+def _kv_format(config: EngineConfig, form: Form, scaled: bool, on_cpu: bool) -> str:
+    """What a cache is in: as it is asked for, or as the model brings scales, or by the device."""
+    if config.kv_format or scaled:
+        return config.kv_format or SCALED_KV
     own = plain(form.dtype or torch.float32)
     assert own is not None, form.dtype
-    return (own.name, *(["int8"] if on_cpu else []))
+    return CPU_KV if on_cpu else own.name

@@ -83,7 +83,9 @@ class Checkpoint:
         tensor = self.files.read(own, dtype or self.files.dtypes[own])
         # Codes, and scales of rows, follow their rows; what belongs to a whole matrix stays.
         if self.layout == "hf" and layouts.is_rotated(name) and tensor.numel() > 2:
-            return layouts.halves_to_pairs(tensor, self.config.head_dim)
+            turned = layouts.halves_to_pairs(tensor, self.config.head_dim)
+            forget_pages(tensor)
+            return turned
         return tensor
 
     def read_linear(self, module: str) -> QuantizedLinear:

@@ -25,6 +25,7 @@ from torch import Tensor
 from opennemo.errors import CheckpointError
 from opennemo.model.formats import BLOCKS
 from opennemo.model.layouts import short
+from opennemo.model.tensor_files import converted, forget_pages
 from opennemo.tokenizer.gguf_head import PART, Cursor, read_head
 
 PLAIN = {Type.F32: torch.float32, Type.F16: torch.float16, Type.BF16: torch.bfloat16}
@@ -130,12 +131,13 @@ class GGUF:
         shape, type, _, n_bytes, _ = self._entries[name]
         stored = self._stored(name)
         if type in PLAIN:
-            return torch.from_numpy(stored).view(PLAIN[type]).view(shape).to(dtype)
+            return converted(torch.from_numpy(stored).view(PLAIN[type]).view(shape), dtype)
         block, block_bytes = gguf.GGML_QUANT_SIZES[type]
         step, floats = CHUNK // block * block_bytes, np.empty(math.prod(shape), np.float32)
         for i in range(-(-n_bytes // step)):
             codes = stored[i * step : (i + 1) * step].reshape(1, -1)
             floats[i * CHUNK : (i + 1) * CHUNK] = gguf.dequantize(codes, type)[0]
+        forget_pages(torch.from_numpy(stored))
         return torch.from_numpy(floats).view(shape).to(dtype)
 
     def _stored(self, name: str) -> np.ndarray:

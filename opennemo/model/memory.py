@@ -7,7 +7,8 @@ A `Form` says what weights become as they are loaded, `forms` which of them a mo
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,19 +26,16 @@ STORED = "stored"  # the form of a model that stays in the codes it is stored in
 ROUNDED = {"cpu": ("int8", "int4"), "cuda": ("fp8", "int4")}
 
 
-def forms(checkpoint: Checkpoint, device: str, adapters: bool = False) -> dict[str, Form]:
+def forms(checkpoint: Checkpoint, device: str, in_torch: bool = False) -> dict[str, Form]:
     """The forms that a model can run in on "cpu" or "cuda", by name; the best comes first.
 
-    Those that follow `ROUNDED` are not chosen unless they are named.
+    With `in_torch` PyTorch runs it on a CPU, as it does adapters and ranks: its numbers between
+    products are of the type of the weights, and it would decode blocks anew for every step.
     """
-    on_cpu, own = device == "cpu", checkpoint.dtype
-    # PyTorch, which runs adapters, would decode blocks anew for every step.
-    blocks = on_cpu and checkpoint.in_blocks and not adapters
-    if on_cpu:
-        rest = own if own == torch.bfloat16 else torch.float32
-        best = ("bf16", "fp32") if own == torch.bfloat16 else ("fp32", "bf16")
-    else:
-        rest, best = torch.bfloat16, ("bf16", "fp32")
+    on_cpu, short = device == "cpu", checkpoint.dtype == torch.bfloat16 and not in_torch
+    blocks = on_cpu and checkpoint.in_blocks and not in_torch
+    rest = torch.bfloat16 if short or not on_cpu else torch.float32
+    best = ("bf16", "fp32") if short or not on_cpu else ("fp32", "bf16")
     # A quarter of a small model's time is its head. Codes of 8 bits cost it next to nothing
     # (docs/log.md), and it is what llama.cpp does, too; folders keep it whole for others.
     head = FORMATS["int8"] if on_cpu else None
@@ -53,12 +51,11 @@ def forms(checkpoint: Checkpoint, device: str, adapters: bool = False) -> dict[s
     return made
 
 
-def automatic(checkpoint: Checkpoint, made: dict[str, Form], device: str) -> list[str]:
+def automatic(made: Iterable[str], device: str) -> list[str]:
     """The names of `forms` that are tried where none is asked for, in this order."""
-    # Twice the bytes say nothing that 16 bits did not.
-    wider = "fp32" if checkpoint.dtype == torch.bfloat16 or device != "cpu" else ""
-    tried = [name for name in made if name in (STORED, "fp32", "bf16") and name != wider]
-    tried = tried[:1] if STORED in made else tried
+    tried = [name for name in made if name in (STORED, "fp32", "bf16")]
+    # After codes, or 16 bits, wider numbers would say nothing new.
+    tried = tried if tried[0] == "fp32" else tried[:1]
     return tried + [name for name in ROUNDED[device] if name in made]
 
 
@@ -77,7 +74,8 @@ class Needs:
         """Without loading it. With `adapters` a CPU keeps packed weights twice."""
         on_cpu, shapes = device == "cpu", checkpoint.shapes
         tied = checkpoint.config.tied_embeddings
-        weights = loading = read = 0
+        weights = read = largest = 0
+        layers: Counter[str] = Counter()  # bytes that are packed together, by layer or name
         for name, shape in (shapes | ({HEAD: shapes[EMBEDDING]} if tied else {})).items():
             format = checkpoint.runs_in(name, form)
             n_bytes = format.nbytes(math.prod(shape[:-1]), shape[-1])
@@ -87,10 +85,13 @@ class Needs:
                 weights += n_bytes * (2 if packed and adapters else 1)
             if name != EMBEDDING:
                 read += n_bytes
-            # A matrix in float32, as it was dequantised, and in its form, while it is packed.
-            expanded = 4 * math.prod(shape) if checkpoint.in_blocks and not in_place else 0
-            loading = max(loading, expanded + n_bytes * packed)
-        return cls(weights=weights, loading=loading, read=read)
+            # A matrix is read as it is stored, or dequantised, before it has its form.
+            number = 4 if checkpoint.in_blocks or checkpoint.dtype.itemsize == 4 else 2
+            largest = max(largest, number * math.prod(shape) * (not in_place))
+            of_layer = name.split(".")[1] if name.startswith("layers.") else name
+            layers[of_layer] += n_bytes * packed
+        # First matrices get their form one by one; then a CPU packs layer after layer.
+        return cls(weights=weights, loading=max(largest, *layers.values()), read=read)
 
 
 def kv_bytes(config: ModelConfig, kv: str) -> int:

@@ -18,7 +18,7 @@ from opennemo.model.transformer import Attend
 
 # Layers that see the same input. Engines fuse them into one product, with one scale.
 FUSED = (("wq", "wk", "wv"), ("w1", "w3"))
-PART = 2**20  # weights that are rounded at a time
+PART = 2**18  # weights that are rounded at a time
 
 
 class QATLinear(nn.Linear):

@@ -73,7 +73,8 @@ class SafetensorFiles:
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """One tensor; a view of the file, without a copy, where it is stored as `dtype`."""
-        return self._files[name].get_tensor(name).to(dtype or self.dtypes[name])
+        stored = self._files[name].get_tensor(name)
+        return stored if dtype is None else converted(stored, dtype)
 
     def stored_types(self) -> Iterator[tuple[str, int]]:
         """What each tensor is stored in, and its bytes."""
@@ -96,6 +97,14 @@ def forget_pages(tensor: Tensor) -> None:
         ctypes.CDLL(None).madvise(
             ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_DONTNEED
         )
+
+
+def converted(stored: Tensor, dtype: torch.dtype) -> Tensor:
+    """A view of a file as numbers of a type; what was read of the file to make them is let go."""
+    tensor = stored.to(dtype)
+    if tensor is not stored:
+        forget_pages(stored)
+    return tensor
 
 
 def write_safetensors(
