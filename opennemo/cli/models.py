@@ -56,7 +56,7 @@ def info(model: Model) -> None:
     bandwidth, memory = read_bandwidth(), machine_memory()
     for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
         table = Table(
-            f"weights on {device} in", "memory", "context that fits", "KV cache",
+            f"on {device}", "weights", "context that fits", "KV cache",
             *(["tokens/s at most"] if device == "cpu" else []),
         )  # fmt: skip
         try:

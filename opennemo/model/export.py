@@ -7,6 +7,7 @@ after the other is in memory. `quantize`, `to_gguf` and `merge` then stream the 
 12B model is converted where it would not fit.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from opennemo.model.companions import copy_companions, take_over_companions
 from opennemo.model.formats import FORMATS, SCALED_KV
 from opennemo.model.layouts import FolderLayout
 from opennemo.model.lora import fold, read_adapter
+from opennemo.model.memory import refuse_beyond
 from opennemo.model.pages import rounding_of
 from opennemo.model.quantization import calibration as record_inputs
 from opennemo.model.quantization import quantize_linear
@@ -66,9 +68,11 @@ def calibrate(path: Path, texts: Iterable[str], n_tokens: int) -> Calibration:
     """Run a model over the beginning of some texts, `n_tokens` in all.
 
     Raises:
-        InvalidRequest: there is no text.
+        InvalidRequest: there is no text, or no memory for it in float32.
     """
-    windows, model = _windows(path, texts, n_tokens), load(path, dtype=torch.float32)
+    checkpoint = open_checkpoint(path)
+    refuse_beyond(4 * sum(map(math.prod, checkpoint.shapes.values())), f"{path} in float32")
+    windows, model = _windows(path, texts, n_tokens), load(checkpoint, dtype=torch.float32)
     largest_kv = torch.zeros(model.config.n_layers, 2)
     with record_inputs(model) as largest_inputs:
         for ids in windows:

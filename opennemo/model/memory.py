@@ -14,10 +14,12 @@ from pathlib import Path
 
 import torch
 
+from opennemo.errors import InvalidRequest
 from opennemo.model.checkpoint import EMBEDDING, HEAD, Checkpoint, Form
 from opennemo.model.formats import FORMATS, names
 from opennemo.model.pages import rounding_of
 from opennemo.model.transformer import ModelConfig
+from opennemo.progress import size
 
 # Leaves room for what is not counted: PyTorch's own, grammars, fragments.
 USABLE = 0.9
@@ -126,6 +128,13 @@ def available_memory() -> dict[str, int]:
     for i in range(torch.cuda.device_count()):
         memory[f"cuda:{i}"] = torch.cuda.mem_get_info(i)[0]
     return memory
+
+
+def refuse_beyond(n_bytes: int, what: str) -> None:
+    """Raises: InvalidRequest, so much main memory is not available."""
+    room = int(USABLE * available_memory()["cpu"])
+    if n_bytes > room:
+        raise InvalidRequest(f"{what} takes {size(n_bytes)}, and {size(room)} may be taken")
 
 
 def _control_groups() -> Iterator[tuple[int, int]]:

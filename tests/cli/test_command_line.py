@@ -7,7 +7,10 @@ from importlib.metadata import version
 
 import pytest
 
+from opennemo.model.transformer import ModelConfig
+from opennemo.tokenizer.tekken import SINGLE_BYTES, Tekken
 from tests.cli.conftest import opennemo
+from tests.hollow import write_hollow
 
 
 @pytest.mark.parametrize(
@@ -26,10 +29,15 @@ from tests.cli.conftest import opennemo
         (["inform"], b"", "(see `opennemo --help`)"),
         (["info"], b"", "Missing argument 'model' (see `opennemo info --help`)"),
         (["chat", "--seed", "one"], b"", "Invalid value for '--seed'"),
+        (["generate", "{tmp}/12b", "x", "--format", "fp32"], b"", "of weights in fp32"),
+        (["generate", "{tmp}/12b", "x", "--format", "int5"], b"", "allowed are auto, bf16"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(args, stdin, message, tmp_path):
     (tmp_path / "bad.txt").write_bytes(b"caf\xe9")
+    if "{tmp}/12b" in args:
+        folder = write_hollow(tmp_path / "12b", ModelConfig())
+        Tekken(r"(?s:.)", SINGLE_BYTES, n_special=64).save(folder / "tekken.json")
     args = [arg.replace("{tmp}", str(tmp_path)) for arg in args]
     env = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
     done = opennemo(*args, input=stdin, env=env)
@@ -49,3 +57,13 @@ def test_help_imports_neither_torch_nor_an_extra():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"torch", "numpy", "lm_eval", "fastapi", "pydantic"} & {*done.stdout.split()}
+
+
+def test_info_shows_what_is_stored_what_fits_and_how_fast(tmp_path):
+    done = opennemo("info", str(write_hollow(tmp_path / "12b", ModelConfig())), text=True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert "parameters  12,247,782,400" in lines
+    assert "stored      363 tensors in bfloat16 (22.8 GiB)" in lines
+    assert any("int8" in line and "12.0 GiB" in line for line in lines)
+    assert "tokens/s at most" in done.stdout and "GB/s" in done.stdout

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from opennemo.engine import EngineConfig
 from opennemo.evals.rows import ResultRow
 from opennemo.llm import LLM
 
@@ -60,7 +61,8 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def llm(folder: Path) -> Iterator[LLM]:
-    with LLM.load(str(folder)) as llm:
+    # Exact, as what it is compared with is.
+    with LLM.load(str(folder), config=EngineConfig(kv_format="fp32")) as llm:
         yield llm
 
 

@@ -53,6 +53,7 @@ def test_bits_per_byte_are_those_of_the_definition(folder, llm, tmp_path):
         suite="ppl",
         options=TextFiles(texts=(tmp_path / "texts.jsonl",)),
         output=tmp_path / "out",
+        kv_format="fp32",
     )
     evaluate(asked, [])
     assert read(tmp_path / "out")[1][0].score == rows["en"].score
