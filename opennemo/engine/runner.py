@@ -17,6 +17,7 @@ from torch import Tensor
 from opennemo.engine.sequence import Chunk
 from opennemo.engine.sizes import CacheSize
 from opennemo.model.attention import Paged
+from opennemo.model.cpu_step import NativeStep, use_kernel_
 from opennemo.model.lora import Adapter, adapted
 from opennemo.model.pages import Pages
 from opennemo.model.step import Step, compile_step
@@ -58,7 +59,8 @@ class Runner:
     """A model and the pages of its KV cache.
 
     Unless `adapters` are to be served, a CPU model's matrices are handed over to the kernel, which
-    keeps its own, packed copy; PyTorch cannot run the model afterwards.
+    keeps its own, packed copy; PyTorch cannot run the model afterwards. Blocks of a GGUF file are
+    in memory once in either case.
     """
 
     def __init__(
@@ -71,6 +73,8 @@ class Runner:
         self.model, self._size, self._ranks = model.eval(), size, ranks
         self._step: Step | None = compile_step(model, release=not adapters, kv_format=size.format)
         self._adapted_step = TorchStep(model) if adapters else None
+        if adapters and isinstance(self._step, NativeStep):
+            use_kernel_(model)
         self.device = model.norm.weight.device
         self.pages = size.make(model)
         self.page_size = size.page_size

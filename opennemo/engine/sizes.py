@@ -55,7 +55,7 @@ class EngineConfig:
     # a GPU without `draft` none.
     n_draft_tokens: int | None = None
     draft: str | None = None  # a small model of the same vocabulary, which guesses
-    adapters: bool = False  # whether requests may name one; on a CPU this keeps weights twice
+    adapters: bool = False  # whether requests may name one; on a CPU packed weights are kept twice
     tensor_parallel_size: int = 1  # ranks that share every layer
 
 
@@ -137,9 +137,8 @@ def fits(
 ) -> dict[str, Fit]:
     """What fits of each form that a model can run in, by name; with `dtype`, of that type alone."""
     model, on_cpu, memory = checkpoint.config, device == "cpu", available_memory()
-    made = forms(checkpoint, device, config.adapters or config.tensor_parallel_size > 1)
-    if config.tensor_parallel_size > 1:  # rounds nothing
-        made = {name: form for name, form in made.items() if form.format is None}
+    ranks = config.tensor_parallel_size > 1
+    made = forms(checkpoint, device, adapters=config.adapters, ranks=ranks)
     if dtype is not None:
         name = STORED if checkpoint.format else str(dtype).removeprefix("torch.")
         made = {name: Form(dtype=dtype, head=made[STORED].head if STORED in made else None)}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from opennemo.kernels import cpu
 from opennemo.model.attention import Paged
 from opennemo.model.formats import FORMATS, plain
-from opennemo.model.quantization import QuantizedEmbedding, QuantizedLinear
+from opennemo.model.quantization import QuantizedEmbedding, QuantizedLinear, replace_module
 from opennemo.model.tensor_files import forget_pages
 from opennemo.model.transformer import Block, Transformer
 
@@ -53,6 +53,21 @@ class NativeStep:
             tokens, attend.positions, attend.slots, attend.cu_seqlens, attend.page_table, rows,
             pages.codes, kv_format, pages.scale, attend.window,
         )  # fmt: skip
+
+
+class KernelLinear(QuantizedLinear):
+    """A matrix in blocks, multiplied by the kernel where it lies, outside of its step."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cpu.multiply(x, _weights(self), torch.get_num_threads())
+
+
+def use_kernel_(model: Transformer) -> None:
+    """Let PyTorch run a model in blocks without decoding them for every step."""
+    for path, module in list(model.named_modules()):
+        if type(module) is QuantizedLinear and (kernel := _format_of(module)) and kernel.in_place:
+            shape = (module.out_features, module.in_features)
+            replace_module(model, path, KernelLinear(module.format, shape, module.tensors))
 
 
 def has_kernels(model: Transformer, kv_format: str) -> bool:

@@ -28,14 +28,17 @@ STORED = "stored"  # the form of a model that stays in the codes it is stored in
 ROUNDED = {"cpu": ("int8", "int4"), "cuda": ("fp8", "int4")}
 
 
-def forms(checkpoint: Checkpoint, device: str, in_torch: bool = False) -> dict[str, Form]:
+def forms(
+    checkpoint: Checkpoint, device: str, *, adapters: bool = False, ranks: bool = False
+) -> dict[str, Form]:
     """The forms that a model can run in on "cpu" or "cuda", by name; the best comes first.
 
-    With `in_torch` PyTorch runs it on a CPU, as it does adapters and ranks: its numbers between
-    products are of the type of the weights, and it would decode blocks anew for every step.
+    PyTorch runs `adapters`, and many `ranks`, on a CPU: its numbers between products are of the
+    type of the weights. Ranks take no codes.
     """
+    in_torch = adapters or ranks
     on_cpu, short = device == "cpu", checkpoint.dtype == torch.bfloat16 and not in_torch
-    blocks = on_cpu and checkpoint.in_blocks and not in_torch
+    blocks = on_cpu and checkpoint.in_blocks and not ranks
     rest = torch.bfloat16 if short or not on_cpu else torch.float32
     best = ("bf16", "fp32") if short or not on_cpu else ("fp32", "bf16")
     # A quarter of a small model's time is its head. Codes of 8 bits cost it next to nothing
@@ -48,7 +51,9 @@ def forms(checkpoint: Checkpoint, device: str, in_torch: bool = False) -> dict[s
         for name in dict.fromkeys((*best, *ROUNDED[device], *names("load"))):
             row = FORMATS[name]
             made[name] = Form(dtype=row.weights.dtype)
-            if row.in_codes:
+            if row.in_codes and ranks:
+                del made[name]
+            elif row.in_codes:
                 made[name] = Form(dtype=rest, blocks=blocks, format=row, head=head)
     return made
 

@@ -2,6 +2,7 @@
 
 import json
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,8 +10,10 @@ from safetensors.torch import save_file
 
 from opennemo.engine import EngineConfig, LocalEngine, SamplingParams
 from opennemo.errors import CheckpointError, InvalidRequest
+from opennemo.model.formats import BLOCKS
 from opennemo.model.lora import Adapter, load_adapter
-from opennemo.model.transformer import Transformer
+from opennemo.model.quantization import QuantizedLinear, replace_module
+from opennemo.model.transformer import PRESETS, Transformer
 
 PREFIX = "base_model.model.model.layers"
 
@@ -100,3 +103,36 @@ def test_adapters_that_do_not_fit_are_refused(model, tmp_path):
     (broken / "adapter_model.safetensors").write_bytes(b"\x00" * 100)
     with pytest.raises(CheckpointError, match="adapter_model"):
         load_adapter(broken, model)
+
+
+def test_adapters_over_blocks_need_no_second_copy(tmp_path):
+    """The matrices stay in their blocks, and the kernel multiplies them for PyTorch, too."""
+    config = replace(PRESETS["tiny"], dim=64, hidden_dim=96, tied_embeddings=False)
+    plain, row = Transformer(config).eval().requires_grad_(False), BLOCKS["q8_0"]
+    for path, module in list(plain.layers.named_modules(prefix="layers")):
+        if isinstance(module, torch.nn.Linear):
+            weight = module.weight
+            replace_module(plain, path, QuantizedLinear(row, weight.shape, row.quantize(weight)))
+    torch.manual_seed(0)
+    shapes = {path: (m.out_features, m.in_features) for path, m in plain.named_modules()
+              if isinstance(m, QuantizedLinear)}  # fmt: skip
+    adapter = Adapter("x", {
+        path: (torch.randn(4, width), torch.randn(out, 4))
+        for path, (out, width) in shapes.items()
+    })  # fmt: skip
+    answers = []
+    for defined in (False, True):
+        model = deepcopy(plain)
+        before = {p: m.tensors["weight"] for p, m in model.named_modules()
+                  if isinstance(m, QuantizedLinear)}  # fmt: skip
+        engine = LocalEngine(model, [], EngineConfig(adapters=True))
+        for path, codes in before.items():
+            module = model.get_submodule(path)
+            assert isinstance(module, QuantizedLinear)
+            assert module.tensors["weight"].data_ptr() == codes.data_ptr()
+            if defined:
+                shape = (module.out_features, module.in_features)
+                replace_module(model, path, QuantizedLinear(row, shape, module.tensors))
+        engine.adapters["x"] = adapter
+        answers.append(run(engine, [(list(range(40)), "x"), (list(range(40)), None), ([9], "x")]))
+    assert answers[0] == answers[1] and answers[0][0] != answers[0][1]

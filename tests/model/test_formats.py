@@ -1,6 +1,7 @@
 """The arithmetic of number formats; and a toy format added to the table works everywhere."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from opennemo.model.attention import Packed
 from opennemo.model.checkpoint import load, open_checkpoint
 from opennemo.model.export import quantize
 from opennemo.model.formats import FORMATS, Format, Rounding, names, plain
-from opennemo.model.memory import Needs
+from opennemo.model.memory import Needs, forms, kv_bytes
 from opennemo.model.quantization import QuantizedLinear, quantize_
 from opennemo.model.transformer import Transformer
 from opennemo.serve.loading import load_model
@@ -121,15 +122,16 @@ def test_it_is_served(toy: Format, folder: Path):
 
 
 def test_its_memory_is_counted(toy: Format, folder: Path):
-    config = open_checkpoint(folder).config
-    needs = Needs.of(config)
+    checkpoint = open_checkpoint(folder)
+    needs = Needs.of(checkpoint, forms(checkpoint, "cuda")["toy"], "cuda")
     model = load(folder)
     quantize_(model, toy)
     layers = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
     in_codes = sum(t.nbytes for layer in layers for t in layer.tensors.values())
-    n_rest = needs.n_parameters - sum(m.out_features * m.in_features for m in layers)
-    assert needs.weights["toy"] == in_codes + 2 * n_rest
-    assert needs.kv_per_token["toy"] == needs.kv_per_token["int8"]
+    n_rest = sum(map(math.prod, checkpoint.shapes.values()))
+    n_rest -= sum(m.out_features * m.in_features for m in layers)
+    assert needs.weights == in_codes + 2 * n_rest
+    assert kv_bytes(checkpoint.config, "toy") == kv_bytes(checkpoint.config, "int8")
 
 
 @pytest.mark.parametrize("name", FORMATS)

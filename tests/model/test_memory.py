@@ -33,7 +33,7 @@ def test_mistral_nemo(nemo):
     assert [*made][:2] == ["bf16", "fp32"]
     assert automatic(made, "cpu") == ["bf16", "int8", "int4"]
     assert needs["bf16"].weights == 24_495_564_800
-    assert automatic(forms(nemo, "cpu", in_torch=True), "cpu")[:2] == ["fp32", "bf16"]
+    assert automatic(forms(nemo, "cpu", adapters=True), "cpu")[:2] == ["fp32", "bf16"]
     # Embedding in 16 bits, head in 8.
     tables = 131_072 * 5120 * 3
     assert needs["int8"].weights - tables == pytest.approx(10.9e9, rel=0.01)
@@ -46,7 +46,7 @@ def test_mistral_nemo(nemo):
 
 
 def test_adapters_keep_packed_weights_twice(nemo):
-    form = forms(nemo, "cpu", in_torch=True)["bf16"]
+    form = forms(nemo, "cpu", adapters=True)["bf16"]
     once, twice = (Needs.of(nemo, form, adapters=adapters).weights for adapters in (False, True))
     assert twice == pytest.approx(2 * once - 131_072 * 5120 * 2, rel=1e-3)
 
