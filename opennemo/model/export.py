@@ -165,6 +165,7 @@ def to_gguf(
     dst: Path,
     *,
     format: str | None = None,
+    pure: bool = False,
     dtype: torch.dtype | None = None,
     importance: Mapping[str, Tensor] | None = None,
     progress: Progress = lambda done, total: None,
@@ -173,6 +174,8 @@ def to_gguf(
 
     Args:
         format: of `gguf_writer.MIXTURES`.
+        pure: the format is one of `formats.BLOCKS`, in which all matrices of the layers are
+            written, as they are while a model learns in it.
         dtype: of the matrices, where no format is given.
         importance: of inputs, as the function of that name returns it.
         progress: called with the bytes of weights that are written, and of all.
@@ -189,7 +192,7 @@ def to_gguf(
         )
     stored = writer.stored_types(source) if source.layout == "gguf" else {}
     if format is not None:
-        mixture = writer.MIXTURES[format]
+        mixture = writer.pure(format) if pure else writer.MIXTURES[format]
         types, number = mixture.types(source.shapes, source.config), mixture.number
         coarse = {stored[n] for n, t in types.items() if stored.get(n) in blocks.TYPES.keys() - {t}}
         if coarse:

@@ -130,6 +130,31 @@ class Int4(Rounding):
         return super().dequantize(pairs.float() - 8, scale, dtype)
 
 
+@dataclass(frozen=True, kw_only=True)
+class BlockRounding(Rounding):
+    """To a type of GGUF's blocks, which hold scales and minima with the codes."""
+
+    type: str
+    limit: float = 1.0  # only that it is in codes
+
+    @property
+    def width(self) -> int:
+        """Of a block: rows are whole blocks."""
+        return blocks.TYPES[self.type].n_weights
+
+    def row_bytes(self, columns: int) -> float:
+        return blocks.TYPES[self.type].row_bytes(columns)
+
+    def quantize(self, x: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x (O, D) -> rows of bytes (O, B); blocks find their scales themselves."""
+        if scale is not None:
+            raise ValueError(f"{self.type} has no scale to be given")
+        return blocks.quantize(self.type, x), torch.ones((1, 1), device=x.device)
+
+    def dequantize(self, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        return blocks.dequantize(self.type, codes).to(dtype)
+
+
 class _StraightThrough(torch.autograd.Function):
     """Round and scale back inside one node.
 
@@ -213,16 +238,10 @@ class Format:
 
 @dataclass(frozen=True, kw_only=True)
 class BlockFormat(Format):
-    """A type of GGUF's blocks: rows of bytes, which hold codes, scales and minima together."""
-
-    def nbytes(self, rows: int, columns: int) -> int:
-        return rows * blocks.TYPES[self.name].row_bytes(columns)
+    """A type of GGUF's blocks: one tensor stands for a matrix, rows of bytes."""
 
     def quantize(self, weight: Tensor, scale: Tensor | None = None) -> dict[str, Tensor]:
-        """A matrix (O, D) -> rows of bytes; blocks find their scales themselves."""
-        if scale is not None:
-            raise ValueError(f"{self.name} has no scale to be given")
-        return {"weight": blocks.quantize(self.name, weight)}
+        return {"weight": self.weights.quantize(weight, scale)[0]}
 
     def dequantize(self, tensors: Mapping[str, Tensor], columns: int, dtype: torch.dtype) -> Tensor:
         rows = tensors["weight"]
@@ -287,8 +306,8 @@ FORMATS: dict[str, Format] = {format.name: format for format in _ROWS}
 # What GGUF files hold: inputs become int8 in groups of 32.
 BLOCKS: dict[str, BlockFormat] = {
     name: BlockFormat(
-        name=name, weights=Rounding(dtype=torch.uint8, limit=1), inputs=_int8(32),
-        kernel=CpuFormat[name.upper()],
+        name=name, weights=BlockRounding(dtype=torch.uint8, type=name), inputs=_int8(32),
+        uses=("train",), kernel=CpuFormat[name.upper()],
     )
     for name in blocks.TYPES
 }  # fmt: skip
@@ -298,7 +317,12 @@ SCALED_KV = "fp8"
 
 def names(use: Use) -> tuple[str, ...]:
     """The formats that may be used so, in the order of the table."""
-    return tuple(name for name, format in FORMATS.items() if use in format.uses)
+    return tuple(name for name, format in {**FORMATS, **BLOCKS}.items() if use in format.uses)
+
+
+def by_name(name: str) -> Format:
+    """A row of the table, blocks included; KeyError if there is none."""
+    return FORMATS[name] if name in FORMATS else BLOCKS[name]
 
 
 def plain(dtype: torch.dtype) -> Format | None:

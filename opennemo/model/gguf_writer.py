@@ -39,7 +39,7 @@ ALIGNMENT = 32
 CHUNK = 2**22  # weights that are read at a time
 # In place of a type whose blocks are wider than a matrix allows.
 NARROWER = {
-    "q2_k": "q4_0", "q3_k": "iq4_nl", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0",
+    "q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0",
     "iq4_xs": "iq4_nl",
 }  # fmt: skip
 # The type in layer i of n, or None where it is that of most matrices.
@@ -53,6 +53,7 @@ class Mixture:
     number: int  # in the file's head
     most: str
     head: str = "q6_k"
+    embedding: str | None = None
     values: InLayer = lambda i, n: None  # of attention.wv
     shared_values: str | None = None  # the same where 4 heads or more share keys and values
     out: str | None = None  # of attention.wo
@@ -68,6 +69,8 @@ class Mixture:
         type, n_layers = None, config.n_layers
         if name == "output.weight" or (name == "tok_embeddings.weight" and config.tied_embeddings):
             type = self.head
+        elif name == "tok_embeddings.weight":
+            type = self.embedding
         elif ".wv." in name:
             shared = config.n_heads >= 4 * config.n_kv_heads
             type = (shared and self.shared_values) or self.values(_layer(name), n_layers)
@@ -118,6 +121,11 @@ MIXTURES = {
         down=lambda i, n: "q3_k",
     ),
 }  # fmt: skip
+
+
+def pure(type: str) -> Mixture:
+    """One type for all matrices of the layers; embedding and head in eight bits."""
+    return Mixture(number=gguf.LlamaFileType.GUESSED, most=type, head="q8_0", embedding="q8_0")
 
 
 def plain_types(

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from opennemo.errors import InvalidRequest
-from opennemo.model.formats import FORMATS, names
+from opennemo.model.formats import FORMATS, by_name, names
 from opennemo.model.transformer import PRESETS, ModelConfig
 from opennemo.planning.machines import GB, GIB, Machines
 from opennemo.train.config import Recipe
@@ -232,7 +232,7 @@ def activations(work: Work) -> dict[str, float]:
         # Each layer rounds for itself, and keeps what it rounded: wq, wk, wv; w1, w3; wo; w2.
         numbers["rounded inputs"] = 5 * c.dim + work.q / tp - 2 * c.dim
         inputs = 5 * c.dim + (work.q + c.hidden_dim) / tp
-        if FORMATS[qat.format].static:  # one byte each for which were clipped
+        if by_name(qat.format).static:  # one byte each for which were clipped
             numbers["which were clipped"] = inputs / number
     return numbers
 

@@ -3,7 +3,8 @@
     recipe.json    every setting          metrics.jsonl  a line a step     tensorboard/   the same
     data.json      what it learns from    samples.jsonl  answers on the way
     checkpoints/   to go on from          model/ or adapter/, and the format of quantisation-aware
-                                          training (fp8-static/): what came out, with a model card
+                                          training (fp8-static/, q4_k.gguf): what came out, and a
+                                          model card
 
 The same command goes on with a run that was stopped or killed. Models are written once, at the end.
 """
@@ -19,7 +20,8 @@ from opennemo.errors import InvalidRequest
 from opennemo.files import new_folder, read_json, write_whole
 from opennemo.model.checkpoint import save
 from opennemo.model.companions import copy_companions
-from opennemo.model.export import Calibration, quantize
+from opennemo.model.export import Calibration, quantize, to_gguf
+from opennemo.model.formats import BLOCKS
 from opennemo.model.lora import save_adapter
 from opennemo.model.parallel import whole
 from opennemo.model.quantization import KVRounding, observers
@@ -118,14 +120,18 @@ def export(recipe: Recipe, run: Path, setup: Setup) -> dict[str, Path]:
             save_model(setup, folder)
             write_card(recipe, run, folder)
     if recipe.qat is not None:
-        made[recipe.qat.format] = coded = run / recipe.qat.format
-        if not coded.exists():
+        format = recipe.qat.format
+        coded = run / (f"{format}.gguf" if format in BLOCKS else format)
+        made[format] = coded
+        if format in BLOCKS and not coded.exists():
+            to_gguf(made["model"], coded, format=format, pure=True)
+        elif not coded.exists():
             with new_folder(coded) as folder:
                 quantize(
-                    made["model"], folder, format=recipe.qat.format, kv=recipe.qat.kv,
+                    made["model"], folder, format=format, kv=recipe.qat.kv,
                     calibration=learned_scales(setup.model),
                 )  # fmt: skip
-                write_card(recipe, run, folder, stored=recipe.qat.format)
+                write_card(recipe, run, folder, stored=format)
     return made
 
 

@@ -17,7 +17,7 @@ from opennemo.errors import InvalidRequest
 from opennemo.files import write_whole
 from opennemo.model.checkpoint import Form, load, open_checkpoint, weight_shapes
 from opennemo.model.compressed import misfit
-from opennemo.model.formats import FORMATS
+from opennemo.model.formats import BlockRounding, by_name
 from opennemo.model.hub import locate
 from opennemo.model.lora import add_lora_
 from opennemo.model.quantization import prepare_qat_
@@ -130,9 +130,12 @@ def change_weights_(model: Transformer, recipe: Recipe) -> None:
     """Put rounding, and then adapters, on top of the weights, as the recipe says."""
     qat, lora = recipe.qat, recipe.lora
     if qat is not None:
-        if problem := misfit(FORMATS[qat.format], weight_shapes(model.config)):
+        format = by_name(qat.format)
+        if problem := misfit(format, weight_shapes(model.config)):
             raise InvalidRequest(f"qat.format: {problem}")
-        prepare_qat_(model, FORMATS[qat.format], kv=qat.kv)
+        if isinstance(format.weights, BlockRounding) and qat.kv:
+            raise InvalidRequest(f"qat.kv: a GGUF file in {format.name} has no scales for it")
+        prepare_qat_(model, format, kv=qat.kv)
     if lora is not None:
         generator = torch.Generator().manual_seed(recipe.seed)
         add_lora_(

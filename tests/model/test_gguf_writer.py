@@ -20,10 +20,11 @@ from opennemo.model.attention import Packed
 from opennemo.model.checkpoint import convert, load, open_checkpoint, save, weight_shapes
 from opennemo.model.companions import read_generation_config
 from opennemo.model.export import importance, merge, to_gguf
+from opennemo.model.formats import BLOCKS
 from opennemo.model.gguf import GGUF
 from opennemo.model.gguf_writer import MIXTURES
 from opennemo.model.lora import add_lora_, save_adapter
-from opennemo.model.quantization import QuantizedLinear
+from opennemo.model.quantization import QuantizedLinear, quantize_
 from opennemo.model.transformer import PRESETS, ModelConfig, Transformer
 from opennemo.tokenizer import load_tokenizer
 from opennemo.tokenizer.gguf_head import read_metadata
@@ -145,6 +146,19 @@ def test_every_mixture_holds_what_blocks_quantize_makes(format: str, folder: Pat
     names = {name.removeprefix("MOSTLY_").lower(): n for name, n in vars(gguf.LlamaFileType).items()
              if name.startswith("MOSTLY_")}  # fmt: skip
     assert names[format] == MIXTURES[format].number
+
+
+def test_a_model_that_learnt_in_blocks_keeps_its_codes(folder: Path, tmp_path: Path):
+    to_gguf(folder, tmp_path / "model.gguf", format="q4_k", pure=True)
+    learnt, written = load(folder), load(tmp_path / "model.gguf", blocks=True)
+    quantize_(learnt, BLOCKS["q4_k"])
+    for path, module in learnt.get_submodule("layers").named_modules(prefix="layers"):
+        if isinstance(module, QuantizedLinear):
+            other = written.get_submodule(path)
+            assert isinstance(other, QuantizedLinear)
+            assert torch.equal(other.tensors["weight"], module.tensors["weight"])
+    file = GGUF(tmp_path / "model.gguf")
+    assert file.type_of("token_embd.weight") == file.type_of("output.weight") == "Q8_0"
 
 
 def test_blocks_are_copied_as_they_are(folder: Path, tmp_path: Path):

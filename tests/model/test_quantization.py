@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from opennemo.model.attention import Packed, Paged
-from opennemo.model.formats import FORMATS, Format
+from opennemo.model.formats import BLOCKS, FORMATS, Format
 from opennemo.model.pages import Pages
 from opennemo.model.quantization import (
     FUSED,
@@ -63,6 +63,23 @@ def test_exporting_what_was_trained_changes_no_output(
     quantize_(net, format)
     assert torch.equal(hidden(net), trained)
     assert sum(isinstance(m, QuantizedLinear) for m in net.modules()) == 7 * config.n_layers
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_what_learns_in_blocks_is_exported_in_the_same_codes(name: str):
+    config = ModelConfig(
+        dim=256, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=128, hidden_dim=256, vocab_size=64
+    )
+    net = model(config)
+    prepare_qat_(net, BLOCKS[name])
+    before = hidden(net).detach()
+    hidden(net).square().sum().backward()
+    torch.optim.SGD(net.parameters(), lr=0.05).step()
+    after = hidden(net).detach()
+    assert not torch.equal(after, before)
+    exported = copy.deepcopy(net)
+    quantize_(exported, BLOCKS[name])
+    assert torch.equal(hidden(exported), after)
 
 
 def test_layers_that_engines_fuse_share_a_scale():

@@ -14,11 +14,14 @@ import torch
 
 from opennemo.errors import InvalidRequest, OpenNemoError
 from opennemo.llm import answer_all
+from opennemo.model import blocks
 from opennemo.model.attention import Packed
 from opennemo.model.checkpoint import load
 from opennemo.model.hub import locate
 from opennemo.model.lora import load_adapter
 from opennemo.model.quantization import QuantizedLinear
+from opennemo.tokenizer.patterns import PATTERNS
+from opennemo.tokenizer.tekken import SINGLE_BYTES, Tekken
 from opennemo.train.config import read_recipe
 from opennemo.train.metrics import read_metrics
 from opennemo.train.run import train
@@ -104,6 +107,27 @@ def test_what_was_learned_in_fp8_is_what_is_stored(make_recipe, tmp_path):
     assert torch.equal(stored(tokens, Packed.of(40, 24)), trained)
     plain = load(made["model"])
     assert not torch.equal(plain(tokens, Packed.of(40, 24)), trained)
+
+
+def test_what_was_learned_in_blocks_is_what_the_gguf_file_holds(make_recipe, tmp_path):
+    Tekken(PATTERNS["tekken"], SINGLE_BYTES, n_special=64).save(tmp_path / "tekken.json")
+    shape = {"dim": 64, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "head_dim": 32}
+    model = {"shape": shape | {"hidden_dim": 96, "vocab_size": 320}, "tokenizer": str(tmp_path)}
+    recipe = make_recipe("chat", steps=3, model=model, qat={"format": "q4_1"})
+    made = train(recipe, tmp_path / "run", quiet=True)
+    setup = Setup.make(recipe, CPU)
+    Trainer(recipe, tmp_path / "run", setup, CPU, quiet=True)
+    stored = load(made["q4_1"], blocks=True)
+    for path, module in stored.get_submodule("layers").named_modules(prefix="layers"):
+        if isinstance(module, QuantizedLinear):
+            weight = setup.model.get_parameter(f"{path}.weight").detach()
+            assert torch.equal(module.tensors["weight"], blocks.quantize("q4_1", weight))
+    model["shape"]["dim"] = 48
+    with pytest.raises(InvalidRequest, match=r"q4_1, which needs widths .* of 32; the model has 48"):
+        Setup.make(make_recipe("chat", model=model, qat={"format": "q4_1"}), CPU)
+    with pytest.raises(InvalidRequest, match=r"qat.kv: a GGUF file in q4_1 has no scales"):
+        model["shape"]["dim"] = 64
+        Setup.make(make_recipe("chat", model=model, qat={"format": "q4_1", "kv": True}), CPU)
 
 
 def test_micro_batches_add_up_to_the_whole(make_recipe, tmp_path):
