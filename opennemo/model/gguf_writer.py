@@ -14,6 +14,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +183,8 @@ def write_gguf(
     done, total = 0, sum(sizes.values())
     try:
         dst.parent.mkdir(parents=True, exist_ok=True)
+        for left in dst.parent.glob(f".{escape(dst.name)}.*.partial"):
+            left.unlink()  # by a process that was killed
         with open_whole(dst) as file:
             head = gguf.GGUFWriter(file.name, "llama")
             for key, value in fields.items():
