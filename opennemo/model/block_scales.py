@@ -41,31 +41,33 @@ class Grid:
     units: tuple[int, int] | None = None
     table: Sequence[int] | None = None  # the values, if they are not all of low to high
 
+    def nearest(self, x: Tensor) -> Tensor:
+        """Any numbers to the nearest of those that codes stand for."""
+        if self.table is None:
+            return x.round().clamp_(self.low, self.high)
+        values = torch.tensor(self.table, dtype=torch.float32)
+        return self._look_up(values, x)
+
     def codes(self, values: Tensor) -> Tensor:
-        """Values, any numbers, to the numbers of the nearest ones, counted from `low` or from 0."""
+        """What `nearest` returned to codes from 0: how many lower values there are."""
         if self.table is None:
-            return values.round().clamp_(self.low, self.high)
+            return (values - self.low).to(torch.uint8)
+        return self._look_up(torch.arange(len(self.table), dtype=torch.uint8), values)
+
+    def _look_up(self, entries: Tensor, x: Tensor) -> Tensor:
+        """Of entries, one for each value, that of the nearest value."""
+        assert self.table is not None
         # Half-way marks are multiples of a half: doubled, rounding down decides exactly.
-        doubled = (2 * values).floor_().clamp_(-256, 255).int() + 256
-        return _nearest(tuple(self.table)).to(values.device)[doubled]
-
-    def values(self, codes: Tensor) -> Tensor:
-        """What codes stand for."""
-        if self.table is None:
-            return codes
-        return torch.tensor(self.table, dtype=torch.float32, device=codes.device)[codes]
-
-
-def _nearest(table: tuple[int, ...]) -> Tensor:
-    """Index of the nearest entry for (i - 256) / 2 and a little more, i = 0 to 511."""
-    marks = [a + b for a, b in pairwise(table)]
-    return torch.bucketize(torch.arange(-256, 256), torch.tensor(marks), right=True)
+        marks = torch.tensor([a + b for a, b in pairwise(self.table)])
+        entries = entries[torch.bucketize(torch.arange(-256, 256), marks, right=True)]
+        doubled = (2 * x).floor_().clamp_(-256, 255).add_(256).int()
+        return entries.to(x.device).index_select(0, doubled.flatten()).view(x.shape)
 
 
 class Fit(NamedTuple):
     """Blocks of weights in codes. Weights are unit * units * value - min_unit * min_units."""
 
-    codes: Tensor  # (blocks, weights) as `Grid.codes` counts them
+    codes: Tensor  # (blocks, weights) uint8, the smallest value being 0
     unit: Tensor  # (blocks,) float16
     min_unit: Tensor | None
     units: Tensor | None  # (blocks, groups) whole numbers, if groups have those
@@ -80,10 +82,10 @@ def fit(weights: Tensor, importance: Tensor, grid: Grid) -> Fit:
     if grid.units is None:
         unit, min_unit, units, min_units = _half(scale), _half(-low), None, None
         scale, low = unit.float(), -min_unit.float()
-        codes = _codes(x, scale, low, grid)
+        values = _values(x, scale, low, grid)
     else:
-        unit, min_unit, units, min_units, codes = _in_units(x, w, scale, low, n_blocks, grid)
-    codes = codes.T.reshape(n_blocks, -1)
+        unit, min_unit, units, min_units, values = _in_units(x, w, scale, low, n_blocks, grid)
+    codes = grid.codes(values).T.reshape(n_blocks, -1)
     if not grid.has_min:
         return Fit(codes, unit, None, units, None)
     return Fit(codes, unit, min_unit, units, min_units)
@@ -93,9 +95,10 @@ def _half(x: Tensor) -> Tensor:
     return x.clamp(-65504, 65504).half()
 
 
-def _codes(x: Tensor, scale: Tensor, low: Tensor, grid: Grid) -> Tensor:
+def _values(x: Tensor, scale: Tensor, low: Tensor, grid: Grid) -> Tensor:
+    """The nearest values (n, M) where groups have these scales, and `low` is added to them."""
     inverse = torch.where(scale == 0, 0, 1 / scale)
-    return grid.codes((x - low if grid.has_min else x) * inverse)
+    return grid.nearest((x - low if grid.has_min else x) * inverse)
 
 
 def _search(x: Tensor, w: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
@@ -115,7 +118,7 @@ def _search(x: Tensor, w: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
 
     def improve(scale: Tensor, low: Tensor) -> None:
         nonlocal best_gain, best_scale, best_low
-        values = grid.values(_codes(x, scale, low, grid))
+        values = _values(x, scale, low, grid)
         wv = w * values
         xv, vv = (wx * values).sum(0), (wv * values).sum(0)
         if grid.has_min:
@@ -183,10 +186,9 @@ def _in_units(
     best_loss = torch.empty(0)
     for _ in range(1 + N_ALTERNATIONS):
         scale, low = of_groups(unit, units), -of_groups(min_unit, min_units)
-        codes = _codes(x, scale, low, grid)
-        values = grid.values(codes)
+        values = _values(x, scale, low, grid)
         loss = (w * (x - scale * values - low) ** 2).sum(0).view(n_blocks, -1).sum(1)
-        now = (unit, min_unit, units, min_units, codes.view(-1, n_blocks, n_groups))
+        now = (unit, min_unit, units, min_units, values.view(-1, n_blocks, n_groups))
         if best is None:
             best, best_loss = now, loss
         else:
@@ -196,7 +198,7 @@ def _in_units(
                 torch.where(b, new, old) for b, new, old in zip(shapes, now, best, strict=True)
             )
             best_loss = torch.minimum(loss, best_loss)
-        # The whole numbers that are best for these codes, then the units.
+        # The whole numbers that are best for these values, then the units.
         if grid.has_min:
             lows = (wx - scale * (w * values).sum(0)) / total
             min_units = rounded(-lows.view(n_blocks, -1), min_unit)
@@ -217,5 +219,5 @@ def _in_units(
         else:
             unit = _half(ux / uu.clamp(min=TINY))
     assert best is not None
-    *scales, codes = best
-    return (*scales, codes.reshape(len(codes), -1))  # pyright: ignore[reportReturnType]
+    *scales, values = best
+    return (*scales, values.reshape(len(values), -1))  # pyright: ignore[reportReturnType]

@@ -82,7 +82,8 @@ def quantize(type: str, weights: Tensor, importance: Tensor | None = None) -> Te
     # No column is worth nothing: its codes would be anything.
     importance = importance.float() / importance.float().mean()
     importance = importance.clamp(min=1e-3)
-    parts = weights.detach().split(max(1, CHUNK // width))
+    chunk = CHUNK if weights.device.type == "cpu" else 2**24
+    parts = weights.detach().split(max(1, chunk // width))
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:
         return torch.cat(list(threads.map(lambda rows: _quantize(kind, rows, importance), parts)))
 
@@ -90,8 +91,7 @@ def quantize(type: str, weights: Tensor, importance: Tensor | None = None) -> Te
 def _quantize(kind: BlockType, weights: Tensor, importance: Tensor) -> Tensor:
     both = weights.float(), importance.expand_as(weights)
     blocks = fit(*(t.reshape(-1, kind.n_weights) for t in both), kind.grid)
-    codes = blocks.codes if kind.grid.table else blocks.codes - kind.grid.low
-    parts = kind.pack(codes.to(torch.uint8), blocks)
+    parts = kind.pack(blocks.codes, blocks)
     return torch.cat([part.view(torch.uint8) for part in parts], -1).view(len(weights), -1)
 
 
