@@ -156,7 +156,9 @@ def quantize(
         calibration = export.calibrate(path, texts, calibration_tokens)
     with progress("Quantizing", unit="bytes") as bar:
         if layout == "gguf":
-            export.to_gguf(path, out, format=name, importance=importance, progress=bar.update)
+            export.to_gguf(
+                path, out, format=name, importance=importance, progress=bar.update, say=bar.say
+            )
         else:
             export.quantize(
                 path, out, format=name, to=layout, calibration=calibration, kv=bool(kv),

@@ -169,6 +169,7 @@ def to_gguf(
     dtype: torch.dtype | None = None,
     importance: Mapping[str, Tensor] | None = None,
     progress: Progress = lambda done, total: None,
+    say: Callable[[str], None] = warnings.warn,
 ) -> None:
     """Write a model as one GGUF file: in a mixture of blocks, in a plain type, or as it is stored.
 
@@ -179,6 +180,7 @@ def to_gguf(
         dtype: of the matrices, where no format is given.
         importance: of inputs, as the function of that name returns it.
         progress: called with the bytes of weights that are written, and of all.
+        say: called with a line where something is worth knowing.
 
     Raises:
         CheckpointError: as for `write_gguf`; or the model is stored in codes other than blocks.
@@ -196,10 +198,9 @@ def to_gguf(
         types, number = mixture.types(source.shapes, source.config), mixture.number
         coarse = {stored[n] for n, t in types.items() if stored.get(n) in blocks.TYPES.keys() - {t}}
         if coarse:
-            warnings.warn(
-                f"weights in {', '.join(sorted(coarse))} are rounded a second time, which loses "
-                "more than to begin with 16 bits",
-                stacklevel=2,
+            say(
+                f"weights in {', '.join(sorted(coarse))} are rounded a second time: "
+                "begin with 16 bits if you can"
             )
     elif dtype is None and stored:
         types, number = stored, source.files.settings.get("general.file_type", 1024)

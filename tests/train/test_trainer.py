@@ -124,7 +124,7 @@ def test_what_was_learned_in_blocks_is_what_the_gguf_file_holds(make_recipe, tmp
             assert torch.equal(module.tensors["weight"], blocks.quantize("q4_1", weight))
     model["shape"]["dim"] = 48
     with pytest.raises(
-        InvalidRequest, match=r"q4_1, which needs widths .* of 32; the model has 48"
+        InvalidRequest, match="q4_1 needs widths in multiples of 32"
     ):
         Setup.make(make_recipe("chat", model=model, qat={"format": "q4_1"}), CPU)
     with pytest.raises(InvalidRequest, match=r"qat.kv: a GGUF file in q4_1 has no scales"):
