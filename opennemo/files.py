@@ -39,19 +39,19 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     write_whole(path, text.encode())
 
 
-def write_whole(path: Path, *parts: bytes | memoryview) -> None:
-    """Write a file of these parts whole, or not at all.
+def write_whole(path: Path, *parts: bytes | memoryview, mode: int = 0o666) -> None:
+    """Write a file of these parts whole, or not at all; `mode` as for `os.open`.
 
     Raises:
         OSError: there is no room, or the folder cannot be written.
     """
-    with open_whole(path) as file:
+    with open_whole(path, mode) as file:
         for part in parts:
             file.write(part)
 
 
 @contextmanager
-def open_whole(path: Path) -> Iterator[IO[bytes]]:
+def open_whole(path: Path, mode: int = 0o666) -> Iterator[IO[bytes]]:
     """A file to write to, which takes the name `path` if the block ends well, else vanishes.
 
     Raises:
@@ -59,7 +59,7 @@ def open_whole(path: Path) -> Iterator[IO[bytes]]:
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with partial.open("wb") as file:
+        with open(partial, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

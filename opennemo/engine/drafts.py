@@ -16,7 +16,7 @@ import math
 import time
 from array import array
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import cycle, islice
 from weakref import WeakKeyDictionary
 
@@ -29,6 +29,8 @@ from opennemo.engine.kv_cache import KVCache
 from opennemo.engine.runner import Runner, Stretch
 from opennemo.engine.sampler import sample
 from opennemo.engine.sequence import Chunk, Prefix, Sequence
+from opennemo.engine.sizes import CacheSize, EngineConfig, cache_size
+from opennemo.model.transformer import Transformer
 
 log = logging.getLogger(__name__)
 LONGEST = 3  # tokens that must stand together again, at most
@@ -156,9 +158,11 @@ class SmallModel:
     table serves both. Where it is behind, or wrong, fewer guesses are kept, and no answer changes.
     """
 
-    def __init__(self, runner: Runner, vocab_size: int):
-        """`vocab_size`: rows of the large model's logits."""
-        self.runner, self.seconds_a_guess = runner, 0.0
+    def __init__(self, model: Transformer, size: CacheSize, config: EngineConfig, vocab_size: int):
+        """`size` and `vocab_size`, rows of logits, are the large model's."""
+        same = {"n_pages": size.n_pages, "page_size": size.page_size, "kv_format": None}
+        own = cache_size(model, replace(config, **same), size.n_pages * size.page_size, None)
+        self.runner, self.seconds_a_guess = Runner(model, own), 0.0
         self._vocab_size, self._failed = vocab_size, False
 
     def follow(self, chunks: list[Chunk]) -> None:

@@ -14,6 +14,7 @@ from array import array
 from dataclasses import dataclass
 from hashlib import blake2b
 
+from opennemo.engine.prefix_store import PrefixStore
 from opennemo.engine.sequence import Sequence
 
 
@@ -31,7 +32,13 @@ class KVCache:
     and queued in `_free`, perhaps still carrying a prefix.
     """
 
-    def __init__(self, n_pages: int, page_size: int, prefix_caching: bool = True):
+    def __init__(
+        self,
+        n_pages: int,
+        page_size: int,
+        prefix_caching: bool = True,
+        store: PrefixStore | None = None,
+    ):
         self.n_pages, self.page_size, self.prefix_caching = n_pages, page_size, prefix_caching
         self.n_hit_tokens = 0  # prompt tokens that lay in the cache, of
         self.n_asked_tokens = 0  # prompt tokens looked up, since the start
@@ -39,7 +46,8 @@ class KVCache:
         self._pages = [_Page() for _ in range(n_pages)]
         self._by_key: dict[bytes, int] = {}
         # Without the secret, a client who can compute hashes could aim for a collision.
-        self._secret = secrets.token_bytes(32)
+        self._store = store
+        self._secret = secrets.token_bytes(32) if store is None else store.secret
 
     @property
     def n_free(self) -> int:
@@ -62,6 +70,8 @@ class KVCache:
         for i in range(n_most // self.page_size):
             key, data = self._name(sequence, i)
             page = self._find(key, data)
+            if page is None:
+                page = self._restore(sequence, key, data)
             if page is None:
                 break
             self._free.pop(page, None)
@@ -108,9 +118,9 @@ class KVCache:
             key, data = self._name(sequence, i)
             sequence.page_keys.append(key)
             if key not in self._by_key:  # two sequences may fill the same page side by side
-                self._by_key[key] = sequence.pages[i]
-                self._pages[sequence.pages[i]].key = key
-                self._pages[sequence.pages[i]].tokens = data
+                self._give_name(sequence.pages[i], key, data)
+        if self._store is not None and self._stores(sequence):
+            self._store.save(sequence, self.page_size)
 
     def release(self, sequence: Sequence) -> None:
         """Take all pages back from a sequence; those that no other uses become free."""
@@ -119,6 +129,9 @@ class KVCache:
             assert self._pages[page].n_users >= 0, f"page {page} was released twice"
             if self._pages[page].n_users == 0:
                 self._free[page] = None
+        if self._store is not None and self._stores(sequence):
+            self._store.touch(sequence.page_keys[: sequence.n_stored])
+        sequence.n_stored = 0
         sequence.pages.clear()
         sequence.page_keys.clear()
         sequence.n_computed = sequence.n_drafted = 0
@@ -131,6 +144,24 @@ class KVCache:
     def _find(self, key: bytes, data: bytes) -> int | None:
         page = self._by_key.get(key)
         return page if page is not None and self._pages[page].tokens == data else None
+
+    def _restore(self, sequence: Sequence, key: bytes, data: bytes) -> int | None:
+        """A free page that now holds what is on the disk of that name."""
+        if self._free and self._store is not None and self._stores(sequence):
+            page = next(iter(self._free))
+            self._forget(page)
+            if self._store.restore(key, data, page):
+                self._give_name(page, key, data)
+                return page
+        return None
+
+    def _stores(self, sequence: Sequence) -> bool:
+        """Whether a sequence's pages are kept on the disk: answers', of the model as it is."""
+        return sequence.adapter is None and sequence.max_tokens > 0
+
+    def _give_name(self, page: int, key: bytes, data: bytes) -> None:
+        self._by_key[key] = page
+        self._pages[page].key, self._pages[page].tokens = key, data
 
     def _forget(self, page: int) -> None:
         key = self._pages[page].key

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Many
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +25,12 @@ from opennemo.engine.engine import check_pair, check_request
 from opennemo.engine.kv_cache import KVCache
 from opennemo.engine.loop import Loop
 from opennemo.engine.params import SamplingParams
+from opennemo.engine.prefix_store import fingerprint, open_store
 from opennemo.engine.ranks import Ranks
 from opennemo.engine.runner import Runner
-from opennemo.engine.sampler import sample, target_logprobs, token_logprobs
+from opennemo.engine.sampler import sample, token_logprobs
 from opennemo.engine.scheduler import Scheduler
-from opennemo.engine.scoring import Pair, Score, Scoring
+from opennemo.engine.scoring import Pair, Score, Scoring, target_logprobs
 from opennemo.engine.sequence import Chunk, Sequence
 from opennemo.engine.sizes import EngineConfig, cache_size
 from opennemo.engine.token import FinishReason, Token, TokenCallback, TokenLogprobs
@@ -62,7 +62,8 @@ class LocalEngine(Loop):
         model of the same vocabulary, which guesses at what comes next.
 
         Raises:
-            InvalidRequest: the KV cache's format is unknown, or fp8 and without scales.
+            InvalidRequest: the KV cache's format is unknown, or fp8 and without scales; `cache_dir`
+                cannot be used.
         """
         super().__init__()
         self.config = config = config or EngineConfig()
@@ -73,25 +74,25 @@ class LocalEngine(Loop):
         longest = min(config.max_context or longest, longest)
         size = cache_size(model, config, longest, kv_scale)
         self.max_context = min(longest, size.n_pages * size.page_size)
-        self.cache = KVCache(size.n_pages, size.page_size, config.prefix_caching)
-        self.scheduler = Scheduler(
-            self.cache, config.max_batched_tokens, config.max_sequences,
-            max_rows=max(config.max_sequences, MAX_LOGITS // self.vocab_size),
-        )  # fmt: skip
         if ranks is not None:
             ranks.begin(size)
         self.ranks = ranks
+        models = [model] if draft is None else [model, draft]
+        # Before the first runner takes the weights into its own order.
+        identity = fingerprint(*models) if config.cache_dir else b""
         self.runner = Runner(model, size, config.adapters, ranks)
         n_guesses = config.n_draft_tokens
         if draft is None and self.runner.device.type != "cpu":
             n_guesses = n_guesses or 0  # a GPU's recorded steps have one token a sequence
-        small_model = None
-        if draft is not None:
-            pages = {"n_pages": size.n_pages, "page_size": size.page_size, "kv_format": None}
-            own = cache_size(draft, replace(config, **pages), longest, None)
-            small_model = SmallModel(Runner(draft, own), self.vocab_size)
+        small_model = draft and SmallModel(draft, size, config, self.vocab_size)
         self.drafter = Drafter(n_guesses, self.eos_ids, small_model)
         self._runners = [self.runner, *([small_model.runner] if small_model else [])]
+        self._store = open_store(config, identity, lambda: [r.pages for r in self._runners])
+        self.cache = KVCache(size.n_pages, size.page_size, config.prefix_caching, self._store)
+        self.scheduler = Scheduler(
+            self.cache, config.max_batched_tokens, config.max_sequences,
+            max_rows=max(config.max_sequences, MAX_LOGITS // self.vocab_size),
+        )  # fmt: skip
         self.adapters: dict[str, Adapter] = {}
         self._ids = itertools.count(1)
         self._sequences: dict[int, dict[int, Sequence]] = {}  # alive, by request and index
@@ -158,6 +159,8 @@ class LocalEngine(Loop):
 
     def reset_prefix_cache(self) -> None:
         self.call(self.cache.reset)
+        if self._store is not None:
+            self.call(self._store.clear)
 
     def sleep(self) -> None:
         self.stop()
@@ -172,6 +175,8 @@ class LocalEngine(Loop):
 
     def close(self) -> None:
         self.stop()
+        if self._store is not None:
+            self._store.close()
         if self.ranks is not None:
             self.ranks.close()
 

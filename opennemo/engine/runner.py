@@ -105,11 +105,9 @@ class Runner:
 
     def copy_page(self, source: int, target: int) -> None:
         """Copy the keys and values of a page, all layers', into another."""
-        pages = self.pages
         with self._together("copy_page", source, target):
-            pages.codes[:, :, target] = pages.codes[:, :, source]
-            if pages.scale is not None and pages.scale.dim() > 2:
-                pages.scale[:, :, target] = pages.scale[:, :, source]
+            for part, copied in zip(self.pages.of(target), self.pages.of(source), strict=True):
+                part.copy_(copied)
 
     @torch.inference_mode()
     def run(self, chunks: list[Chunk]) -> Tensor:

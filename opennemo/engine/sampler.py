@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from opennemo.engine.params import SamplingParams
-from opennemo.engine.sequence import Chunk, Prefix, Sequence
+from opennemo.engine.sequence import Prefix, Sequence
 from opennemo.engine.token import TokenLogprobs
 
 HEAD = 1024
@@ -57,34 +57,6 @@ def token_logprobs(logits: Tensor, token: int, n_top: int) -> TokenLogprobs:
         rank=int((logprobs > own).sum()) + 1,
         top=tuple(zip(ids.tolist(), values.tolist(), strict=True)),
     )
-
-
-def target_logprobs(
-    logits: Tensor, top: Tensor, chunks: list[Chunk]
-) -> dict[Sequence, list[tuple[float, bool]]]:
-    """Log-probabilities of what scores among the chunks want, and whether each is the likeliest.
-
-    `logits` (R, V) are the chunks' rows in order, `top` (R,) the largest of each.
-    """
-    rows, tokens, owners, end = [], [], [], 0
-    for chunk in chunks:
-        end += chunk.n_rows
-        first = end - (chunk.sequence.n_computed + chunk.n_new)  # the row of place 0, were it here
-        for target in chunk.targets:
-            rows.append(first + target.place)
-            tokens.append(target.token)
-            owners.append(chunk.sequence)
-    scores: dict[Sequence, list[tuple[float, bool]]] = {owner: [] for owner in owners}
-    if rows:
-        own = logits[torch.tensor(rows), torch.tensor(tokens)]
-        # On a CPU some rows at a time, which stay in the processor's cache.
-        height = 32 if logits.device.type == "cpu" else len(logits)
-        parts = zip(logits.split(height), top[:, None].split(height), strict=True)
-        total = torch.cat([(part - best).exp_().sum(-1) for part, best in parts]).log_() + top
-        logprobs, greedy = (own - total[rows]).tolist(), (own == top[rows]).tolist()
-        for owner, *score in zip(owners, logprobs, greedy, strict=True):
-            scores[owner].append((score[0], score[1]))
-    return scores
 
 
 def _bias_(row: Tensor, prefix: Prefix, eos_ids: frozenset[int]) -> None:

@@ -12,8 +12,11 @@ from collections.abc import Sequence as Many
 from concurrent.futures import Future
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from opennemo.engine.params import SamplingParams
-from opennemo.engine.sequence import Sequence, Target
+from opennemo.engine.sequence import Chunk, Sequence, Target
 from opennemo.engine.token import Token, TokenCallback
 from opennemo.errors import OpenNemoError
 
@@ -101,6 +104,34 @@ def plan(request_id: int, pairs: Many[Pair], on_token: TokenCallback) -> list[Se
     for sequence in sequences:
         sequence.targets.sort()
     return sequences
+
+
+def target_logprobs(
+    logits: Tensor, top: Tensor, chunks: list[Chunk]
+) -> dict[Sequence, list[tuple[float, bool]]]:
+    """Log-probabilities of what scores among the chunks want, and whether each is the likeliest.
+
+    `logits` (R, V) are the chunks' rows in order, `top` (R,) the largest of each.
+    """
+    rows, tokens, owners, end = [], [], [], 0
+    for chunk in chunks:
+        end += chunk.n_rows
+        first = end - (chunk.sequence.n_computed + chunk.n_new)  # the row of place 0, were it here
+        for target in chunk.targets:
+            rows.append(first + target.place)
+            tokens.append(target.token)
+            owners.append(chunk.sequence)
+    scores: dict[Sequence, list[tuple[float, bool]]] = {owner: [] for owner in owners}
+    if rows:
+        own = logits[torch.tensor(rows), torch.tensor(tokens)]
+        # On a CPU some rows at a time, which stay in the processor's cache.
+        height = 32 if logits.device.type == "cpu" else len(logits)
+        parts = zip(logits.split(height), top[:, None].split(height), strict=True)
+        total = torch.cat([(part - best).exp_().sum(-1) for part, best in parts]).log_() + top
+        logprobs, greedy = (own - total[rows]).tolist(), (own == top[rows]).tolist()
+        for owner, *score in zip(owners, logprobs, greedy, strict=True):
+            scores[owner].append((score[0], score[1]))
+    return scores
 
 
 def _n_common(a: list[int], b: list[int]) -> int:

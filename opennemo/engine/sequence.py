@@ -44,6 +44,7 @@ class Sequence:
     n_cached: int = 0
     pages: list[int] = field(default_factory=list)
     page_keys: list[bytes] = field(default_factory=list)  # chain keys of the full pages
+    n_stored: int = 0  # of them, those that are on the disk
     leader: "Sequence | None" = None  # computes the first `n_shared` tokens, which are the same
     n_shared: int = 0
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=lambda: [None])

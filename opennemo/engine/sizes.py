@@ -5,6 +5,7 @@ them. `cache_size` lays that out.
 """
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -55,6 +56,8 @@ class EngineConfig:
     # a GPU without `draft` none.
     n_draft_tokens: int | None = None
     draft: str | None = None  # a small model of the same vocabulary, which guesses
+    cache_dir: Path | None = None  # keys and values of prefixes are kept here
+    max_cache_size: int = 10 * 2**30  # bytes, there
     adapters: bool = False  # whether requests may name one; on a CPU packed weights are kept twice
     tensor_parallel_size: int = 1  # ranks that share every layer
 

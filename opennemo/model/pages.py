@@ -61,6 +61,11 @@ class Pages:
         """Of all pages, their scales included."""
         return self.codes.nbytes + (0 if self.scale is None else self.scale.nbytes)
 
+    def of(self, page: int) -> list[Tensor]:
+        """What one page holds: codes (L, 2, page_size, K, H), and scales where it has its own."""
+        scales = [] if self.scale is None or self.scale.dim() == 2 else [self.scale[:, :, page]]
+        return [self.codes[:, :, page], *scales]
+
     def write(self, layer: int, slots: Tensor, *kv: Tensor) -> None:
         """Round keys and values (T, K, H) into their slots (T,)."""
         rounding = rounding_of(self.format)
