@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from opennemo.errors import InvalidRequest, OpenNemoError
+from opennemo.files import read_json, write_whole
 from opennemo.llm import LLM
 from opennemo.tokenizer.chat import Message
 
@@ -22,19 +23,28 @@ HELP = """\
 /exit         leave, as Ctrl-D does; Ctrl-C stops an answer"""
 
 
-def answer(text: str, system: str | None, load: Callable[[], LLM], sampling: Any) -> None:
+def answer(
+    text: str, system: str | None, load: Callable[[], LLM], sampling: Any, kept: Path | None = None
+) -> None:
     """Answer one message on standard output, bare, so that the command works in a pipe."""
+    messages = [*_start(system, kept), {"role": "user", "content": text}]
     with load() as llm:
-        for piece in llm.chat([*_start(system), {"role": "user", "content": text}], **sampling):
+        reply = llm.chat(messages, **sampling)
+        for piece in reply:
             print(piece, end="", flush=True)
     print()
+    _keep(kept, [*messages, {"role": "assistant", "content": reply.text}])
 
 
 def converse(
-    model: str, system: str | None, load: Callable[[], LLM], sampling: dict[str, Any]
+    model: str,
+    system: str | None,
+    load: Callable[[], LLM],
+    sampling: dict[str, Any],
+    kept: Path | None = None,
 ) -> None:
-    """Load a model and talk to it until the user leaves."""
-    console = Console()
+    """Load a model and talk to it until the user leaves; `kept` is the conversation's file."""
+    console, messages = Console(), _start(system, kept)
     with suppress(ImportError):
         import readline  # noqa: F401  arrow keys and history in input()
     with console.status(f"Loading {escape(model)} ..."):
@@ -45,11 +55,34 @@ def converse(
             "[dim]/help tells what else there is, Ctrl-D leaves.[/dim]",
             highlight=False,
         )
-        Conversation(console, llm, _start(system), sampling).run()
+        for message in messages[-2:] if kept else ():
+            mark = "> " if message["role"] == "user" else ""
+            console.print(f"[dim]{mark}{escape(str(message['content']))}[/dim]", highlight=False)
+        Conversation(console, llm, messages, sampling, kept).run()
 
 
-def _start(system: str | None) -> list[Message]:
-    return [{"role": "system", "content": system}] if system else []
+def _start(system: str | None, kept: Path | None) -> list[Message]:
+    """The messages that a conversation begins with: those of its file, if it has one."""
+    start = [{"role": "system", "content": system}] if system else []
+    if kept is None or not kept.exists():
+        return start
+    messages = read_json(kept).get("messages")
+    if not isinstance(messages, list) or not all(
+        isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in messages
+    ):
+        raise InvalidRequest(f"{kept}: not a conversation; remove it, or name another session")
+    return start + [m for m in messages if m["role"] != "system"] if start else messages
+
+
+def _keep(kept: Path | None, messages: list[Message]) -> None:
+    """Write a conversation to its file, if it has one."""
+    if kept is not None:
+        try:
+            kept.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            text = json.dumps({"messages": messages}, ensure_ascii=False) + "\n"
+            write_whole(kept, text.encode(), mode=0o600)
+        except OSError as error:
+            raise InvalidRequest(f"{kept}: {error.strerror}") from None
 
 
 @dataclass
@@ -60,6 +93,7 @@ class Conversation:
     llm: LLM
     messages: list[Message]
     sampling: dict[str, Any]
+    kept: Path | None = None  # the file of a session
 
     def run(self) -> None:
         while True:
@@ -99,6 +133,7 @@ class Conversation:
         rate = len(reply.ids) / seconds
         self.console.print(f"\n[dim]{len(reply.ids)} tokens, {rate:.1f} a second{note}[/dim]")
         self.messages += [question, {"role": "assistant", "content": "".join(pieces)}]
+        _keep(self.kept, self.messages)
 
     def command(self, name: str, argument: str = "") -> None:
         system = self.messages[:1] if self.messages and self.messages[0]["role"] == "system" else []
@@ -106,6 +141,7 @@ class Conversation:
             self.console.print(HELP, highlight=False, markup=False)
         elif name == "/reset":
             self.messages = system
+            _keep(self.kept, system)
             self.console.print("[dim]A new conversation.[/dim]")
         elif name == "/system" and argument:
             self.messages = [{"role": "system", "content": argument}]

@@ -78,3 +78,27 @@ def test_a_person_at_a_terminal(tmp_path):
         assert terminal.exit_code() == 0
     saved = json.loads((tmp_path / "talk.jsonl").read_text())
     assert [m["role"] for m in saved["messages"]] == ["user", "assistant"] * 2
+
+
+@needs_smollm2
+def test_a_session_is_shown_and_gone_on_with(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    file = tmp_path / "state" / "opennemo" / "sessions" / "sea.json"
+    for question in ("What is the sea?", "And a lake?"):
+        with Terminal("chat", "--session", "sea", "--max-tokens", "8") as terminal:
+            terminal.expect("/help tells")
+            if question == "And a lake?":
+                terminal.expect("> What is the sea")
+            terminal.expect("> ")
+            terminal.type(f"{question}\n")
+            terminal.expect("tokens, [0-9.]+ a second")
+            terminal.expect("> ")
+            if question == "And a lake?":
+                assert len(json.loads(file.read_text())["messages"]) == 4
+                terminal.type("/reset\n")
+                terminal.expect("A new conversation")
+                terminal.expect("> ")
+            terminal.type("\x04")
+            assert terminal.exit_code() == 0
+    assert json.loads(file.read_text()) == {"messages": []}

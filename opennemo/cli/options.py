@@ -31,6 +31,10 @@ Draft = Annotated[
         help="A small model of the same vocabulary that guesses ahead; no answer changes."
     ),
 ]
+CacheDir = Annotated[
+    Path | None,
+    typer.Option(help="Keep computed prompts here, for after a restart; at most 10 GiB of them."),
+]
 NewModel = Annotated[
     Path,
     typer.Argument(help="The folder to write, without files in it, or a new file NAME.gguf."),
@@ -147,6 +151,11 @@ def one_of(option: str, value: str, allowed: tuple[str, ...]) -> Any:
     if value not in allowed:
         raise InvalidRequest(f"{option} is {value}, allowed are {', '.join(allowed)}")
     return value
+
+
+def user_folder(variable: str, default: str) -> Path:
+    """The user's own folder of a kind, such as XDG_STATE_HOME, for files of this program."""
+    return Path(os.environ.get(variable) or Path.home() / default) / "opennemo"
 
 
 def processors() -> int:

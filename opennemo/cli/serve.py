@@ -10,6 +10,7 @@ import typer
 
 from opennemo.cli.options import (
     DEFAULT_MODEL,
+    CacheDir,
     Device,
     Draft,
     Engines,
@@ -73,6 +74,7 @@ def batch(
     device: Device = None,
     tensor_parallel_size: Ranks = 1,
     draft: Draft = None,
+    cache_dir: CacheDir = None,
     engine: Engines = "process",
     replicas: Replicas = None,
     ray_address: RayAddress = None,
@@ -92,7 +94,7 @@ def batch(
     named = [f"--served-model-name={name}" for name in served_model_name or ()]
     options = flags(
         max_num_seqs=max_num_seqs, max_model_len=max_model_len, format=format, device=device,
-        tensor_parallel_size=tensor_parallel_size, draft=draft,
+        tensor_parallel_size=tensor_parallel_size, draft=draft, cache_dir=cache_dir,
     )  # fmt: skip
     _, spread = on_engines(engine, replicas, ray_address)
     configure_logs("warning" if spread else "error")

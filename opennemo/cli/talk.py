@@ -1,5 +1,6 @@
 """`opennemo chat` and `generate`: answers and continuations in the terminal."""
 
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,6 +9,7 @@ import typer
 
 from opennemo.cli.options import (
     DEFAULT_MODEL,
+    CacheDir,
     Device,
     Draft,
     Format,
@@ -23,6 +25,7 @@ from opennemo.cli.options import (
     TopP,
     given,
     read_text,
+    user_folder,
 )
 from opennemo.errors import InvalidRequest
 
@@ -33,6 +36,10 @@ app = typer.Typer()
 def chat(
     model: Model = DEFAULT_MODEL,
     system: Annotated[str | None, typer.Option(help="The system message.")] = None,
+    session: Annotated[
+        str | None,
+        typer.Option(help="Go on with the conversation of this name, or begin it, and keep it."),
+    ] = None,
     temperature: Temperature = None,
     top_p: TopP = None,
     top_k: TopK = None,
@@ -44,8 +51,19 @@ def chat(
     device: Device = None,
     ranks: Ranks = 1,
     draft: Draft = None,
+    cache_dir: CacheDir = None,
 ) -> None:
-    """Talk to a model. Without a terminal, answer the text on standard input, once."""
+    """Talk to a model. Without a terminal, answer the text on standard input, once.
+
+    A --session is kept in ~/.local/state/opennemo/sessions, and what was computed of it, unless
+    --cache-dir names another folder, in ~/.cache/opennemo/prefixes.
+    """
+    kept = None
+    if session is not None:
+        if not re.fullmatch(r"[\w-][\w.-]{0,99}", session):
+            raise InvalidRequest(f"--session {session!r} is not a name of letters, digits, - and .")
+        kept = user_folder("XDG_STATE_HOME", ".local/state") / "sessions" / f"{session}.json"
+        cache_dir = cache_dir or user_folder("XDG_CACHE_HOME", ".cache") / "prefixes"
     sampling = given(
         temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, max_tokens=max_tokens
     )
@@ -53,12 +71,15 @@ def chat(
     from opennemo.terminal import answer, converse
 
     def load() -> Any:
-        return _load(model, format, max_context, kv_format, device, ranks, draft)
+        return _load(
+            model, format, device, max_context=max_context, kv_format=kv_format,
+            tensor_parallel_size=ranks, draft=draft, cache_dir=cache_dir,
+        )  # fmt: skip
 
     if text is None:
-        converse(model, system, load, sampling)
+        converse(model, system, load, sampling, kept)
     else:
-        answer(text, system, load, sampling)
+        answer(text, system, load, sampling, kept)
 
 
 @app.command(cls=NamesFormats)
@@ -82,6 +103,7 @@ def generate(
     device: Device = None,
     ranks: Ranks = 1,
     draft: Draft = None,
+    cache_dir: CacheDir = None,
 ) -> None:
     """Continue a text as it stands, without a chat layout."""
     if (prompt is None) == (file is None):
@@ -90,25 +112,16 @@ def generate(
     sampling = given(
         temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, max_tokens=max_tokens
     )
-    with _load(model, format, max_context, kv_format, device, ranks, draft) as llm:
+    settings = {"max_context": max_context, "kv_format": kv_format, "draft": draft}
+    settings |= {"tensor_parallel_size": ranks, "cache_dir": cache_dir}
+    with _load(model, format, device, **settings) as llm:
         for piece in llm.complete(text or "", stop=tuple(stop or ()), **sampling):
             print(piece, end="", flush=True)
         print()
 
 
-def _load(
-    model: str,
-    format: str,
-    max_context: int | None,
-    kv_format: str | None,
-    device: str | None,
-    ranks: int,
-    draft: str | None,
-) -> Any:
+def _load(model: str, format: str, device: str | None, **settings: Any) -> Any:
     from opennemo.engine import EngineConfig
     from opennemo.llm import LLM
 
-    config = EngineConfig(
-        max_context=max_context, kv_format=kv_format, tensor_parallel_size=ranks, draft=draft
-    )
-    return LLM.load(model, device=device, config=config, format=format)
+    return LLM.load(model, device=device, config=EngineConfig(**settings), format=format)

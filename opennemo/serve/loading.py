@@ -31,6 +31,8 @@ def load_model(settings: Settings) -> LLM:
         prefix_caching=settings.enable_prefix_caching,
         n_draft_tokens=settings.num_speculative_tokens,
         draft=settings.draft,
+        cache_dir=settings.cache_dir,
+        max_cache_size=settings.max_cache_size,
         adapters=bool(modules or settings.lora_root),
         tensor_parallel_size=settings.tensor_parallel_size,
     )

@@ -159,6 +159,10 @@ class Settings(BaseSettings):
         description=f"For {SCALED_KV} where the model brings no scales, such as 1.",
     )
     enable_prefix_caching: bool = True
+    cache_dir: Path | None = Field(
+        None, description="Keep computed prompts here, for after a restart."
+    )
+    max_cache_size: int = Field(10 * 2**30, ge=0, le=2**50, description="Bytes of --cache-dir.")
     share_prefix_cache: bool = Field(
         False, description="Between keys, which must trust each other."
     )
