@@ -21,7 +21,7 @@ from rich.table import Table
 from opennemo.engine import EngineConfig
 from opennemo.llm import LLM
 
-TEMPERATURE, MAX_TOKENS = 0.3, 200
+TEMPERATURE, MAX_TOKENS = 0.3, 128
 TEXT = (Path(__file__).parent.parent / "docs" / "security.md").read_text("utf-8")[:1600]
 TASKS = {
     "edit": f"Repeat this text word for word, and mend its spelling:\n\n{TEXT}",
@@ -34,8 +34,7 @@ def answer(llm: LLM, task: str, seed: int) -> tuple[list[int], float]:
     """Ids of an answer, and its tokens a second after the first."""
     times: list[float] = []
     question = [{"role": "user", "content": TASKS[task]}]
-    sampling = {"temperature": TEMPERATURE, "max_tokens": MAX_TOKENS, "seed": seed}
-    reply = llm.chat(question, **sampling)
+    reply = llm.chat(question, temperature=TEMPERATURE, max_tokens=MAX_TOKENS, seed=seed)
     for _ in reply:
         times.append(time.perf_counter())
     return reply.ids, (len(reply.ids) - 1) / (times[-1] - times[0])

@@ -65,7 +65,8 @@ def test_a_draft_model_guesses_and_one_of_another_vocabulary_is_refused(llm, tmp
     config = EngineConfig(draft="smollm2-135m-instruct", n_draft_tokens=3, max_context=512)
     question = [{"role": "user", "content": "Tell me about the sea."}]
     with LLM.load("smollm2-135m-instruct", config=config) as guessing:
-        for sampling in ({"temperature": 0}, {"temperature": 0.8, "top_p": 0.9, "seed": 1}):
+        settings: list[dict] = [{"temperature": 0}, {"temperature": 0.8, "top_p": 0.9, "seed": 1}]
+        for sampling in settings:
             answer = guessing.chat(question, max_tokens=40, **sampling)
             assert answer.text == llm.chat(question, max_tokens=40, **sampling).text
         stats = guessing.engine.stats()

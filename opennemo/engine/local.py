@@ -280,17 +280,19 @@ class LocalEngine(Loop):
         `logits` (R, V) are the rows that they were chosen from -> how many are taken.
         """
         sequence, n_top = chunk.sequence, chunk.sequence.params.logprobs
-        for n, (guess, token) in enumerate(zip((*chunk.draft, None), tokens, strict=True)):
-            logprobs = None if n_top is None else token_logprobs(logits[n], token, n_top)
+        before, n_kept = sequence.n_output, 0
+        for row, guess, token in zip(logits, (*chunk.draft, None), tokens, strict=True):
+            logprobs = None if n_top is None else token_logprobs(row, token, n_top)
             self._append(sequence, token, logprobs)
+            n_kept += token == guess
             if sequence.finished or token != guess:
                 break
             sequence.n_computed += 1
             self.cache.publish(sequence)
         sequence.n_drafted = min(sequence.n_drafted, sequence.n_computed)
         if chunk.draft:
-            self.drafter.learn(sequence, len(chunk.draft), n + (token == guess))
-        return n + 1
+            self.drafter.learn(sequence, len(chunk.draft), n_kept)
+        return sequence.n_output - before
 
     def _note_prompt_logprobs(self, chunk: Chunk, logits: Tensor) -> None:
         """Keep how likely the model found each token of the prompt; row i predicts token i + 1."""

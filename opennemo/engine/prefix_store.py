@@ -135,7 +135,7 @@ class PrefixStore:
 
     def _write(self, path: Path, tensors: Sequence[torch.Tensor]) -> None:
         try:
-            parts = [memoryview(t.flatten().view(torch.uint8).numpy()) for t in tensors]
+            parts = [t.flatten().view(torch.uint8).numpy().data for t in tensors]
             size = len(MAGIC) + 32 + sum(map(len, parts))
             if self._total + size > self._max_bytes:
                 self._trim(max(0, int(0.9 * self._max_bytes) - size))
@@ -209,7 +209,7 @@ def fingerprint(*models: Transformer) -> bytes:
             # Sums go at the speed of memory, where a hash of all bytes would take many seconds.
             table = data[:n].view(torch.int64).view(-1, 1024)
             for part in (table.sum(0), table.sum(1), data[n:]):
-                digest.update(memoryview(part.cpu().view(torch.uint8).numpy()))
+                digest.update(part.cpu().view(torch.uint8).numpy().data)
     return digest.digest()
 
 

@@ -197,7 +197,7 @@ def test_no_guess_is_made_where_a_row_costs_as_much_as_a_step(seconds_a_row, gue
 
 def test_guesses_stop_at_the_end_of_an_answer_and_at_what_the_grammar_forbids():
     drafter, cache = Drafter(3, frozenset({EOS})), KVCache(64, 4)
-    cases = (
+    cases: tuple[tuple[dict, list[int], tuple[int, ...]], ...] = (
         ({}, [1, 2, 3, 4, EOS, 9, 1, 2, 3], (4, EOS)),
         ({"stop_ids": frozenset({4})}, [1, 2, 3, 4, EOS, 9, 1, 2, 3], (4,)),
         ({"ignore_eos": True}, [1, 2, 3, 4, EOS, 9, 1, 2, 3], (4, EOS, 9)),

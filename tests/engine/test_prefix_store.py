@@ -82,7 +82,8 @@ def test_nothing_is_shared_with_other_keys_models_formats_and_folders(tmp_path):
     with engine_over(tmp_path) as engine:
         assert answer(engine, salt=b"bob/")[1] == 0
         assert answer(engine, salt=b"")[1] == 0
-    for changed in ({"model": other}, {"kv_format": "int8"}, {"page_size": 8}):
+    changes: list[dict] = [{"model": other}, {"kv_format": "int8"}, {"page_size": 8}]
+    for changed in changes:
         with engine_over(tmp_path, **changed) as engine:
             assert answer(engine, salt=b"alice/")[1] == 0
     (tmp_path / "other").mkdir()
