@@ -173,6 +173,16 @@ def test_what_a_template_writes_may_be_a_part_of_the_answer(tmp_path: Path):
     assert tokenizer.decode([ids["<think>"], ids["<|im_end|>"]]) == "<think>"
 
 
+def test_what_the_files_beside_call_special_is_control(tmp_path: Path):
+    decoder = {"321": {"content": "<|a|>", "special": True}}
+    ids = tiny.write_tokenizer(
+        tmp_path, dict.fromkeys(["<|a|>", "<|b|>", "<|c|>"], False),
+        added_tokens_decoder=decoder, additional_special_tokens=["<|b|>"],
+    )  # fmt: skip
+    assert load_tokenizer(tmp_path).encode("<|a|><|b|><|c|>").count(ids["<|c|>"]) == 1
+    assert not {ids["<|a|>"], ids["<|b|>"]} & {*load_tokenizer(tmp_path).encode("<|a|><|b|>")}
+
+
 def test_every_id_that_ends_an_answer_is_control(tmp_path: Path):
     ids = tiny.write_tokenizer(tmp_path, {"<|stop|>": False})
     (tmp_path / "generation_config.json").write_text(f'{{"eos_token_id": [2, {ids["<|stop|>"]}]}}')

@@ -303,7 +303,11 @@ def _layout_of(path: Path) -> FolderLayout:
         what = "is neither a folder nor a .gguf file" if path.exists() else "does not exist"
         raise CheckpointError(f"{path} {what}")
     has_params, has_config = (path / "params.json").exists(), (path / "config.json").exists()
-    if has_params and (any(path.glob("consolidated*.safetensors")) or not has_config):
+    has_weights = any(path.glob("consolidated*.safetensors"))
+    adapter = any((path / name).exists() for name in ("adapter_config.json", "lora.safetensors"))
+    if adapter and not has_config and not has_weights:
+        raise CheckpointError(f"{path}: an adapter; `opennemo merge` folds it into its model")
+    if has_params and (has_weights or not has_config):
         return "mistral"
     if not has_config:
         _refuse_pickles(path.iterdir())

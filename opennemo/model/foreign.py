@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from opennemo.errors import CheckpointError
+from opennemo.files import read_json
 from opennemo.model.layouts import short
 from opennemo.model.tensor_files import SafetensorFiles
 
@@ -156,8 +157,8 @@ def quantization_of(settings: Mapping[str, Any], where: Path) -> tuple[Any, Path
             return settings[key], where
     beside = where.with_name("hf_quant_config.json")
     if beside.exists():
-        content = json.loads(beside.read_text("utf-8"))
-        return {"quant_method": "modelopt", **content.get("quantization", {})}, beside
+        quantization = read_json(beside).get("quantization")
+        return {"quant_method": "modelopt", **(quantization or {})}, beside
     return None, where
 
 
@@ -203,16 +204,20 @@ def schemes(
         block = config.get("weight_block_size")
         if block and not (isinstance(block, list) and [type(n) for n in block] == [int, int]):
             refuse(where, "weight_block_size", block, ("two numbers",))
-        for name, group in (config.get("config_groups") or {}).items():
-            if group["weights"].get("num_bits") != 8 or group["weights"].get("type") != "float":
-                refuse(where, f"config_groups.{name}.weights", group["weights"], ("FP8",))
+        for name, group in _groups(config, where).items():
+            weights = group.get("weights")
+            if not isinstance(weights, dict) or weights.get("num_bits") != 8 or (
+                weights.get("type") != "float"
+            ):  # fmt: skip
+                refuse(where, f"config_groups.{name}.weights", weights, ("FP8",))
         coded = "weight_scale", "weight_scale_inv"
         scheme = Scheme(FP8, FP8[:1], partial(_fp8, block=block))
         of = lambda module: scheme  # noqa: E731
     found = {m: of(m) if parts[m].intersection(coded) else None for m in parts}
-    ignored = [config.get(k) or () for k in ("ignored_layers", "ignore", "exclude_modules")]
+    lists = ("ignored_layers", "ignore", "exclude_modules")
+    ignored = [name for key in lists for name in _names(config.get(key), key, where)]
     for module, scheme in found.items():
-        if scheme and any(_is_named(module, name) for names in ignored for name in names):
+        if scheme and any(_is_named(module, name) for name in ignored):
             raise CheckpointError(f"{where}: {module} is left out by name, and stored in codes")
     if not any(found.values()):
         raise CheckpointError(
@@ -242,7 +247,7 @@ def warn_of_inputs(where: Path, stored: Mapping[str, Scheme], config: Mapping[st
 def _check(
     where: Path, key: str, value: Any, understood: Mapping[str, tuple[Any, ...] | None]
 ) -> None:
-    if not value and value not in (0, -1):
+    if not value:
         return
     if key not in understood:
         refuse(where, key, value, ())
@@ -264,9 +269,28 @@ def _check_kv(scheme: Any, where: Path) -> None:
         refuse(where, "kv_cache_scheme", scheme, (KV_CACHE,))
 
 
-def _is_named(module: str, name: Any) -> bool:
-    """Whether an entry of a list of modules means this one: a name, a pattern, or re:..."""
-    name = str(name)
+def _groups(config: Mapping[str, Any], where: Path) -> dict[str, dict[str, Any]]:
+    groups = config.get("config_groups") or {}
+    if not isinstance(groups, dict) or not all(isinstance(g, dict) for g in groups.values()):
+        refuse(where, "config_groups", groups, ("an object of groups",))
+    return groups
+
+
+def _names(value: Any, key: str, where: Path) -> list[str]:
+    """A list of names of modules, patterns of them, and regular expressions behind `re:`."""
+    names = value or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        refuse(where, key, value, ("a list of names",))
+    for name in names:
+        try:
+            re.compile(name.removeprefix("re:") if name.startswith("re:") else "")
+        except re.error as error:
+            refuse(where, key, name, (f"a regular expression ({error})",))
+    return names
+
+
+def _is_named(module: str, name: str) -> bool:
+    """Whether an entry of such a list means this module."""
     if name.startswith("re:"):
         return re.match(name[3:], module) is not None
     return name == module or fnmatchcase(module, name)
@@ -275,10 +299,11 @@ def _is_named(module: str, name: Any) -> bool:
 def _compressed_tensors(
     config: Mapping[str, Any], parts: Mapping[str, set[str]], where: Path
 ) -> dict[str, Scheme | None]:
-    groups = config.get("config_groups") or {}
-    if not isinstance(groups, dict) or not all(isinstance(g, dict) for g in groups.values()):
-        refuse(where, "config_groups", groups, ("an object of groups",))
-    ignore = config.get("ignore") or []
+    groups, ignore = _groups(config, where), _names(config.get("ignore"), "ignore", where)
+    targets = {
+        name: _names(group.get("targets"), f"config_groups.{name}.targets", where)
+        for name, group in groups.items()
+    }
     made: dict[str, Scheme | None] = {}
     for name, group in groups.items():
         at = f"config_groups.{name}"
@@ -287,15 +312,11 @@ def _compressed_tensors(
         made[name] = _group(group, at, str(group.get("format") or config.get("format")), where)
 
     def of(module: str) -> Scheme | None:
-        try:
-            if any(_is_named(module, name) or name == "Linear" for name in ignore):
-                return None
-            for name, group in groups.items():
-                targets = group.get("targets") or []
-                if any(target == "Linear" or _is_named(module, target) for target in targets):
-                    return made[name]
-        except re.error as error:
-            raise CheckpointError(f"{where}: a pattern of modules: {error}") from None
+        if any(_is_named(module, name) or name == "Linear" for name in ignore):
+            return None
+        for name in groups:
+            if any(target == "Linear" or _is_named(module, target) for target in targets[name]):
+                return made[name]
         return None
 
     # Heads are often left as they were without a word.
@@ -329,7 +350,7 @@ def _group(group: Mapping[str, Any], at: str, format: str, where: Path) -> Schem
         block = [int(n) for n in re.findall(r"\d+", str(block))]
         sizes["block"] = (block[0], block[1]) if len(block) == 2 else (0, 0)
     share = sizes.get(str(strategy))
-    if share is None or any(type(n) not in (int, type(None)) or n == 0 for n in share):
+    if share is None or any(n is not None and (type(n) is not int or n < 1) for n in share):
         refuse(where, f"{at}.weights", weights, ("tensor, channel, group or block, with sizes",))
     decode = partial(_unpacked if format == PACKED else _plain, bits=bits, share=share)
     parts, n_needed = (CT_PACKED, 3) if format == PACKED else (CT, 2)

@@ -47,9 +47,9 @@ class HuggingFace(CorpusTokenizer):
     Args:
         spec: the content of the file.
         bos_id, eos_id: ids that begin a text and end an answer, control tokens in any case.
-        end_ids: others that end an answer. So are control what `added_tokens` call special, and
-            what the chat template writes as control; that is shown when it is decoded if it is not
-            called special, for it may be a part of the answer (`<think>`).
+        end_ids: others that end an answer or are special. Control tokens are these, what
+            `added_tokens` call special, and what the chat template writes as control; that is
+            shown when it is decoded, for it may be a part of the answer (`<think>`).
 
     Raises:
         ValueError: a kind of vocabulary that is not supported, or one that is inconsistent.
@@ -134,7 +134,7 @@ class HuggingFace(CorpusTokenizer):
                 eos_id=eos_id,
                 chat_template=read_chat_template(folder),
                 add_bos=settings.get("add_bos_token", begins),
-                end_ids=_listed(settings.get("eos_token_id")),
+                end_ids=[*_listed(settings.get("eos_token_id")), *_called_special(settings, ids)],
             )
         except KeyError as error:
             raise CheckpointError(f"{path}: the key {error} is missing") from error
@@ -193,6 +193,18 @@ def _shown_control(
         merges = (m if isinstance(m, list) else m.split(" ") for m in spec["model"]["merges"])
         written -= made.intersection("".join(merge) for merge in merges)
     return {ids[name] for name in written}
+
+
+def _called_special(settings: dict[str, Any], ids: dict[str, int]) -> list[int | None]:
+    """Ids of the tokens that the files beside a tokenizer.json call special."""
+    names = [
+        name["content"] if isinstance(name, dict) else name
+        for key in ("additional_special_tokens", "extra_special_tokens")
+        for name in _listed(settings.get(key) or [])
+    ]
+    decoder = settings.get("added_tokens_decoder") or {}
+    names += [entry["content"] for entry in decoder.values() if entry.get("special")]
+    return [ids.get(name) for name in names if isinstance(name, str)]
 
 
 def _listed(value: Any) -> list[Any]:

@@ -400,6 +400,8 @@ def test_what_mistral_finetune_leaves_behind(tmp_path):
     with pytest.raises(CheckpointError, match=r"params\.json"):
         read_adapter(tmp_path / "adapter", config)
     (tmp_path / "adapter" / "params.json").write_text(json.dumps(params | {"lora": lora}))
+    with pytest.raises(CheckpointError, match="adapter: an adapter; `opennemo merge`"):
+        load(tmp_path / "adapter")
     merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
     merge_lora_(model)
     # Merged weights keep the settings of the adapter that they learned with.
