@@ -1,4 +1,7 @@
-"""docs/security.md keeps its word: the tests it names exist, and so do the hashes."""
+"""docs/security.md keeps its word: the tests it names exist, and so do the hashes.
+
+So do the tests that docs/models.md names.
+"""
 
 import ast
 import re
@@ -9,10 +12,12 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SECURITY = (ROOT / "docs" / "security.md").read_text("utf-8")
+MODELS = (ROOT / "docs" / "models.md").read_text("utf-8")
+NAMED = sorted(set(re.findall(r"tests/[\w/]+\.py::\w+", SECURITY + MODELS)))
 SDKS = ("anthropic", "mistral-common", "mistralai", "openai")
 
 
-@pytest.mark.parametrize("name", sorted(set(re.findall(r"tests/[\w/]+\.py::\w+", SECURITY))))
+@pytest.mark.parametrize("name", NAMED)
 def test_the_tests_that_are_named_exist(name):
     file, _, function = name.partition("::")
     tree = ast.parse((ROOT / file).read_text("utf-8"))
