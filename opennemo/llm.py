@@ -87,6 +87,7 @@ class LLM:
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         tokenizer, defaults, eos_ids = _text_side(path)
         checkpoint = open_checkpoint(path)
+        eos_ids = {id for id in eos_ids if id < checkpoint.config.vocab_size}
         draft = None if config.draft is None else _load_draft(config.draft, tokenizer, device)
         chosen = fit(checkpoint, torch.device(device).type, config, format, dtype)
         if line := announcement(checkpoint, config, chosen, format):

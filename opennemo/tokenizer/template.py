@@ -38,9 +38,9 @@ MAX_RENDERED = 1 << 24  # characters; a million tokens of prose are about 5 mill
 PROBES = tuple(
     [{"role": role, "content": content} for role, content in turns]
     for turns in (
-        (("user", "one"), ("assistant", "two"), ("user", "three")),
-        (("system", "zero"), ("user", "one"), ("assistant", "two"), ("user", "three")),
-        (("user", "one"),),
+        (("user", "xone"), ("assistant", "xtwo"), ("user", "xthree")),
+        (("system", "xzero"), ("user", "xone"), ("assistant", "xtwo"), ("user", "xthree")),
+        (("user", "xone"),),
     )
 )
 MARK = re.compile(r"<[^<>\s]{1,64}>|\[[^\[\]\s]{1,64}\]")  # what names of control tokens look like
@@ -179,7 +179,8 @@ def names_written_by(source: str, names: Container[str], added: Sequence[str]) -
         with suppress(SecurityError, *RAISED_BY_TEMPLATES):
             written += "\0" + "".join(template.generate(messages=messages, **variables))
     marks = {name for name in MARK.findall(written) if name in names}
-    words = (name for name in added if len(name) > 1 and not (name.isspace() or name.isalnum()))
+    # Blanks and signs that are tokens of their own are text, though a template writes them, too.
+    words = (n for n in added if len(n) > 3 and not n.isalnum() and any(map(str.isalpha, n)))
     return marks | {name for name in words if name in written}
 
 
@@ -227,17 +228,20 @@ def turn_end(tokenizer: Tokenizer) -> int | str | None:
 
     None if the template writes neither, or is not usable.
     """
-    try:
-        pieces = ChatTemplate(tokenizer, PROBES[0], []).prompt()
-    except (InvalidRequest, CheckpointError):
-        return None
-    values = iter([value for value, _ in pieces])
-    said = next((value for value in values if isinstance(value, str) and "two" in value), "two")
-    behind = said.partition("two")[2].lstrip()
-    if mark := MARK.match(behind):
-        return mark[0]
-    following = next(values, None)
-    return following if isinstance(following, int) and "three" not in behind else None
+    for messages in PROBES[:2]:
+        try:
+            values = iter([value for value, _ in ChatTemplate(tokenizer, messages, []).prompt()])
+        except CheckpointError:
+            return None
+        except InvalidRequest:
+            continue
+        said = next((v for v in values if isinstance(v, str) and "xtwo" in v), "")
+        behind = said.partition("xtwo")[2].lstrip()
+        if mark := MARK.match(behind):
+            return mark[0]
+        following = next(values, None)
+        return following if isinstance(following, int) and "xthree" not in behind else None
+    return None
 
 
 def _spell_out_tools(messages: Sequence[dict], tools: Sequence[dict]) -> list[dict]:
