@@ -19,6 +19,14 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "frequency_penalty": (-100, 100),
     "logprobs": (0, 100),
     "prompt_logprobs": (0, 100),
+    "typical_p": (0, 1),
+    "top_n_sigma": (0, 100),
+    "xtc_probability": (0, 1),
+    "xtc_threshold": (0, 1),
+    "dry_multiplier": (0, 100),
+    "dry_base": (1, 100),
+    "dry_allowed_length": (0, 2**31),
+    "dry_window": (0, 2**31),
 }
 
 
@@ -36,9 +44,18 @@ class SamplingParams:
     top_k: int = 0  # 0: off
     top_p: float = 1.0
     min_p: float = 0.0  # drop tokens below this share of the likeliest one's probability
+    typical_p: float = 1.0  # keep this mass of the tokens whose surprise is nearest the entropy
+    top_n_sigma: float = 0.0  # keep what is this many deviations below the likeliest; 0: off
+    xtc_probability: float = 0.0  # how often all likely tokens but the least likely are dropped
+    xtc_threshold: float = 0.1  # likely is what has this probability
     repetition_penalty: float = 1.0  # divides logits of tokens seen in prompt or answer (CTRL)
     presence_penalty: float = 0.0  # subtracted once from tokens seen in the answer
     frequency_penalty: float = 0.0  # subtracted for each time a token stands in the answer
+    dry_multiplier: float = 0.0  # of DRY's penalty on tokens that would go on with a repetition
+    dry_base: float = 1.75  # to the power of how much longer it is than
+    dry_allowed_length: int = 2  # so many tokens
+    dry_window: int = 0  # the last tokens that are searched; 0: all
+    dry_breakers: frozenset[int] = frozenset()  # ids that a repetition does not reach across
     logit_bias: Mapping[int, float] = field(default_factory=lambda: MappingProxyType({}))
     allowed_ids: frozenset[int] | None = None  # nothing else is chosen; a grammar goes before it
     bad_words: tuple[tuple[int, ...], ...] = ()  # ids that never follow one another in the answer
@@ -67,4 +84,9 @@ class SamplingParams:
     def penalises(self) -> bool:
         """Whether the choice of a token depends on which tokens came before."""
         penalties = (self.repetition_penalty - 1, self.presence_penalty, self.frequency_penalty)
-        return any(penalties)
+        return any(penalties) or self.dry_multiplier > 0
+
+    @property
+    def narrows(self) -> bool:
+        """Whether a filter of filters.py drops tokens."""
+        return self.typical_p < 1 or self.top_n_sigma > 0 or self.xtc_probability > 0

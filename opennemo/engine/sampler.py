@@ -2,7 +2,8 @@
 
 Seeds hold in any batch: a row has exactly one uniform number, its sequence's for that place of the
 answer, and finds its token by inverting the cumulative distribution. So a place's token is the same
-whether or not those before it were guessed. Filters
+whether or not those before it were guessed. (Where filters.py needs a number, it has the lower bits
+of that one.) Filters
 (top-k, top-p, min-p) look at the likeliest `HEAD` tokens, sorted; the full vocabulary is sorted
 only for the rare row whose nucleus is larger.
 """
@@ -11,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from opennemo.engine.filters import narrow_, penalise_repeats_
 from opennemo.engine.params import SamplingParams
-from opennemo.engine.sequence import Prefix, Sequence
+from opennemo.engine.sequence import Prefix
 from opennemo.engine.token import TokenLogprobs
 
 HEAD = 1024
@@ -40,8 +42,15 @@ def sample(
     penalised = [i for i, p in enumerate(prefixes) if p.params.penalises]
     if penalised:
         logits[penalised] = _penalise(logits[penalised], [prefixes[i] for i in penalised])
+    for i in penalised:
+        if prefixes[i].params.dry_multiplier:
+            tokens = [*prefixes[i].sequence.tokens, *prefixes[i].guesses]
+            penalise_repeats_(logits[i], prefixes[i].params, tokens)
     tokens = logits.argmax(-1)
     random = [i for i, p in enumerate(prefixes) if p.params.temperature > 0]
+    for i in random:
+        if prefixes[i].params.narrows:
+            narrow_(logits[i], prefixes[i].params, prefixes[i].uniform * 2**26 % 1)
     if random:
         tokens[random] = _draw(logits[random], [prefixes[i] for i in random])
     return tokens
@@ -114,7 +123,7 @@ def _penalise(logits: Tensor, prefixes: list[Prefix]) -> Tensor:
 def _draw(logits: Tensor, prefixes: list[Prefix]) -> Tensor:
     """Sample each row of (S, V) under its temperature and filters -> ids (S,)."""
     params = [p.params for p in prefixes]
-    numbers = [p.sequence.uniform(p.n_output) for p in prefixes]
+    numbers = [p.uniform for p in prefixes]
     uniform = torch.tensor(numbers, device=logits.device)
     temperature = torch.tensor([p.temperature for p in params], device=logits.device)
     # Float64 so that a vocabulary's worth of rounding cannot move a token across its border.

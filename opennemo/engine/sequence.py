@@ -116,6 +116,11 @@ class Prefix(NamedTuple):
     def answer(self) -> list[int]:
         return [*self.sequence.tokens[self.sequence.n_prompt :], *self.guesses]
 
+    @property
+    def uniform(self) -> float:
+        """The sequence's random number for the token that is chosen here."""
+        return self.sequence.uniform(self.n_output)
+
 
 @dataclass(frozen=True)
 class Chunk:

@@ -166,3 +166,32 @@ def test_stop_token_ids_end_no_required_call(http):
     answer = http.post(CHAT, json={**body, "max_tokens": 200, "stop_token_ids": [*range(3, 67)]})
     (call,) = answer.json()["choices"][0]["message"]["tool_calls"]
     assert re.fullmatch(JSON, call["function"]["arguments"])
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"typical_p": 1e-6}, {"typical": 1e-6}, {"top_n_sigma": 1e-6}, {"nsigma": 1e-6},
+        {"xtc_probability": 1.0, "xtc_threshold": 1e-6},
+    ],
+)  # fmt: skip
+def test_filters_as_llama_cpp_and_koboldcpp_spell_them(http, fields):
+    few = {"allowed_token_ids": sorted(LETTERS), "temperature": 2, "max_tokens": 12}
+    free = [ask(http, **few, seed=seed) for seed in (1, 2)]
+    narrow = [ask(http, **few, **fields, seed=seed) for seed in (1, 2)]
+    assert free[0] != free[1] and narrow[0] == narrow[1]  # one token is left of each row
+    greedy = ask(http, **few | {"temperature": 0})
+    if "sigma" in str(fields):
+        assert narrow[0] == greedy
+    assert ask(http, **few | {"temperature": 0}, **fields) == greedy
+
+
+def test_dry_ends_a_repetition(http):
+    few = {"allowed_token_ids": sorted(LETTERS), "temperature": 0, "max_tokens": 40}
+    few |= {"logit_bias": {2: -100, 64 + ord("a"): 5}}
+    assert set(ask(http, **few)) == {64 + ord("a")}
+    dry = {"dry_multiplier": 5.0, "dry_base": 2.0, "dry_allowed_length": 2}
+    assert len(set(ask(http, **few, **dry))) > 1
+    assert set(ask(http, **few, **dry, dry_penalty_last_n=0)) == {64 + ord("a")}
+    assert set(ask(http, **few, **dry, dry_sequence_breakers=["a"])) == {64 + ord("a")}
+    assert http.post(CHAT, json={**BODY, "dry_base": 0}).status_code == 422

@@ -5,9 +5,10 @@ not refused, since clients send ever new ones; `--strict-params` refuses them. M
 stay plain dicts here: `tokenizer/messages.py` brings them to one form.
 """
 
+from functools import lru_cache
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field
 
 from opennemo.errors import InvalidRequest
 from opennemo.llm import LLM
@@ -20,6 +21,7 @@ from opennemo.serve.protocols.answer_formats import (
     response_format,
     structured_outputs,
 )
+from opennemo.tokenizer import Tokenizer
 
 # Fields of the protocols that cannot change an answer of ours; never refused.
 WITHOUT_EFFECT = frozenset(
@@ -37,7 +39,10 @@ REFUSED = ("chat_template", "chat_template_kwargs", "logits_processors", "logits
 PASSED_ON = (
     "max_tokens", "min_tokens", "temperature", "top_p", "min_p", "repetition_penalty",
     "presence_penalty", "frequency_penalty", "logit_bias", "ignore_eos", "n", "prompt_logprobs",
+    "typical_p", "xtc_probability", "xtc_threshold", "dry_multiplier", "dry_base",
+    "dry_allowed_length",
 )  # fmt: skip
+DRY_BREAKERS = ("\n", ":", '"', "*")  # llama.cpp's
 SAFE_PROMPT = (
     "Always assist with care, respect, and truth. Respond with utmost utility yet securely. Avoid "
     "harmful, unethical, prejudiced, or negative content. Ensure replies promote fairness and "
@@ -106,6 +111,23 @@ class Sampling(Body):
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1, lt=2**31)
     min_p: float | None = Field(None, ge=0, le=1)
+    # As llama.cpp and koboldcpp spell them, whose values for off are -1 and 0.
+    typical_p: float | None = Field(
+        None, gt=0, le=1, validation_alias=AliasChoices("typical_p", "typical")
+    )
+    top_n_sigma: float | None = Field(
+        None, ge=-1, le=100, validation_alias=AliasChoices("top_n_sigma", "nsigma")
+    )
+    xtc_probability: float | None = Field(None, ge=0, le=1)
+    xtc_threshold: float | None = Field(None, ge=0, le=1)
+    dry_multiplier: float | None = Field(None, ge=0, le=100)
+    dry_base: float | None = Field(None, ge=1, le=100)
+    dry_allowed_length: int | None = Field(None, ge=0, lt=2**31)
+    dry_penalty_last_n: int | None = Field(None, ge=-1, lt=2**31)
+    dry_sequence_breakers: (
+        Annotated[list[Annotated[str, Field(min_length=1, max_length=64)]], Field(max_length=16)]
+        | None
+    ) = None
     repetition_penalty: float | None = Field(None, ge=0.01, le=10)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
@@ -144,6 +166,15 @@ class Sampling(Body):
         given = {name: v for name in PASSED_ON if (v := getattr(self, name)) is not None}
         if self.top_k is not None:
             given["top_k"] = max(self.top_k, 0)  # -1 is vLLM's way to say off
+        if self.top_n_sigma is not None:
+            given["top_n_sigma"] = max(self.top_n_sigma, 0.0)
+        if self.dry_multiplier and self.dry_penalty_last_n == 0:  # llama.cpp's way to say off
+            given["dry_multiplier"] = 0.0
+        elif self.dry_multiplier:
+            given["dry_window"] = max(self.dry_penalty_last_n or 0, 0)
+            breakers = self.dry_sequence_breakers
+            breakers = DRY_BREAKERS if breakers is None else tuple(breakers)
+            given["dry_breakers"] = _ids_with(llm.tokenizer, breakers)
         if (seed := self.seed if self.seed is not None else self.random_seed) is not None:
             given["seed"] = seed
         if self.stop_token_ids:
@@ -158,6 +189,14 @@ class Sampling(Body):
             given["bad_words"] = tuple(ids for ids in encoded if ids)
         own = structured_outputs(self.structured_outputs), response_format(self.response_format)
         return given | {"stop": tuple(self.stop or ()), "format": self.format(*own)}
+
+
+@lru_cache(maxsize=32)
+def _ids_with(tokenizer: Tokenizer, texts: tuple[str, ...]) -> frozenset[int]:
+    """Ids of the tokens that contain one of the texts."""
+    wanted = [text.encode() for text in texts]
+    meanings = map(tokenizer.token_bytes, range(tokenizer.vocab_size))
+    return frozenset(id for id, own in enumerate(meanings) if any(text in own for text in wanted))
 
 
 class ChatRequest(Sampling):
