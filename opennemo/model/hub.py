@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 from opennemo.errors import CheckpointError
+from opennemo.files import read_json
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 SMALL_FILES = ["*.json", "tokenizer.model*", "*.jinja", "LICENSE*"]
@@ -37,10 +38,12 @@ def locate(model: str) -> Path:
     folder = _fetch(model, SMALL_FILES)
     # Where a repository has both layouts, as Mistral's do, Hugging Face's is the one that is
     # surely whole: copies of a model often keep params.json without its weights.
-    weights = (
-        "model*.safetensors" if (folder / "config.json").exists() else "consolidated*.safetensors"
-    )
-    return _fetch(model, [*SMALL_FILES, weights])
+    stem = "model" if (folder / "config.json").exists() else "consolidated"
+    index = folder / f"{stem}.safetensors.index.json"
+    weight_map = read_json(index).get("weight_map") if index.exists() else None
+    names = {*map(str, weight_map.values())} if isinstance(weight_map, dict) else set()
+    names = {name for name in names if name.endswith(".safetensors")}
+    return _fetch(model, [*SMALL_FILES, *(sorted(names) or [f"{stem}*.safetensors"])])
 
 
 def _built_in() -> Path:

@@ -12,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from opennemo.errors import CheckpointError
 from opennemo.model.checkpoint import convert, save
@@ -110,10 +111,18 @@ def hub(tmp_path_factory) -> Iterator[Hub]:
         name: name.encode() for name in ("tekken.json", "tokenizer.json", "tokenizer.model.v3")
     }
     hub = Hub()
+    stored = dict.fromkeys(load_file(folder / "hf" / "model.safetensors"), "a.safetensors")
+    index = json.dumps({"weight_map": stored}).encode()
     only_mistral = {k: v for k, v in files.items() if k.startswith(("params", "consolidated"))}
     hub.repositories = {
         "org/both": files | others | tokenizers,
         "org/only-mistral": only_mistral | others | tokenizers,
+        "org/indexed": {
+            "config.json": files["config.json"],
+            "a.safetensors": files["model.safetensors"],
+            "model.safetensors": b"not wanted",
+            "model.safetensors.index.json": index,
+        },
         "org/pickled": {"config.json": files["config.json"]} | others,
         "org/cut-off": files,
         "org/gated": 403,
@@ -155,6 +164,11 @@ def test_one_layout_of_two_and_no_pickles(hub, tmp_path):
 def test_mistral_s_layout_where_it_is_the_only_one(hub, tmp_path):
     found = fetch("org/only-mistral", hub.endpoint, tmp_path)
     assert "OK consolidated.safetensors params.json tekken.json" in found
+
+
+def test_an_index_says_which_files_are_wanted(hub, tmp_path):
+    names = "a.safetensors config.json model.safetensors.index.json"
+    assert fetch("org/indexed", hub.endpoint, tmp_path) == f"OK {names}"
 
 
 @pytest.mark.parametrize(
