@@ -26,9 +26,10 @@ class InvalidRequest(OpenNemoError):
 class ContextTooLong(InvalidRequest):
     """A prompt, with the tokens it asks for, does not fit the model's context."""
 
-    def __init__(self, n_tokens: int, max_tokens: int):
+    def __init__(self, n_tokens: int, max_tokens: int, *, more: bool = False):
+        """With `more`, `n_tokens` were counted when counting stopped."""
         super().__init__(
-            f"the prompt needs {n_tokens:,} tokens of context, "
+            f"the prompt needs {'more than ' * more}{n_tokens:,} tokens of context, "
             f"but this model has room for {max_tokens:,}"
         )
         self.n_tokens, self.max_tokens = n_tokens, max_tokens

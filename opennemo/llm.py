@@ -7,7 +7,7 @@ neither HTTP nor the terminal.
 """
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Many
 from dataclasses import replace
 from functools import cached_property, partial
@@ -21,7 +21,7 @@ from opennemo.engine.grammar import GrammarCompiler, Kind
 from opennemo.engine.ranks import Ranks
 from opennemo.engine.scoring import Pair, Score
 from opennemo.engine.sizes import announcement, fit
-from opennemo.errors import CheckpointError, InvalidRequest
+from opennemo.errors import CheckpointError, ContextTooLong, InvalidRequest
 from opennemo.model.checkpoint import load, open_checkpoint
 from opennemo.model.companions import read_generation_config
 from opennemo.model.hub import locate
@@ -39,6 +39,7 @@ __all__ = ["LLM", "Reply", "TextStream"]
 # NeMo's model card asks for it: "requires smaller temperatures". A model without settings of
 # sampling is answered greedily, which suits the small one that `make chat` brings.
 NEMO_TEMPERATURE = 0.3
+SLICE = 16 * 1024  # characters that are encoded at once to see whether a text can fit at all
 
 
 class LLM:
@@ -160,6 +161,7 @@ class LLM:
             ContextTooLong: the conversation leaves no room for an answer.
         """
         allowed, required = _choose_tools(tools or [], tool_choice)
+        self.check_room(_texts([messages, tools if allowed else None]))
         ids = encode_chat(self.tokenizer, messages, tools if allowed else None)
         syntax = call_syntax(self.tokenizer)
         announcing_id = self.tokenizer.control.get(syntax.marks[0])
@@ -222,6 +224,21 @@ class LLM:
         start = [self.tokenizer.bos_id] if self.tokenizer.add_bos else []
         return start + self.tokenizer.encode(text)
 
+    def check_room(self, texts: Iterable[str]) -> None:
+        """Raise ContextTooLong for texts far too long for the model, without encoding it all."""
+        room, texts = self.engine.max_context, list(texts)
+        n_characters = sum(map(len, texts))
+        if n_characters <= 8 * room:
+            return
+        if n_characters > 32 * room:  # no text has tokens that long, but runs of blanks
+            raise ContextTooLong(room, room, more=True)
+        n = 0
+        for text in texts:
+            for start in range(0, len(text), SLICE):
+                n += len(self.tokenizer.encode(text[start : start + SLICE]))
+                if n > 1.2 * room:  # words that a slice cuts in two count more
+                    raise ContextTooLong(n, room, more=True)
+
     @cached_property
     def grammars(self) -> GrammarCompiler:
         """Compiles grammars for the vocabulary; built when first asked for (seconds, for NeMo)."""
@@ -267,6 +284,19 @@ def answer_all(
     with LLM("", tokenizer, engine, SamplingParams(temperature=0.0)) as llm:
         replies = [llm.chat(m, tools=tools or None, **sampling) for m, tools in conversations]
         return [reply.message for reply in replies]
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in lists and objects, however deep."""
+    waiting = [value]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, dict):
+            waiting += reversed([*value, *value.values()])
+        elif isinstance(value, list | tuple):
+            waiting += reversed(value)
 
 
 def _share(

@@ -45,9 +45,9 @@ def mount(app: FastAPI) -> None:
     """Add files and batches to a server's application."""
     service = app.state.service
     app.state.batches = Worker(service, app)
-    app.state.body_sizes["/v1/files"] = size = service.settings.max_file_size + FORM
+    app.state.body_sizes["/v1/files"] = service.settings.max_file_size + FORM
     app.include_router(router)
-    app.include_router(uploads, max_body_size=size)
+    app.include_router(uploads)
 
 
 def batches_of(request: Request) -> Worker:

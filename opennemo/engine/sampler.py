@@ -14,7 +14,7 @@ from torch import Tensor
 
 from opennemo.engine.filters import narrow_, penalise_repeats_
 from opennemo.engine.params import SamplingParams
-from opennemo.engine.sequence import Prefix
+from opennemo.engine.sequence import Prefix, Sequence
 from opennemo.engine.token import TokenLogprobs
 
 HEAD = 1024

@@ -57,7 +57,6 @@ def create_app(service: Service, *, load: Callable[[], None] | None = None) -> F
         redoc_url=None,
         openapi_url="/openapi.json" if settings.enable_docs else None,
         root_path=settings.root_path,
-        max_body_size=settings.max_body_size,
         responses={status: {"description": "An error"} for status in sorted(ERRORS)},
         exception_handlers={
             OpenNemoError: _on_error,

@@ -9,12 +9,15 @@ import asyncio
 import re
 import secrets
 import time
+from contextlib import suppress
 from typing import Any
 
 import structlog
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from opennemo.serve import admin
+from opennemo.serve.body_bounds import MAX_VALUES, ValueCounter
 from opennemo.serve.bounded_http import MAX_HEADERS
 from opennemo.serve.error_bodies import Refusal, error_response
 from opennemo.serve.service import INSIDE, Service
@@ -25,6 +28,7 @@ PAGE_POLICY = (
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
     "require-trusted-types-for 'script'; trusted-types dompurify"
 )
+DRAINED = 4
 log = structlog.get_logger("opennemo.serve")
 
 
@@ -65,8 +69,8 @@ class Gate:
             if client is None:
                 self._check_host(headers)
                 self._check_head(scope)
-                self._check_size(path, headers, scope["app"].state.body_sizes)
                 client = self._identify(path, headers)
+                receive = await self._bounded(scope, headers, receive)
             scope.setdefault("state", {})["client"] = client
             await self._app(scope, receive, reply)
         except asyncio.CancelledError:
@@ -111,12 +115,45 @@ class Gate:
         if size + sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADERS:
             raise Refusal(431, f"headers may have {MAX_HEADERS:,} bytes")
 
-    def _check_size(self, path: str, headers: dict[bytes, bytes], sizes: dict[str, int]) -> None:
-        """What announces its size is refused here; FastAPI counts the rest as it comes."""
-        length = headers.get(b"content-length", b"0")
-        most = sizes.get(path, self._service.settings.max_body_size)
+    async def _bounded(
+        self, scope: Scope, headers: dict[bytes, bytes], receive: Receive
+    ) -> Receive:
+        """What a body is read with, within bounds on its bytes and, of JSON, its values.
+
+        A body that is too large is read to its end all the same, up to `DRAINED` times the bound:
+        clients listen for an answer once they have sent all.
+        """
+        sizes: dict[str, int] = scope["app"].state.body_sizes
+        most = sizes.get(scope["path"], self._service.settings.max_body_size)
+        values = ValueCounter() if b"json" in headers.get(b"content-type", b"") else None
+        n_bytes, length = 0, headers.get(b"content-length", b"0")
+
+        async def read() -> Message:
+            nonlocal n_bytes
+            message = await receive()
+            if message["type"] != "http.request":
+                return message
+            data = message.get("body", b"")
+            n_bytes += len(data)
+            if values is not None:
+                values.feed(data)
+            what = f"{most:,} bytes" if n_bytes > most else ""
+            if values is not None and values.n_values > MAX_VALUES:
+                what = what or f"{MAX_VALUES:,} values"
+            while what and message.get("more_body") and n_bytes <= DRAINED * most:
+                message = await receive()
+                n_bytes += len(message.get("body", b""))
+            if what:  # a class that FastAPI passes on as it is
+                raise HTTPException(413, f"a body may have {what}")
+            return message
+
+        if length.isdigit() and most < int(length[:20]) <= DRAINED * most:
+            with suppress(HTTPException):
+                while (await read()).get("more_body"):
+                    pass
         if length.isdigit() and int(length[:20]) > most:
             raise Refusal(413, f"a body may have {most:,} bytes")
+        return read
 
     def _headers(self, path: str, request_id: str) -> list[tuple[bytes, bytes]]:
         headers = [(b"x-request-id", request_id.encode()), (b"x-content-type-options", b"nosniff")]

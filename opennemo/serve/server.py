@@ -4,6 +4,7 @@ This file has what belongs to a process of its own: signal handlers and the limi
 """
 
 import asyncio
+import gc
 import signal
 from contextlib import suppress
 from typing import Any
@@ -70,6 +71,7 @@ def run(app: FastAPI) -> None:
             failure.append(error)
             server.should_exit = True
         elif llm := service.loaded:  # none, if the server is to end already
+            gc.freeze()  # the model stays; looking through it again would hold the loop for long
             log.info("ready", names=service.names, context=llm.engine.max_context)
 
     app.state.loaded = loaded

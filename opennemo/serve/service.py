@@ -87,6 +87,7 @@ class Service:
         except TypeError as error:
             raise InvalidRequest(f"--override-generation-config: {error}") from None
         llm.complete([llm.tokenizer.bos_id], max_tokens=1).finish()
+        assert llm.grammars  # made now: it holds the interpreter for seconds
         config = llm.engine.model_config
         is_nemo = (config.dim, config.n_layers, config.vocab_size) == (5120, 40, 131072)
         is_instruct = llm.tokenizer.instruct_version is not None

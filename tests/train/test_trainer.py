@@ -123,9 +123,7 @@ def test_what_was_learned_in_blocks_is_what_the_gguf_file_holds(make_recipe, tmp
             weight = setup.model.get_parameter(f"{path}.weight").detach()
             assert torch.equal(module.tensors["weight"], blocks.quantize("q4_1", weight))
     model["shape"]["dim"] = 48
-    with pytest.raises(
-        InvalidRequest, match="q4_1 needs widths in multiples of 32"
-    ):
+    with pytest.raises(InvalidRequest, match="q4_1 needs widths in multiples of 32"):
         Setup.make(make_recipe("chat", model=model, qat={"format": "q4_1"}), CPU)
     with pytest.raises(InvalidRequest, match=r"qat.kv: a GGUF file in q4_1 has no scales"):
         model["shape"]["dim"] = 64

@@ -49,6 +49,16 @@ SAFE_PROMPT = (
     "positivity."
 )
 
+
+def _few(value: Any) -> Any:
+    """Count the entries of an object before pydantic builds and judges each of them."""
+    if isinstance(value, dict) and len(value) > MAX_BIASES:
+        raise ValueError(f"at most {MAX_BIASES:,} entries are allowed")
+    return value
+
+
+MAX_BIASES = 1024
+# Where a list may be long, the first entry that is wrong is enough to hear of.
 Stop = Annotated[
     list[Annotated[str, Field(max_length=1024)]],
     Field(max_length=16),
@@ -56,8 +66,8 @@ Stop = Annotated[
 ]
 Id = Annotated[int, Field(ge=0, lt=2**31)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
-Tools = Annotated[list[dict[str, Any]], Field(max_length=1024)]
-Messages = Annotated[list[dict[str, Any]], Field(min_length=1, max_length=4096)]
+Tools = Annotated[list[dict[str, Any]], Field(max_length=1024, fail_fast=True)]
+Messages = Annotated[list[dict[str, Any]], Field(min_length=1, max_length=4096, fail_fast=True)]
 ToolChoice = str | dict[str, Any]
 
 
@@ -84,9 +94,10 @@ class Body(BaseModel):
         if strict and unknown:
             detail = [
                 {"type": "extra_forbidden", "loc": ["body", name], "msg": "unknown field"}
-                for name in unknown
+                for name in unknown[:20]
             ]
-            raise Refusal(422, f"unknown fields: {', '.join(unknown)}", detail=detail)
+            names = ", ".join(unknown[:20])[:1000]
+            raise Refusal(422, f"unknown fields: {names}", detail=detail)
         return sorted(extra)
 
     def format(self, *own: Format | None) -> Format | None:
@@ -132,16 +143,19 @@ class Sampling(Body):
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: (
-        Annotated[dict[Id, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)] | None
+        Annotated[dict[Id, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_few)] | None
     ) = None
     seed: Seed | None = None
     random_seed: Seed | None = None
     stop: Stop | None = None
     stop_token_ids: Annotated[list[Id], Field(max_length=64)] | None = None
-    allowed_token_ids: Annotated[list[Id], Field(min_length=1, max_length=2**18)] | None = None
+    allowed_token_ids: (
+        Annotated[list[Id], Field(min_length=1, max_length=2**18, fail_fast=True)] | None
+    ) = None
     bad_words: (
         Annotated[
-            list[Annotated[str, Field(min_length=1, max_length=1024)]], Field(max_length=1024)
+            list[Annotated[str, Field(min_length=1, max_length=1024)]],
+            Field(max_length=1024, fail_fast=True),
         ]
         | None
     ) = None
@@ -254,8 +268,11 @@ class CompletionRequest(Sampling):
     """POST /v1/completions, of OpenAI and vLLM."""
 
     prompt: (
-        Annotated[list[Id], Field(max_length=2**21)]
-        | Annotated[list[str | Annotated[list[Id], Field(max_length=2**21)]], Field(max_length=64)]
+        Annotated[list[Id], Field(fail_fast=True)]
+        | Annotated[
+            list[str | Annotated[list[Id], Field(fail_fast=True)]],
+            Field(max_length=64, fail_fast=True),
+        ]
         | str
     )
     suffix: str | None = None
@@ -269,6 +286,8 @@ class CompletionRequest(Sampling):
         """One of the prompts as the model gets it."""
         if isinstance(prompt, str):
             bare = self.add_special_tokens is False
+            if self.truncate_prompt_tokens is None:
+                llm.check_room([prompt])
             prompt = llm.tokenizer.encode(prompt) if bare else llm.encode(prompt)
         return prompt[-(self.truncate_prompt_tokens or 0) :]
 
@@ -313,7 +332,7 @@ class TokenizeRequest(Unnamed):
 class DetokenizeRequest(Unnamed):
     """POST /detokenize, of vLLM."""
 
-    tokens: Annotated[list[Id], Field(max_length=2**21)]
+    tokens: Annotated[list[Id], Field(fail_fast=True)]
 
 
 class AdapterRequest(Unnamed):

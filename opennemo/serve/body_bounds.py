@@ -1,0 +1,33 @@
+"""A bound on what a JSON body is made of, counted while it comes in.
+
+Reading JSON holds the interpreter, so that nothing else is answered meanwhile, and its time follows
+the number of values, not of bytes: 16 MB of text are read in milliseconds, 16 MB of `[],` in
+seconds. Values outside strings are counted by numpy, chunk by chunk, before any is built.
+"""
+
+import numpy as np
+
+MAX_VALUES = 150_000  # of a body: a prompt of NeMo's full context as ids, and more
+QUOTE, COMMA, LIST, OBJECT = b'",[{'
+
+
+class ValueCounter:
+    """Counts the values of a JSON text that comes in chunks; it does not judge the text."""
+
+    def __init__(self) -> None:
+        self.n_values = 0
+        self._in_string, self._rest = False, b""
+
+    def feed(self, chunk: bytes) -> None:
+        data, self._rest = self._rest + chunk, b""
+        n_escapes = len(data) - len(data.rstrip(b"\\"))
+        if n_escapes % 2:  # what it escapes comes with the next chunk
+            data, self._rest = data[:-1], data[-1:]
+        if b"\\" in data:
+            data = data.replace(b"\\\\", b"  ").replace(b'\\"', b"  ")
+        bytes_ = np.frombuffer(data, np.uint8)
+        quotes = bytes_ == QUOTE
+        inside = np.logical_xor.accumulate(quotes) ^ self._in_string if len(quotes) else quotes
+        values = (bytes_ == COMMA) | (bytes_ == LIST) | (bytes_ == OBJECT)
+        self.n_values += int(np.count_nonzero(values & ~inside))
+        self._in_string ^= bool(np.count_nonzero(quotes) % 2)
