@@ -20,6 +20,7 @@ from opennemo.serve import admin
 from opennemo.serve.body_bounds import MAX_VALUES, ValueCounter
 from opennemo.serve.bounded_http import MAX_HEADERS
 from opennemo.serve.error_bodies import Refusal, error_response
+from opennemo.serve.protocols.nim import OPEN
 from opennemo.serve.service import INSIDE, Service
 
 # Nothing inline and nobody else's; HTML only through the sanitizer's Trusted Types policy.
@@ -39,6 +40,8 @@ class Gate:
         self, app: ASGIApp, service: Service, is_open: frozenset[str], pages: frozenset[str]
     ):
         self._app, self._service, self._is_open, self._pages = app, service, is_open, pages
+        settings = service.settings
+        self._n_running, self._most = 0, settings.max_num_queued_reqs + settings.max_num_seqs + 256
         self._admin = {getattr(route, "path", "") for route in admin.router.routes}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -64,12 +67,17 @@ class Gate:
             await send(message)
             unsent = False
 
+        self._n_running += 1
         try:
             client = scope.get(INSIDE)  # a line of a batch was let in when the batch was
             if client is None:
                 self._check_host(headers)
                 self._check_head(scope)
                 client = self._identify(path, headers)
+                if self._n_running > self._most and path not in OPEN:  # health is asked for as well
+                    raise Refusal(
+                        503, "too many requests at once", code="overloaded", retry_after=1
+                    )
                 receive = await self._bounded(scope, headers, receive)
             scope.setdefault("state", {})["client"] = client
             await self._app(scope, receive, reply)
@@ -86,6 +94,7 @@ class Gate:
                 error = Refusal(500, "the server has a defect; see its log")
                 await error_response(error, path)(scope, receive, reply)
         finally:
+            self._n_running -= 1
             if status >= 400:
                 self._service.metrics.refused(status)
             log.info(

@@ -49,14 +49,14 @@ def run(app: FastAPI) -> None:
     Raises:
         OpenNemoError: the model cannot be loaded, or the port is taken.
     """
-    _raise_descriptors()
+    n_descriptors = _raise_descriptors()
     service: Service = app.state.service
     settings = service.settings
     config = uvicorn.Config(
         app, host=settings.host, port=settings.port, http=BoundedHeaders, ws="none",
         log_config=None, access_log=False, server_header=False,
         timeout_graceful_shutdown=5, timeout_keep_alive=75,
-        limit_concurrency=settings.max_num_queued_reqs + settings.max_num_seqs + 256,
+        limit_concurrency=max(64, n_descriptors // 2),  # connections, as BoundedHeaders reads it
         ssl_keyfile=settings.ssl_keyfile, ssl_certfile=settings.ssl_certfile,
     )  # fmt: skip
     server = Server(config)
@@ -86,12 +86,15 @@ def run(app: FastAPI) -> None:
         raise failure[0]
 
 
-def _raise_descriptors() -> None:
-    """Let the process open more than the usual 1,024 files: idle connections are such, too."""
+def _raise_descriptors() -> int:
+    """Let the process open more than the usual 1,024 files, as connections are; how many it may."""
+    soft = 1024
     with suppress(ImportError, ValueError, OSError):  # Windows; or a system that does not want to
         import resource
 
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(DESCRIPTORS, hard)
-        if soft < wanted:
+        if 0 <= soft < wanted:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            soft = wanted
+    return min(soft, DESCRIPTORS) if soft >= 0 else DESCRIPTORS

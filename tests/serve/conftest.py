@@ -63,10 +63,13 @@ class Running:
 
 
 @contextlib.contextmanager
-def run_server(llm: LLM, *, keep_alive: int = 5, **settings) -> Iterator[Running]:
+def run_server(
+    llm: LLM, *, keep_alive: int = 5, connections: int | None = None, **settings
+) -> Iterator[Running]:
     """Serve a model on loopback, in a thread that ends with the context.
 
-    `keep_alive` is how many seconds a connection may stand still.
+    `keep_alive` is how many seconds a connection may stand still; `connections` how many there may
+    be.
     """
     import uvicorn
 
@@ -79,7 +82,7 @@ def run_server(llm: LLM, *, keep_alive: int = 5, **settings) -> Iterator[Running
     mount(app)
     config = uvicorn.Config(
         app, port=0, http=BoundedHeaders, ws="none", log_config=None, access_log=False,
-        timeout_graceful_shutdown=2, timeout_keep_alive=keep_alive,
+        timeout_graceful_shutdown=2, timeout_keep_alive=keep_alive, limit_concurrency=connections,
     )  # fmt: skip
     server = Server(config)
     server.service = service

@@ -33,6 +33,15 @@ def test_methods_that_are_changed_or_called_are_those_that_were_read(name):
 
 def test_attributes_that_are_read_are_there():
     made = inspect.getsource(HttpToolsProtocol.__init__)
-    for name in ("transport", "cycle", "flow", "loop", "timeout_keep_alive"):
+    for name in (
+        "transport",
+        "cycle",
+        "flow",
+        "loop",
+        "timeout_keep_alive",
+        "connections",
+        "client",
+    ):
         assert f"self.{name}" in made
+    assert "self.limit_concurrency = config.limit_concurrency" in made
     assert "read_paused" in inspect.getsource(FlowControl)
