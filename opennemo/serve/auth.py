@@ -40,14 +40,19 @@ class Window:
         self._used.append((time.monotonic(), n))
         self._total += n
 
-    def wait(self, limit: int) -> float:
-        """Seconds until less than `limit` is used; 0 if it is, or if there is no limit."""
+    def wait(self, limit: int, n_expected: int = 0) -> float:
+        """Seconds until less than `limit` is used; 0 if it is, or if there is no limit.
+
+        What is expected counts as used; nobody knows when it ends: 1 second, to ask again.
+        """
         begins = time.monotonic() - MINUTE
         while self._used and self._used[0][0] <= begins:
             self._total -= self._used.popleft()[1]
         too_many = self._total - limit  # 0 is one too many as well
-        if not limit or too_many < 0:
+        if not limit or too_many + n_expected < 0:
             return 0
+        if too_many < 0:
+            return 1
         for at, n in self._used:
             too_many -= n
             if too_many < 0:
@@ -63,6 +68,7 @@ class Client:
     limits: KeyLimits
     digest: bytes = b""
     n_running: int = field(default=0, init=False)
+    n_expected: int = field(default=0, init=False)  # tokens that what runs may come to
     requests: Window = field(default_factory=Window, init=False)
     tokens: Window = field(default_factory=Window, init=False)
 
@@ -96,8 +102,10 @@ class Gatekeeper:
         if not hmac.compare_digest(_presented(headers), self.admin_digest or b""):
             raise _unauthorised()
 
-    def admit(self, client: Client) -> None:
-        """Count a request in; `release` must follow.
+    def admit(self, client: Client, n_expected: int = 0, *, is_part: bool = False) -> None:
+        """Count a request in, with the tokens that it may come to; `release` must follow.
+
+        Of a request in parts, the first part says whether there are tokens left.
 
         Raises:
             Refusal: 429, one of the client's limits is reached.
@@ -105,16 +113,19 @@ class Gatekeeper:
         limits = client.limits
         if limits.max_concurrent and client.n_running >= limits.max_concurrent:
             raise _too_much(f"{limits.max_concurrent} requests at the same time", 1)
-        if wait := client.tokens.wait(limits.tokens_per_minute):
+        wait = client.tokens.wait(limits.tokens_per_minute, client.n_expected)
+        if wait and not is_part:
             raise _too_much(f"{limits.tokens_per_minute} tokens a minute", wait)
         if wait := client.requests.wait(limits.requests_per_minute):
             raise _too_much(f"{limits.requests_per_minute} requests a minute", wait)
         client.requests.add(1)
         client.n_running += 1
+        client.n_expected += n_expected
 
-    def release(self, client: Client, n_tokens: int) -> None:
-        """Count a request out, with the tokens that it used."""
+    def release(self, client: Client, n_tokens: int, n_expected: int = 0) -> None:
+        """Count a request out, with the tokens that it used instead of those expected."""
         client.n_running -= 1
+        client.n_expected -= n_expected
         client.tokens.add(n_tokens)
 
 

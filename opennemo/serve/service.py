@@ -58,6 +58,7 @@ class Service:
         self.metrics = Metrics(Path(settings.model).name, compat=settings.metrics_compat)
         self.created = int(time.time())
         self.active: set[Generation] = set()
+        self._n_starting = 0  # requests that are let in, and have no generation yet
         self.draining = self.asleep = False
         self.names: list[str] = []
         self.typed: tuple[str, ...] = ()  # another name that it answers to
@@ -172,19 +173,23 @@ class Service:
         *,
         prefix: str,
         salt: str | None = None,
+        is_part: bool = False,
     ) -> Generation:
         """Begin to answer.
 
         Args:
             ask: calls the model on a worker thread, with keyword arguments to pass on.
             prefix: of the answer's id.
+            is_part: an earlier part of the same request was let in.
 
         Raises:
             OpenNemoError: the request is wrong, too much, or comes at a bad time.
         """
         adapter, llm = self.adapter(body.model), self.llm
         ignored = body.ignored(strict=self.settings.strict_params)
-        self.gatekeeper.admit(client)
+        n_expected = body.n_expected(llm) if client.limits.tokens_per_minute else 0
+        self.gatekeeper.admit(client, n_expected, is_part=is_part)
+        self._n_starting += 1
         # Between keys no pages are shared: timing would tell one what the other asked. Two keys may
         # go by one name, so it is the key itself that counts.
         own = "" if self.settings.share_prefix_cache else client.digest.hex()
@@ -193,17 +198,19 @@ class Service:
         try:
             reply = await asyncio.shield(task)
         except BaseException as error:
-            self.gatekeeper.release(client, 0)
+            self.gatekeeper.release(client, 0, n_expected)
             if isinstance(error, asyncio.CancelledError):  # the thread goes on; its reply must not
                 task.add_done_callback(
                     lambda t: t.cancelled() or t.exception() or t.result().cancel()
                 )
             raise
+        finally:
+            self._n_starting -= 1
         generation = Generation(
             f"{prefix}{secrets.token_hex(12)}",
             body.model or self.names[0],
             reply,
-            lambda generation: self._ended(generation, client),
+            lambda generation: self._ended(generation, client, n_expected),
             keep_alive=self.settings.sse_keep_alive_interval,
         )
         if ignored:
@@ -215,10 +222,11 @@ class Service:
         self.active.add(generation)
         return generation
 
-    def _ended(self, generation: Generation, client: Client) -> None:
+    def _ended(self, generation: Generation, client: Client, n_expected: int) -> None:
         self.active.discard(generation)
         reply, seconds = generation.reply, time.perf_counter() - generation.started
-        self.gatekeeper.release(client, reply.n_prompt_tokens + generation.n_output_tokens)
+        n_used = reply.n_prompt_tokens + generation.n_output_tokens
+        self.gatekeeper.release(client, n_used, n_expected)
         self.metrics.finished(generation, seconds)
         log.info(
             "answer",
@@ -254,7 +262,7 @@ class Service:
 
     async def _wait_until_idle(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
-        while self.active and time.monotonic() < deadline:
+        while (self.active or self._n_starting) and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
 
     @property

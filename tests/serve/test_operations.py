@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx2
@@ -326,3 +327,50 @@ def test_a_real_server_loads_answers_drains_and_exits_with_zero(tmp_path):
     ]
     assert {"ready", "answer", "draining"} <= {line["event"] for line in lines}
     assert "Count to" not in (tmp_path / "log").read_text()  # prompts are not logged
+
+
+@pytest.mark.parametrize("sleeps", [False, True])
+def test_whole_answers_that_have_begun_are_answered_in_a_drain(running, tiny_llm, sleeps):
+    """Chat finished them, and then answered 503."""
+    body = {"model": "tiny", "ignore_eos": True, "max_tokens": 300, "max_output_tokens": 300}
+    hello = {"messages": [{"role": "user", "content": "Hi"}]}
+    asked = [
+        ("/v1/chat/completions", hello), ("/v1/completions", {"prompt": ["a", "b"]}),
+        ("/v1/responses", {"input": "Hi"}), ("/v1/messages", hello),
+    ]  # fmt: skip
+    llm = tiny_llm()
+    whole_step = llm.engine.runner.run
+    with running(llm, admin_key="the-admin-key") as server, server.client() as http:
+        llm.engine.runner.run = lambda chunks: (time.sleep(0.005), whole_step(chunks))[1]
+        with ThreadPoolExecutor(4) as threads:
+            answers = [threads.submit(http.post, p, json={**body, **more}) for p, more in asked]
+            wait_until(lambda: len(server.service.active) == 5)
+            if sleeps:
+                admin = {"authorization": "Bearer the-admin-key"}
+                assert http.post("/sleep", headers=admin).status_code == 200
+            else:
+                server.service.draining = True
+                assert http.post(CHAT, json=BODY).status_code == 503
+            assert [answer.result().status_code for answer in answers] == [200] * 4
+
+
+@pytest.mark.parametrize("more", [{"n": 16, "max_tokens": 60}, {"max_tokens": None}])
+def test_tokens_a_minute_count_what_is_under_way(running, tiny_llm, more):
+    """20 requests at once were all let in, and used a hundred times the limit."""
+    body = {"model": "tiny", "prompt": "a", "ignore_eos": True, **more}
+    with running(tiny_llm(), tokens_per_minute=200) as server, server.client() as http:
+        with ThreadPoolExecutor(20) as threads:
+            answers = list(
+                threads.map(lambda _: http.post("/v1/completions", json=body), range(20))
+            )
+        statuses = sorted(answer.status_code for answer in answers)
+        assert statuses == [200] + [429] * 19
+        assert all("retry-after" in a.headers for a in answers if a.status_code == 429)
+    long = {"model": "tiny", "prompt": "a" * 3000, "max_tokens": 1}
+    with running(tiny_llm(), tokens_per_minute=200) as server, server.client() as http:
+        with ThreadPoolExecutor(8) as threads:
+            answers = list(threads.map(lambda _: http.post("/v1/completions", json=long), range(8)))
+        assert [a.status_code for a in answers].count(200) == 1
+    with running(tiny_llm(), tokens_per_minute=10**6) as server, server.client() as http:
+        assert http.post("/v1/completions", json={**body, "max_tokens": 5}).status_code == 200
+        assert server.service.gatekeeper.anonymous.n_expected == 0

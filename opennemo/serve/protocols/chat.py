@@ -12,7 +12,7 @@ from opennemo.llm import LLM
 from opennemo.serve.error_bodies import Json
 from opennemo.serve.protocols.schema import ChatRequest, Sampling
 from opennemo.serve.protocols.stream import STREAMS, EventStream, Generation, event
-from opennemo.serve.service import Service, TheClient, TheService
+from opennemo.serve.service import TheClient, TheService
 from opennemo.tokenizer import Tokenizer
 
 router = APIRouter()
@@ -25,13 +25,15 @@ async def chat_completions(
     body: ChatRequest, service: TheService, client: TheClient, request: Request
 ) -> Response:
     """Answer a conversation."""
+    llm = service.llm  # it is refused once the server drains; what has begun is answered
     generation = await service.chat(client, body, prefix="chatcmpl-", salt=body.cache_salt)
     generation.keep_stop = bool(body.include_stop_str_in_output)
     mistral = body.is_mistral() or "mistral" in request.headers.get("user-agent", "").lower()
+    wants_usage = mistral or service.settings.mistral_usage
     if body.stream:
-        return EventStream(generation, _ChatStory(generation, service, body, mistral))
+        return EventStream(generation, _ChatStory(generation, llm, body, mistral, wants_usage))
     await generation.whole(request.receive)
-    content = _chat_response(generation, service.llm, body, mistral)
+    content = _chat_response(generation, llm, body, mistral)
     return Json(content, headers=generation.headers)
 
 
@@ -82,12 +84,19 @@ class _ChatStory:
     sends them, so theirs come in the finishing chunk.
     """
 
-    def __init__(self, generation: Generation, service: Service, body: ChatRequest, mistral: bool):
-        self._generation, self._llm, self._body = generation, service.llm, body
+    def __init__(
+        self,
+        generation: Generation,
+        llm: LLM,
+        body: ChatRequest,
+        mistral: bool,
+        wants_usage: bool,
+    ):
+        self._generation, self._llm, self._body = generation, llm, body
         self._mistral = mistral
         self._n_open = len(generation.answers)
         self._held: list[list[Token]] = [[] for _ in generation.answers]  # without text as yet
-        self._wants_usage = service.settings.mistral_usage or mistral
+        self._wants_usage = wants_usage
 
     def begin(self) -> Iterator[str]:
         for i in range(self._n_open):

@@ -25,7 +25,7 @@ async def completions(
     body: CompletionRequest, service: TheService, client: TheClient, request: Request
 ) -> Response:
     """Continue texts."""
-    prompts = body.prompts()
+    prompts, llm = body.prompts(), service.llm
     generations: list[Generation] = []
     try:
         for prompt in prompts:
@@ -34,10 +34,17 @@ async def completions(
                 return llm.complete(body.ids(prompt, llm), **body.arguments(llm), **options)
 
             generations.append(
-                await service.start(client, body, ask, prefix="cmpl-", salt=body.cache_salt)
+                await service.start(
+                    client,
+                    body,
+                    ask,
+                    prefix="cmpl-",
+                    salt=body.cache_salt,
+                    is_part=bool(generations),
+                )
             )
             generations[-1].keep_stop = bool(body.include_stop_str_in_output)
-        llm, first = service.llm, generations[0]
+        first = generations[0]
         if body.stream:
             several = first if len(generations) == 1 else Several(generations)
             return EventStream(several, _CompletionStory(generations, llm, body))

@@ -122,8 +122,9 @@ async def create_response(
     body: ResponsesRequest, service: TheService, client: TheClient, request: Request
 ) -> Response:
     """Answer a conversation."""
+    llm = service.llm
     generation = await service.chat(client, body, prefix="resp_")
-    story = _Story(generation, body, service.llm)
+    story = _Story(generation, body, llm)
     if body.stream:
         return EventStream(generation, story)
     await generation.whole(request.receive)

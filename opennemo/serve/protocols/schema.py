@@ -43,6 +43,8 @@ PASSED_ON = (
     "dry_allowed_length",
 )  # fmt: skip
 DRY_BREAKERS = ("\n", ":", '"', "*")  # llama.cpp's
+MAXIMA = ("max_completion_tokens", "max_tokens", "max_output_tokens")  # the first that is given
+PROMPTS = ("prompt", "messages", "input", "instructions", "system", "tools")
 SAFE_PROMPT = (
     "Always assist with care, respect, and truth. Respond with utmost utility yet securely. Avoid "
     "harmful, unethical, prejudiced, or negative content. Ensure replies promote fairness and "
@@ -100,6 +102,13 @@ class Body(BaseModel):
             raise Refusal(422, f"unknown fields: {names}", detail=detail)
         return sorted(extra)
 
+    def n_expected(self, llm: LLM) -> int:
+        """Tokens that the request may come to: a guess of its prompt, and answers in full."""
+        given = (getattr(self, name, None) for name in MAXIMA)
+        longest = min(next(filter(None, given), llm.engine.max_context), llm.engine.max_context)
+        prompt = sum(_n_tokens(getattr(self, name, None)) for name in PROMPTS)
+        return prompt + longest * (getattr(self, "n", None) or 1)
+
     def format(self, *own: Format | None) -> Format | None:
         """The form that the answer is to have: by fields of the protocol's own, or of others.
 
@@ -107,6 +116,15 @@ class Body(BaseModel):
             InvalidRequest: it cannot be held, or there are two.
         """
         return only({*own, guided(self.model_extra or {})})
+
+
+def _n_tokens(value: Any) -> int:
+    """Roughly: an id is one, and four characters are."""
+    if isinstance(value, str):
+        return len(value) // 4 + 1
+    if isinstance(value, dict):
+        value = list(value.values())
+    return sum(map(_n_tokens, value)) if isinstance(value, list) else value is not None
 
 
 class StreamOptions(BaseModel):
