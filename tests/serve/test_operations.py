@@ -357,20 +357,22 @@ def test_whole_answers_that_have_begun_are_answered_in_a_drain(running, tiny_llm
 @pytest.mark.parametrize("more", [{"n": 16, "max_tokens": 60}, {"max_tokens": None}])
 def test_tokens_a_minute_count_what_is_under_way(running, tiny_llm, more):
     """20 requests at once were all let in, and used a hundred times the limit."""
+    path = "/v1/completions"
     body = {"model": "tiny", "prompt": "a", "ignore_eos": True, **more}
     with running(tiny_llm(), tokens_per_minute=200) as server, server.client() as http:
         with ThreadPoolExecutor(20) as threads:
-            answers = list(
-                threads.map(lambda _: http.post("/v1/completions", json=body), range(20))
-            )
+            answers = list(threads.map(lambda _: http.post(path, json=body), range(20)))
         statuses = sorted(answer.status_code for answer in answers)
         assert statuses == [200] + [429] * 19
         assert all("retry-after" in a.headers for a in answers if a.status_code == 429)
     long = {"model": "tiny", "prompt": "a" * 3000, "max_tokens": 1}
     with running(tiny_llm(), tokens_per_minute=200) as server, server.client() as http:
         with ThreadPoolExecutor(8) as threads:
-            answers = list(threads.map(lambda _: http.post("/v1/completions", json=long), range(8)))
+            answers = list(threads.map(lambda _: http.post(path, json=long), range(8)))
         assert [a.status_code for a in answers].count(200) == 1
+    with running(tiny_llm(), tokens_per_minute=200) as server, server.client() as http:
+        parts = {"model": "tiny", "prompt": ["a"] * 5, "max_tokens": 100}
+        assert [http.post(path, json=parts).status_code for _ in range(2)] == [200, 429]
     with running(tiny_llm(), tokens_per_minute=10**6) as server, server.client() as http:
-        assert http.post("/v1/completions", json={**body, "max_tokens": 5}).status_code == 200
+        assert http.post(path, json={**body, "max_tokens": 5}).status_code == 200
         assert server.service.gatekeeper.anonymous.n_expected == 0
