@@ -25,6 +25,7 @@ from opennemo.errors import CheckpointError, ContextTooLong, InvalidRequest
 from opennemo.model.checkpoint import load, open_checkpoint
 from opennemo.model.companions import read_generation_config
 from opennemo.model.hub import locate
+from opennemo.model.memory import open_device
 from opennemo.model.tensor_parallel import check_divides, load_share
 from opennemo.model.transformer import Transformer
 from opennemo.reply import Reply, TextStream
@@ -80,12 +81,12 @@ class LLM:
 
         Raises:
             CheckpointError: there is no such model, or it cannot be used.
-            InvalidRequest: the model cannot run in this format; or it does not fit, or the context
-                that `config` asks for does not: with the numbers, and what would fit; or the draft
-                model has another vocabulary.
+            InvalidRequest: there is no such device; the model cannot run in this format; it or the
+                context that `config` asks for does not fit, with the numbers, and what would; or
+                the draft model has another vocabulary.
         """
         path, config = locate(model), config or EngineConfig()
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = open_device(device)
         tokenizer, defaults, eos_ids = _text_side(path)
         checkpoint = open_checkpoint(path)
         eos_ids = {id for id in eos_ids if id < checkpoint.config.vocab_size}

@@ -28,6 +28,26 @@ STORED = "stored"  # the form of a model that stays in the codes it is stored in
 ROUNDED = {"cpu": ("int8", "int4"), "cuda": ("fp8", "int4")}
 
 
+def open_device(name: str | None = None) -> str:
+    """The device of this name ("cpu", "cuda", "cuda:1"), by default a GPU if there is one.
+
+    Raises:
+        InvalidRequest: there is no such device here.
+    """
+    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name is None:
+        return "cuda" if n_gpus else "cpu"
+    match = re.fullmatch("cpu|cuda(?::([0-9]+))?", name)
+    if match is None:
+        raise InvalidRequest(f"device {name!r}: allowed are cpu, cuda, and cuda:0 and so on")
+    if name != "cpu" and int(match[1] or 0) >= n_gpus:
+        found = f"{n_gpus} GPUs" if n_gpus else "no GPU"
+        if not torch.backends.cuda.is_built():
+            found = "only the CPU: this build has no CUDA (pip install torch has, on Linux)"
+        raise InvalidRequest(f"device {name}: PyTorch {torch.__version__} finds {found}")
+    return name
+
+
 def forms(
     checkpoint: Checkpoint, device: str, *, adapters: bool = False, ranks: bool = False
 ) -> dict[str, Form]:

@@ -23,6 +23,7 @@ from opennemo.model.companions import copy_companions
 from opennemo.model.export import Calibration, quantize, to_gguf
 from opennemo.model.formats import BLOCKS
 from opennemo.model.lora import save_adapter
+from opennemo.model.memory import open_device
 from opennemo.model.parallel import whole
 from opennemo.model.quantization import KVRounding, observers
 from opennemo.model.transformer import Transformer
@@ -55,7 +56,7 @@ def begin(
         InvalidRequest: the folder holds another run, or other files.
     """
     open_run(recipe, run)
-    device = _device(recipe)
+    device = torch.device(open_device(None if recipe.device == "auto" else recipe.device))
     setup = Setup.make(recipe, device)
     if _is_first():
         same_data(run / "data.json", setup.data)
@@ -159,14 +160,6 @@ def learned_scales(model: Transformer) -> Calibration:
         },
         kv_scale=kv.scale.cpu() if isinstance(kv, KVRounding) else torch.ones(0, 2),
     )
-
-
-def _device(recipe: Recipe) -> torch.device:
-    if recipe.device != "auto":
-        if recipe.device == "cuda" and not torch.cuda.is_available():
-            raise InvalidRequest("device is cuda, but PyTorch finds no GPU here; cpu is allowed")
-        return torch.device(recipe.device)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _is_first() -> bool:

@@ -26,6 +26,12 @@ from tests.hollow import write_hollow
         (["convert", "smollm2-135m-instruct", "{tmp}"], b"", "empty folder"),
         (["convert", "smollm2-135m-instruct", "{tmp}/new", "--to", "onnx"], b"", "hf, mistral"),
         (["info", "nobody/nothing"], b"", "network"),
+        (
+            ["generate", "smollm2-135m-instruct", "Hi", "--device", "tpu"],
+            b"",
+            "allowed are cpu, cu",
+        ),
+        (["generate", "smollm2-135m-instruct", "Hi", "--device", "cuda:99"], b"", "PyTorch"),
         (["inform"], b"", "(see `opennemo --help`)"),
         (["info"], b"", "Missing argument 'model' (see `opennemo info --help`)"),
         (["chat", "--seed", "one"], b"", "Invalid value for '--seed'"),
