@@ -90,12 +90,26 @@ def convert(
         ),
     ] = None,
     dtype: Dtype = None,
+    adapter: Annotated[
+        Path | None,
+        typer.Option(help="Write only this LoRA of the model, as NAME.gguf for llama.cpp."),
+    ] = None,
 ) -> None:
     """Write a model in another layout: Mistral's own, Hugging Face's, or a GGUF file."""
     from opennemo.model.checkpoint import convert as convert_checkpoint
     from opennemo.model.export import to_gguf
     from opennemo.model.hub import locate
 
+    if adapter is not None:
+        from opennemo.model.checkpoint import read_config
+        from opennemo.model.gguf_writer import write_adapter
+
+        if dtype is not None:
+            raise InvalidRequest(f"--dtype {dtype}: an adapter is written in float32")
+        _layout(to, out, ("gguf",))
+        write_adapter(out, adapter, read_config(locate(source)))
+        print(f"Wrote {out}")
+        return
     layout, stored_as = _layout(to, out, (*LAYOUTS, "gguf")), _dtype(dtype)
     with progress("Converting", unit="bytes") as bar:
         if layout == "gguf":

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from glob import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
@@ -30,6 +30,7 @@ from opennemo.model import blocks, layouts
 from opennemo.model.checkpoint import Checkpoint
 from opennemo.model.companions import GGUF_SAMPLING, read_generation_config
 from opennemo.model.gguf import PLAIN
+from opennemo.model.lora import read_adapter
 from opennemo.model.transformer import ModelConfig
 from opennemo.progress import Progress
 from opennemo.tokenizer import load_tokenizer
@@ -167,20 +168,67 @@ def write_gguf(
         CheckpointError: the file exists or cannot be written, a width is not in whole blocks,
             weights are not finite, or the vocabulary has no place in such a file.
     """
-    sizes = {}
+    tensors = {}
     for name, shape in source.shapes.items():
-        n, n_bytes = gguf.GGML_QUANT_SIZES[Type[types[name].upper()]]
+        type = Type[types[name].upper()]
+        n, n_bytes = gguf.GGML_QUANT_SIZES[type]
         if shape[-1] % n:
             needs = f"{types[name]} needs widths in multiples of {n}"
             raise CheckpointError(f"{src}: {needs}, {name} is {shape}")
-        sizes[name] = math.prod(shape) // n * n_bytes
-    if dst.exists():
-        raise CheckpointError(f"{dst}: exists; choose another name")
+        tensors[name] = Place(shape, type, math.prod(shape) // n * n_bytes)
     fields = head_fields(src, source) | {
         "general.file_type": file_type, "general.quantization_version": 2,
     }  # fmt: skip
     fields.setdefault("general.name", dst.stem)
-    done, total = 0, sum(sizes.values())
+
+    def parts(name: str) -> Iterator[Tensor]:
+        weight = (importance or {}).get(name.removesuffix(".weight"))
+        return _parts(src, source, name, types[name], weight, change)
+
+    _write(dst, fields, tensors, parts, progress)
+
+
+def write_adapter(dst: Path, adapter: Path, config: ModelConfig) -> None:
+    """Write a LoRA that PEFT saved as a file that llama.cpp adds to a model.
+
+    Raises:
+        CheckpointError: as for `read_adapter`, or the file exists or cannot be written.
+    """
+    scale, pairs = read_adapter(adapter, config)
+    halves = {
+        f"{module}.weight.lora_{half}": tensor
+        for module, pair in pairs.items()
+        for half, tensor in zip("ab", pair, strict=True)
+    }
+    rank = next(len(a) for a, _ in pairs.values())
+    fields = {
+        "general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": scale * rank,
+        "general.name": dst.stem,
+    }  # fmt: skip
+    tensors = {n: Place(tuple(t.shape), Type.F32, 4 * t.numel()) for n, t in halves.items()}
+    bytes_of = lambda name: iter([halves[name].contiguous().view(torch.uint8).flatten()])  # noqa: E731
+    _write(dst, fields, tensors, bytes_of)
+
+
+class Place(NamedTuple):
+    """What the head says of a tensor."""
+
+    shape: tuple[int, ...]
+    type: Type
+    n_bytes: int
+
+
+def _write(
+    dst: Path,
+    fields: Mapping[str, Any],
+    tensors: Mapping[str, Place],
+    parts: Callable[[str], Iterator[Tensor]],
+    progress: Progress = lambda done, total: None,
+) -> None:
+    """A file of fields and tensors, by Mistral's names, whole or not at all."""
+    if dst.exists():
+        raise CheckpointError(f"{dst}: exists; choose another name")
+    done, total = 0, sum(place.n_bytes for place in tensors.values())
     try:
         dst.parent.mkdir(parents=True, exist_ok=True)
         for left in dst.parent.glob(f".{escape(dst.name)}.*.partial"):
@@ -189,19 +237,20 @@ def write_gguf(
             head = gguf.GGUFWriter(file.name, "llama")
             for key, value in fields.items():
                 _add(head, key, value)
-            for name, shape in source.shapes.items():
-                own, type = layouts.spell(name, "gguf"), Type[types[name].upper()]
-                head.add_tensor_info(own, shape, np.dtype(np.float32), sizes[name], type)
+            for name, place in tensors.items():
+                module, kind, half = name.partition(".weight")
+                own = layouts.spell(f"{module}{kind}", "gguf") + half
+                n_bytes = place.n_bytes
+                head.add_tensor_info(own, place.shape, np.dtype(np.float32), n_bytes, place.type)
             head.write_header_to_file()
             head.write_kv_data_to_file()
             head.write_ti_data_to_file()
             head.close()
             file.seek(0, os.SEEK_END)
-            for name in source.shapes:
+            for name, place in tensors.items():
                 file.write(bytes(-file.tell() % ALIGNMENT))
-                end = file.tell() + sizes[name]
-                weight = (importance or {}).get(name.removesuffix(".weight"))
-                for part in _parts(src, source, name, types[name], weight, change):
+                end = file.tell() + place.n_bytes
+                for part in parts(name):
                     file.write(part.numpy().data)
                     progress(done := done + part.numel(), total)
                 assert file.tell() == end, name

@@ -42,6 +42,8 @@ def test_quantize_writes_a_mixture_weighted_by_texts(model: Path, tmp_path: Path
     [
         (["convert", "{model}", "{tmp}/new", "--to", "gguf"], "a GGUF file is called NAME.gguf"),
         (["convert", "{model}", "{tmp}/a.gguf", "--to", "hf"], "a GGUF file is called NAME.gguf"),
+        (["convert", "{model}", "{tmp}/a.gguf", "--adapter", "{tmp}/no"], "adapter_config.json"),
+        (["convert", "{model}", "{tmp}/a", "--adapter", "{tmp}/no", "--to", "hf"], "--to is hf"),
         (["quantize", "{model}", "{tmp}/new", "--format", "q4_k_m"], "is called NAME.gguf"),
         (["quantize", "{model}", "{tmp}/a.gguf", "--format", "int8"], "--to is gguf, allowed are"),
         (["quantize", "{model}", "{tmp}/a.gguf", "--format", "q9"], "allowed are fp8, "),

@@ -22,7 +22,7 @@ from opennemo.model.companions import read_generation_config
 from opennemo.model.export import importance, merge, to_gguf
 from opennemo.model.formats import BLOCKS
 from opennemo.model.gguf import GGUF
-from opennemo.model.gguf_writer import MIXTURES
+from opennemo.model.gguf_writer import MIXTURES, write_adapter
 from opennemo.model.lora import add_lora_, save_adapter
 from opennemo.model.quantization import QuantizedLinear, quantize_
 from opennemo.model.transformer import PRESETS, ModelConfig, Transformer
@@ -230,13 +230,21 @@ def test_an_adapter_is_merged_into_the_file(folder: Path, tmp_path: Path):
         if name.endswith(".b"):
             torch.nn.init.normal_(parameter)
     save_adapter(model, tmp_path / "adapter", base_model_name="tiny")
+    write_adapter(tmp_path / "adapter.gguf", tmp_path / "adapter", CONFIG)
+    file, factor = GGUF(tmp_path / "adapter.gguf"), 8.0 / 4
+    assert file.settings["adapter.lora.alpha"] == 8.0 and len(file.shapes) == 2 * 14
     merge(folder, tmp_path / "adapter", tmp_path / "model.gguf")
     merge(folder, tmp_path / "adapter", tmp_path / "merged")
     ours, theirs = load(tmp_path / "model.gguf"), load(tmp_path / "merged")
     changed = 0
     for (name, mine), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         assert torch.equal(mine, other), name
-        changed += not torch.equal(mine, load(folder).get_parameter(name))
+        change = mine - load(folder).get_parameter(name)
+        changed += bool(change.any())
+        own = layouts.spell(name, "gguf")
+        if f"{own}.lora_a" in file.shapes:
+            a, b = (file.read(f"{own}.lora_{half}", torch.float32) for half in "ab")
+            torch.testing.assert_close(factor * b @ a, change.detach(), atol=1e-5, rtol=1e-4)
     assert changed == 14
 
 
