@@ -301,12 +301,11 @@ def _as_iq4_xs(codes: Tensor, blocks: Fit) -> Sequence[Tensor]:
 
 
 IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-_FREE = {"has_min": True, "free_min": True}
 TYPES = {
     "q4_0": BlockType(32, 18, _q4_0, _as_q4_0, Grid(32, -8, 7)),
-    "q4_1": BlockType(32, 20, _q4_1, _as_q4_1, Grid(32, 0, 15, **_FREE)),
+    "q4_1": BlockType(32, 20, _q4_1, _as_q4_1, Grid(32, 0, 15, has_min=True, free_min=True)),
     "q5_0": BlockType(32, 22, _q5_0, _as_q5_0, Grid(32, -16, 15)),
-    "q5_1": BlockType(32, 24, _q5_1, _as_q5_1, Grid(32, 0, 31, **_FREE)),
+    "q5_1": BlockType(32, 24, _q5_1, _as_q5_1, Grid(32, 0, 31, has_min=True, free_min=True)),
     # -128 is left out: its magnitude is not an int8, which some kernels rely on.
     "q8_0": BlockType(32, 34, _q8_0, _as_q8_0, Grid(32, -127, 127)),
     "q2_k": BlockType(256, 84, _q2_k, _as_q2_k, Grid(16, 0, 3, has_min=True, units=(0, 15))),
