@@ -2,7 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import MappingProxyType
+
+import numpy as np
 
 from opennemo.engine.grammar import Grammar
 from opennemo.errors import InvalidRequest
@@ -79,6 +82,11 @@ class SamplingParams:
             raise InvalidRequest("allowed_ids is empty or names an id below 0")
         if any(not word or min(word) < 0 for word in self.bad_words):
             raise InvalidRequest("bad_words holds an empty word or names an id below 0")
+
+    @cached_property
+    def allowed_index(self) -> np.ndarray:
+        """`allowed_ids` (n,), made once: there may be a vocabulary of them, at every step."""
+        return np.array(sorted(self.allowed_ids or ()), np.int64)
 
     @property
     def penalises(self) -> bool:

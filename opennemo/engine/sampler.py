@@ -3,9 +3,9 @@
 Seeds hold in any batch: a row has exactly one uniform number, its sequence's for that place of the
 answer, and finds its token by inverting the cumulative distribution. So a place's token is the same
 whether or not those before it were guessed. (Where filters.py needs a number, it has the lower bits
-of that one.) Filters
-(top-k, top-p, min-p) look at the likeliest `HEAD` tokens, sorted; the full vocabulary is sorted
-only for the rare row whose nucleus is larger.
+of that one.) top-k and top-p look at the likeliest `HEAD` tokens, sorted; where more are wanted, or
+all, tokens keep the vocabulary's order and a filter is a threshold. Nothing sorts a vocabulary of
+tokens: at a high temperature one request would slow everybody's step many times over.
 """
 
 import numpy as np
@@ -76,7 +76,7 @@ def _bias_(row: Tensor, prefix: Prefix, eos_ids: frozenset[int]) -> None:
         row[ids] += torch.tensor(list(params.logit_bias.values()), device=row.device)
     if params.allowed_ids is not None:
         others = torch.full_like(row, FORBIDDEN)
-        others[list(params.allowed_ids)] = 0
+        others[torch.from_numpy(params.allowed_index).to(row.device)] = 0
         row += others
     if params.bad_words:
         answer = prefix.answer
@@ -123,20 +123,55 @@ def _penalise(logits: Tensor, prefixes: list[Prefix]) -> Tensor:
 def _draw(logits: Tensor, prefixes: list[Prefix]) -> Tensor:
     """Sample each row of (S, V) under its temperature and filters -> ids (S,)."""
     params = [p.params for p in prefixes]
-    numbers = [p.uniform for p in prefixes]
-    uniform = torch.tensor(numbers, device=logits.device)
+    uniform = torch.tensor([p.uniform for p in prefixes], device=logits.device).double()
     temperature = torch.tensor([p.temperature for p in params], device=logits.device)
-    # Float64 so that a vocabulary's worth of rounding cannot move a token across its border.
-    logits = logits.double() / temperature[:, None]
-    total = logits.logsumexp(-1, keepdim=True)
-    top, ids = logits.topk(min(HEAD, logits.shape[-1]))
-    tokens, complete = _pick((top - total).exp(), ids, uniform, params)
-    rest = [i for i, done in enumerate(complete.tolist()) if not done]
-    if rest and logits.shape[-1] > HEAD:
-        top, ids = logits[rest].sort(descending=True, stable=True)
-        probs = (top - total[rest]).exp()
-        tokens[rest], _ = _pick(probs, ids, uniform[rest], [params[i] for i in rest])
+    logits = logits / temperature[:, None]
+    # Not a number: the row allows nothing, or the model failed; the engine sees that by itself.
+    probs = (logits - logits.amax(-1, keepdim=True)).exp_().nan_to_num_(0)
+    tokens = torch.zeros(len(params), dtype=torch.int64, device=logits.device)
+    few = [i for i, p in enumerate(params) if p.top_k or p.top_p < 1]
+    rest = [i for i, p in enumerate(params) if not (p.top_k or p.top_p < 1)]
+    if few:
+        # Sums in float64, so that a vocabulary's worth of rounding moves no token over its border.
+        total = probs[few].sum(-1, dtype=torch.float64, keepdim=True)
+        top, ids = probs[few].topk(min(HEAD, logits.shape[-1]))
+        chosen, complete = _pick(top / total, ids, uniform[few], [params[i] for i in few])
+        tokens[few] = chosen
+        rest += [i for i, done in zip(few, complete.tolist(), strict=True) if not done]
+    if rest:
+        tokens[rest] = _pick_among_all(probs[rest], uniform[rest], [params[i] for i in rest])
     return tokens
+
+
+def _pick_among_all(probs: Tensor, uniform: Tensor, params: list[SamplingParams]) -> Tensor:
+    """Choose from weights (S, V), the likeliest 1, in the vocabulary's order -> ids (S,)."""
+    for row, p in zip(probs, params, strict=True):
+        least = p.min_p
+        if p.top_k or p.top_p < 1:
+            least = max(least, _least(row.cpu().numpy(), p.top_p, p.top_k or len(row)))
+        row[row < least] = 0
+    cumulative = probs.cumsum(-1, dtype=torch.float64)
+    target = uniform[:, None] * cumulative[:, -1:]
+    place = torch.searchsorted(cumulative, target, right=True)
+    # A uniform number that rounds to 1 means the last token that has any weight.
+    last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())
+    return torch.minimum(place, last)[:, 0]
+
+
+def _least(weights: np.ndarray, top_p: float, top_k: int) -> float:
+    """The smallest of the likeliest weights that make up `top_p`, `top_k` of them at most.
+
+    Positive floats have the order of their bits: counting by the upper ones leaves few to sort.
+    """
+    buckets = weights.view(np.int32) >> 14
+    mass = np.bincount(buckets, weights)[::-1].cumsum()
+    count = np.bincount(buckets)[::-1].cumsum()
+    wanted, top_k = top_p * mass[-1], min(top_k, len(weights))
+    at = min(np.searchsorted(mass, wanted), np.searchsorted(count, top_k), len(mass) - 1)
+    inside = np.sort(weights[buckets == len(mass) - 1 - at])[::-1]
+    before = (mass[at - 1], count[at - 1]) if at else (0.0, 0)
+    n = np.searchsorted(before[0] + inside.cumsum(dtype=np.float64), wanted) + 1
+    return float(inside[min(n, top_k - before[1], len(inside)) - 1])
 
 
 def _pick(

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from opennemo.engine import EngineConfig, LocalEngine, SamplingParams
+from opennemo.engine.sampler import sample
+from opennemo.engine.sequence import Sequence
 from opennemo.model.attention import Packed
 from tests.engine.stepping import answers, prompts, run
 
@@ -88,3 +90,26 @@ def test_logprobs_of_a_prompt_that_is_preempted_come_once(model):
         for a, b in zip(got[1:], ours[1:], strict=True):
             assert a.logprob == pytest.approx(b.logprob, abs=1e-4)
     assert crowd.scheduler.n_preemptions > 0
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"top_p": 0.9}, {"top_p": 0.5}, {"top_k": 3000}, {"top_p": 0.7, "top_k": 2000},
+        {"min_p": 0.3}, {"min_p": 0.2, "top_p": 0.8}, {},
+    ],
+)  # fmt: skip
+def test_filters_of_flat_distributions_keep_what_their_definition_keeps(fields):
+    """More than the head is wanted then, and nothing is sorted."""
+    size, temperature = 5000, 4.0
+    logits = torch.randn(1, size, generator=torch.Generator().manual_seed(1))
+    params = SamplingParams(temperature=temperature, **fields)
+    probs, order = (logits[0].double() / temperature).softmax(-1).sort(descending=True)
+    before = probs.cumsum(-1) - probs
+    kept = (torch.arange(size) < (params.top_k or size)) & (before < params.top_p)
+    kept &= probs >= params.min_p * probs[0]
+    allowed, drawn = set(order[kept].tolist()), set()
+    sequence = Sequence(1, [0], params, print, 9, 0)
+    for _ in range(4000):
+        drawn |= set(sample(logits.clone(), [sequence], frozenset()).tolist())
+    assert drawn <= allowed and len(drawn) > min(1000, len(allowed) // 2)
