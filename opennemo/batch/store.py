@@ -53,7 +53,7 @@ class Store:
 
     def __init__(self, folder: Path, *, max_lines: int, max_bytes: int):
         self._folder, self._max_lines, self._max_bytes = folder, max_lines, max_bytes
-        self._writing, self._guard = Lock(), None
+        self._writing, self._guard, self._held = Lock(), None, None
 
     def open(self) -> None:
         """Make the database ready, for this process alone.
@@ -70,8 +70,17 @@ class Store:
         self._guard = guard
         with self._read() as db:
             db.executescript(f"PRAGMA journal_mode=WAL; {SCHEMA}")
+        # While a connection is open its shared memory is there: without, a full disk, which has no
+        # room to make it again, would stop reads, too.
+        self._held = sqlite3.connect(
+            self._folder / "batches.sqlite3", isolation_level=None, check_same_thread=False
+        )
+        self._held.execute("SELECT count(*) FROM files").fetchone()
 
     def close(self) -> None:
+        if self._held:
+            self._held.close()
+            self._held = None
         if self._guard:
             self._guard.close()
             self._guard = None

@@ -42,6 +42,7 @@ class Worker:
         self._service, self._app = service, app
         self._tasks: dict[str, asyncio.Task] = {}
         self._at_work: list[Row] = []
+        self._why: dict[str, str] = {}  # what has been logged of batches that wait
         # A minute's limits are counted apart: batches keep to them, too, but take nothing from live
         # requests. How many lines run at once is for `Slots` alone to say.
         gatekeeper = service.gatekeeper
@@ -68,6 +69,9 @@ class Worker:
                 self._wake.clear()
                 try:
                     await self._look()
+                    self._note("all batches", None)
+                except Refusal as error:  # the disk is full, perhaps, which passes
+                    self._note("all batches", str(error))
                 except Exception:  # nothing that a batch does may end the others
                     log.exception("defect")
                 with suppress(TimeoutError):
@@ -136,9 +140,18 @@ class Worker:
                 client, save = self._clients[batch["owner"]], partial(store.answer, batch)
                 await run(self._lines(batch), self._app, client, self._slots, save)
                 await asyncio.to_thread(store.finish, batch, "completed")
+            self._note(batch["id"], None)
         except Refusal as error:  # the disk is full, perhaps, which passes
-            log.error("batch interrupted", id=batch["id"], error=str(error))
+            self._note(batch["id"], str(error))
             await asyncio.sleep(5)
+
+    def _note(self, id: str, why: str | None) -> None:
+        """Log what keeps a batch from going on, once; None: it goes on."""
+        if why is None:
+            self._why.pop(id, None)
+        elif self._why.get(id) != why:
+            self._why[id] = why
+            log.error("batch interrupted", id=id, error=why)
 
     def _lines(self, batch: Row) -> Iterator[Line]:
         for number, raw in self.store.pending(batch):

@@ -141,7 +141,10 @@ def test_a_full_disk_stops_batches_with_a_word_and_they_go_on(server):
         status, why = start_batch(server, 1000)
         assert status == 503 and "files cannot be kept" in why
         assert ask(server).status_code == 200  # who needs no disk does not notice
-        time.sleep(0.5)
+        time.sleep(2.5)
+        assert batch_of(server, running)["id"] == running  # nor does who reads
+    events = [event["event"] for event in server.events()]
+    assert "defect" not in events and events.count("batch interrupted") <= 2
     wait_until(lambda: batch_of(server, running)["status"] == "completed")
     batch = batch_of(server, running)
     assert batch["request_counts"] == {"total": 30, "completed": 30, "failed": 0}
