@@ -89,8 +89,9 @@ def quantize(type: str, weights: Tensor, importance: Tensor | None = None) -> Te
 
 
 def _quantize(kind: BlockType, weights: Tensor, importance: Tensor) -> Tensor:
-    both = weights.float(), importance.expand_as(weights)
-    blocks = fit(*(t.reshape(-1, kind.n_weights) for t in both), kind.grid)
+    n = kind.n_weights
+    importance = importance.expand_as(weights).reshape(-1, n)
+    blocks = fit(weights.float().reshape(-1, n), importance, kind.grid)
     parts = kind.pack(blocks.codes, blocks)
     return torch.cat([part.view(torch.uint8) for part in parts], -1).view(len(weights), -1)
 

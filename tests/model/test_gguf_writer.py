@@ -12,6 +12,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from opennemo.errors import CheckpointError
@@ -183,12 +184,14 @@ def test_importance_is_the_mean_square_of_each_input(folder: Path, tmp_path: Pat
     model, tokenizer = load(folder), load_tokenizer(folder)
     ids = [[1, *tokenizer.encode(text)] for text in TEXTS]
     ids = [ids[0][:100], ids[1][: 100 - len(ids[0])]] if len(ids[0]) < 100 else [ids[0][:100]]
-    expected = {}
+    expected: dict[str, Tensor] = {}
     for path, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
-            module.register_forward_pre_hook(
-                lambda _, inputs, path=path: expected.update({path: inputs[0].square().mean(0)})
-            )
+
+            def record(_: torch.nn.Module, inputs: tuple[Tensor], path: str = path) -> None:
+                expected[path] = inputs[0].square().mean(0)
+
+            module.register_forward_pre_hook(record)
     with torch.no_grad():
         tokens = torch.tensor([id for window in ids for id in window])
         model.output(model(tokens, Packed.of(*map(len, ids), window=512)))
