@@ -192,7 +192,8 @@ class GrammarCompiler:
         elif str(kinds).lower() != "object":
             schema, gaps = _ANY, ["parameters.type"]
         fitted = self.fit(json.dumps(schema))
-        schema, gaps = dict(fitted.schema), gaps + [f"parameters.{gap}" for gap in fitted.gaps]
+        schema: dict[str, Any] = dict(fitted.schema)
+        gaps = gaps + [f"parameters.{gap}" for gap in fitted.gaps]
         if schema.get("type") != "object":
             schema, gaps = dict(_ANY), gaps or ["parameters"]
         properties = schema.get("properties")

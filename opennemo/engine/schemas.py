@@ -219,7 +219,8 @@ class _Fitting:
                 if name == "pattern":
                     self._gap(f"{path}{name}", error)
         patterns = new.get("patternProperties")
-        for pattern in list(patterns) if isinstance(patterns, dict) else ():
+        patterns = patterns if isinstance(patterns, dict) else {}
+        for pattern in list(patterns):
             if error := self._error_of({"type": "string", "pattern": pattern}):
                 new["patternProperties"] = {
                     k: v for k, v in new["patternProperties"].items() if k != pattern

@@ -196,7 +196,7 @@ def is_layout(tokenizer: Tokenizer, version: str) -> bool:
             if isinstance(value, int):
                 joined += [value, ""]
             else:
-                joined[-1] += value
+                joined[-1] = f"{joined[-1]}{value}"
         # SentencePiece puts a space before every text, which templates have to write.
         space = " " if tokenizer.dummy_prefix else "\0"
         return [piece.replace(space, "") if isinstance(piece, str) else piece for piece in joined]
