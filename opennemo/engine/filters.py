@@ -39,7 +39,7 @@ def narrow_(row: Tensor, params: SamplingParams, chance: float) -> None:
         probs = row.float().softmax(-1)
         likely = (probs >= params.xtc_threshold).nonzero().flatten()
         if len(likely) > 1:
-            kept = likely[probs[likely].argmin()].item()
+            kept = int(likely[probs[likely].argmin()])
             value = row[kept].clone()
             row[likely] = -torch.inf
             row[kept] = value

@@ -337,6 +337,7 @@ def _weight_files(folder: Path, layout: FolderLayout) -> dict[Path, set[str] | N
     if stray:
         message = f"{folder}: {single.name} is not read, for {index.name} does not name it"
         warnings.warn(message, stacklevel=4)
+    assert isinstance(weight_map, dict)  # or there would be no names
     return {folder / n: {key for key, file in weight_map.items() if file == n} for n in names}
 
 

@@ -22,7 +22,6 @@ from opennemo.model.foreign import Decoded, Scheme, quantization_of, schemes, wa
 from opennemo.model.formats import FORMATS, SCALED_KV, Format, Rounding, Shapes, names
 from opennemo.model.layouts import FolderLayout, Layout, short
 from opennemo.model.quantization import QuantizedLinear
-from opennemo.model.tensor_files import SafetensorFiles
 
 Shape = tuple[int, ...]
 
@@ -72,8 +71,8 @@ def describe(format: Format, layout: Layout, kv: bool = False) -> dict[str, Any]
 
 
 def recognise(
-    settings: Mapping[str, Any], where: Path, files: SafetensorFiles, shapes: Mapping[str, Shape]
-) -> tuple[str | None, SafetensorFiles | Decoded]:
+    settings: Mapping[str, Any], where: Path, files: Any, shapes: Mapping[str, Shape]
+) -> tuple[str | None, Any]:
     """The name in FORMATS of what settings describe, None if weights are plain, and the files.
 
     What is quantised in another way, or in part, is decoded as it is read.

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -226,7 +226,7 @@ def schemes(
     return found
 
 
-def refuse(where: Path, key: str, value: Any, understood: tuple[Any, ...]) -> None:
+def refuse(where: Path, key: str, value: Any, understood: tuple[Any, ...]) -> NoReturn:
     """Raise, saying what is not supported and what is."""
     able = f"not supported, only {' or '.join(map(str, understood))}"
     raise CheckpointError(
@@ -349,7 +349,7 @@ def _group(group: Mapping[str, Any], at: str, format: str, where: Path) -> Schem
         block = weights.get("block_structure")
         block = [int(n) for n in re.findall(r"\d+", str(block))]
         sizes["block"] = (block[0], block[1]) if len(block) == 2 else (0, 0)
-    share = sizes.get(str(strategy))
+    share: Share | None = sizes.get(str(strategy))
     if share is None or any(n is not None and (type(n) is not int or n < 1) for n in share):
         refuse(where, f"{at}.weights", weights, ("tensor, channel, group or block, with sizes",))
     decode = partial(_unpacked if format == PACKED else _plain, bits=bits, share=share)

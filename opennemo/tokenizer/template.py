@@ -191,12 +191,14 @@ def is_layout(tokenizer: Tokenizer, version: str) -> bool:
         return True
 
     def texts(pieces: Iterable[Segment]) -> list[int | str]:
-        joined: list[int | str] = [""]
+        joined: list[int | str] = []
+        words = ""
         for value, _ in pieces:
-            if isinstance(value, int):
-                joined += [value, ""]
+            if isinstance(value, str):
+                words += value
             else:
-                joined[-1] = f"{joined[-1]}{value}"
+                joined, words = [*joined, words, value], ""
+        joined.append(words)
         # SentencePiece puts a space before every text, which templates have to write.
         space = " " if tokenizer.dummy_prefix else "\0"
         return [piece.replace(space, "") if isinstance(piece, str) else piece for piece in joined]

@@ -135,8 +135,9 @@ def holds_preference(row: dict[str, Any]) -> bool:
 def _two_answers(row: dict[str, Any]) -> tuple[list[Message], list[Message]]:
     for keys in CHOICES:
         if any(key in row for key in keys):
-            texts = [v for key in keys if isinstance(v := row.get(key), str)]
-            if len(texts) == 2 and all(map(TRANSCRIPT.match, texts)):
+            values = [row.get(key) for key in keys]
+            texts = [v for v in values if isinstance(v, str) and TRANSCRIPT.match(v)]
+            if len(texts) == 2:
                 chosen, rejected = map(_transcript, texts)
             else:
                 chosen, rejected = (_spoken(row.get(key), key) for key in keys)

@@ -1,6 +1,7 @@
 """Filters of whole rows: what their definitions say, written plainly, and what they never do."""
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ ROWS = [torch.randn(200) * scale for scale in (0.1, 1.0, 5.0)]
 ROWS += [row.masked_fill(torch.arange(200) % 3 > 0, -torch.inf) for row in ROWS]
 
 
-def kept(row: torch.Tensor, chance: float = 1.0, **params: float) -> set[int]:
+def kept(row: torch.Tensor, chance: float = 1.0, **params: Any) -> set[int]:
     narrowed = row.clone()
     narrow_(narrowed, SamplingParams(**params), chance)
     left = narrowed.isfinite().nonzero().flatten().tolist()
