@@ -37,7 +37,7 @@ LIMITS = LLParserLimits(max_items_in_row=20_000, verbose_errors=False)
 ANY_TEXT = "(.|\\n)*"  # as a regular expression
 MAX_CALLS = 16  # in one answer, where nothing but tags tells calls apart
 MAX_UNORDERED = 60  # properties of an object, as bits of a number
-_ANY = {"type": "object"}
+_ANY: Schema = {"type": "object"}
 # Models learn JSON as json.dumps writes it; other white space costs tokens and quality.
 _JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
@@ -185,15 +185,15 @@ class GrammarCompiler:
 
     def _fit_arguments(self, source: str) -> FittedSchema:
         """The same of a schema of arguments: an object, which has no properties but those named."""
-        schema, gaps = json.loads(source), []
-        kinds = schema.get("type", "object") if isinstance(schema, dict) else None
+        asked, gaps = json.loads(source), []
+        kinds = asked.get("type", "object") if isinstance(asked, dict) else None
         if kinds == "object" or (isinstance(kinds, list) and "object" in kinds):
-            schema = {k: v for k, v in schema.items() if k != "nullable"} | {"type": "object"}
+            asked = {k: v for k, v in asked.items() if k != "nullable"} | {"type": "object"}
         elif str(kinds).lower() != "object":
-            schema, gaps = _ANY, ["parameters.type"]
-        fitted = self.fit(json.dumps(schema))
-        schema: dict[str, Any] = dict(fitted.schema)
-        gaps = gaps + [f"parameters.{gap}" for gap in fitted.gaps]
+            asked, gaps = _ANY, ["parameters.type"]
+        fitted = self.fit(json.dumps(asked))
+        schema: Schema = dict(fitted.schema)
+        gaps += [f"parameters.{gap}" for gap in fitted.gaps]
         if schema.get("type") != "object":
             schema, gaps = dict(_ANY), gaps or ["parameters"]
         properties = schema.get("properties")

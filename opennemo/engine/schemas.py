@@ -220,7 +220,7 @@ class _Fitting:
                     self._gap(f"{path}{name}", error)
         patterns = new.get("patternProperties")
         patterns = patterns if isinstance(patterns, dict) else {}
-        for pattern in list(patterns):
+        for pattern in patterns:
             if error := self._error_of({"type": "string", "pattern": pattern}):
                 new["patternProperties"] = {
                     k: v for k, v in new["patternProperties"].items() if k != pattern

@@ -78,7 +78,7 @@ class Gate:
                     raise Refusal(
                         503, "too many requests at once", code="overloaded", retry_after=1
                     )
-                receive = await self._bounded(scope, headers, receive)
+            receive = await self._bounded(scope, headers, receive)
             scope.setdefault("state", {})["client"] = client
             await self._app(scope, receive, reply)
         except asyncio.CancelledError:
