@@ -55,7 +55,7 @@ from opennemo.files import new_folder
 from opennemo.llm import LLM
 from opennemo.model import compressed
 from opennemo.model.attention import Packed
-from opennemo.model.checkpoint import load, weight_shapes, write_model
+from opennemo.model.checkpoint import Form, load, weight_shapes, write_model
 from opennemo.model.formats import FORMATS
 from opennemo.model.memory import machine_memory
 from opennemo.model.quantization import quantize_head_
@@ -155,7 +155,7 @@ def start_up(options: argparse.Namespace) -> tuple[list[float], list[float]]:
 def same_file(options: argparse.Namespace) -> list[Row]:
     """Ours and llama.cpp's on one GGUF file, in turns."""
     rows: list[Row] = []
-    net = load(options.file, blocks=True, dtype=torch.float32)
+    net = load(options.file, form=Form(dtype=torch.float32, blocks=True))
     config, n_bytes = net.config, weight_bytes(net)
     small = sum(map(math.prod, weight_shapes(config).values())) < SMALL
 
