@@ -259,8 +259,8 @@ def test_ids_beyond_the_vocabulary_never_come(tmp_path: Path):
     with LLM.load(str(tmp_path)) as llm:
         assert llm.engine.vocab_size == n
         hot = llm.chat(HI, max_tokens=50, temperature=5.0, seed=1, logprobs=5, ignore_eos=True)
-        tokens = [token for token in hot.finish().answers[0].tokens if token.logprobs]
-        assert tokens and all(id < n for token in tokens for id, _ in token.logprobs.top)
+        found = [t.logprobs for t in hot.finish().answers[0].tokens if t.logprobs]
+        assert found and all(id < n for logprobs in found for id, _ in logprobs.top)
 
 
 def write_adapter(folder: Path) -> Path:

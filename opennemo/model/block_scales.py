@@ -64,7 +64,7 @@ class Grid:
         return entries.to(x.device).index_select(0, doubled.flatten()).view(x.shape)
 
 
-class Fit(NamedTuple):
+class Scaled(NamedTuple):
     """Blocks of weights in codes. Weights are unit * units * value - min_unit * min_units."""
 
     codes: Tensor  # (blocks, weights) uint8, the smallest value being 0
@@ -74,7 +74,7 @@ class Fit(NamedTuple):
     min_units: Tensor | None
 
 
-def fit(weights: Tensor, importance: Tensor, grid: Grid) -> Fit:
+def fit(weights: Tensor, importance: Tensor, grid: Grid) -> Scaled:
     """Blocks (B, n) of float32 -> codes, scales and minima; `importance` (B, n) is positive."""
     n_blocks = len(weights)
     x, w = (t.reshape(-1, grid.n).T.contiguous() for t in (weights, importance))
@@ -87,8 +87,8 @@ def fit(weights: Tensor, importance: Tensor, grid: Grid) -> Fit:
         unit, min_unit, units, min_units, values = _in_units(x, w, scale, low, n_blocks, grid)
     codes = grid.codes(values).T.reshape(n_blocks, -1)
     if not grid.has_min:
-        return Fit(codes, unit, None, units, None)
-    return Fit(codes, unit, min_unit, units, min_units)
+        return Scaled(codes, unit, None, units, None)
+    return Scaled(codes, unit, min_unit, units, min_units)
 
 
 def _half(x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from opennemo.model.block_scales import Fit, Grid, fit
+from opennemo.model.block_scales import Scaled, Grid, fit
 
 # Weights that are rounded at a time. What the search keeps of them stays in a core's cache, and
 # PyTorch does not divide its operations between threads, which would wait for each other each time.
@@ -41,7 +41,7 @@ class BlockType:
     n_weights: int
     n_bytes: int
     unpack: Callable[[Tensor], Codes]
-    pack: Callable[[Tensor, Fit], Sequence[Tensor]]
+    pack: Callable[[Tensor, Scaled], Sequence[Tensor]]
     grid: Grid
 
     def row_bytes(self, width: int) -> int:
@@ -233,42 +233,42 @@ def _in_fifth_bits(codes: Tensor) -> Tensor:
     return _in_bits((codes >> 4).unflatten(-1, (4, 8)).transpose(-1, -2), range(8))
 
 
-def _in_six_bits(blocks: Fit) -> Tensor:
+def _in_six_bits(blocks: Scaled) -> Tensor:
     units, min_units = _whole(blocks.units), _whole(blocks.min_units)
     (a, upper_a), (b, upper_b) = units.chunk(2, -1), min_units.chunk(2, -1)
     c = upper_a & 15 | (upper_b & 15) << 4
     return torch.cat((a | (upper_a >> 4) << 6, b | (upper_b >> 4) << 6, c), -1)
 
 
-def _as_q4_0(codes: Tensor, blocks: Fit) -> Sequence[Tensor]:
+def _as_q4_0(codes: Tensor, blocks: Scaled) -> Sequence[Tensor]:
     return _float16(blocks.unit), _in_nibbles(codes)
 
 
-def _as_q4_1(codes: Tensor, blocks: Fit) -> Sequence[Tensor]:
+def _as_q4_1(codes: Tensor, blocks: Scaled) -> Sequence[Tensor]:
     assert blocks.min_unit is not None
     return _float16(blocks.unit), _float16(-blocks.min_unit), _in_nibbles(codes)
 
 
-def _as_q5_0(codes: Tensor, blocks: Fit) -> Sequence[Tensor]:
+def _as_q5_0(codes: Tensor, blocks: Scaled) -> Sequence[Tensor]:
     return _float16(blocks.unit), _in_fifth_bits(codes), _in_nibbles(codes & 15)
 
 
-def _as_q5_1(codes: Tensor, blocks: Fit) -> Sequence[Tensor]:
+def _as_q5_1(codes: Tensor, blocks: Scaled) -> Sequence[Tensor]:
     unit, minimum, nibbles = _as_q4_1(codes & 15, blocks)
     return unit, minimum, _in_fifth_bits(codes), nibbles
 
 
-def _as_q8_0(codes: Tensor, blocks: Fit) -> Sequence[Tensor]:
+def _as_q8_0(codes: Tensor, blocks: Scaled) -> Sequence[Tensor]:
     return _float16(blocks.unit), codes - 127  # modulo 256, as two's complement has it
 
 
-def _as_q2_k(codes: Tensor, blocks: Fit) -> Sequence[Tensor]:
+def _as_q2_k(codes: Tensor, blocks: Scaled) -> Sequence[Tensor]:
     scales = _whole(blocks.units) | _whole(blocks.min_units) << 4
     low = _in_bits(codes.unflatten(-1, (2, 4, 32)), range(0, 8, 2)).flatten(-2)
     return scales, low, _float16(blocks.unit), _float16(blocks.min_unit)
 
 
-def _as_q3_k(codes: Tensor, blocks: Fit) -> Sequence[Tensor]:
+def _as_q3_k(codes: Tensor, blocks: Scaled) -> Sequence[Tensor]:
     high = _in_bits((codes >> 2).unflatten(-1, (8, 32)), range(8))
     low = _in_bits((codes & 3).unflatten(-1, (2, 4, 32)), range(0, 8, 2)).flatten(-2)
     scale = _whole(blocks.units, 32)
@@ -276,24 +276,24 @@ def _as_q3_k(codes: Tensor, blocks: Fit) -> Sequence[Tensor]:
     return high, low, _in_nibbles(scale & 15), upper, _float16(blocks.unit)
 
 
-def _as_q4_k(codes: Tensor, blocks: Fit) -> Sequence[Tensor]:
+def _as_q4_k(codes: Tensor, blocks: Scaled) -> Sequence[Tensor]:
     nibbles = _in_nibbles(codes.unflatten(-1, (4, 64))).flatten(-2)
     return _float16(blocks.unit), _float16(blocks.min_unit), _in_six_bits(blocks), nibbles
 
 
-def _as_q5_k(codes: Tensor, blocks: Fit) -> Sequence[Tensor]:
+def _as_q5_k(codes: Tensor, blocks: Scaled) -> Sequence[Tensor]:
     *scales, nibbles = _as_q4_k(codes & 15, blocks)
     return *scales, _in_bits((codes >> 4).unflatten(-1, (8, 32)), range(8)), nibbles
 
 
-def _as_q6_k(codes: Tensor, blocks: Fit) -> Sequence[Tensor]:
+def _as_q6_k(codes: Tensor, blocks: Scaled) -> Sequence[Tensor]:
     low = _in_nibbles((codes & 15).unflatten(-1, (2, 128))).flatten(-2)
     high = _in_bits((codes >> 4).unflatten(-1, (2, 4, 32)), range(0, 8, 2)).flatten(-2)
     assert blocks.units is not None
     return low, high, blocks.units.to(torch.int8), _float16(blocks.unit)
 
 
-def _as_iq4_xs(codes: Tensor, blocks: Fit) -> Sequence[Tensor]:
+def _as_iq4_xs(codes: Tensor, blocks: Scaled) -> Sequence[Tensor]:
     scale = _whole(blocks.units, 32)
     high = _in_bits((scale >> 4).unflatten(-1, (2, 4)).transpose(-1, -2), range(0, 8, 2))
     low = _in_bits((scale & 15).unflatten(-1, (4, 2)).transpose(-1, -2), range(0, 8, 4))

@@ -194,15 +194,15 @@ def write_adapter(dst: Path, adapter: Path, config: ModelConfig) -> None:
     Raises:
         CheckpointError: as for `read_adapter`, or the file exists or cannot be written.
     """
-    scale, pairs = read_adapter(adapter, config)
-    halves = {
-        f"{module}.weight.lora_{half}": tensor
-        for module, pair in pairs.items()
-        for half, tensor in zip("ab", pair, strict=True)
-    }
-    rank = next(len(a) for a, _ in pairs.values())
+    parts = read_adapter(adapter, config)
+    # llama.cpp multiplies by alpha / rank: one alpha for all modules, whose scales may differ.
+    alpha = max(scale * len(a) for scale, a, _ in parts.values())
+    halves = {}
+    for module, (scale, a, b) in parts.items():
+        halves[f"{module}.weight.lora_a"] = a
+        halves[f"{module}.weight.lora_b"] = b * (scale * len(a) / alpha)
     fields = {
-        "general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": scale * rank,
+        "general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": alpha,
         "general.name": dst.stem,
     }  # fmt: skip
     tensors = {n: Place(tuple(t.shape), Type.F32, 4 * t.numel()) for n, t in halves.items()}

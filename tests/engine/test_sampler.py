@@ -7,7 +7,7 @@ import torch
 
 from opennemo.engine import EngineConfig, LocalEngine, SamplingParams
 from opennemo.engine.sampler import sample
-from opennemo.engine.sequence import Sequence
+from opennemo.engine.sequence import Prefix, Sequence
 from opennemo.model.attention import Packed
 from tests.engine.stepping import answers, prompts, run
 
@@ -110,6 +110,7 @@ def test_filters_of_flat_distributions_keep_what_their_definition_keeps(fields):
     kept &= probs >= params.min_p * probs[0]
     allowed, drawn = set(order[kept].tolist()), set()
     sequence = Sequence(1, [0], params, print, 9, 0)
-    for _ in range(4000):
-        drawn |= set(sample(logits.clone(), [sequence], frozenset()).tolist())
+    for place in range(4000):
+        prefix = Prefix(sequence, (0,) * place)  # as if so many were guessed
+        drawn |= set(sample(logits.clone(), [prefix], frozenset()).tolist())
     assert drawn <= allowed and len(drawn) > min(1000, len(allowed) // 2)

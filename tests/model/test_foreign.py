@@ -90,10 +90,8 @@ def by_compressed_tensors(weights: dict, packed: bool) -> Callable[[Tensor], Mad
             blocks = weight.view(1, 1, -1)
         else:
             blocks = weight.unfold(1, size, size)
-        low, high = (f(-1, True).values.flatten(2)[..., 0] if blocks.dim() == 3 else None
-                     for f in (blocks.min, blocks.max))  # fmt: skip
-        if blocks.dim() == 4:
-            low, high = blocks.amin((2, 3)), blocks.amax((2, 3))
+        inner = tuple(range(2, blocks.dim()))
+        low, high = blocks.amin(inner), blocks.amax(inner)
         limit = 448 if weights["type"] == "float" else 2 ** (bits - 1) - 1
         zero = torch.zeros_like(low, dtype=torch.int8)
         if weights["symmetric"]:

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from opennemo.errors import CheckpointError
 from opennemo.model import blocks, layouts
 from opennemo.model.attention import Packed
-from opennemo.model.checkpoint import convert, load, open_checkpoint, save, weight_shapes
+from opennemo.model.checkpoint import Form, convert, load, open_checkpoint, save, weight_shapes
 from opennemo.model.companions import read_generation_config
 from opennemo.model.export import importance, merge, to_gguf
 from opennemo.model.formats import BLOCKS
@@ -136,7 +136,7 @@ def test_the_mixture_of_a_nemo_in_q4_k_m_is_llama_cpp_s():
 @pytest.mark.parametrize("format", MIXTURES)
 def test_every_mixture_holds_what_blocks_quantize_makes(format: str, folder: Path, tmp_path: Path):
     to_gguf(folder, tmp_path / "model.gguf", format=format)
-    model, original = load(tmp_path / "model.gguf", blocks=True), load(folder)
+    model, original = load(tmp_path / "model.gguf", form=Form(blocks=True)), load(folder)
     types = MIXTURES[format].types(weight_shapes(CONFIG), CONFIG)
     for path, module in model.named_modules():
         if isinstance(module, QuantizedLinear):
@@ -151,7 +151,7 @@ def test_every_mixture_holds_what_blocks_quantize_makes(format: str, folder: Pat
 
 def test_a_model_that_learnt_in_blocks_keeps_its_codes(folder: Path, tmp_path: Path):
     to_gguf(folder, tmp_path / "model.gguf", format="q4_k", pure=True)
-    learnt, written = load(folder), load(tmp_path / "model.gguf", blocks=True)
+    learnt, written = load(folder), load(tmp_path / "model.gguf", form=Form(blocks=True))
     quantize_(learnt, BLOCKS["q4_k"])
     for path, module in learnt.get_submodule("layers").named_modules(prefix="layers"):
         if isinstance(module, QuantizedLinear):

@@ -2,6 +2,7 @@
 
 import json
 import re
+from typing import Any
 
 import pytest
 
@@ -176,7 +177,8 @@ def test_stop_token_ids_end_no_required_call(http):
     ],
 )  # fmt: skip
 def test_filters_as_llama_cpp_and_koboldcpp_spell_them(http, fields):
-    few = {"allowed_token_ids": sorted(LETTERS), "temperature": 2, "max_tokens": 12}
+    few: dict[str, Any] = {"allowed_token_ids": sorted(LETTERS), "temperature": 2}
+    few["max_tokens"] = 12
     free = [ask(http, **few, seed=seed) for seed in (1, 2)]
     narrow = [ask(http, **few, **fields, seed=seed) for seed in (1, 2)]
     assert free[0] != free[1] and narrow[0] == narrow[1]  # one token is left of each row

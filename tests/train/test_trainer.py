@@ -16,7 +16,7 @@ from opennemo.errors import InvalidRequest, OpenNemoError
 from opennemo.llm import answer_all
 from opennemo.model import blocks
 from opennemo.model.attention import Packed
-from opennemo.model.checkpoint import load
+from opennemo.model.checkpoint import Form, load
 from opennemo.model.hub import locate
 from opennemo.model.lora import load_adapter
 from opennemo.model.quantization import QuantizedLinear
@@ -117,7 +117,7 @@ def test_what_was_learned_in_blocks_is_what_the_gguf_file_holds(make_recipe, tmp
     made = train(recipe, tmp_path / "run", quiet=True)
     setup = Setup.make(recipe, CPU)
     Trainer(recipe, tmp_path / "run", setup, CPU, quiet=True)
-    stored = load(made["q4_1"], blocks=True)
+    stored = load(made["q4_1"], form=Form(blocks=True))
     for path, module in stored.get_submodule("layers").named_modules(prefix="layers"):
         if isinstance(module, QuantizedLinear):
             weight = setup.model.get_parameter(f"{path}.weight").detach()
