@@ -5,5 +5,6 @@ from opennemo.tokenizer.load import load_tokenizer, open_tokenizer
 from opennemo.tokenizer.tekken import Tekken
 from opennemo.tokenizer.tokenizer import StreamDecoder, Tokenizer
 
-vars(tokenizer)["load_tokenizer"] = load_tokenizer  # where version 0.1 had it
 __all__ = ["StreamDecoder", "Tekken", "Tokenizer", "load_tokenizer", "open_tokenizer"]
+
+vars(tokenizer)["load_tokenizer"] = load_tokenizer  # where version 0.1 had it
