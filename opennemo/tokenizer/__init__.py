@@ -7,4 +7,4 @@ from opennemo.tokenizer.tokenizer import StreamDecoder, Tokenizer
 
 __all__ = ["StreamDecoder", "Tekken", "Tokenizer", "load_tokenizer", "open_tokenizer"]
 
-vars(tokenizer)["load_tokenizer"] = load_tokenizer  # where version 0.1 had it
+setattr(tokenizer, "load_tokenizer", load_tokenizer)  # noqa: B010  where version 0.1 had it

@@ -182,10 +182,10 @@ def test_filters_as_llama_cpp_and_koboldcpp_spell_them(http, fields):
     free = [ask(http, **few, seed=seed) for seed in (1, 2)]
     narrow = [ask(http, **few, **fields, seed=seed) for seed in (1, 2)]
     assert free[0] != free[1] and narrow[0] == narrow[1]  # one token is left of each row
-    greedy = ask(http, **few | {"temperature": 0})
+    greedy = ask(http, **dict(few, temperature=0))
     if "sigma" in str(fields):
         assert narrow[0] == greedy
-    assert ask(http, **few | {"temperature": 0}, **fields) == greedy
+    assert ask(http, **dict(few, temperature=0), **fields) == greedy
 
 
 def test_dry_ends_a_repetition(http):
