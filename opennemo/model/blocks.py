@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from opennemo.model.block_scales import Scaled, Grid, fit
+from opennemo.model.block_scales import Grid, Scaled, fit
 
 # Weights that are rounded at a time. What the search keeps of them stays in a core's cache, and
 # PyTorch does not divide its operations between threads, which would wait for each other each time.
