@@ -165,7 +165,7 @@ def _read_entries(data: memoryview) -> tuple[dict[str, Any], dict[str, Entry]]:
 
 def _read_entry(cursor: Cursor) -> tuple[str, Entry]:
     """A tensor's name, and its place counted from where the tensors begin."""
-    name, n_dims = cursor.text(), cursor.number("I")
+    name, n_dims = cursor.texts(1)[0], cursor.number("I")
     if not 1 <= n_dims <= 4:
         raise ValueError(f"tensor {short(name)} has {n_dims:,} dimensions")
     shape = cursor.numbers("Q", n_dims)[::-1]  # the file has the innermost first

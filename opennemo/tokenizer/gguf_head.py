@@ -18,6 +18,7 @@ from opennemo.errors import CheckpointError
 # Types of values: those that `struct` has codes for, and the two others.
 NUMBERS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
+LENGTH = struct.Struct("<Q")
 # A file of a split model: name, number from 1, how many there are. The first has the settings.
 PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
@@ -58,14 +59,26 @@ class Cursor:
     def number(self, code: str) -> Any:
         return self.numbers(code, 1)[0]
 
-    def text(self) -> str:
-        return self.numbers("s", self.number("Q"))[0].decode()
+    def texts(self, n: int) -> list[str]:
+        """The next `n` strings, of which a vocabulary has hundreds of thousands."""
+        data, at, size, texts = self.data, self.at, len(self.data), []
+        for _ in range(n):
+            (length,) = LENGTH.unpack_from(data, at)
+            end = at + 8 + length
+            if end > size:
+                raise ValueError(f"a string of {length:,} bytes is said to follow at byte {at:,}")
+            texts.append(str(data[at + 8 : end], "utf-8"))
+            at = end
+        self.at = at
+        return texts
 
     def value(self, kind: int) -> Any:
         if kind == STRING:
-            return self.text()
+            return self.texts(1)[0]
         if kind == ARRAY:
             kind, n = self.number("I"), self.number("Q")
+            if kind == STRING:
+                return self.texts(n)
             if kind in NUMBERS:
                 return list(self.numbers(NUMBERS[kind], n))
             return [self.value(kind) for _ in range(n)]
@@ -80,4 +93,5 @@ def read_head(cursor: Cursor) -> tuple[dict[str, Any], int]:
     version, n_tensors, n_keys = (cursor.number(code) for code in "IQQ")
     if magic != b"GGUF" or version not in (2, 3):
         raise ValueError(f"it begins with {magic!r}, version {version}, not GGUF of version 2 or 3")
-    return {cursor.text(): cursor.value(cursor.number("I")) for _ in range(n_keys)}, n_tensors
+    keys = (cursor.texts(1)[0] for _ in range(n_keys))
+    return {key: cursor.value(cursor.number("I")) for key in keys}, n_tensors
