@@ -60,7 +60,7 @@ SPINE = [
     "serve/protocols/chat",
     "serve/app",
 ]
-SPINE_BUDGET = 6_400
+SPINE_BUDGET = 6_750
 # What the spine does not need, directly or through others.
 WINGS = {"batch", "cli", "cluster", "data", "evals", "planning", "terminal"}
 # Lines of Python in the package. It falls; raise it only in the commit that needs it, saying why.

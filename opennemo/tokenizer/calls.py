@@ -22,7 +22,8 @@ class CallSyntax:
     """How calls are written: `before`, calls with `separator` between them, `after`.
 
     Attributes:
-        call: the pattern of a call, an object in JSON, with $name, $arguments and $id.
+        call: the pattern of a call with $name, $arguments and $id: an object in JSON, or marks
+            with a bare name and id and the arguments behind the last mark.
         id: the pattern that takes the place of $id in a call that has an id; "" if ids are not
             written.
         marks: what is a control token in the patterns, or text in a vocabulary without it. The
@@ -40,6 +41,11 @@ class CallSyntax:
     def is_list(self) -> bool:
         """Calls are announced once, not each by itself."""
         return bool(self.before)
+
+    @property
+    def is_object(self) -> bool:
+        """A call is an object in JSON, its name a string in it."""
+        return "{" in self.call
 
     @property
     def keys(self) -> dict[str, str]:
@@ -70,13 +76,19 @@ class CallSyntax:
         """
         pieces, lead = [""], self.before
         for call in calls:
-            values = {f"${key}": to_json(value) for key, value in call["function"].items()}
-            values |= {"$id": to_json(call["id"])} if "id" in call else {}
+            function = call["function"]
+            values = {"$name": self.spell(function["name"])}
+            values |= {"$arguments": to_json(function["arguments"])}
+            values |= {"$id": self.spell(call["id"])} if "id" in call else {}
             pattern = lead + self.call.replace("$id", self.id if "id" in call else "")
             first, *others = self.fill(pattern, values, control)
             pieces[-1:], lead = [pieces[-1] + first, *others], self.separator
         first, *others = self.fill(self.after, {}, control)
         return [*pieces[:-1], pieces[-1] + first, *others]
+
+    def spell(self, name: str) -> str:
+        """A name or an id as it stands in a call."""
+        return to_json(name) if self.is_object else name
 
     def bare(self, pattern: str) -> str:
         """A pattern without marks and without blanks around it."""
@@ -98,9 +110,16 @@ TAGS = CallSyntax(
     call='<tool_call>\n{"name": $name, "arguments": $arguments}\n</tool_call>',
     separator="\n",
 )
-# For models with a template: the first whose announcement is a control token that the template
-# writes, or else the last.
-TEMPLATE_SYNTAXES = (ARRAY, TAGS)
+# Mistral's later ones: a bare name and its arguments behind control tokens; version 11 has ids.
+NAMED = CallSyntax(marks=("[TOOL_CALLS]", "[ARGS]"), call="[TOOL_CALLS]$name[ARGS]$arguments")
+NAMED_WITH_IDS = CallSyntax(
+    marks=("[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"),
+    call="[TOOL_CALLS]$name$id[ARGS]$arguments",
+    id="[CALL_ID]$id",
+)
+# For models with a template: the first whose marks are control tokens that the template writes, or
+# else the last.
+TEMPLATE_SYNTAXES = (NAMED_WITH_IDS, NAMED, ARRAY, TAGS)
 
 
 @dataclass(kw_only=True)

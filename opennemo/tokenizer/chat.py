@@ -11,13 +11,15 @@ or the Jinja template that came with the model (template.py).
 Not known here: what a model can do, how long its context is, how ids are sampled.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
+from typing import Any
 
 from opennemo.errors import InvalidRequest
 from opennemo.tokenizer.calls import TEMPLATE_SYNTAXES, CallSyntax, read_calls
-from opennemo.tokenizer.chat_layouts import LAYOUTS, Segment, segments
+from opennemo.tokenizer.chat_layouts import LAYOUTS, ChatLayout, Segment, segments
 from opennemo.tokenizer.messages import (
+    PLAIN,
     TOOL_CALL_ID,
     Message,
     Tool,
@@ -31,22 +33,30 @@ from opennemo.tokenizer.tokenizer import Tokenizer
 
 
 def encode_chat(
-    tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Tool] | None = None
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    tools: Sequence[Tool] | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> list[int]:
     """Ids (T,) of the prompt that makes a model answer the messages, BOS included.
+
+    Args:
+        settings: of those that `tokenizer.settings` has; the others are at their defaults.
 
     Raises:
         InvalidRequest: what is wrong, where (`messages[3].content`), and what is allowed.
     """
-    conversation, tools = normalize(messages), check_tools(tools)
+    layout = LAYOUTS.get(tokenizer.instruct_version or "")
+    conversation = normalize(messages, layout.form if layout else PLAIN)
+    tools, settings = check_tools(tools), _check_settings(tokenizer, layout, settings or {})
     last = conversation[-1]
     if last["role"] == "assistant" and not last.get("prefix"):
         raise InvalidRequest(
             "messages: the assistant has the last word, so there is nothing to answer; end with a "
             "user or tool message, or set `prefix: true` to have the assistant's continued"
         )
-    if layout := LAYOUTS.get(tokenizer.instruct_version or ""):
-        return _encode(tokenizer, segments(layout, tokenizer, conversation, tools))[0]
+    if layout:
+        return _encode(tokenizer, segments(layout, tokenizer, conversation, tools, settings))[0]
     return _encode(tokenizer, ChatTemplate(tokenizer, conversation, tools).prompt())[0]
 
 
@@ -62,11 +72,13 @@ def encode_for_training(
     Raises:
         InvalidRequest: what is wrong, where, and what is allowed.
     """
-    conversation, tools = normalize(messages), check_tools(tools)
-    if layout := LAYOUTS.get(tokenizer.instruct_version or ""):
+    layout = LAYOUTS.get(tokenizer.instruct_version or "")
+    conversation = normalize(messages, layout.form if layout else PLAIN)
+    tools, settings = check_tools(tools), _check_settings(tokenizer, layout, {})
+    if layout:
         for call in conversation[-1].get("tool_calls", ()):
             del call["id"]
-        return _encode(tokenizer, segments(layout, tokenizer, conversation, tools))
+        return _encode(tokenizer, segments(layout, tokenizer, conversation, tools, settings))
     return _encode(tokenizer, ChatTemplate(tokenizer, conversation, tools).lesson())
 
 
@@ -89,8 +101,8 @@ def call_syntax(tokenizer: Tokenizer) -> CallSyntax:
     # A fine-tune may keep Mistral's tokens for calls while its template spells calls in tags.
     template = tokenizer.chat_template
     for syntax in TEMPLATE_SYNTAXES:
-        mark = syntax.marks[0]
-        if mark in tokenizer.control and (template is None or mark in template):
+        marks = [mark for mark in syntax.marks if mark in tokenizer.control]
+        if len(marks) == len(syntax.marks) and all(m in (template or m) for m in marks):
             return syntax
     return TEMPLATE_SYNTAXES[-1]
 
@@ -134,6 +146,24 @@ def _split_at_calls(tokenizer: Tokenizer, syntax: CallSyntax, ids: list[int]) ->
         else:
             runs[-1].append(id)
     return [tokenizer.decode(run) for run in runs]
+
+
+def _check_settings(
+    tokenizer: Tokenizer, layout: ChatLayout | None, asked: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The settings of a prompt, defaults included; InvalidRequest for what is not allowed."""
+    choices = tokenizer.settings if layout and layout.has_settings else {}
+    settings = {key: choice["default"] for key, choice in choices.items() if choice.get("default")}
+    for key, value in asked.items():
+        if value is None:
+            continue
+        if key not in choices:
+            raise InvalidRequest(f"{key}: {value!r} was given, but this model has no such setting")
+        allowed = choices[key].get("values")
+        if allowed is not None and value not in allowed:
+            raise InvalidRequest(f"{key}: {value!r} is not one of {', '.join(allowed)}")
+        settings[key] = value
+    return settings
 
 
 def _encode(tokenizer: Tokenizer, pieces: Iterable[Segment]) -> tuple[list[int], list[bool]]:

@@ -71,7 +71,9 @@ def gguf_fields(tokenizer: Tokenizer, n_rows: int) -> dict[str, Any]:
         if name in ids:
             fields[f"{which}_token_id"] = ids[name]
     layout = LAYOUTS.get(tokenizer.instruct_version or "")
-    template = tokenizer.chat_template or (layout.template if layout else None)
+    template = tokenizer.chat_template or (
+        layout.template_with(tokenizer.settings) if layout else None
+    )
     keys = {f"tokenizer.ggml.{name}": value for name, value in fields.items()}
     return keys | ({"tokenizer.chat_template": template} if template else {})
 

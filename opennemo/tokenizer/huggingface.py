@@ -12,7 +12,7 @@ Format: the `tokenizers` library; files beside it: `PreTrainedTokenizerBase` of 
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +64,7 @@ class HuggingFace(CorpusTokenizer):
         chat_template: str | None = None,
         add_bos: bool = True,
         end_ids: Iterable[int | None] = (),
+        settings: Mapping[str, Mapping[str, Any]] | None = None,
     ):
         if (kind := spec["model"].get("type", "BPE")) != "BPE":
             raise ValueError(f"its model is {kind!r}, not 'BPE'")
@@ -84,7 +85,8 @@ class HuggingFace(CorpusTokenizer):
         self.bos_id, self.eos_id, self.add_bos = bos_id, eos_id, add_bos
         self.chat_template = chat_template
         version = "v3-tekken" if byte_level else "v3"
-        self.instruct_version = layout_version(self.control, chat_template, version)
+        self.settings = settings or {}
+        self.instruct_version = layout_version(self.control, chat_template, version, self.settings)
         if shown:
             shown -= {turn_end(self)}  # whatever it is marked as, it is no part of an answer
         self.vocab_size = max(names) + 1
@@ -135,6 +137,7 @@ class HuggingFace(CorpusTokenizer):
                 chat_template=read_chat_template(folder),
                 add_bos=settings.get("add_bos_token", begins),
                 end_ids=[*_listed(settings.get("eos_token_id")), *_called_special(settings, ids)],
+                settings=settings.get("model_settings"),
             )
         except KeyError as error:
             raise CheckpointError(f"{path}: the key {error} is missing") from error

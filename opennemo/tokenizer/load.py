@@ -30,6 +30,7 @@ def load_tokenizer(model: Path) -> Tokenizer:
         CheckpointError: there is no tokenizer, or the file is damaged.
     """
     # Imported late: the libraries behind them take 30 to 90 ms each.
+    from opennemo.tokenizer.chat_layouts import LAYOUTS
     from opennemo.tokenizer.gguf_vocabulary import load_gguf
     from opennemo.tokenizer.huggingface import HuggingFace, read_chat_template
     from opennemo.tokenizer.sentencepiece import SentencePiece
@@ -46,6 +47,11 @@ def load_tokenizer(model: Path) -> Tokenizer:
         converted = file.with_name("tokenizer.json")
         if tokenizer.instruct_version is None and file.parent == model and converted.exists():
             return HuggingFace.load(converted)
+        if tokenizer.instruct_version not in (None, *LAYOUTS):
+            versions = ", ".join(n.removesuffix("-tekken") for n in LAYOUTS if "-tekken" in n)
+            raise CheckpointError(
+                f"{file}: version {tokenizer.version!r} is not understood, only {versions} are"
+            )
         return tokenizer
     if ".model" in file.suffixes[-2:]:
         return SentencePiece.load(file, chat_template=read_chat_template(file.parent))

@@ -4,9 +4,11 @@ A conversation is OpenAI's `messages` list, as plain dicts, everywhere. Clients 
 than models were trained on; what has one sensible meaning is brought to one form here, so that
 nothing behind it asks again, and the rest is refused with the place and what is allowed there:
 
-    developer               system; system messages anywhere make up one system text
+    developer               system; those anywhere make up one text, or stay where a layout says so
     user, user              one message, joined by an empty line; assistants likewise
     content                 a string, a list of text parts (joined by an empty line), or null
+    thinking                a part of an assistant's content, or its `reasoning_content`; kept where
+                            a layout has a place for it, else left out
     arguments               a JSON string or an object
     tool call ids           nine letters or digits; others are hashed, in call and result alike
     tool result             must answer a call; one that names none answers the first open one
@@ -20,7 +22,8 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from opennemo.errors import InvalidRequest
 
@@ -29,16 +32,44 @@ Message = dict[str, Any]
 Tool = dict[str, Any]
 """One entry of OpenAI's `tools`: type, function (name, description, parameters)."""
 
+
+class Part(NamedTuple):
+    """A run of text or of thinking in a message; thinking may be left open, to be continued."""
+
+    text: str
+    thinking: bool = False
+    closed: bool = True
+
+
+@dataclass(frozen=True)
+class NormalForm:
+    """What of the normal form depends on the layout.
+
+    Attributes:
+        system_stays: system messages are turns, which stay where they are.
+        joint: what joins the text parts of one message.
+        sorts_results: results come in the order of their calls.
+        thinking: roles whose thinking is kept, as `parts` beside `content`.
+    """
+
+    system_stays: bool = False
+    joint: str = "\n\n"
+    sorts_results: bool = False
+    thinking: tuple[str, ...] = ()
+
+
+PLAIN = NormalForm()
 ROLES = ("system", "developer", "user", "assistant", "tool")
 TOOL_CALL_ID = re.compile(r"[a-zA-Z0-9]{9}")
 LETTERS_AND_DIGITS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 
 
-def normalize(messages: Sequence[Message]) -> list[Message]:
+def normalize(messages: Sequence[Message], form: NormalForm = PLAIN) -> list[Message]:
     """A new list: one system message or none, then user, assistant and tool messages.
 
-    All have a string as `content`. Assistants have `tool_calls` only if they call, with
-    `arguments` parsed where they are JSON; results have the `tool_call_id` of their call.
+    All have a string as `content`; beside it those whose thinking is kept have all as `parts`.
+    Assistants have `tool_calls` only if they call, with `arguments` parsed where they are JSON;
+    results have the `tool_call_id` of their call. Where system messages stay, they are turns.
 
     Raises:
         InvalidRequest: what is wrong, where (`messages[3].content`), and what is allowed.
@@ -46,40 +77,56 @@ def normalize(messages: Sequence[Message]) -> list[Message]:
     if not isinstance(messages, list | tuple) or not messages:
         raise InvalidRequest("messages: must be a list of at least one message")
     system: list[str] = []
-    turns: list[Message] = []  # their contents are lists of texts, which are joined at the end
+    turns: list[Message] = []  # their contents are lists of parts by message, joined at the end
     open_calls: list[str] = []
+    call_ids: list[str] = []  # of the calls that results now answer, in order
     previous = None
     for i, message in enumerate(messages):
         where = f"messages[{i}]"
-        turn = _read(message, where, is_last=i == len(messages) - 1)
-        role, text, calls = turn["role"], turn["content"], turn.get("tool_calls", [])
+        turn = _read(message, where, form, is_last=i == len(messages) - 1)
+        role, parts, calls = turn["role"], turn["content"], turn.get("tool_calls", [])
         # A system message in between keeps two users apart, as in the reference.
         merges = (role, turn.get("weight")) == previous and role in ("user", "assistant")
         previous = (role, turn.get("weight"))
-        if role == "system":
-            system.append(text)
+        if role == "system" and not form.system_stays:
+            system.append(_text_of(_join([parts], form.joint)))
             continue
         if role == "tool":
             turn["tool_call_id"] = _close_call(turn.get("tool_call_id"), where, open_calls)
         elif role == "assistant":
             if not merges:
                 open_calls.clear()
+                call_ids.clear()
             open_calls += [call["id"] for call in calls]
+            call_ids += [call["id"] for call in calls]
             # Words behind a call stay behind it.
-            merges = merges and not (text and "tool_calls" in turns[-1])
+            merges = merges and not (any(p.text for p in parts) and "tool_calls" in turns[-1])
         if not merges:
-            turns.append({**turn, "content": [text]})
+            at = len(turns)
+            if role == "tool" and form.sorts_results:
+                while (
+                    at
+                    and turns[at - 1]["role"] == "tool"
+                    and _is_before(turn["tool_call_id"], turns[at - 1]["tool_call_id"], call_ids)
+                ):
+                    at -= 1
+            turns.insert(at, {**turn, "content": [parts]})
             continue
-        turns[-1]["content"].append(text)
+        turns[-1]["content"].append(parts)
         if calls:
             turns[-1].setdefault("tool_calls", []).extend(calls)
         if "prefix" in turn:
             turns[-1]["prefix"] = True
     for turn in turns:
-        text = "\n\n".join(filter(None, turn["content"]))
-        turn["content"] = "" if "tool_calls" in turn and not text.strip() else text
+        parts = _join(turn["content"], form.joint)
+        text = turn["content"] = _text_of(parts)
+        if any(part.thinking for part in parts):
+            turn["parts"] = parts
+        elif "tool_calls" in turn and not text.strip() and not form.system_stays:
+            turn["content"] = ""
     text = "\n\n".join(filter(None, system))
-    return [{"role": "system", "content": text}, *turns] if text or not turns else turns
+    system_alone = not turns and not form.system_stays
+    return [{"role": "system", "content": text}, *turns] if text or system_alone else turns
 
 
 def check_tools(tools: Sequence[Tool] | None) -> list[Tool]:
@@ -113,19 +160,23 @@ def json_or_text(text: str) -> Any:
         return text
 
 
-def _read(message: Message, where: str, *, is_last: bool) -> Message:
-    """One message by itself in normal form, but for the id that a tool message may lack."""
+def _read(message: Message, where: str, form: NormalForm, *, is_last: bool) -> Message:
+    """One message in normal form, its content as parts; a tool message may lack its id."""
     role = message.get("role") if isinstance(message, dict) else None
     if role not in ROLES:
         raise InvalidRequest(f"{where}.role: {role!r} is not one of {', '.join(ROLES)}")
-    turn: Message = {"role": role, "content": _text(message.get("content"), f"{where}.content")}
+    place = "system" if role == "developer" else role
+    parts = _parts(message.get("content"), f"{where}.content", place, form)
+    if role == "assistant" and (thought := _reasoning(message, where, parts)):
+        parts = [Part(thought, thinking=True), *parts]
+    if role == "assistant" and "assistant" not in form.thinking:
+        parts = [part for part in parts if not part.thinking]
+    turn: Message = {"role": place, "content": parts}
     if message.get("prefix"):
         if role != "assistant" or not is_last or message.get("tool_calls"):
             raise InvalidRequest(f"{where}.prefix: only for text of the assistant's at the end")
         turn["prefix"] = True
-    if role == "developer":
-        turn["role"] = "system"
-    elif role == "assistant":
+    if role == "assistant":
         weight = message.get("weight")
         if weight not in (None, 0, 1):
             raise InvalidRequest(f"{where}.weight: {weight!r} is neither 0 nor 1")
@@ -138,20 +189,65 @@ def _read(message: Message, where: str, *, is_last: bool) -> Message:
     return turn
 
 
-def _text(content: Any, where: str) -> str:
+def _parts(content: Any, where: str, role: str, form: NormalForm) -> list[Part]:
+    """The parts of one message; thinking is the assistant's, or of a role whose form keeps it."""
     if content is None or isinstance(content, str):
-        return content or ""
+        return [Part(content or "")]
+    thinks = role == "assistant" or role in form.thinking
+    kinds = ("text", "thinking") if thinks else ("text",)
     if not isinstance(content, list | tuple):
         raise InvalidRequest(f"{where}: must be a string, a list of text parts, or null")
-    texts: list[str] = []
+    parts: list[Part] = []
     for i, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else part
-        if kind != "text" or not isinstance(part.get("text"), str):
+        value = part.get(kind) if kind in kinds else None
+        if kind == "thinking" and isinstance(value, list):  # as Mistral's own API has it
+            value = "".join(p.text for p in _parts(value, f"{where}[{i}].thinking", "user", form))
+        if not isinstance(value, str):
+            allowed = " and ".join(f'{{"type": "{kind}", "{kind}": ...}}' for kind in kinds)
             raise InvalidRequest(
-                f'{where}[{i}]: {kind!r} is not supported, only {{"type": "text", "text": ...}} is'
+                f"{where}[{i}]: {kind!r} is not supported, only {allowed} "
+                f"{'are' if thinks else 'is'}"
             )
-        texts.append(part["text"])
-    return "\n\n".join(filter(None, texts))
+        closed = part.get("closed") is not False
+        parts.append(Part(value, thinking=kind == "thinking", closed=closed))
+    return parts
+
+
+def _reasoning(message: Message, where: str, parts: list[Part]) -> str:
+    """The thinking that stands beside the content, as OpenAI's clients send it back."""
+    given = {k: message[k] for k in ("reasoning_content", "reasoning") if message.get(k)}
+    for key, value in given.items():
+        if not isinstance(value, str):
+            raise InvalidRequest(f"{where}.{key}: must be a string")
+        if any(part.thinking for part in parts) or {*given.values()} != {value}:
+            raise InvalidRequest(f"{where}.{key}: the message has other thinking beside it")
+    return next(iter(given.values()), "")
+
+
+def _join(messages: Sequence[Sequence[Part]], joint: str) -> list[Part]:
+    """The parts of consecutive messages, with no two texts side by side and no empty one."""
+    joined: list[Part] = []
+    for parts in messages:
+        between = "\n\n"
+        for part in parts:
+            if part.thinking:
+                joined.append(part)
+            elif part.text:
+                if joined and not joined[-1].thinking:
+                    part = Part(joined.pop().text + between + part.text)
+                joined.append(part)
+                between = joint
+    return joined
+
+
+def _text_of(parts: Sequence[Part]) -> str:
+    return "\n\n".join(part.text for part in parts if not part.thinking)
+
+
+def _is_before(id: str, other: str, call_ids: list[str]) -> bool:
+    """Whether a result belongs before another one, by the order of their calls."""
+    return id in call_ids and (other not in call_ids or call_ids.index(id) < call_ids.index(other))
 
 
 def _calls(calls: Any, where: str) -> list[dict]:

@@ -48,7 +48,9 @@ def save_huggingface(tokenizer: Tokenizer, folder: Path) -> None:
     if tokenizer.chat_template:
         config["chat_template"] = tokenizer.chat_template
     elif layout := LAYOUTS.get(tokenizer.instruct_version or ""):
-        config["chat_template"] = layout.template
+        config["chat_template"] = layout.template_with(tokenizer.settings)
+        if tokenizer.settings:
+            config["model_settings"] = tokenizer.settings
     for name, content in (("tokenizer.json", spec), ("tokenizer_config.json", config)):
         (folder / name).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
 

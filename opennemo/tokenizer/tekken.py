@@ -13,7 +13,7 @@ import binascii
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ SINGLE_BYTES = [bytes([i]) for i in range(256)]
 MAX_SPECIAL = 2048  # twice what any known file has
 MAX_FILE_BYTES = 256 << 20  # the largest known file has 20 MB
 MIN_CACHED_BYTES = 4 << 20  # smaller files are read about as fast as their cache would be
-CACHE_FORMAT = b"opennemo tekken 1\n"
+CACHE_FORMAT = b"opennemo tekken 2\n"
 
 
 class Tekken(BytePairTokenizer):
@@ -46,6 +46,7 @@ class Tekken(BytePairTokenizer):
         pattern: regular expression that splits text into pieces which tokens do not cross.
         tokens: bytes of each token in order of rank; first the 256 single bytes, in order.
         version: Mistral's tokenizer version, which says how a chat is laid out.
+        settings: what a prompt may set of the model; see Tokenizer.
         special_tokens: names of the first control tokens in order of id, by default those of
             version v3; the ids that are left up to `n_special` are called `<SPECIAL_{id}>`.
 
@@ -61,6 +62,7 @@ class Tekken(BytePairTokenizer):
         version: str = "v3",
         special_tokens: Sequence[str] = V3_SPECIAL_TOKENS,
         n_special: int = 1000,
+        settings: Mapping[str, Mapping[str, Any]] | None = None,
     ):
         if not len(special_tokens) <= n_special <= MAX_SPECIAL:
             raise ValueError(f"{len(special_tokens)} special tokens for {n_special} ids")
@@ -75,7 +77,7 @@ class Tekken(BytePairTokenizer):
             raise ValueError("the first 256 tokens are not the single bytes in order")
         super().__init__(pattern, tokens, first_id=n_special)
         self.bos_id, self.eos_id = self.control["<s>"], self.control["</s>"]
-        self.instruct_version = f"{version}-tekken"
+        self.instruct_version, self.settings = f"{version}-tekken", settings or {}
 
     @classmethod
     def load(cls, path: Path) -> "Tekken":
@@ -131,6 +133,8 @@ class Tekken(BytePairTokenizer):
                 {"rank": id, "token_str": name, "is_control": True}
                 for id, name in enumerate(self.special_tokens)
             ]
+        if self.settings:
+            content["model_settings_builder"] = self.settings
         write_whole(path, json.dumps(content, ensure_ascii=True).encode())
 
 
@@ -176,6 +180,8 @@ def _parse(data: bytes) -> dict[str, Any]:
             parts["special_tokens"] = [entry["token_str"] for entry in special]
         elif parts["version"] not in NAME_NONE:
             raise ValueError(f"version {parts['version']} must list its special_tokens")
+        if choices := content.get("model_settings_builder"):
+            parts["settings"] = {k: _setting(k, v) for k, v in choices.items() if v is not None}
     except KeyError as error:
         raise ValueError(f"the key {error} is missing") from None
     except binascii.Error as error:
@@ -183,6 +189,20 @@ def _parse(data: bytes) -> dict[str, Any]:
     except (TypeError, AttributeError) as error:
         raise ValueError(f"it is not laid out as one ({error})") from None
     return parts
+
+
+def _setting(name: str, choice: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What may be set of a model, as the file has it; ValueError if it is not understood."""
+    kind, values, default = (choice.get(key) for key in ("type", "values", "default"))
+    texts = isinstance(values, list) and all(isinstance(value, str) for value in values)
+    if (name, kind) == ("json_schema", "json_schema"):
+        return choice
+    if (name, kind) != ("reasoning_effort", "enum") or not texts or default not in values:
+        raise ValueError(
+            f"its model_settings_builder has {name}: {choice}; understood are json_schema, and "
+            "reasoning_effort of type enum with a list of values and a default among them"
+        )
+    return choice
 
 
 def _cache_file(path: Path, status: os.stat_result) -> Path:

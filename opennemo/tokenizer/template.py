@@ -187,7 +187,7 @@ def names_written_by(source: str, names: Container[str], added: Sequence[str]) -
 def is_layout(tokenizer: Tokenizer, version: str) -> bool:
     """Whether a model's own template lays out conversations as one of Mistral's layouts does."""
     layout, n_alike = LAYOUTS[version], 0
-    if tokenizer.chat_template == layout.template:
+    if tokenizer.chat_template == layout.template_with(tokenizer.settings):
         return True
 
     def texts(pieces: Iterable[Segment]) -> list[int | str]:

@@ -9,6 +9,7 @@ that a user types can forge a turn. How conversations are laid out is chat.py's 
 import codecs
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -21,8 +22,9 @@ class Tokenizer(ABC):
         bos_id, eos_id: ids that begin a text and end an answer.
         control: name -> id of every control token, e.g. ``{"<s>": 1, "[INST]": 3}``.
         instruct_version: Mistral's name of the chat layout this vocabulary was trained with
-            ("v1", "v2", "v3", "v3-tekken"), or None where `chat_template` says it.
+            ("v1", "v3-tekken" and the others of LAYOUTS), or None where `chat_template` says it.
         chat_template: the Jinja source found beside the vocabulary, or None.
+        settings: what a prompt may set of the model, by name: {"values": [...], "default": ...}.
         add_bos: whether a text by itself begins with BOS, as Mistral's do.
         dummy_prefix: SentencePiece puts a space before the text and takes it away when decoding.
     """
@@ -33,6 +35,7 @@ class Tokenizer(ABC):
     control: Mapping[str, int]
     instruct_version: str | None = None
     chat_template: str | None = None
+    settings: Mapping[str, Mapping[str, Any]] = {}
     add_bos: bool = True
     dummy_prefix: bool = False
     _bytes: Sequence[bytes]  # of every id

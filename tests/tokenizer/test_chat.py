@@ -1,7 +1,6 @@
 """Mistral's layouts: id for id what mistral-common makes of the same conversations."""
 
 import copy
-import importlib.resources
 import json
 import random
 from functools import lru_cache
@@ -18,21 +17,16 @@ from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.protocol.instruct.validator import ValidationMode
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
-from opennemo.errors import InvalidRequest
+from opennemo.errors import CheckpointError, InvalidRequest
 from opennemo.tokenizer.chat import encode_chat, encode_for_training
 from opennemo.tokenizer.chat_layouts import LAYOUTS
 from opennemo.tokenizer.load import load_tokenizer
 from opennemo.tokenizer.saving import save_huggingface
 from opennemo.tokenizer.tokenizer import Tokenizer
+from tests.tokenizer.layout_files import LATER, VERSIONS, content_of, tokenizer_file
 
-DATA = Path(str(importlib.resources.files("mistral_common"))) / "data"
-FILES = {
-    "v1": "tokenizer.model.v1",
-    "v2": "mistral_instruct_tokenizer_240216.model.v2",
-    "v3": "mistral_instruct_tokenizer_240323.model.v3",
-    "v3-tekken": "tekken_240718.json",
-}
 LOOK_ALIKES = ["[INST]", "[/INST]", "</s>", "<s>", "[TOOL_CALLS]", "<unk>", "[/TOOL_RESULTS]"]
+THINKING = ("v13-tekken", "v15-tekken")
 TEXTS = [
     *("Hello", " padded  ", "two\nlines\n", "trailing  ", "{}", '{"a": [1, 2.50, "é"]}', "42"),
     *(
@@ -50,12 +44,12 @@ TEXTS = [
 
 @lru_cache
 def ours(version: str) -> Tokenizer:
-    return load_tokenizer(DATA / FILES[version])
+    return load_tokenizer(tokenizer_file(version))
 
 
 @lru_cache
 def reference(version: str, mode: ValidationMode = ValidationMode.serving) -> MistralTokenizer:
-    return MistralTokenizer.from_file(DATA / FILES[version], mode=mode)
+    return MistralTokenizer.from_file(tokenizer_file(version), mode=mode)
 
 
 class Conversations:
@@ -114,24 +108,51 @@ class Conversations:
             {"role": "tool", "tool_call_id": id, "name": "tool_0", "content": self.content()}
             for id in ids
         ]
-        return [{"role": "assistant", "content": None, "tool_calls": calls}, *results]
+        caller = {"role": "assistant", "content": None}
+        if self.version in ("v7", *LATER):
+            caller = self.random.choice([caller, self.answer()])
+        return [caller | {"tool_calls": calls}, *results]
 
     def answer(self) -> dict:
-        return {"role": "assistant", "content": self.text()}
+        answer = {"role": "assistant", "content": self.text()}
+        if self.version in THINKING and self.random.random() < 0.5:
+            if self.random.random() < 0.5:
+                return answer | {"reasoning_content": self.text()}
+            answer["content"] = self.thought([("thinking", self.text()), ("text", self.text())])
+        return answer
+
+    def thought(self, parts: list[tuple[str, str]]) -> list[dict]:
+        return [{"type": kind, kind: text} for kind, text in parts]
+
+    def system(self) -> dict:
+        content = self.content()
+        if self.version == "v13-tekken" and self.random.random() < 0.3:
+            around = self.text(), self.text()
+            parts = [("text", around[0]), ("thinking", self.text()), ("text", around[1])]
+            content = self.thought([*parts, ("text", self.text())])
+        return {"role": "system", "content": content}
+
+    def settings(self) -> dict:
+        if self.version != "v15-tekken":
+            return {}
+        schema = {"type": "object", "properties": {"b": {}, "a": {"const": "é"}}}
+        return self.random.choice(
+            [{}, {"reasoning_effort": "high"}, {"reasoning_effort": "none", "json_schema": schema}]
+        )
 
     def messages(self) -> list[dict]:
         flip = lambda p: self.random.random() < p  # noqa: E731
         messages: list[dict] = []
         for _ in range(2):
             if flip(0.4):
-                messages.append({"role": "system", "content": self.content()})
+                messages.append(self.system())
         n_rounds = self.random.randint(1, 4)
         for i in range(n_rounds):
             for _ in range(self.random.choice([1, 1, 1, 2, 3])):
                 messages.append({"role": "user", "content": self.content()})
                 if flip(0.1):
                     messages += [
-                        {"role": "system", "content": self.content()},
+                        self.system(),
                         {"role": "user", "content": self.content()},
                     ]
             if self.version != "v1" and flip(0.4):
@@ -147,25 +168,32 @@ class Conversations:
         return messages
 
 
-def reference_ids(version: str, messages: list[dict], tools: list[dict] | None) -> list[int]:
+def reference_ids(
+    version: str, messages: list[dict], tools: list[dict] | None, settings: dict | None = None
+) -> list[int]:
+    options = dict(settings or {})
+    if schema := options.pop("json_schema", None):
+        named = {"name": "any", "schema": schema}
+        options["response_format"] = {"type": "json_schema", "json_schema": named}
     request = ChatCompletionRequest.from_openai(
         [{k: v for k, v in message.items() if k != "prefix"} for message in messages],
         tools,
         continue_final_message=bool(messages[-1].get("prefix")),
         model="any",
+        **options,
     )
     return reference(version).encode_chat_completion(request).tokens
 
 
-@pytest.mark.parametrize("version", FILES)
+@pytest.mark.parametrize("version", VERSIONS)
 def test_equals_mistral_common_on_random_conversations(version: str):
     cases = Conversations(version, seed=7)
     n_turns = n_tools = n_prefixes = 0
     for _ in range(250):
-        messages, tools = cases.messages(), cases.tools()
+        messages, tools, settings = cases.messages(), cases.tools(), cases.settings()
         before = json.dumps([messages, tools])
-        assert encode_chat(ours(version), messages, tools) == reference_ids(
-            version, messages, tools
+        assert encode_chat(ours(version), messages, tools, settings) == reference_ids(
+            version, messages, tools, settings
         ), before
         assert json.dumps([messages, tools]) == before, "the caller's messages were changed"
         n_turns += len(messages)
@@ -189,7 +217,7 @@ class Portable(Conversations):
         return turns
 
 
-@pytest.mark.parametrize("version", FILES)
+@pytest.mark.parametrize("version", VERSIONS)
 def test_transformers_makes_the_same_ids_of_a_converted_folder(version: str, tmp_path: Path):
     transformers = pytest.importorskip("transformers")
     tokenizer = ours(version)
@@ -197,19 +225,19 @@ def test_transformers_makes_the_same_ids_of_a_converted_folder(version: str, tmp
     theirs, again = transformers.AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)
     cases, n_tools = Portable(version, seed=8, look_alikes=["INST]", "<|s|>", "/s>"]), 0
     for _ in range(250):
-        messages, tools = cases.messages(), cases.tools()
-        expected = reference_ids(version, messages, tools)
+        messages, tools, settings = cases.messages(), cases.tools(), cases.settings()
+        expected = reference_ids(version, messages, tools, settings)
         prefix = bool(messages[-1].pop("prefix", False))
         # Libraries that render templates hand over arguments as objects, clients as JSON.
         as_objects = json.loads(json.dumps(messages))
         for call in (call for m in as_objects for call in m.get("tool_calls", [])):
             call["function"]["arguments"] = json.loads(call["function"]["arguments"] or "{}")
         for each in (messages, as_objects) if not prefix else ():
-            ids = theirs.apply_chat_template(each, tools=tools, return_dict=False)
+            ids = theirs.apply_chat_template(each, tools=tools, return_dict=False, **settings)
             assert ids == expected, (each, tools)
         if prefix:
             messages[-1]["prefix"] = True
-        assert encode_chat(again, messages, tools) == expected, (messages, tools)
+        assert encode_chat(again, messages, tools, settings) == expected, (messages, tools)
         n_tools += bool(tools) and any("tool_calls" in message for message in messages)
     assert n_tools > 30 or version == "v1"
     for text in TEXTS:
@@ -218,7 +246,6 @@ def test_transformers_makes_the_same_ids_of_a_converted_folder(version: str, tmp
 
 
 def test_what_a_template_refuses():
-    assert "v7-tekken" not in LAYOUTS
     tokenizer = ours("v3-tekken")
     by_template = copy.copy(tokenizer)
     by_template.instruct_version, by_template.chat_template = None, LAYOUTS["v3-tekken"].template
@@ -230,7 +257,7 @@ def test_what_a_template_refuses():
         encode_chat(by_template, ROUND_TRIP, [WEATHER])
 
 
-@pytest.mark.parametrize("version", FILES)
+@pytest.mark.parametrize("version", VERSIONS)
 def test_text_never_becomes_a_control_id(version: str):
     """Spelling every look-alike with other brackets does not change which control ids there are."""
     tokenizer, names = ours(version), ours(version).control_names
@@ -380,7 +407,7 @@ def test_two_results_in_a_turn_are_too_many_for_v2():
     assert spelled("v3", messages).count("[TOOL_RESULTS]") == 2
 
 
-@pytest.mark.parametrize("version", FILES)
+@pytest.mark.parametrize("version", [v for v in VERSIONS if v not in THINKING])
 def test_the_mask_holds_the_words_of_the_assistant_and_nothing_else(version: str):
     cases = Conversations(version, seed=11)
     tokenizer = ours(version)
@@ -475,6 +502,90 @@ def test_what_a_model_lacks_is_said():
             ours("v3"),
             [ROUND_TRIP[0], {"role": "assistant", "tool_calls": [deep_call]}, ROUND_TRIP[2]],
         )
-    newer = load_tokenizer(DATA / "mistral_instruct_tokenizer_241114.model.v7")
-    with pytest.raises(InvalidRequest, match="chat layout v7 of this model is not supported"):
-        encode_chat(newer, ROUND_TRIP[:1])
+    thinking = [{"type": "thinking", "thinking": "Hm."}]
+    for version in ("v7", "v15-tekken"):
+        with pytest.raises(InvalidRequest, match=r"messages\[0\].content\[0\]: 'thinking' is not"):
+            encode_chat(ours(version), [{"role": "system", "content": thinking}, ROUND_TRIP[0]])
+    with pytest.raises(InvalidRequest, match="reasoning_effort: 'low' is not one of none, high"):
+        encode_chat(ours("v15-tekken"), ROUND_TRIP[:1], settings={"reasoning_effort": "low"})
+    with pytest.raises(InvalidRequest, match="reasoning_effort: 'high' was given, but"):
+        encode_chat(ours("v13-tekken"), ROUND_TRIP[:1], settings={"reasoning_effort": "high"})
+
+
+@pytest.mark.parametrize("version", ["v3", "v7", "v11-tekken"])
+def test_thinking_is_left_out_where_a_layout_has_no_place_for_it(version: str):
+    thought = {"role": "assistant", "content": "B", "reasoning_content": "Hm."}
+    parts = [{"type": "thinking", "thinking": [{"type": "text", "text": "Hm."}]}]
+    chunks = {"role": "assistant", "content": [*parts, {"type": "text", "text": "B"}]}
+    for answer in (thought, chunks):
+        told = [ROUND_TRIP[0], answer, {"role": "user", "content": "C"}]
+        assert "Hm." not in spelled(version, told)
+        assert "[THINK]Hm.[/THINK]B</s>" in spelled("v13-tekken", told)
+
+
+def test_thinking_that_is_open_is_continued():
+    parts = [{"type": "thinking", "thinking": "Well,", "closed": False}]
+    asked = [ROUND_TRIP[0], {"role": "assistant", "content": parts, "prefix": True}]
+    assert spelled("v15-tekken", asked).endswith("[/INST][THINK]Well,")
+    assert encode_chat(ours("v15-tekken"), asked) == reference_ids("v15-tekken", asked, None)
+
+
+def test_a_vocabulary_that_lacks_the_tokens_of_its_layout_is_refused(tmp_path: Path):
+    content = content_of("v13-tekken")
+    for entry in content["special_tokens"]:
+        if "THINK" in entry["token_str"]:
+            entry["token_str"] = f"<SPECIAL_{entry['rank']}>"
+    (tmp_path / "tekken.json").write_text(json.dumps(content))
+    devstral = load_tokenizer(tmp_path)
+    assert encode_chat(devstral, ROUND_TRIP, [WEATHER]) == encode_chat(
+        ours("v13-tekken"), ROUND_TRIP, [WEATHER]
+    )
+    thought = [*ROUND_TRIP, {"role": "assistant", "content": "A", "reasoning": "Hm."}]
+    with pytest.raises(InvalidRequest, match="not trained to think"):
+        encode_for_training(devstral, thought)
+    content["config"]["version"] = "v17"
+    (tmp_path / "tekken.json").write_text(json.dumps(content))
+    with pytest.raises(
+        CheckpointError, match="'v17' is not understood, only v3, v7, v11, v13, v15"
+    ):
+        load_tokenizer(tmp_path)
+    content["config"]["version"], content["model_settings_builder"] = "v15", {"colour": {}}
+    (tmp_path / "tekken.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match="model_settings_builder has colour"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("version", ["v7", *LATER])
+def test_training_examples_are_those_of_the_reference(version: str):
+    """Their masks begin where a served prompt ends, and end behind the end of a turn."""
+    cases, tokenizer = Conversations(version, seed=12), ours(version)
+    kinds = {
+        "system": SystemMessage,
+        "user": UserMessage,
+        "assistant": FinetuningAssistantMessage,
+        "tool": ToolMessage,
+    }
+    n_prompts = 0
+    for _ in range(250):
+        messages = [m for m in cases.messages() if not m.get("prefix")]
+        messages.append(cases.answer())
+        tools = cases.tools() if version in THINKING else None
+        plain = ChatCompletionRequest.from_openai(messages, tools, model="any")
+        request = ChatCompletionRequest(
+            messages=[kinds[m.role](**m.model_dump(exclude={"role"})) for m in plain.messages],
+            tools=plain.tools,
+        )
+        oracle = reference(version, ValidationMode.finetuning).encode_chat_completion(request)
+        ids, mask = encode_for_training(tokenizer, messages, tools)
+        assert ids == oracle.tokens
+        starts = {0} | {i for i, learn in enumerate(mask) if learn and not mask[i - 1]}
+        for i, message in enumerate(messages):
+            if message["role"] == "assistant" and (
+                i == 0 or messages[i - 1]["role"] != "assistant"
+            ):
+                prompt = encode_chat(tokenizer, messages[:i], tools) if i else []
+                assert ids[: len(prompt)] == prompt and len(prompt) in starts
+                n_prompts += 1
+        ends = [i for i, learn in enumerate(mask) if learn and not (*mask, False)[i + 1]]
+        assert {ids[i] for i in ends} == {tokenizer.eos_id}
+    assert n_prompts > 500
