@@ -31,7 +31,14 @@ from opennemo.model.transformer import Transformer
 from opennemo.reply import Reply, TextStream
 from opennemo.tokenizer import Tokenizer, load_tokenizer
 from opennemo.tokenizer.calls import CallSyntax
-from opennemo.tokenizer.chat import Message, call_syntax, encode_chat, turn_end
+from opennemo.tokenizer.chat import (
+    Message,
+    call_syntax,
+    encode_chat,
+    is_thinking,
+    thinking_marks,
+    turn_end,
+)
 from opennemo.tokenizer.load import difference_beside
 from opennemo.tokenizer.messages import Tool
 
@@ -166,10 +173,16 @@ class LLM:
         ids = encode_chat(self.tokenizer, messages, tools if allowed else None)
         syntax = call_syntax(self.tokenizer)
         announcing_id = self.tokenizer.control.get(syntax.marks[0])
-        left_out: tuple[str, ...] = ()
+        marks, left_out = thinking_marks(self.tokenizer), ()
         if allowed:
             sampling["grammar"], left_out = self.grammars.compile_calls(
-                syntax, allowed, required=required, format=format, parallel=parallel_tool_calls
+                syntax,
+                allowed,
+                required=required,
+                format=format,
+                parallel=parallel_tool_calls,
+                thinking=marks,
+                begun=marks is not None and is_thinking(self.tokenizer, ids),
             )
         elif announcing_id is not None:
             bias = sampling.get("logit_bias", self.defaults.logit_bias)
@@ -179,7 +192,7 @@ class LLM:
         if isinstance(end := turn_end(self.tokenizer), str):
             stop = (*stop, end)
         calls = syntax if allowed else None
-        reply = self._submit(ids, sampling, stop, calls, adapter, n, salt)
+        reply = self._submit(ids, sampling, stop, calls, adapter, n, salt, marks)
         reply.not_held = left_out
         return reply
 
@@ -261,9 +274,10 @@ class LLM:
         adapter: str | None = None,
         n: int = 1,
         salt: bytes = b"",
+        thinking: tuple[str, str] | None = None,
     ) -> "Reply":
         params = replace(self.defaults, **sampling)
-        reply = Reply(self.tokenizer, self.engine, ids, n, stop, calls)
+        reply = Reply(self.tokenizer, self.engine, ids, n, stop, calls, thinking)
         reply.id = self.engine.submit(ids, params, reply.listen, n=n, adapter=adapter, salt=salt)
         return reply
 

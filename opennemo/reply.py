@@ -2,7 +2,7 @@
 
 `for text in reply` waits for text; `async for tokens in reply.tokens()` does so without blocking
 and gives the tokens of all answers. Between ids and text stand whole UTF-8 characters, stop strings
-(which may lie across tokens) and the place where tool calls begin.
+(which may lie across tokens) and the marks around thinking and tool calls.
 """
 
 import asyncio
@@ -16,7 +16,8 @@ from opennemo.engine import Engine, Token
 from opennemo.errors import OpenNemoError
 from opennemo.tokenizer import Tokenizer
 from opennemo.tokenizer.calls import Call, CallParser, CallSyntax
-from opennemo.tokenizer.chat import Message, parse_reply
+from opennemo.tokenizer.channels import Channels, Piece, overlap
+from opennemo.tokenizer.chat import Message, is_thinking, parse_reply
 
 
 @dataclass
@@ -33,6 +34,11 @@ class Answer:
     @property
     def text(self) -> str:
         return "".join(token.text for token in self.tokens)
+
+    @property
+    def thinking(self) -> str:
+        """What the model thought before its words, without the marks around it."""
+        return "".join(token.thinking for token in self.tokens)
 
     @property
     def calls(self) -> list[Call]:
@@ -71,13 +77,17 @@ class Reply:
         n: int,
         stop: tuple[str, ...],
         calls: CallSyntax | None,
+        thinking: tuple[str, str] | None = None,
     ):
         self.id = 0  # the engine's, once it is submitted
         self.prompt_ids = prompt_ids
         n, key = min(max(n, 1), 100), secrets.token_hex(8)  # ids of calls differ between replies
         self.answers = [Answer() for _ in range(n)]
         self.not_held: tuple[str, ...] = ()  # of tools' schemas: what is left to the model
-        self._texts = [TextStream(tokenizer, stop, calls) for _ in range(n)]
+        self._begun = thinking is not None and is_thinking(tokenizer, prompt_ids)
+        self._texts = [
+            TextStream(tokenizer, stop, calls, thinking, begun=self._begun) for _ in range(n)
+        ]
         self._parsers = [CallParser(calls, f"{key}/{i}") for i in range(n)] if calls else []
         self._tokenizer, self._engine = tokenizer, engine
         self._arrived: queue.SimpleQueue[Token] = queue.SimpleQueue()
@@ -132,17 +142,22 @@ class Reply:
         answer.tokens.append(token)
         if token.error:
             raise OpenNemoError(token.error) if isinstance(token.error, str) else token.error
-        text = "" if token.id is None else stream.push(token.id)
+        pieces = [] if token.id is None else stream.push(token.id)
         if stream.stopped:
             token.finish_reason, token.stopped_by = "stop", stream.stopped
             with suppress(OpenNemoError):  # the engine has stopped
                 self._engine.cancel(self.id, token.index)
         elif token.finish_reason:
-            text += stream.flush()
-        if stream.calling:
-            token.calls = tuple(self._parsers[token.index].feed(text))
-        else:
-            token.text = text
+            pieces += stream.flush()
+        for channel, text in pieces:
+            if channel == "text":
+                token.text += text
+            elif channel == "thinking":
+                token.thinking += text
+            else:
+                parser = self._parsers[token.index]
+                read = parser.feed if channel == "calls" else parser.mark
+                token.calls += tuple(read(text))
         return True
 
     def cancel(self) -> None:
@@ -190,69 +205,73 @@ class Reply:
         """The whole answer as an OpenAI message, tool calls parsed; waits for the end."""
         text = self.text
         if self._texts[0].calling:
-            return parse_reply(self._tokenizer, self.ids, request_id=str(self.id))
-        return {"role": "assistant", "content": text}
+            return parse_reply(
+                self._tokenizer, self.ids, request_id=str(self.id), begun=self._begun
+            )
+        message: Message = {"role": "assistant", "content": text}
+        if thinking := self.answers[0].thinking:
+            message["reasoning_content"] = thinking
+        return message
 
 
 class TextStream:
-    """Turns ids into text as they come, and ends it before the first stop string.
+    """Turns ids into pieces by channel as they come, and ends before the first stop string.
 
-    Text that could be the beginning of a stop string is held back until it is decided. Behind
-    what announces tool calls, a control id or a tag at the beginning, nothing ends the text.
+    Text that could be the beginning of a stop string is held back until it is decided. Thinking,
+    and what follows the announcement of tool calls, no stop string ends.
 
     >>> stream = TextStream(tokenizer, stop=("END",))
     >>> [stream.push(id) for id in tokenizer.encode("the E of END.")]
-    ['the', '', ' E of', ' ', '']
+    [[('text', 'the')], [], [('text', ' E of')], [('text', ' ')], []]
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, stop: tuple[str, ...] = (), calls: CallSyntax | None = None
+        self,
+        tokenizer: Tokenizer,
+        stop: tuple[str, ...] = (),
+        calls: CallSyntax | None = None,
+        thinking: tuple[str, str] | None = None,
+        *,
+        begun: bool = False,
     ):
         self.stopped: str | None = None  # by this stop string
-        self.calling = False
         self._stop = tuple(s for s in stop if s)
-        mark = calls.marks[0] if calls else None  # what announces calls, as an id or as a text
-        self._announcing_id = tokenizer.control.get(mark or "")
-        self._announcement = mark if self._announcing_id is None else None
-        self._stream = tokenizer.stream()
+        self._channels = Channels(tokenizer, calls, thinking, begun=begun)
         self._held = ""
 
-    def push(self, id: int) -> str:
-        if id == self._announcing_id:
-            self.calling = True
-        return self._release(self._stream.push(id))
+    @property
+    def calling(self) -> bool:
+        """Calls have been announced."""
+        return self._channels.channel == "calls"
 
-    def flush(self) -> str:
+    def push(self, id: int) -> list[Piece]:
+        """What this id completes."""
+        return self._until_stop(self._channels.push(id))
+
+    def flush(self) -> list[Piece]:
         """What was still held back, at the end of the answer."""
-        self._announcement = None
-        piece = self._release(self._stream.flush())
+        pieces = self._until_stop(self._channels.flush())
+        return pieces if self.stopped else [*pieces, *self._release()]
+
+    def _until_stop(self, pieces: list[Piece]) -> list[Piece]:
+        before: list[Piece] = []
+        for channel, piece in pieces:
+            if self.stopped:
+                break
+            if channel != "text":
+                before += [*self._release(), (channel, piece)]
+                continue
+            text, self._held = self._held + piece, ""
+            ends = [(at, s) for s in self._stop if (at := text.find(s)) >= 0]
+            if ends:
+                at, self.stopped = min(ends)
+                text = text[:at]
+            else:
+                hold = max((overlap(text, s) for s in self._stop), default=0)
+                text, self._held = text[: len(text) - hold], text[len(text) - hold :]
+            before += [("text", text)] if text else []
+        return before
+
+    def _release(self) -> list[Piece]:
         held, self._held = self._held, ""
-        return piece if self.stopped else piece + held
-
-    def _release(self, piece: str) -> str:
-        if self.stopped:
-            return ""
-        if self._announcement and not self.calling:
-            piece, self._held = self._held + piece, ""
-            if len(piece) < len(self._announcement) and self._announcement.startswith(piece):
-                self._held = piece
-                return ""
-            self.calling = piece.startswith(self._announcement)
-            if self.calling:
-                return piece.removeprefix(self._announcement)
-            self._announcement = None  # it begins with other words, so no calls follow
-        text, self._held = self._held + piece, ""
-        if not self._stop or self.calling:
-            return text
-        ends = [(at, s) for s in self._stop if (at := text.find(s)) >= 0]
-        if ends:
-            at, self.stopped = min(ends)
-            return text[:at]
-        hold = max(_overlap(text, s) for s in self._stop)
-        self._held = text[len(text) - hold :]
-        return text[: len(text) - hold]
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` with which `stop` begins."""
-    return next(n for n in range(min(len(text), len(stop) - 1), -1, -1) if text.endswith(stop[:n]))
+        return [("text", held)] if held else []

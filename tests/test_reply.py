@@ -25,14 +25,18 @@ TOOLS = [{"type": "function", "function": {"name": "get_weather", "parameters": 
 ASK = [{"role": "user", "content": "What is the weather in Rome?"}]
 
 
+def words_of(pieces: list[tuple[str, str]]) -> str:
+    return "".join(text for _, text in pieces)
+
+
 @given(
     st.text("abE ND\u00e9", max_size=30), st.lists(st.text("abEND\u00e9", max_size=4), max_size=3)
 )
 def test_text_ends_before_the_first_stop_string_wherever_tokens_lie(text, stop):
     stream = TextStream(BYTES, tuple(stop))
-    pieces = [stream.push(id) for id in BYTES.encode(text)]
+    pieces = [words_of(stream.push(id)) for id in BYTES.encode(text)]
     if not stream.stopped:
-        pieces.append(stream.flush())
+        pieces.append(words_of(stream.flush()))
     ends = [text.find(s) for s in stop if s and s in text]
     out = "".join(pieces)
     if not ends:
@@ -46,7 +50,8 @@ def test_text_ends_before_the_first_stop_string_wherever_tokens_lie(text, stop):
 @given(st.sampled_from(["", TAG, TAG[:5], "say " + TAG]), st.text("<toENDl>_c", max_size=12))
 def test_a_tag_at_the_beginning_announces_calls_and_turns_stop_strings_off(head, tail):
     stream, text = TextStream(BYTES, ("END",), TAGS), head + tail
-    out = "".join(stream.push(id) for id in BYTES.encode(text)) + stream.flush()
+    out = "".join(words_of(stream.push(id)) for id in BYTES.encode(text))
+    out += words_of(stream.flush())
     if text.startswith(TAG):
         assert stream.calling and out == text.removeprefix(TAG)
     else:

@@ -138,8 +138,12 @@ class GrammarCompiler:
         required: bool,
         format: tuple[Kind, str] | None = None,
         parallel: bool = True,
+        thinking: tuple[str, str] | None = None,
+        begun: bool = False,
     ) -> tuple[Grammar, tuple[str, ...]]:
         """A grammar of calls, or of text that follows `format`, unless a call is `required`.
+
+        See `call_grammar` for `thinking` and `begun`.
 
         -> the grammar, and what of the tools' schemas it does not hold, by tool and path.
 
@@ -169,7 +173,10 @@ class GrammarCompiler:
                 raise InvalidRequest(what)
             gaps += [f"{function['name']}: {gap}" for gap in fitted.gaps]
             held.append({**tool, "function": {**function, "parameters": fitted.schema}})
-        options: dict[str, Any] = {"required": required, "text": text, "parallel": parallel}
+        options: dict[str, Any] = {
+            "required": required, "text": text, "parallel": parallel, "thinking": thinking,
+            "begun": begun,
+        }  # fmt: skip
         try:
             return self.compile("calls", call_grammar(syntax, held, self._control, **options)), (
                 *gaps,
@@ -276,12 +283,15 @@ def call_grammar(
     required: bool = True,
     text: Schema | None = None,
     parallel: bool = True,
+    thinking: tuple[str, str] | None = None,
+    begun: bool = False,
 ) -> str:
     """Lark source of an answer that calls declared tools with valid arguments, in a syntax.
 
     The answer is a call, or several if `parallel`; or, if none is `required`, text: JSON of the
     schema `text`, or by default any that cannot be mistaken for calls. `control` are the names of
-    control tokens. Schemas are such as `GrammarCompiler.fit` gives.
+    control tokens. Schemas are such as `GrammarCompiler.fit` gives. Thinking, between two marks,
+    may come first; where the prompt has `begun` it, it must end first.
 
     Raises:
         InvalidRequest: there is no tool to call.
@@ -299,7 +309,23 @@ def call_grammar(
     times = "*" if syntax.is_list else f"{{0,{MAX_CALLS - 1}}}"
     many = f"({lark(syntax.separator)} call){times}" if parallel else ""
     calls = f"calls: {lark(syntax.before)} call {many} {lark(syntax.after)}"
-    return f"start: calls{instead}\n{calls}\n{_calls_of(syntax, tools, control)}"
+    answer = f"answer: calls{instead}\n{calls}\n{_calls_of(syntax, tools, control)}"
+    if thinking is None:
+        return f"start: answer\n{answer}"
+    return f"{_thought(*thinking, control, begun=begun)}\n{answer}"
+
+
+def _thought(opening: str, closing: str, control: Collection[str], *, begun: bool) -> str:
+    """Lark of `start`: thinking between its marks, and then the `answer`."""
+    begin = f"<{_bare(opening)}>" if opening in control else json.dumps(opening)
+    if closing in control:
+        thought = f"thought: /{ANY_TEXT}/ <{_bare(closing)}>"
+    else:  # it ends where its mark comes first
+        literal = re.escape(closing).replace("/", r"\/")
+        thought = f"thought[lazy]: /{ANY_TEXT}{literal}/"
+    rest = "answer" if closing in control else "BLANKS answer\nBLANKS: /\\s*/"
+    begins = "thought" if begun else f"({begin} thought)?"
+    return f"start: {begins} {rest}\n{thought}"
 
 
 def _lark(pieces: list[str], arguments: str = "") -> str:
@@ -327,7 +353,7 @@ def _calls_of(
     for free in (True, False):
         rules = [f"call: {' | '.join(f'call_{i}' for i in range(len(tools)))}"]
         for i, (name, schema) in enumerate(functions):
-            values = {"$name": to_json(name), "$id": ""}
+            values = {"$name": syntax.spell(name), "$id": ""}
             pieces = syntax.fill(syntax.call, values, {"$arguments", *control})
             rules.append(f"call_{i}: {_lark(pieces, f'args_{i}')}")
             rules += (free and _in_any_order(i, schema)) or [f"args_{i}: {_json(schema or _ANY)}"]

@@ -37,6 +37,7 @@ class Token:
     n_cached_tokens: int = 0  # prompt tokens that came from the prefix cache
     # The rest is empty until `Reply` has seen the token.
     text: str = ""  # whole characters, without stop strings and tool calls
+    thinking: str = ""  # the same of what the model thinks before it speaks
     calls: tuple[Call, ...] = ()  # tool calls that begin or grow
     stopped_by: str | None = None  # the stop string that ended the answer
 

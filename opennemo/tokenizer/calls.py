@@ -9,7 +9,7 @@ chat_layouts.py, or, for templates, in TEMPLATE_SYNTAXES.
 
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -136,7 +136,8 @@ class CallParser:
     """Reads calls out of text that is still being written, in time linear in the text.
 
     It looks for objects in JSON that have the keys of the syntax, and passes arguments on as the
-    model wrote them. What lies between objects it keeps, for `read_calls` to judge.
+    model wrote them. What lies between objects it keeps, for `read_calls` to judge. Where calls are
+    no objects, the marks tell what comes.
 
     Args:
         key: what ids are made from, so that they differ between requests.
@@ -150,6 +151,7 @@ class CallParser:
         self.sources: list[str] = []
         self.between: list[list[str]] = [[]]
         self._keys, self._key, self._index = syntax.keys, key, -1
+        self._is_object, self._marks = syntax.is_object, syntax.marks
         self._source: list[str] = []
         self._depth = 0  # of braces and brackets inside a call; 0: between calls
         self._in_string = self._escaped = False
@@ -160,6 +162,10 @@ class CallParser:
     def feed(self, text: str) -> list[Call]:
         """Read on. A new call comes once its name is complete, its arguments as they are read."""
         news: list[Call] = []
+        if not self._is_object:
+            (self._pending if self._field == "arguments" else self._raw).append(text)
+            self._pass_on(news)
+            return news
         for char in text:
             if self._depth == 0:
                 if char != "{":
@@ -195,6 +201,21 @@ class CallParser:
             self._pass_on(news)
         return news
 
+    def mark(self, name: str) -> list[Call]:
+        """Read a control token, which text cannot spell."""
+        news: list[Call] = []
+        if self._is_object or name not in self._marks:
+            return news
+        text, self._raw = "".join(self._raw), []
+        if name == self._marks[0]:
+            self._field, self._name, self._pending, self._n_arguments = None, "", [], 0
+        elif name == self._marks[-1] and self._field != "arguments":
+            self._field, self._name = "arguments", self._name or text
+            self._begin_call(news)
+        else:
+            self._name = self._name or text
+        return news
+
     @property
     def unfinished(self) -> str:
         """The beginning of an object that has not ended."""
@@ -208,13 +229,16 @@ class CallParser:
     def _end_value(self, news: list[Call]) -> None:
         if self._field == "name":
             self._name = _string(self._raw)
-            self._index += 1
-            id = hash_id(f"{self._key}/{self._index}")
-            news.append(Call(index=self._index, id=id, name=self._name))
+            self._begin_call(news)
         elif self._is_string_of_arguments:
             self._pending = [_string(self._pending)]
         self._pass_on(news)
         self._field, self._raw = None, []
+
+    def _begin_call(self, news: list[Call]) -> None:
+        self._index += 1
+        id = hash_id(f"{self._key}/{self._index}")
+        news.append(Call(index=self._index, id=id, name=self._name))
 
     def _end_call(self, news: list[Call]) -> None:
         if self._name and not self._n_arguments:
@@ -224,20 +248,24 @@ class CallParser:
         self.between.append([])
 
     def _pass_on(self, news: list[Call]) -> None:
-        if self._name and self._pending:
+        if self._name and any(self._pending):
             news.append(Call(index=self._index, arguments="".join(self._pending)))
             self._n_arguments += len(self._pending)
             self._pending = []
 
 
-def read_calls(syntax: CallSyntax, text: str) -> tuple[list[dict], str]:
+def read_calls(syntax: CallSyntax, *pieces: str) -> tuple[list[dict], str]:
     """The calls of a whole text behind an announcement, in OpenAI's shape, and what follows them.
 
-    A call has the id that the model wrote, or "".
+    The text is given as text, control token, text, ..., text. A call has the id that the model
+    wrote, or "".
 
     Raises:
         ValueError: they are not well-formed.
     """
+    if not syntax.is_object:
+        return _read_named(syntax, pieces)
+    text = "".join(pieces[::2])
     parser = CallParser(syntax, "")
     parser.feed(text)
     sources, between = parser.sources, ["".join(chars) for chars in parser.between]
@@ -262,6 +290,19 @@ def read_calls(syntax: CallSyntax, text: str) -> tuple[list[dict], str]:
     return calls, rest if rest.strip() else ""
 
 
+def _read_named(syntax: CallSyntax, pieces: Sequence[str]) -> tuple[list[dict], str]:
+    """A call whose name, id and arguments stand between marks, and what follows it."""
+    *between, last = syntax.marks[1:]
+    if list(pieces[1::2]) not in ([last], [*between, last]):
+        raise ValueError(f"a call has its name, then {last}, then its arguments")
+    text = pieces[-1].lstrip()
+    _, end = _DECODER.raw_decode(text or "{}")
+    call = {"name": pieces[0].strip(), "arguments": _from_json(text[:end] or "{}")}
+    call |= {"id": pieces[2].strip()} if len(pieces) == 5 else {}
+    rest = text[end:].lstrip()
+    return [_to_call(call)], rest
+
+
 def to_json(value: Any) -> str:
     """A value as models learn JSON; InvalidRequest if it cannot be written."""
     try:
@@ -272,12 +313,15 @@ def to_json(value: Any) -> str:
 
 def _read_call(syntax: CallSyntax, source: str) -> dict:
     """One call that a model wrote, in OpenAI's shape; ValueError if it is not well-formed."""
-    fields: dict[str, Any] = {"arguments": {}, "id": ""}
     keys = syntax.keys
-    fields |= {keys[key]: value for key, value in _from_json(source).items() if key in keys}
+    return _to_call({keys[key]: value for key, value in _from_json(source).items() if key in keys})
+
+
+def _to_call(call: Mapping[str, Any]) -> dict:
+    fields = {"arguments": {}, "id": ""} | dict(call)
     name, arguments, id = fields.get("name"), fields["arguments"], fields["id"]
     if not isinstance(name, str):
-        raise ValueError("a call is an object with a name")
+        raise ValueError("a call has a name")
     if isinstance(arguments, dict):
         arguments = json.dumps(arguments, ensure_ascii=False)
     elif not isinstance(arguments, str) or not isinstance(_from_json(arguments), dict):
@@ -292,6 +336,9 @@ def _from_json(text: str) -> Any:
         raise ValueError(f"{constant} is not JSON")
 
     return json.loads(text, parse_constant=refuse)
+
+
+_DECODER = json.JSONDecoder()
 
 
 def _string(characters: list[str]) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 
 from opennemo.errors import InvalidRequest
 from opennemo.tokenizer.calls import TEMPLATE_SYNTAXES, CallSyntax, read_calls
+from opennemo.tokenizer.channels import Channels, Piece
 from opennemo.tokenizer.chat_layouts import LAYOUTS, ChatLayout, Segment, segments
 from opennemo.tokenizer.messages import (
     PLAIN,
@@ -30,6 +31,8 @@ from opennemo.tokenizer.messages import (
 from opennemo.tokenizer.template import ChatTemplate
 from opennemo.tokenizer.template import turn_end as template_turn_end
 from opennemo.tokenizer.tokenizer import Tokenizer
+
+THINKING = ("[THINK]", "[/THINK]")
 
 
 def encode_chat(
@@ -107,45 +110,92 @@ def call_syntax(tokenizer: Tokenizer) -> CallSyntax:
     return TEMPLATE_SYNTAXES[-1]
 
 
-def parse_reply(tokenizer: Tokenizer, ids: Iterable[int], *, request_id: str = "") -> Message:
+def thinking_marks(tokenizer: Tokenizer) -> tuple[str, str] | None:
+    """What stands around the thinking of the model behind a tokenizer; None if it does not think.
+
+    A layout says so, or a template that writes both marks.
+    """
+    layout, template = LAYOUTS.get(tokenizer.instruct_version or ""), tokenizer.chat_template or ""
+    if layout:
+        thinks = layout.form.thinking and {*THINKING} <= tokenizer.control.keys()
+        return THINKING if thinks else None
+    for marks in (THINKING, ("<think>", "</think>")):
+        if all(mark in template for mark in marks):
+            return marks
+    return None
+
+
+def is_thinking(tokenizer: Tokenizer, ids: Sequence[int]) -> bool:
+    """Whether a prompt ends within thinking, which the answer then goes on with."""
+    opening, closing = thinking_marks(tokenizer) or ("", "")
+    if not opening:
+        return False
+    text = tokenizer.decode(ids[-64:], show_control=True)
+    control = tokenizer.control
+    if opening in control and closing in control:
+        last = next((id for id in reversed(ids) if id in (control[opening], control[closing])), -1)
+        return last == control[opening]
+    return text.rstrip().endswith(opening)
+
+
+def parse_reply(
+    tokenizer: Tokenizer, ids: Iterable[int], *, request_id: str = "", begun: bool = False
+) -> Message:
     """The message that generated ids stand for: role, content, and tool_calls if there are any.
 
     Where the vocabulary has a control token that announces calls, only that id does; elsewhere
     the text does. Calls that are not well-formed stay content: this never fails, and takes time
     linear in the ids. Calls without a usable id get one hashed from the call and `request_id`,
-    which tells apart the same call made twice in a conversation.
+    which tells apart the same call made twice in a conversation. Thinking, which the prompt has
+    `begun` or the answer begins, is `reasoning_content`.
     """
     ids, syntax = list(ids), call_syntax(tokenizer)
-    content, *announced = _split_at_calls(tokenizer, syntax, ids)
+    is_control = syntax.marks[0] in tokenizer.control
+    marks = thinking_marks(tokenizer)
+    channels = Channels(tokenizer, syntax if is_control else None, marks, begun=begun)
+    pieces = [piece for id in ids for piece in channels.push(id)] + channels.flush()
+    thinking = "".join(text for channel, text in pieces if channel == "thinking")
+    spoken = [piece for piece in pieces if piece[0] != "thinking"]
+    (content, *_), *announced = _split_at_calls(syntax, spoken, is_control=is_control)
     calls: list[dict] = []
     try:
-        for text in announced:
-            more, rest = read_calls(syntax, text)
+        for words in announced:
+            more, rest = read_calls(syntax, *words)
             calls, content = calls + more, content + rest
     except (ValueError, RecursionError):
         calls = []
+    message: Message = {"role": "assistant", "content": content.strip() or None}
     if not calls:
-        return {"role": "assistant", "content": tokenizer.decode(ids)}
+        words = "".join(text for channel, text in spoken if channel != "mark")
+        message["content"] = words if thinking else tokenizer.decode(ids)
+    if thinking:
+        message["reasoning_content"] = thinking
     used = set()
     for i, call in enumerate(calls):
         if call["id"] in used or not TOOL_CALL_ID.fullmatch(call["id"]):
             call["id"] = hash_id(f"{request_id}/{i}/{call['function']}")
         used.add(call["id"])
-    return {"role": "assistant", "content": content.strip() or None, "tool_calls": calls}
+    return message | ({"tool_calls": calls} if calls else {})
 
 
-def _split_at_calls(tokenizer: Tokenizer, syntax: CallSyntax, ids: list[int]) -> list[str]:
-    """The text before all calls, then the texts that each announcement of calls begins."""
-    announcement = tokenizer.control.get(syntax.marks[0])
-    if announcement is None:
-        return tokenizer.decode(ids).split(syntax.marks[0])
-    runs: list[list[int]] = [[]]
-    for id in ids:
-        if id == announcement:
-            runs.append([])
+def _split_at_calls(
+    syntax: CallSyntax, pieces: Sequence[Piece], *, is_control: bool
+) -> list[list[str]]:
+    """The text before all calls, then what each announcement of calls begins.
+
+    Each is text, control token, text, ..., text.
+    """
+    announcement, runs = syntax.marks[0], [[""]]
+    if not is_control:
+        return [[text] for text in "".join(text for _, text in pieces).split(announcement)]
+    for channel, text in pieces:
+        if channel == "mark" and text == announcement:
+            runs.append([""])
+        elif channel == "mark":
+            runs[-1] += [text, ""]
         else:
-            runs[-1].append(id)
-    return [tokenizer.decode(run) for run in runs]
+            runs[-1][-1] += text
+    return runs
 
 
 def _check_settings(

@@ -11,6 +11,8 @@ from opennemo.engine.grammar import GrammarCompiler, call_grammar
 from opennemo.tokenizer.calls import (
     ARRAY,
     ARRAY_WITHOUT_IDS,
+    NAMED,
+    NAMED_WITH_IDS,
     TAGS,
     Call,
     CallParser,
@@ -24,9 +26,14 @@ from opennemo.tokenizer.chat import (
     parse_reply,
 )
 from opennemo.tokenizer.chat_layouts import LAYOUTS, ChatLayout
-from opennemo.tokenizer.tekken import SINGLE_BYTES, Tekken
+from opennemo.tokenizer.tekken import SINGLE_BYTES, V3_SPECIAL_TOKENS, Tekken
 
-BYTES = Tekken(r"(?s:.)", SINGLE_BYTES, n_special=64)
+BYTES = Tekken(
+    r"(?s:.)",
+    SINGLE_BYTES,
+    n_special=64,
+    special_tokens=(*V3_SPECIAL_TOKENS, "[ARGS]", "[CALL_ID]", "[THINK]", "[/THINK]"),
+)
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-99, 99) | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner),
@@ -164,7 +171,7 @@ def test_a_toy_syntax_is_read_alike_at_every_split_point():
             read_calls(TOY, broken)
 
 
-@pytest.mark.parametrize("syntax", [ARRAY, ARRAY_WITHOUT_IDS, TAGS, TOY])
+@pytest.mark.parametrize("syntax", [ARRAY, ARRAY_WITHOUT_IDS, NAMED, NAMED_WITH_IDS, TAGS, TOY])
 @pytest.mark.parametrize("n", [1, 3])
 def test_a_grammar_allows_what_a_layout_writes_and_nothing_else(syntax: CallSyntax, n: int):
     compiler = GrammarCompiler(
@@ -203,3 +210,33 @@ def test_a_template_says_which_syntax_a_fine_tune_has():
     assert TAGS.marks[0] in tokenizer.decode(encode_chat(tokenizer, asked, [TOOL]))
     ids = tokenizer.encode('<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>')
     assert parse_reply(tokenizer, ids)["tool_calls"][0]["function"]["name"] == "f"
+
+
+@pytest.mark.parametrize("thinking", [("[THINK]", "[/THINK]"), ("<think>", "</think>")])
+def test_a_grammar_lets_a_model_think_before_it_calls(thinking: tuple[str, str]):
+    compiler = GrammarCompiler(
+        [BYTES.token_bytes(id) for id in range(BYTES.vocab_size)], BYTES.control, BYTES.eos_id
+    )
+
+    def ids_of(*texts: str) -> list[int]:
+        ids = []
+        for text in texts:
+            ids += [BYTES.control[text]] if text in BYTES.control else BYTES.encode(text)
+        return ids
+
+    called = []
+    for i, piece in enumerate(NAMED.write([call(TOOL["function"]["name"], {})], BYTES.control)):
+        called += [BYTES.control[piece]] if i % 2 else BYTES.encode(piece)
+    opening, closing = thinking
+    thought = ids_of("Hm. <b>", closing)
+    for begun in (False, True):
+        source = call_grammar(NAMED, [TOOL], BYTES.control, thinking=thinking, begun=begun)
+
+        def is_allowed(ids: list[int], source: str = source) -> bool:
+            matcher = compiler.compile("lark", source).start()
+            return all(matcher.advance(id) is None for id in [*ids, BYTES.eos_id])
+
+        assert is_allowed([*thought, *called]) == begun
+        assert is_allowed([*ids_of(opening), *thought, *called]) != begun or opening[0] == "<"
+        assert is_allowed(called) != begun
+        assert not is_allowed([*ids_of(opening), *thought, *ids_of("a"), *called])
