@@ -6,6 +6,7 @@ becomes ids, and tools and formats become a grammar that the answer cannot leave
 neither HTTP nor the terminal.
 """
 
+import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Many
@@ -151,6 +152,7 @@ class LLM:
         adapter: str | None = None,
         n: int = 1,
         salt: bytes = b"",
+        settings: Mapping[str, Any] | None = None,
         **sampling: Any,
     ) -> "Reply":
         """Answer a conversation of OpenAI messages; `sampling` are fields of SamplingParams.
@@ -163,6 +165,7 @@ class LLM:
             format: the kind of a grammar that the answer's text follows, and its source.
             adapter: the name of one that was loaded.
             n: how many answers. Prompts share cached pages within the same `salt` only.
+            settings: of the model itself, such as `reasoning_effort`, where it has any.
 
         Raises:
             InvalidRequest: a message, tool or setting that the model's chat layout cannot take.
@@ -170,7 +173,10 @@ class LLM:
         """
         allowed, required = _choose_tools(tools or [], tool_choice)
         self.check_room(_texts([messages, tools if allowed else None]))
-        ids = encode_chat(self.tokenizer, messages, tools if allowed else None)
+        settings = dict(settings or {})
+        if format is not None and "json_schema" in self.tokenizer.settings:
+            settings |= _schema_of(*format)
+        ids = encode_chat(self.tokenizer, messages, tools if allowed else None, settings)
         syntax = call_syntax(self.tokenizer)
         announcing_id = self.tokenizer.control.get(syntax.marks[0])
         marks, left_out = thinking_marks(self.tokenizer), ()
@@ -299,6 +305,13 @@ def answer_all(
     with LLM("", tokenizer, engine, SamplingParams(temperature=0.0)) as llm:
         replies = [llm.chat(m, tools=tools or None, **sampling) for m, tools in conversations]
         return [reply.message for reply in replies]
+
+
+def _schema_of(kind: Kind, source: str) -> dict[str, Any]:
+    """The setting that shows a model the schema of its answer."""
+    if kind == "json_object":
+        return {"json_schema": {"anyOf": [{"type": "object"}, {"type": "array"}]}}
+    return {"json_schema": json.loads(source)} if kind == "json_schema" else {}
 
 
 def _texts(value: Any) -> Iterator[str]:

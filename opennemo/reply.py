@@ -106,10 +106,17 @@ class Reply:
         Raises:
             OpenNemoError: the engine could not finish the answer.
         """
+        return (text for channel, text in self.pieces() if channel == "text")
+
+    def pieces(self) -> Iterator[Piece]:
+        """The same with the thinking before it: ("thinking", text), then ("text", text)."""
         while not self.finished:
             token = self._arrived.get()
-            if self._complete(token) and token.text and token.index == 0:
-                yield token.text
+            if self._complete(token) and token.index == 0:
+                if token.thinking:
+                    yield "thinking", token.thinking
+                if token.text:
+                    yield "text", token.text
 
     async def tokens(self, idle: float = 1e9) -> AsyncGenerator[list[Token], None]:
         """What has come since the last time, of all answers; [] when nothing did for `idle` s.

@@ -122,7 +122,12 @@ class Conversation:
         reply = self.llm.chat([*self.messages, question], **self.sampling)
         pieces = []
         try:
-            for piece in reply:
+            for channel, piece in reply.pieces():
+                if channel == "thinking":
+                    self.console.out(piece, end="", style="dim", highlight=False)
+                    continue
+                if not pieces and reply.answers[0].thinking:
+                    self.console.print("\n")
                 pieces.append(piece)
                 self.console.out(piece, end="", highlight=False)
         except KeyboardInterrupt:
@@ -132,7 +137,10 @@ class Conversation:
         note = notes.get(reply.finish_reason, "")
         rate = len(reply.ids) / seconds
         self.console.print(f"\n[dim]{len(reply.ids)} tokens, {rate:.1f} a second{note}[/dim]")
-        self.messages += [question, {"role": "assistant", "content": "".join(pieces)}]
+        answer: Message = {"role": "assistant", "content": "".join(pieces)}
+        if thinking := reply.answers[0].thinking:
+            answer["reasoning_content"] = thinking
+        self.messages += [question, answer]
         _keep(self.kept, self.messages)
 
     def command(self, name: str, argument: str = "") -> None:

@@ -187,6 +187,7 @@ class Service:
         """
         adapter, llm = self.adapter(body.model), self.llm
         ignored = body.ignored(strict=self.settings.strict_params)
+        ignored = [name for name in ignored if name not in llm.tokenizer.settings]
         n_expected = body.n_expected(llm) if client.limits.tokens_per_minute else 0
         self.gatekeeper.admit(client, n_expected, is_part=is_part)
         self._n_starting += 1

@@ -20,9 +20,9 @@ from opennemo.tokenizer.calls import TEMPLATE_SYNTAXES, CallSyntax, read_calls
 from opennemo.tokenizer.channels import Channels, Piece
 from opennemo.tokenizer.chat_layouts import LAYOUTS, ChatLayout, Segment, segments
 from opennemo.tokenizer.messages import (
-    PLAIN,
     TOOL_CALL_ID,
     Message,
+    NormalForm,
     Tool,
     check_tools,
     hash_id,
@@ -33,6 +33,7 @@ from opennemo.tokenizer.template import turn_end as template_turn_end
 from opennemo.tokenizer.tokenizer import Tokenizer
 
 THINKING = ("[THINK]", "[/THINK]")
+BY_TEMPLATE = NormalForm(thinking=("assistant",))
 
 
 def encode_chat(
@@ -50,7 +51,7 @@ def encode_chat(
         InvalidRequest: what is wrong, where (`messages[3].content`), and what is allowed.
     """
     layout = LAYOUTS.get(tokenizer.instruct_version or "")
-    conversation = normalize(messages, layout.form if layout else PLAIN)
+    conversation = normalize(messages, layout.form if layout else BY_TEMPLATE)
     tools, settings = check_tools(tools), _check_settings(tokenizer, layout, settings or {})
     last = conversation[-1]
     if last["role"] == "assistant" and not last.get("prefix"):
@@ -76,7 +77,7 @@ def encode_for_training(
         InvalidRequest: what is wrong, where, and what is allowed.
     """
     layout = LAYOUTS.get(tokenizer.instruct_version or "")
-    conversation = normalize(messages, layout.form if layout else PLAIN)
+    conversation = normalize(messages, layout.form if layout else BY_TEMPLATE)
     tools, settings = check_tools(tools), _check_settings(tokenizer, layout, {})
     if layout:
         for call in conversation[-1].get("tool_calls", ()):

@@ -74,6 +74,7 @@ class ChatTemplate:
         self._template, knows_tools, _ = _compile(source)
         self._control = tokenizer.control
         self._control_tokens, look_alikes = _patterns(tuple(tokenizer.control))
+        messages = [_with_reasoning(message) for message in messages]
         try:
             if not knows_tools:
                 messages, tools = _spell_out_tools(messages, tools), []
@@ -246,6 +247,15 @@ def turn_end(tokenizer: Tokenizer) -> int | str | None:
     return None
 
 
+def _with_reasoning(message: dict) -> dict:
+    """A message whose thinking stands where templates look for it, if they do."""
+    if "parts" not in message:
+        return message
+    thinking = "".join(part.text for part in message["parts"] if part.thinking)
+    rest = {key: value for key, value in message.items() if key != "parts"}
+    return rest | {"reasoning_content": thinking}
+
+
 def _spell_out_tools(messages: Sequence[dict], tools: Sequence[dict]) -> list[dict]:
     """The conversation for a template that has no place for tools, in the tags that Hermes began.
 
@@ -261,7 +271,8 @@ def _spell_out_tools(messages: Sequence[dict], tools: Sequence[dict]) -> list[di
         if role == "user" and turns and turns[-1]["role"] == "user":
             turns[-1]["content"] += f"\n{content}"
         else:
-            marks = {key: message[key] for key in ("prefix", "weight") if key in message}
+            kept = ("prefix", "weight", "reasoning_content")
+            marks = {key: message[key] for key in kept if key in message}
             turns.append({"role": role, "content": content, **marks})
     if tools:
         if turns[0]["role"] != "system":

@@ -111,7 +111,9 @@ def _messages(message: dict[str, Any], where: str) -> list[dict[str, Any]]:
         elif kind == "tool_result":
             id, result = block.get("tool_use_id"), block.get("content")
             results.append({"role": "tool", "tool_call_id": id, "content": result})
-        elif kind not in ("thinking", "redacted_thinking"):
+        elif kind == "thinking":
+            texts.append({"type": "thinking", "thinking": block.get("thinking")})
+        elif kind != "redacted_thinking":
             raise InvalidRequest(f"{where}.content[{i}].type: {str(kind)[:100]!r} is not supported")
     words = [{"role": role, "content": texts}] if texts or not (calls or results) else []
     if calls:
@@ -130,6 +132,8 @@ async def create_message(
     await generation.whole(request.receive)
     text, calls = generation.answers[0].text, generation.answers[0].calls
     content: list[dict[str, Any]] = []
+    if thinking := generation.answers[0].thinking:
+        content.append(_thinking(thinking))
     if text or not calls:
         content.append(_text(text))
     for call in calls:
@@ -164,6 +168,10 @@ class _MessageStory:
         yield _event("message_start", message=_head(self._generation))
 
     def add(self, token: Token) -> Iterator[str]:
+        if token.thinking:
+            if self._kind != "thinking":
+                yield from self._open(_thinking(""))
+            yield self._delta({"type": "thinking_delta", "thinking": token.thinking})
         if token.text:
             if self._kind != "text":
                 yield from self._open(_text(""))
@@ -212,7 +220,7 @@ def _head(generation: Generation) -> dict[str, Any]:
         "usage": {
             "input_tokens": generation.reply.n_prompt_tokens - cached,
             "output_tokens": 0,
-            "output_tokens_details": {"thinking_tokens": 0},
+            "output_tokens_details": {"thinking_tokens": generation.n_thinking_tokens},
             "cache_creation_input_tokens": 0,
             "cache_read_input_tokens": cached,
             "cache_creation": None,
@@ -232,6 +240,10 @@ def _stop(generation: Generation) -> dict[str, Any]:
 def _text(text: str) -> dict[str, Any]:
     # Anthropic's specification asks for the field, and Vercel's client for a list.
     return {"type": "text", "text": text, "citations": []}
+
+
+def _thinking(text: str) -> dict[str, Any]:
+    return {"type": "thinking", "thinking": text, "signature": ""}
 
 
 def _tool_use(id: str, name: str, input: Any) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def _chat_response(
     choices = []
     for i, answer in enumerate(generation.answers):
         calls = [_call(call) for call in answer.calls]
-        message = {
+        message: dict[str, Any] = {
             "role": "assistant",
             # Mistral's first client wants a string, even if empty.
             "content": body.prefix() + answer.text or (None if calls and not mistral else ""),
@@ -52,6 +52,8 @@ def _chat_response(
             "annotations": [],
             "prefix": False,
         }
+        if answer.thinking:
+            message |= _thought(answer.thinking, message["content"], mistral=mistral)
         if calls:
             message["tool_calls"] = calls
         logprobs = _chat_logprobs(llm, answer.tokens) if body.logprobs else None
@@ -106,10 +108,16 @@ class _ChatStory:
         i, wants_logprobs = token.index, self._body.logprobs
         held = self._held[i]
         held += [token] if wants_logprobs else ()
-        if token.text or (token.finish_reason and held):
+        logprobs = None
+        if token.text or token.thinking or (token.finish_reason and held):
             logprobs = _chat_logprobs(self._llm, held) if wants_logprobs else None
-            yield self._chunk(i, {"content": token.text}, logprobs=logprobs)
             held.clear()
+        if token.thinking:
+            thought = _thought(token.thinking, None, mistral=self._mistral)
+            yield self._chunk(i, thought, logprobs=logprobs)
+            logprobs = None
+        if token.text or logprobs:
+            yield self._chunk(i, {"content": token.text}, logprobs=logprobs)
         for call in () if self._mistral else token.calls:
             yield self._chunk(i, {"tool_calls": [_call(call, delta=True)]})
         if token.finish_reason:
@@ -136,6 +144,14 @@ class _ChatStory:
         usage = {"usage": None} if self._body.include_usage else {}  # it comes in a last chunk
         beside = {"choices": [choice]} | usage | (beside or {})
         return event(head(self._generation, "chat.completion.chunk") | beside)
+
+
+def _thought(thinking: str, text: str | None, *, mistral: bool) -> dict[str, Any]:
+    """Thinking in a message or a delta: a chunk before the text, or a field beside it."""
+    if not mistral:
+        return {"reasoning_content": thinking}
+    chunk = {"type": "thinking", "thinking": [{"type": "text", "text": thinking}]}
+    return {"content": [chunk] + [{"type": "text", "text": text}] * bool(text)}
 
 
 def _call(call: Any, *, delta: bool = False) -> dict[str, Any]:

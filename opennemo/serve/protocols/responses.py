@@ -77,11 +77,16 @@ class ResponsesRequest(Body):
         items = self.input
         if isinstance(items, str):
             items = [{"role": "user", "content": items}]
+        thinking: list[dict[str, Any]] = []  # of the assistant's item that follows
         for i, item in enumerate(items):
             kind = item.get("type", "message")
             if kind == "message":
                 content = _text(item.get("content"), f"input[{i}].content")
                 messages.append({"role": item.get("role"), "content": content})
+            elif kind == "reasoning":
+                texts = item.get("content") or []
+                thinking += [{"type": "thinking", "thinking": part.get("text")} for part in texts]
+                continue
             elif kind == "function_call":
                 function = {"name": item.get("name"), "arguments": item.get("arguments") or "{}"}
                 call = {"id": item.get("call_id"), "type": "function", "function": function}
@@ -90,8 +95,13 @@ class ResponsesRequest(Body):
                 content = _text(item.get("output"), f"input[{i}].output")
                 entry = {"role": "tool", "tool_call_id": item.get("call_id"), "content": content}
                 messages.append(entry)
-            elif kind != "reasoning":
+            else:
                 raise InvalidRequest(f"input[{i}].type: {str(kind)[:100]!r} is not supported")
+            if thinking and messages[-1]["role"] == "assistant":
+                content = messages[-1]["content"] or []
+                words = [{"type": "text", "text": content}] if isinstance(content, str) else content
+                messages[-1]["content"] = thinking + words
+            thinking = []
         return messages
 
 
@@ -150,8 +160,15 @@ class _Story:
         yield self._event(self._status, response=self.response())
 
     def add(self, token: Token) -> Iterator[str]:
-        if token.text:
+        if token.thinking:
             if not self._items:
+                parts = [{"type": "reasoning_text", "text": ""}]
+                yield from self._open({"type": "reasoning", "summary": [], "content": parts}, "rs_")
+            self._items[-1]["content"][0]["text"] += token.thinking
+            yield self._event("reasoning_text.delta", **self._place(0), delta=token.thinking)
+        if token.text:
+            if not self._items or self._items[-1]["type"] == "reasoning":
+                yield from self._close()
                 yield from self._open(MESSAGE | {"content": []}, "msg_")
                 part = dict(PART)
                 self._items[-1]["content"].append(part)
@@ -170,7 +187,10 @@ class _Story:
                 )
         if token.finish_reason:
             self._status = "incomplete" if token.finish_reason == "length" else "completed"
-            if not self._items and not token.calls:  # an empty answer is a message, too
+            if {item["type"] for item in self._items} <= {
+                "reasoning"
+            }:  # an empty answer is a message, too
+                yield from self._close()
                 self._append(MESSAGE | {"content": [dict(PART)]}, "msg_", self._status)
             else:
                 yield from self._close(self._status)
@@ -193,6 +213,9 @@ class _Story:
             part = item["content"][0]
             yield self._event("output_text.done", **self._place(0), text=part["text"], logprobs=[])
             yield self._event("content_part.done", **self._place(0), part=part)
+        elif item["type"] == "reasoning":
+            text = item["content"][0]["text"]
+            yield self._event("reasoning_text.done", **self._place(0), text=text)
         else:
             yield self._event(
                 "function_call_arguments.done", **self._place(),
@@ -220,7 +243,7 @@ class _Story:
                 "input_tokens": numbers["prompt_tokens"],
                 "input_tokens_details": numbers["prompt_tokens_details"],
                 "output_tokens": numbers["completion_tokens"],
-                "output_tokens_details": {"reasoning_tokens": 0},
+                "output_tokens_details": {"reasoning_tokens": generation.n_thinking_tokens},
                 "total_tokens": numbers["total_tokens"],
             }
 

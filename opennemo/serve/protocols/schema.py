@@ -260,6 +260,9 @@ class ChatRequest(Sampling):
             given["logprobs"] = self.top_logprobs or 0
         elif self.top_logprobs:
             raise InvalidRequest("top_logprobs: needs logprobs: true")
+        effort = (self.model_extra or {}).get("reasoning_effort")
+        if "reasoning_effort" in llm.tokenizer.settings:
+            given["settings"] = {"reasoning_effort": effort}
         return given | {
             "messages": messages,
             "tools": self.tools or None,

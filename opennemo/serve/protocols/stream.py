@@ -119,10 +119,16 @@ class Generation:
     def n_output_tokens(self) -> int:
         return sum(len(answer.ids) for answer in self.answers)
 
+    @property
+    def n_thinking_tokens(self) -> int:
+        """Those of the output that completed a piece of thinking."""
+        return sum(bool(token.thinking) for answer in self.answers for token in answer.tokens)
+
     def usage(self) -> dict[str, Any]:
         """OpenAI's count of tokens, EOS included."""
         n_prompt, n_output = self.reply.n_prompt_tokens, self.n_output_tokens
-        return {
+        thought = {"completion_tokens_details": {"reasoning_tokens": self.n_thinking_tokens}}
+        return (thought if self.n_thinking_tokens else {}) | {
             "prompt_tokens": n_prompt,
             "completion_tokens": n_output,
             "total_tokens": n_prompt + n_output,
