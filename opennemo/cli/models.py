@@ -44,7 +44,7 @@ def info(model: Model) -> None:
         f"of {config.head_dim}",
         "vocabulary": f"{config.vocab_size:,}{', tied to the head' * config.tied_embeddings}",
         "context": f"{config.max_position_embeddings:,} tokens"
-        + (f", window {config.sliding_window:,}" if config.sliding_window else ""),
+        + (f", window {_windows(config.sliding_window)}" if config.sliding_window else ""),
     }
     for name, value in rows.items():
         console.print(f"{name:<11} {value}", soft_wrap=True)
@@ -196,6 +196,12 @@ def merge(
     with progress("Merging", unit="bytes") as bar:
         fold(locate(model), adapter, out, dtype=stored_as, progress=bar.update)
     print(f"Wrote {out}")
+
+
+def _windows(window: Any) -> str:
+    """One window, or those that are repeated through the layers."""
+    widths = window if isinstance(window, tuple) else (window,)
+    return ", ".join(f"{width:,}" if width else "none" for width in widths)
 
 
 def _layout(to: str | None, out: Path, allowed: tuple[str, ...]) -> Any:

@@ -657,17 +657,20 @@ class Pool {
 
 struct Shape {  // mirrored in cpu.py, as is Step
   int32_t dim, n_layers, n_heads, n_kv_heads, head_dim, hidden_dim, vocab_size, n_threads;
-  float norm_eps;
+  int32_t far_original;  // queries are scaled by 1 + far_beta * log(1 + position / far_original)
+  float norm_eps, far_beta;
+  double gain;  // of cosines and sines
 };
 
 struct Step {
-  int32_t n_tokens, n_sequences, n_rows, table_width, page_size, window, kv_format;
+  int32_t n_tokens, n_sequences, n_rows, table_width, page_size, kv_format;
   int64_t n_pages;
   const int32_t *tokens, *positions;          // (T,)
   const int64_t* slots;                       // (T,)
   const int32_t* cu_seqlens;                  // (S + 1,)
   const int32_t* page_table;                  // (S, table_width)
   const int32_t* rows;                        // (R,), tokens whose logits are wanted
+  const int32_t* windows;                     // (L,), 0 for none
   uint8_t* kv_cache;                          // (L, 2, P, page_size, K, H)
   float* kv_scale;                            // fp8 (L, 2), int8 (L, 2, P, page_size, K)
   float* logits;                              // (R, V)
@@ -808,6 +811,13 @@ struct Model {
     return s.kv_format == INT8 ? s.kv_scale + (side * n_slots + slot) * shape.n_kv_heads + head : nullptr;
   }
 
+  // What a query is multiplied by, as in positions.query_scale, before its products with keys.
+  float query_scale(int position) const {
+    const float scale = 1.f / std::sqrt((float)shape.head_dim);
+    if (shape.far_original == 0) return scale;
+    return scale * (float)(1 + shape.far_beta * std::log1p((double)(position / shape.far_original)));
+  }
+
   void step(const Step& step);
   void attend(const Step& step, int layer, const Task& task, const Task* next, Scratch& s);
 };
@@ -881,8 +891,8 @@ struct Walk {
       : step(step), table(step.page_table + (size_t)sequence * step.table_width),
         position(position), page(position / step.page_size), offset(position % step.page_size) {}
   // The tile of keys where a task begins, [from, to) being its queries.
-  static Walk first_of(const Step& step, int sequence, int from) {
-    int oldest = step.window ? std::max(0, step.positions[from] - step.window + 1) : 0;
+  static Walk first_of(const Step& step, int sequence, int from, int window) {
+    int oldest = window ? std::max(0, step.positions[from] - window + 1) : 0;
     return Walk(step, sequence, oldest / COLS * COLS);
   }
   size_t row() const { return (size_t)table[page] * step.page_size + offset; }
@@ -906,8 +916,9 @@ void Model::attend(const Step& step, int layer, const Task& task, const Task* ne
   std::fill(zeros, zeros + H, 0.f);
   std::vector<float> most(R, -1e30f), total(R, 0.f);
   std::fill(out, out + R * width, 0.f);
-  const float scale = 1.f / std::sqrt((float)H);
+  const int window = step.windows[layer];
   for (int r = 0; r < R; r++) {
+    const float scale = query_scale(step.positions[task.from + r / G]);
     const float* from = &qkv[(size_t)(task.from + r / G) * stride + (task.head * G + r % G) * H];
     for (int h = 0; h < H; h++) q[r * H + h] = from[h] * scale;
   }
@@ -922,10 +933,10 @@ void Model::attend(const Step& step, int layer, const Task& task, const Task* ne
     walk.next();
     return true;
   };
-  Walk key = Walk::first_of(step, task.sequence, task.from);
+  Walk key = Walk::first_of(step, task.sequence, task.from, window);
   Walk ahead(step, task.sequence, key.position + COLS);
   const Task& after = next ? *next : task;
-  Walk beyond = Walk::first_of(step, after.sequence, after.from);
+  Walk beyond = Walk::first_of(step, after.sequence, after.from, window);
   const int border = next ? std::min(beyond.position + COLS, step.positions[after.to - 1] + 1) : 0;
   for (int j0 = key.position; j0 <= last; j0 += COLS) {
     const int n = std::min(COLS, last + 1 - j0);
@@ -955,7 +966,7 @@ void Model::attend(const Step& step, int layer, const Task& task, const Task* ne
       multiply(keys, COLS, q + r0 * H, H, M, H, score, COLS);
       for (int m = 0; m < M; m++, score += COLS) {
         const int r = r0 + m, position = step.positions[task.from + r / G];
-        const int begin = step.window ? position - step.window + 1 : 0;
+        const int begin = window ? position - window + 1 : 0;
         if (j0 + COLS > position + 1 || j0 < begin)
           for (int j = 0; j < COLS; j++)
             if (j0 + j > position || j0 + j < begin) score[j] = -INFINITY;
@@ -1007,7 +1018,8 @@ void Model::step(const Step& step) {
         with_blocks(embedding.format, [&](auto type) { row_of_blocks<decltype(type)>(row, D, to); });
       for (int h = 0; h < H / 2; h++) {  // in double, as in transformer.rotary
         double angle = step.positions[i] * frequencies[h];
-        rope[(size_t)i * H + 2 * h] = std::cos(angle), rope[(size_t)i * H + 2 * h + 1] = std::sin(angle);
+        rope[(size_t)i * H + 2 * h] = shape.gain * std::cos(angle);
+        rope[(size_t)i * H + 2 * h + 1] = shape.gain * std::sin(angle);
       }
     });
     int n = T;  // rows that the rest of the network still needs

@@ -91,26 +91,28 @@ class CompilerMissing(Exception):
 
 
 class Shape(ctypes.Structure):
-    """The model's shape, and how many threads to use."""
+    """The model's shape, how many threads to use, and by what queries and rotations are scaled."""
 
     _fields_ = [
         *((name, ctypes.c_int32) for name in (
             "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size",
-            "n_threads",
+            "n_threads", "far_original",
         )),
         ("norm_eps", ctypes.c_float),
+        ("far_beta", ctypes.c_float),
+        ("gain", ctypes.c_double),
     ]  # fmt: skip
 
 
 class _Step(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int32) for name in (
-            "n_tokens", "n_sequences", "n_rows", "table_width", "page_size", "window", "kv_format",
+            "n_tokens", "n_sequences", "n_rows", "table_width", "page_size", "kv_format",
         )),
         ("n_pages", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in (
-            "tokens", "positions", "slots", "cu_seqlens", "page_table", "rows", "kv_cache",
-            "kv_scale", "logits",
+            "tokens", "positions", "slots", "cu_seqlens", "page_table", "rows", "windows",
+            "kv_cache", "kv_scale", "logits",
         )),
     ]  # fmt: skip
 
@@ -277,12 +279,13 @@ class CpuModel:
     def step(
         self, tokens: Tensor, positions: Tensor, slots: Tensor, cu_seqlens: Tensor,
         page_table: Tensor, rows: Tensor, kv_cache: Tensor, kv_format: CpuFormat,
-        kv_scale: Tensor | None = None, window: int | None = None,
+        kv_scale: Tensor | None = None, windows: Sequence[int | None] = (),
     ) -> Tensor:  # fmt: skip
         """Compute new tokens (T,), write their keys and values -> logits (R, V) of `rows` (R,).
 
         Everything else as in attention.Paged: positions and slots (T,), cu_seqlens (S + 1,),
-        page_table (S, pages); kv_cache and kv_scale are codes and scale of pages.Pages.
+        page_table (S, pages); kv_cache and kv_scale are codes and scale of pages.Pages. `windows`
+        are those of all layers, if any has one.
 
         Raises:
             ValueError: a token, position, slot, page or row does not exist, or the cache is not
@@ -306,10 +309,11 @@ class CpuModel:
         ints = [x.int().contiguous() for x in (tokens, positions, cu_seqlens, page_table, rows)]
         places = slots.long().contiguous()
         tokens, positions, cu_seqlens, page_table, rows = ints
+        of_layers = (ctypes.c_int32 * shape.n_layers)(*(window or 0 for window in windows))
         step = _Step(
             n_tokens=len(tokens), n_sequences=len(cu_seqlens) - 1, n_rows=len(rows),
-            table_width=page_table.shape[1], page_size=page_size, window=window or 0,
-            kv_format=kv_format, n_pages=n_pages,
+            table_width=page_table.shape[1], page_size=page_size,
+            kv_format=kv_format, n_pages=n_pages, windows=ctypes.addressof(of_layers),
             tokens=tokens.data_ptr(), positions=positions.data_ptr(), slots=places.data_ptr(),
             cu_seqlens=cu_seqlens.data_ptr(), page_table=page_table.data_ptr(),
             rows=rows.data_ptr(), kv_cache=kv_cache.data_ptr(),

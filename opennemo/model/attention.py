@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from opennemo.model.pages import Pages
+from opennemo.model.positions import Window, window_in
 
 FUSED_PAGE_SIZE = 256  # FlashAttention-2 in PyTorch 2.13 takes pages of multiples of this
 MASK = 1 << 24  # numbers of a mask at once, where attention on a CPU needs one
@@ -27,7 +28,7 @@ class Packed:
 
     cu_seqlens: Tensor  # (S + 1,) int32, where each sequence starts, and the end of the last
     max_seqlen: int
-    window: int | None = None  # ModelConfig.sliding_window
+    window: Window = None  # ModelConfig.sliding_window
     positions: Tensor = field(init=False)  # (T,)
 
     def __post_init__(self) -> None:
@@ -36,14 +37,14 @@ class Packed:
         self.positions = total - starts.repeat_interleave(lengths)
 
     @classmethod
-    def of(cls, *lengths: int, window: int | None = None, device: str = "cpu") -> "Packed":
+    def of(cls, *lengths: int, window: Window = None, device: str = "cpu") -> "Packed":
         """Sequences of these lengths."""
         cu_seqlens = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(device, torch.int32)
         return cls(cu_seqlens, max(lengths), window)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         cu, longest = self.cu_seqlens, self.max_seqlen
-        return varlen_attention(q, k, v, cu, cu, longest, window=self.window)
+        return varlen_attention(q, k, v, cu, cu, longest, window=window_in(self.window, layer))
 
 
 @dataclass
@@ -57,7 +58,7 @@ class Paged:
     max_seqlen: int  # most new tokens of any sequence: 1 when decoding
     context_lens: Tensor  # (S,) int32, past and new tokens of each sequence
     page_table: Tensor  # (S, most pages of any sequence) int32
-    window: int | None = None  # ModelConfig.sliding_window
+    window: Window = None  # ModelConfig.sliding_window
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         self.pages.write(layer, self.slots, k, v)
@@ -73,7 +74,7 @@ class Paged:
             table = table.to(self.page_table.dtype)
         return varlen_attention(
             q, k_pages, v_pages, self.cu_seqlens, None, self.max_seqlen,
-            self.context_lens, table, self.window,
+            self.context_lens, table, window_in(self.window, layer),
         )  # fmt: skip
 
 

@@ -370,7 +370,7 @@ def _compare(
     # What may be stored though it is not needed: a tied head, in old files RoPE's angles, and the
     # scales of a KV cache in FP8.
     ignored = (
-        layouts.spell(HEAD, layout), "rotary_emb.inv_freq",
+        layouts.spell(HEAD, layout), "rotary_emb.inv_freq", "rope_freqs.weight",
         *(name for pair in compressed.KV_SCALES[layout] for name in pair),
     )  # fmt: skip
     problems = {
@@ -408,7 +408,7 @@ def write_model(
 
     `extra` are small tensors under the layout's own names, `more_settings` go into the settings.
     """
-    given = read
+    content, given = layouts.write_settings(config, layout), read
     if layout == "mistral" and config.tied_embeddings:  # mistral-inference reads a head in any case
         tensors = {**tensors, "output.weight": tensors["tok_embeddings.weight"]}
         read = lambda n: given("tok_embeddings.weight" if n == "output.weight" else n)  # noqa: E731
@@ -451,5 +451,4 @@ def write_model(
         write_json(folder / f"{stem}.safetensors.index.json", index)
     dtype = tensors[EMBEDDING][0]
     stored_as = {"torch_dtype": str(dtype).removeprefix("torch.")} if layout == "hf" else {}
-    content = layouts.write_settings(config, layout) | stored_as | dict(more_settings or {})
-    write_json(folder / settings, content)
+    write_json(folder / settings, content | stored_as | dict(more_settings or {}))

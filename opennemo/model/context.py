@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributed._functional_collectives import all_gather_single_autograd
 
 from opennemo.model.attention import varlen_attention
+from opennemo.model.positions import Window, window_in
 
 
 @dataclass
@@ -36,7 +37,7 @@ class ContextParallel:
 
     cu_seqlens: Tensor  # (S + 1,) int32, of the whole window
     group: dist.ProcessGroup  # the ranks that share the window
-    window: int | None = None  # ModelConfig.sliding_window
+    window: Window = None  # ModelConfig.sliding_window
     rows: Tensor = field(init=False)  # (T / W,) places in the window
     positions: Tensor = field(init=False)  # (T / W,) places in their sequences
     _pieces: list[_Piece] = field(init=False)
@@ -66,7 +67,7 @@ class ContextParallel:
         parts = [
             varlen_attention(
                 part, keys[piece.keys], values[piece.keys], piece.cu_q, piece.cu_k,
-                piece.max_seqlen, window=self.window,
+                piece.max_seqlen, window=window_in(self.window, layer),
             )
             for part, piece in zip(q.chunk(2), self._pieces, strict=True)
         ]  # fmt: skip

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from opennemo.kernels import cpu
 from opennemo.model.attention import Paged
 from opennemo.model.formats import FORMATS, plain
+from opennemo.model.positions import frequencies, window_in
 from opennemo.model.quantization import QuantizedEmbedding, QuantizedLinear, replace_module
 from opennemo.model.tensor_files import forget_pages
 from opennemo.model.transformer import Block, Transformer
@@ -28,14 +29,15 @@ class NativeStep:
         release: bool = False,
     ):
         config = model.config
+        far, scaling = config.query_scaling, config.rope_scaling
         shape = cpu.Shape(
             config.dim, config.n_layers, config.n_heads, config.n_kv_heads, config.head_dim,
-            config.hidden_dim, config.vocab_size, n_threads, config.norm_eps,
+            config.hidden_dim, config.vocab_size, n_threads, far.original if far else 0,
+            config.norm_eps, far.beta if far else 0.0, scaling.gain if scaling else 1.0,
         )  # fmt: skip
-        channels = torch.arange(0, config.head_dim, 2, dtype=torch.float64)
         self.kernel = cpu.CpuModel(
             shape,
-            config.rope_theta ** (-channels / config.head_dim),
+            frequencies(config.head_dim, config.rope_theta, scaling),
             _weights(model.tok_embeddings),
             model.norm.weight,
             _layers(model, release),
@@ -51,7 +53,8 @@ class NativeStep:
         assert kv_format is not None, pages.format
         return self.kernel.step(
             tokens, attend.positions, attend.slots, attend.cu_seqlens, attend.page_table, rows,
-            pages.codes, kv_format, pages.scale, attend.window,
+            pages.codes, kv_format, pages.scale,
+            [window_in(attend.window, layer) for layer in range(pages.codes.shape[0])],
         )  # fmt: skip
 
 

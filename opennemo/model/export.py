@@ -123,7 +123,7 @@ def importance(
     attend = Packed.of(*map(len, windows), window=config.sliding_window)
     tokens = torch.tensor([id for ids in windows for id in ids])
     x = source.read("tok_embeddings.weight", source.dtype)[tokens].float()
-    rope = rotary(attend.positions, config.head_dim, config.rope_theta)
+    rope = rotary(attend.positions, config)
     squares: dict[str, Tensor] = {}
     for i in range(config.n_layers):
         progress(i, config.n_layers)

@@ -93,7 +93,8 @@ class GGUF:
         if "token_embd.weight" in self.shapes:
             self.settings.setdefault("llama.vocab_size", self.shapes["token_embd.weight"][0])
         if "rope_freqs.weight" in self.shapes:
-            self.settings["llama.rope.scaling.type"] = "llama3"
+            factors = self.read("rope_freqs.weight", torch.float32)
+            self.settings["llama.rope.factors"] = factors.flatten().tolist()
 
     def _open(self, path: Path) -> tuple[dict[str, Any], dict[str, Entry]]:
         try:

@@ -181,7 +181,12 @@ def write_gguf(
     }  # fmt: skip
     fields.setdefault("general.name", dst.stem)
 
+    if (factors := layouts.rope_factors(source.config)) is not None:
+        tensors["rope_freqs.weight"] = Place((len(factors),), Type.F32, 4 * len(factors))
+
     def parts(name: str) -> Iterator[Tensor]:
+        if factors is not None and name == "rope_freqs.weight":
+            return iter([factors.view(torch.uint8)])
         weight = (importance or {}).get(name.removesuffix(".weight"))
         return _parts(src, source, name, types[name], weight, change)
 
@@ -234,9 +239,10 @@ def _write(
         for left in dst.parent.glob(f".{escape(dst.name)}.*.partial"):
             left.unlink()  # by a process that was killed
         with open_whole(dst) as file:
-            head = gguf.GGUFWriter(file.name, "llama")
+            head = gguf.GGUFWriter(file.name, fields.get("general.architecture", "llama"))
             for key, value in fields.items():
-                _add(head, key, value)
+                if key != "general.architecture":
+                    _add(head, key, value)
             for name, place in tensors.items():
                 module, kind, half = name.partition(".weight")
                 own = layouts.spell(f"{module}{kind}", "gguf") + half

@@ -22,6 +22,7 @@ from opennemo.kernels.paged_attention import paged_attention
 from opennemo.model.attention import Paged
 from opennemo.model.formats import FORMATS
 from opennemo.model.pages import Pages
+from opennemo.model.positions import query_scale, window_in
 from opennemo.model.quantization import QuantizedLinear
 from opennemo.model.torch_step import TorchStep
 from opennemo.model.transformer import Block, Transformer, rotary
@@ -113,7 +114,9 @@ class GpuStep:
     def hidden(self, tokens: Tensor, attend: Paged) -> Tensor:
         """The blocks and the last norm: tokens (T,) -> (T, D)."""
         config, pages = self.model.config, attend.pages
-        rope = rotary(attend.positions, config.head_dim, config.rope_theta)
+        # The kernel turns queries and keys alike; queries may be scaled by position besides.
+        rope = rotary(attend.positions, config)[:, -1:].contiguous()
+        far = config.query_scaling and query_scale(attend.positions, config.query_scaling)
         x, update = self.model.tok_embeddings(tokens), None
         for i, layer in enumerate(self.layers):
             rows = gpu.norm(x, update, layer.attention_norm, config.norm_eps, layer.qkv.rounding)
@@ -121,11 +124,14 @@ class GpuStep:
             q = gpu.rotate_and_write(
                 layer.qkv(rows, x.dtype), rope, config.n_heads, pages.codes[i], scale, attend.slots
             )
+            if far is not None:
+                q = (q * far).type_as(q)
             if attend.max_seqlen == 1:
                 keys, values = pages.codes[i]
                 seen = paged_attention(
                     q, keys, values, attend.page_table, attend.context_lens,
-                    *((None, None) if scale is None else scale), window=attend.window,
+                    *((None, None) if scale is None else scale),
+                    window=window_in(attend.window, i),
                 )  # fmt: skip
             else:
                 seen = attend.attention(i, q)

@@ -25,6 +25,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from opennemo.model.positions import (
+    QueryScaling,
+    RopeScaling,
+    Window,
+    frequencies,
+    query_scale,
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -41,8 +49,10 @@ class ModelConfig:
     rope_theta: float = 1e6
     norm_eps: float = 1e-5
     max_position_embeddings: int = 131072  # longest context the model was trained for, in tokens
-    sliding_window: int | None = None  # how many tokens back a token sees, itself included
+    sliding_window: Window = None
     tied_embeddings: bool = False  # the output head is the transposed embedding
+    rope_scaling: RopeScaling | None = None
+    query_scaling: QueryScaling | None = None
 
 
 class Attend(Protocol):
@@ -75,7 +85,7 @@ class Transformer(nn.Module):
         activations, and neither training (which fuses it into the loss) nor prefill (which needs
         only each prompt's last token) ever wants it whole.
         """
-        rope = rotary(attend.positions, self.config.head_dim, self.config.rope_theta)
+        rope = rotary(attend.positions, self.config)
         x = self.tok_embeddings(tokens)
         for layer in self.layers:
             x = layer(x, rope, attend)
@@ -107,7 +117,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rope: Tensor, attend: Attend) -> Tensor:
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
-        out = attend(self.index, rotate(q, rope), rotate(k, rope), v)
+        out = attend(self.index, rotate(q, rope[:, :1]), rotate(k, rope[:, -1:]), v)
         return self.wo(out.flatten(-2))
 
 
@@ -122,15 +132,23 @@ class FeedForward(nn.Module):
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
-def rotary(positions: Tensor, head_dim: int, theta: float) -> Tensor:
-    """Rotation angles as unit vectors: positions (T,) -> (T, 1, H/2, 2), cosine and sine, float32.
+def rotary(positions: Tensor, config: ModelConfig) -> Tensor:
+    """What rotates queries and keys: positions (T,) -> (T, 1, H/2, 2), cosine and sine, float32.
+
+    Where queries are scaled by position it is (T, 2, H/2, 2): theirs first, then that of keys.
 
     Angles are multiplied out in float64: at position 131,072 a float32 angle is off by up to
     0.016 radians, which is the difference between neighbouring tokens of the slow channels.
     """
-    pairs = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float64)
-    angles = positions.double()[:, None] * theta ** (-pairs / head_dim)  # (T, H/2)
-    return torch.stack((angles.cos(), angles.sin()), dim=-1).float()[:, None]
+    scaling = config.rope_scaling
+    turns = frequencies(config.head_dim, config.rope_theta, scaling).to(positions.device)
+    angles = positions.double()[:, None] * turns  # (T, H/2)
+    rope = torch.stack((angles.cos(), angles.sin()), dim=-1)[:, None]
+    rope = rope * scaling.gain if scaling else rope
+    if config.query_scaling:
+        scale = query_scale(positions, config.query_scaling)
+        rope = torch.cat((rope * scale[..., None], rope), 1)
+    return rope.float()
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from opennemo.model.attention import Packed
+from opennemo.model.positions import Window
 from opennemo.train.conversations import Example, Pair
 from opennemo.train.corpus import Corpus
 
@@ -46,7 +47,7 @@ class Batch:
     targets: Tensor  # (T,) int64, IGNORED where nothing is to be learnt
     cu_seqlens: Tensor  # (S + 1,) int32
     max_seqlen: int
-    window: int | None  # ModelConfig.sliding_window
+    window: Window  # ModelConfig.sliding_window
     n_units: int  # what the loss is a mean over: targets, or pairs
     reference: Tensor | None = None  # (S,) log-probabilities under the reference model
 
@@ -131,7 +132,7 @@ def first_fit(sizes: np.ndarray, order: np.ndarray, width: int) -> list[list[int
 
 
 def collate(
-    rows: Sequence[PackedRow], window: int | None, references: np.ndarray | None = None
+    rows: Sequence[PackedRow], window: Window, references: np.ndarray | None = None
 ) -> Batch:
     """Lay rows end to end. With `references` (pairs, 2) the units are pairs, else targets."""
     lengths = np.concatenate([row.lengths for row in rows])

@@ -101,7 +101,7 @@ def test_rotated_keys_are_written_as_the_cache_would(dtype: torch.dtype, kv: str
     ours, theirs = (Pages.empty(config, 5, 7, kv, DEVICE, scale) for _ in range(2))
     slots = torch.randperm(35)[:9].to(DEVICE)
     qkv = torch.randn(9, 10 * 48, device=DEVICE).to(dtype)
-    rope = rotary(torch.arange(9, device=DEVICE) * 1000, 48, 1e6)
+    rope = rotary(torch.arange(9, device=DEVICE) * 1000, config)
     q, k, v = qkv.view(9, 10, 48).split([6, 2, 2], 1)
     theirs.write(1, slots, rotate(k, rope), v)
     ours_scale = None if ours.scale is None else ours.scale[1]

@@ -232,19 +232,29 @@ def assert_refused(path: Path, message: str) -> None:
     [
         ("mistral", {"moe": {"num_experts": 8}}, "moe = "),
         ("mistral", {"vision_encoder": {"hidden_size": 1024}}, "vision_encoder = "),
+        ("mistral", {"causal": False}, "bidirectional = True"),
+        ("mistral", {"yarn": {"factor": 16, "gamma": 2}}, "yarn.gamma = 2 .*: factor, "),
+        ("mistral", {"yarn": {"factor": 16, "beta": 32}}, "yarn.apply_scale is missing"),
+        ("mistral", {"llama_4_scaling": {"beta": 0.1}}, "original_max_position_embeddings is mis"),
+        ("mistral", {"rope_scaling": {"factor": 16}}, "rope_scaling = "),
         ("mistral", {"quantization": {"qformat_weight": "fp8_e4m3"}}, "quantization .* only"),
-        ("mistral", {"yarn": {"factor": 16}}, "yarn = "),
         ("mistral", {"model_type": "mamba"}, "model_type = 'mamba' .*supported: transformer"),
-        ("mistral", {"sliding_window": [4096, None]}, r"sliding_window is \[4096, None\]"),
+        ("mistral", {"sliding_window": [4, 3, None]}, r"sliding_window is \[4, 3, None\]"),
         ("hf", {"architectures": ["Qwen2ForCausalLM"]}, "Qwen2ForCausalLM.*MistralForCausalLM"),
         ("hf", {"architectures": None, "model_type": "gemma"}, "gemma.*: mistral or llama"),
         ("hf", {"auto_map": {"AutoModel": "evil.Model"}}, "auto_map = "),
         ("hf", {"attention_bias": True}, "attention_bias = True"),
         ("hf", {"mlp_bias": True}, "mlp_bias = True"),
         ("hf", {"hidden_act": "gelu"}, "hidden_act = 'gelu'.*supported: silu"),
-        ("hf", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type = 'linear'"),
-        ("hf", {"rope_scaling": "yarn"}, "rope_type = 'yarn'"),
-        ("hf", {"rope_parameters": {"rope_type": "llama3"}}, "'llama3'.*: default"),
+        ("hf", {"rope_scaling": {"type": "linear"}}, "factor is missing"),
+        ("hf", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'.*: default or lin"),
+        ("hf", {"rope_scaling": "longrope"}, "rope_type = 'longrope' .*or llama3 or yarn"),
+        ("hf", {"rope_parameters": {"rope_type": "llama3"}}, "factor is missing"),
+        ("hf", {"rope_parameters": {"type": "yarn", "factor": 2, "alpha": 3}}, "alpha = 3 .*"),
+        ("hf", {"rope_parameters": {"full_attention": {"rope_theta": 1}}}, "full_attention = "),
+        ("hf", {"layer_types": ["full_attention"]}, "layer_types = .*: 2 of full_attention and"),
+        ("hf", {"sliding_window": 0, "layer_types": ["sliding_attention"] * 2}, "_window is mis"),
+        ("hf", {"num_local_experts": 8}, "num_local_experts = 8"),
         ("hf", {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
         ("hf", {"quantization_config": {"quant_method": "exl2"}}, "quant_method is 'exl2'"),
     ],
@@ -424,7 +434,7 @@ def wide(tmp_path_factory) -> Path:
     save(model, folder / "hf")
     writer = gguf.GGUFWriter(folder / "gguf", "llama")
     for name, value in asdict(WIDE).items():
-        if name not in ("sliding_window", "tied_embeddings"):
+        if value is not None and name != "tied_embeddings":
             kind = gguf.GGUFValueType.get_type(value)
             writer.add_key_value(layouts.key(name, "gguf"), value, kind)
     for name, shape in weight_shapes(WIDE).items():

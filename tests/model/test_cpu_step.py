@@ -1,6 +1,7 @@
 """The native step equals the model's definition, and a row's bits do not depend on the batch."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from opennemo.model.attention import Paged
 from opennemo.model.cpu_step import NativeStep
 from opennemo.model.formats import BLOCKS, FORMATS
 from opennemo.model.pages import Pages
+from opennemo.model.positions import QueryScaling, RopeScaling, Window
 from opennemo.model.quantization import (
     QuantizedEmbedding,
     QuantizedLinear,
@@ -58,7 +60,7 @@ class Requests:
     """Sequences of random tokens in shuffled pages, computed in whatever portions a test likes."""
 
     def __init__(
-        self, config: ModelConfig, lengths: list[int], window: int | None = None, kv: str = "fp32"
+        self, config: ModelConfig, lengths: list[int], window: Window = None, kv: str = "fp32"
     ):
         random = torch.Generator().manual_seed(1)
         self.lengths, self.window, n_pages = lengths, window, -(-max(lengths) // PAGE)
@@ -155,6 +157,33 @@ def test_a_sliding_window_equals_the_definition(window: int, instructions: str):
     found, expected = (Requests(net.config, [90, 7], window) for _ in range(2))
     for a, b in zip(found.whole(native), expected.whole(torch_step), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+SCALINGS = {
+    "llama 3": {"rope_scaling": RopeScaling(kind="llama3", factor=8.0, original=32)},
+    "yarn": {"rope_scaling": RopeScaling(
+        kind="yarn", factor=16.0, original=32, low=1.0, high=32.0, gain=1.3,
+    )},
+    "far queries": {"query_scaling": QueryScaling(beta=0.7, original=16)},
+    "windows by layer": {"sliding_window": (None, 20)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SCALINGS)
+def test_scaled_positions_and_windows_by_layer_equal_the_definition(name: str, instructions: str):
+    plain = model("odd")
+    net = Transformer(replace(plain.config, **SCALINGS[name])).requires_grad_(False)
+    net.load_state_dict(plain.state_dict())
+    native, torch_step = NativeStep(net, 2, instructions), TorchStep(net)
+    window = net.config.sliding_window
+    found, expected = (Requests(net.config, [90, 7], window) for _ in range(2))
+    other = Requests(plain.config, [90, 7])
+    pairs = zip(
+        found.whole(native), expected.whole(torch_step), other.whole(TorchStep(plain)), strict=True
+    )
+    for i, (a, b, unscaled) in enumerate(pairs):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        assert i == 1 or not torch.allclose(a, unscaled, rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize("kv", ["bf16", "fp8", "int8"])

@@ -136,7 +136,9 @@ def test_channels_are_in_mistral_s_order(tmp_path):
     [
         ("architecture", "gemma2", "general.architecture = 'gemma2'.*supported: llama"),
         ("llama.expert_count", 8, "llama.expert_count = 8"),
-        ("llama.rope.scaling.type", "yarn", "llama.rope.scaling.type = 'yarn'.*supported: none"),
+        ("llama.rope.scaling.type", "longrope", "type = 'longrope'.*: none or linear or yarn"),
+        ("llama.rope.dimension_count", 64, "rope.dimension_count = 64.*: 128"),
+        ("llama.attention.clamp_kqv", 8, "llama.attention.clamp_kqv = 8"),
         ("split.count", 4, "part None .* of 4: files of a split model are named"),
         ("llama.attention.sliding_window", 2**31, "sliding_window is 2147483648, not"),
         ("general.alignment", 3, "aligned to 3"),
@@ -148,11 +150,11 @@ def test_files_that_are_another_model(field, value, message, tmp_path):
     assert_refused(path, message)
 
 
-def test_llama_3_s_rope(tmp_path):
+def test_a_rope_of_somebody_s_own(tmp_path):
     path = tmp_path / "model.gguf"
-    write(path, CONFIG)
+    write(path, CONFIG, **{"llama.vocab_size": 300})
     path.write_bytes(path.read_bytes().replace(b"token_embd.weight", b"rope_freqs.weight"))
-    assert_refused(path, "llama.rope.scaling.type = 'llama3'")
+    assert_refused(path, "rope_freqs.weight = .*: those of Llama 3")
 
 
 @pytest.mark.parametrize("number", [Type.Q8_K, Type.I32, 4242])

@@ -2,11 +2,13 @@
 
 import importlib.resources
 import json
+import math
 import subprocess
 import sys
 import textwrap
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -25,6 +27,7 @@ from opennemo.model.formats import BLOCKS
 from opennemo.model.gguf import GGUF
 from opennemo.model.gguf_writer import MIXTURES, write_adapter
 from opennemo.model.lora import add_lora_, save_adapter
+from opennemo.model.positions import QueryScaling, RopeScaling
 from opennemo.model.quantization import QuantizedLinear, quantize_
 from opennemo.model.transformer import PRESETS, ModelConfig, Transformer
 from opennemo.tokenizer import load_tokenizer
@@ -37,6 +40,17 @@ CONFIG = ModelConfig(
     dim=256, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=128, hidden_dim=512,
     vocab_size=1032, rope_theta=5e5, max_position_embeddings=1024, sliding_window=512,
 )  # fmt: skip
+YARN = RopeScaling(kind="yarn", factor=16.0, original=128, low=1.0, high=32.0, gain=1.0)
+SCALINGS: dict[str, dict[str, Any]] = {
+    "linear": {"rope_scaling": RopeScaling(kind="linear", factor=2.5)},
+    "llama 3": {"rope_scaling": RopeScaling(kind="llama3", factor=8.0, original=8192)},
+    "yarn": {"rope_scaling": replace(YARN, gain=0.1 * math.log(16.0) + 1.0)},
+    "yarn with a factor of its own": {"rope_scaling": replace(YARN, gain=1.3)},
+    "ministral-8b": {"sliding_window": (None, 20, 20, 20)},
+    "ministral-3": {
+        "rope_scaling": YARN, "query_scaling": QueryScaling(beta=0.1, original=128),
+    },
+}  # fmt: skip
 DATA = Path(str(importlib.resources.files("mistral_common"))) / "data"
 TEXTS = ["The quick brown fox jumps over 12 lazy dogs. " * 9, "Où êtes-vous né ? L'été 1998."]
 
@@ -93,6 +107,38 @@ def test_from_layout_to_layout_and_back(layout: layouts.FolderLayout, tied: bool
         assert read_generation_config(path).items() >= ({"eos_token_ids": [2, 7]}).items()
         if path in paths[:1]:
             assert read_generation_config(path) == sampling
+
+
+@pytest.mark.parametrize("name", SCALINGS)
+def test_scaled_rope_and_windows_by_layer(name: str, tmp_path: Path):
+    config = replace(CONFIG, n_layers=4, **SCALINGS[name])
+    to_gguf(make(tmp_path / "model", config), tmp_path / "model.gguf")
+    convert(tmp_path / "model.gguf", tmp_path / "again", to="hf")
+    fields = read_metadata(tmp_path / "model.gguf")
+    architecture = "mistral3" if "yarn" in name or "ministral-3" in name else "llama"
+    assert fields["general.architecture"] == architecture
+    assert fields[f"{architecture}.block_count"] == 4
+    original, tokens = load(tmp_path / "model"), torch.arange(50) * 7 % CONFIG.vocab_size
+    assert original.config == config
+    attend = Packed.of(50, window=config.sliding_window)
+    attend.positions += 5000
+    for path in (tmp_path / "model.gguf", tmp_path / "again"):
+        model = load(path)
+        found, wanted = model.config, config
+        if name == "yarn with a factor of its own":  # a float32 in the file
+            assert found.rope_scaling and found.rope_scaling.gain == pytest.approx(1.3)
+            found, wanted = (replace(c, rope_scaling=None) for c in (found, wanted))
+        assert found == wanted
+        with torch.inference_mode():
+            torch.testing.assert_close(model(tokens, attend), original(tokens, attend))
+
+
+def test_what_a_file_has_no_name_for_is_said_before_it_is_written(tmp_path: Path):
+    scaling = replace(SCALINGS["yarn"]["rope_scaling"], truncate=False)
+    folder = make(tmp_path / "model", replace(CONFIG, rope_scaling=scaling))
+    with pytest.raises(CheckpointError, match="a GGUF file has no name for RopeScaling"):
+        to_gguf(folder, tmp_path / "model.gguf")
+    assert not (tmp_path / "model.gguf").exists()
 
 
 def test_transformers_computes_the_same_logits(folder: Path, tmp_path: Path):

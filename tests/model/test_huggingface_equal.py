@@ -11,14 +11,21 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    Ministral3Config,
+    Ministral3ForCausalLM,
+    MinistralConfig,
+    MinistralForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     PreTrainedModel,
 )
+from transformers.models.ministral3.modeling_ministral3 import get_llama_4_attn_scale
 
+from opennemo.errors import CheckpointError
 from opennemo.model.attention import Packed
 from opennemo.model.checkpoint import convert, load, save, weight_shapes
 from opennemo.model.hub import locate
+from opennemo.model.positions import QueryScaling, frequencies, query_scale
 from opennemo.model.transformer import PRESETS, ModelConfig, Transformer, rotary
 from opennemo.tokenizer.load import load_tokenizer
 
@@ -35,13 +42,46 @@ NEMO: dict[str, Any] = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
     "max_position_embeddings": 512, "sliding_window": None,
 }  # fmt: skip
+
+
+def rope(**parameters: Any) -> dict[str, Any]:
+    """RoPE of some kind, fast enough in turns that a hundred tokens tell kinds apart."""
+    return {"rope_parameters": {"rope_theta": 1e4} | parameters}
+
+
 MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "nemo": (MistralForCausalLM, MistralConfig, {}),
     "narrow": (MistralForCausalLM, MistralConfig, {"head_dim": 6}),
     "tied": (MistralForCausalLM, MistralConfig, {"tie_word_embeddings": True}),
     "7b-v0.1": (MistralForCausalLM, MistralConfig, {"head_dim": 10, "sliding_window": 16}),
     "llama": (LlamaForCausalLM, LlamaConfig, {"head_dim": 10, "num_key_value_heads": 8}),
-}
+    "linear": (LlamaForCausalLM, LlamaConfig, rope(rope_type="linear", factor=2.5)),
+    "llama-3": (LlamaForCausalLM, LlamaConfig, rope(
+        rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+        original_max_position_embeddings=64,
+    )),
+    "yarn": (MistralForCausalLM, MistralConfig, rope(
+        rope_type="yarn", factor=4.0, original_max_position_embeddings=128,
+    )),
+    "yarn-own-range": (LlamaForCausalLM, LlamaConfig, {"head_dim": 20} | rope(
+        rope_type="yarn", factor=8.0, original_max_position_embeddings=64, beta_fast=16.0,
+        beta_slow=2.0, truncate=False, attention_factor=1.1,
+    )),
+    "yarn-mscale": (LlamaForCausalLM, LlamaConfig, rope(
+        rope_type="yarn", factor=40.0, original_max_position_embeddings=64, mscale=0.7,
+        mscale_all_dim=0.3,
+    )),
+    "ministral-8b": (MinistralForCausalLM, MinistralConfig, {
+        "num_hidden_layers": 4, "sliding_window": 16,
+        "layer_types": ["full_attention", *["sliding_attention"] * 3],
+    }),
+    "ministral-3": (Ministral3ForCausalLM, Ministral3Config, {"tie_word_embeddings": True} | rope(
+        rope_type="yarn", factor=16.0, original_max_position_embeddings=32, beta_fast=32.0,
+        beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0, llama_4_scaling_beta=0.1,
+    )),
+}  # fmt: skip
+# What other layouts have no name for.
+NOT_IN_PARAMS = ("linear", "llama-3", "yarn-own-range", "yarn-mscale")
 
 
 def random_model(name: str) -> PreTrainedModel:
@@ -85,9 +125,14 @@ def test_folders_that_we_saved(name, tmp_path, monkeypatch):
     random_model(name).save_pretrained(tmp_path / "theirs")
     ours = load(tmp_path / "theirs")
     save(ours, tmp_path / "hf")
-    save(ours, tmp_path / "mistral", layout="mistral")
+    if name in NOT_IN_PARAMS:
+        with pytest.raises(CheckpointError, match=r"params\.json has no name for RopeScaling"):
+            save(ours, tmp_path / "mistral", layout="mistral")
+    middle = "hf" if name in NOT_IN_PARAMS else "mistral"
+    if middle == "mistral":
+        save(ours, tmp_path / "mistral", layout="mistral")
     monkeypatch.setattr("opennemo.model.checkpoint.MAX_SHARD", 60_000)
-    convert(tmp_path / "mistral", tmp_path / "converted", to="hf")
+    convert(tmp_path / middle, tmp_path / "converted", to="hf")
     assert len(list((tmp_path / "converted").glob("*.safetensors"))) > 3
     for folder in ("hf", "converted"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -97,12 +142,46 @@ def test_folders_that_we_saved(name, tmp_path, monkeypatch):
         assert not any(report.values()), "nothing missing, unexpected or mismatched"
         assert theirs.dtype == torch.float32
         assert_equal(ours, theirs)
-    back = load(tmp_path / "mistral")
+    back = load(tmp_path / middle)
     assert back.config == ours.config
     for (name, mine), (_, saved) in zip(
         ours.named_parameters(), back.named_parameters(), strict=True
     ):
         assert torch.equal(mine, saved), name
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if "rope_parameters" in MODELS[name][2]])
+@torch.no_grad()
+def test_scaled_rope_far_out(name, tmp_path):
+    theirs = random_model(name)
+    theirs.save_pretrained(tmp_path)
+    ours, rotation = load(tmp_path), theirs.model.rotary_emb
+    expected = rotation.inv_freq.double()
+    config, scaling = ours.config, ours.config.rope_scaling
+    assert scaling is not None
+    found = frequencies(config.head_dim, config.rope_theta, scaling)
+    torch.testing.assert_close(found, expected, rtol=2e-6, atol=0)
+    assert ours.config.rope_scaling.gain == pytest.approx(rotation.attention_scaling)
+    # Their angles are products in float32, and so are off by some 1e-4 here.
+    tokens, attend = torch.randint(331, (100,)), Packed.of(100)
+    attend.positions[50:] += 3000
+    logits = ours.output(ours(tokens, attend))
+    # With a mask, or transformers would take the leap for the beginning of another document.
+    mask, places = torch.ones(1, 100), attend.positions[None]
+    expected = theirs(tokens[None], position_ids=places, attention_mask=mask).logits[0]
+    assert (logits - expected).abs().max() < 1e-2 < expected.std()
+    assert not torch.allclose(logits, our_logits(ours, tokens), atol=1e-2)
+
+
+def test_queries_far_out_are_scaled_as_transformers_scales_them():
+    scaling = QueryScaling(beta=0.1, original=16384)
+    config = ModelConfig(query_scaling=scaling, head_dim=4)
+    positions = torch.tensor([0, 16383, 16384, 100_000, 262_143])
+    found = query_scale(positions, scaling)
+    expected = get_llama_4_attn_scale(positions[None], 0.1, 16384)
+    torch.testing.assert_close(found.float(), expected[0, 0, :, :, None])
+    queries, keys = rotary(positions, config).unbind(1)
+    torch.testing.assert_close(queries, (keys * found).float())
 
 
 def test_a_config_of_before_transformers_5(tmp_path):
@@ -168,7 +247,7 @@ def test_smollm2_converted(smollm2, tmp_path):
 
 
 def test_rope_out_to_128k_against_float64():
-    rope = rotary(torch.arange(131_072), head_dim=128, theta=1e6)
+    rope = rotary(torch.arange(131_072), ModelConfig(head_dim=128, rope_theta=1e6))
     position = torch.arange(131_072, dtype=torch.float64)
     for pair in range(64):
         angle = position / torch.tensor(1e6, dtype=torch.float64) ** (pair / 64)

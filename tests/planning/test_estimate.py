@@ -49,7 +49,7 @@ def kept_by_a_block(config: ModelConfig, change: Any, n_tokens: int) -> float:
     model = Transformer(config)
     change(model)
     attend = Packed.of(n_tokens)
-    rope = rotary(attend.positions, config.head_dim, config.rope_theta)
+    rope = rotary(attend.positions, config)
     known = [*model.parameters(), *model.buffers(), rope, attend.cu_seqlens]
     ours = {tensor.untyped_storage().data_ptr() for tensor in known}
     kept: dict[int, torch.Tensor] = {}
