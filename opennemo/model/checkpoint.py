@@ -35,6 +35,7 @@ from opennemo.model.quantization import (
     replace_module,
 )
 from opennemo.model.tensor_files import PLAIN, SafetensorFiles, forget_pages, write_safetensors
+from opennemo.model.text_part import text_part
 from opennemo.model.transformer import ModelConfig, Transformer
 from opennemo.progress import Progress
 
@@ -166,6 +167,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         layout = _layout_of(path)
         where = path / FILES[layout][0]
         settings, files = read_json(where), SafetensorFiles(_weight_files(path, layout))
+        settings = text_part(settings, layout, files, where)
     # Settings that do not say whether the head is tied: it is where the weights have no head.
     head = layouts.spell("output.", layout)
     has_head = any(name.startswith(head) for name in files.shapes)

@@ -48,7 +48,8 @@ def read_generation_config(path: Path) -> dict[str, Any]:
             read_json(file) if file.exists() else {}
             for file in (path / "config.json", path / "generation_config.json")
         )
-        eos = raw.get("eos_token_id", config.get("eos_token_id"))
+        text = config.get("text_config") or {}  # of a model that also sees
+        eos = raw.get("eos_token_id", config.get("eos_token_id", text.get("eos_token_id")))
     settings: dict[str, Any] = {}
     for key, most in SAMPLING.items():
         if (value := raw.get(key)) is not None:

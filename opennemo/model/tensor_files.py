@@ -13,13 +13,14 @@ import math
 import mmap
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from opennemo.errors import CheckpointError
-from opennemo.model.layouts import short
+from opennemo.model.field_values import short
 
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 QUANTIZED = {
@@ -47,7 +48,7 @@ class SafetensorFiles:
         """
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
-        self._files = {}
+        self._files: dict[str, tuple[Any, str]] = {}  # the file, and the name in it
         for path, names in paths.items():
             try:
                 file = safe_open(path, framework="pt")
@@ -68,13 +69,20 @@ class SafetensorFiles:
                     raise CheckpointError(
                         f"{path}: {short(name)} is of type {code}; supported: {supported}"
                     )
-                self._files[name] = file
+                self._files[name] = file, name
                 self.shapes[name], self.dtypes[name] = tuple(part.get_shape()), DTYPES[code]
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """One tensor; a view of the file, without a copy, where it is stored as `dtype`."""
-        stored = self._files[name].get_tensor(name)
+        file, own = self._files[name]
+        stored = file.get_tensor(own)
         return stored if dtype is None else converted(stored, dtype)
+
+    def choose(self, names: Mapping[str, str]) -> None:
+        """Forget all tensors but these, which have other names from now on."""
+        self.shapes = {new: self.shapes[old] for old, new in names.items()}
+        self.dtypes = {new: self.dtypes[old] for old, new in names.items()}
+        self._files = {new: self._files[old] for old, new in names.items()}
 
     def stored_types(self) -> Iterator[tuple[str, int]]:
         """What each tensor is stored in, and its bytes."""

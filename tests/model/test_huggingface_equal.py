@@ -161,7 +161,7 @@ def test_scaled_rope_far_out(name, tmp_path):
     assert scaling is not None
     found = frequencies(config.head_dim, config.rope_theta, scaling)
     torch.testing.assert_close(found, expected, rtol=2e-6, atol=0)
-    assert ours.config.rope_scaling.gain == pytest.approx(rotation.attention_scaling)
+    assert scaling.gain == pytest.approx(rotation.attention_scaling)
     # Their angles are products in float32, and so are off by some 1e-4 here.
     tokens, attend = torch.randint(331, (100,)), Packed.of(100)
     attend.positions[50:] += 3000
