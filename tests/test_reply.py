@@ -3,6 +3,7 @@
 import asyncio
 import importlib.util
 import json
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given
@@ -25,7 +26,7 @@ TOOLS = [{"type": "function", "function": {"name": "get_weather", "parameters": 
 ASK = [{"role": "user", "content": "What is the weather in Rome?"}]
 
 
-def words_of(pieces: list[tuple[str, str]]) -> str:
+def words_of(pieces: Sequence[tuple[str, str]]) -> str:
     return "".join(text for _, text in pieces)
 
 

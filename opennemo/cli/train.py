@@ -86,15 +86,13 @@ def _sampler(recipe: Any) -> Any:
         return None
     from opennemo.llm import answer_all
     from opennemo.texts import open_lines
-    from opennemo.tokenizer.messages import normalize
     from opennemo.train.shapes import conversation_of, parse_line
 
     asked = []
     with open_lines(recipe.evaluation.prompts) as (_, lines):
         for line in lines:
             messages, tools = conversation_of(parse_line(line))
-            messages = normalize(messages)
-            while messages and messages[-1]["role"] == "assistant":  # the answer to sample
+            while messages and messages[-1].get("role") == "assistant":  # the answer to sample
                 messages.pop()
             asked.append((messages, tools))
 

@@ -194,10 +194,10 @@ def _parse(data: bytes) -> dict[str, Any]:
 def _setting(name: str, choice: Mapping[str, Any]) -> Mapping[str, Any]:
     """What may be set of a model, as the file has it; ValueError if it is not understood."""
     kind, values, default = (choice.get(key) for key in ("type", "values", "default"))
-    texts = isinstance(values, list) and all(isinstance(value, str) for value in values)
+    texts = [value for value in values if isinstance(value, str)] if values else []
     if (name, kind) == ("json_schema", "json_schema"):
         return choice
-    if (name, kind) != ("reasoning_effort", "enum") or not texts or default not in values:
+    if (name, kind) != ("reasoning_effort", "enum") or texts != values or default not in texts:
         raise ValueError(
             f"its model_settings_builder has {name}: {choice}; understood are json_schema, and "
             "reasoning_effort of type enum with a list of values and a default among them"

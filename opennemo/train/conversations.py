@@ -123,8 +123,8 @@ def read_examples(
 ) -> tuple[list[Example], Report]:
     """All conversations of some files, each at most `max_tokens` long, in order.
 
-    A conversation is one example. Only where the layout is Mistral's and there are tools, it is one
-    for each answer, for there the tools stand before the last question only (`split_at_answers`).
+    A conversation is one example. Only where the layout is one of Mistral's that puts the tools
+    before the last question, and there are tools, it is one for each answer (`split_at_answers`).
 
     Args:
         processes: how many read side by side; by default one, or for large files one a core. They
@@ -166,7 +166,8 @@ class Reader:
     def examples(self, row: dict[str, Any], report: Report) -> list[Example]:
         messages, tools = conversation_of(row)
         conversation = checked(messages, tools)
-        split = tools and self.tokenizer.instruct_version in LAYOUTS
+        layout = LAYOUTS.get(self.tokenizer.instruct_version or "")
+        split = tools and layout is not None and not layout.tools_first
         parts = split_at_answers(messages) if split else [messages]
         examples = [self._encode(part, tools) for part in parts]
         self._count(report, row, conversation, examples)

@@ -63,7 +63,7 @@ def test_streams_and_whole_answers_are_what_a_layout_writes(data: st.DataObject)
         for value in data.draw(st.lists(ARGUMENTS, max_size=3))
     ]
     words = data.draw(WORDS.map(str.strip))
-    answer = {"role": "assistant", "content": words, "reasoning_content": thinking}
+    answer: dict = {"role": "assistant", "content": words, "reasoning_content": thinking}
     if functions:
         answer["tool_calls"] = [{"type": "function", "function": f} for f in functions]
     ids, mask = encode_for_training(tokenizer, [*ASK, answer])

@@ -114,7 +114,7 @@ class Conversations:
         return [caller | {"tool_calls": calls}, *results]
 
     def answer(self) -> dict:
-        answer = {"role": "assistant", "content": self.text()}
+        answer: dict = {"role": "assistant", "content": self.text()}
         if self.version in THINKING and self.random.random() < 0.5:
             if self.random.random() < 0.5:
                 return answer | {"reasoning_content": self.text()}

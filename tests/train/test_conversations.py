@@ -128,6 +128,23 @@ def test_each_answer_stands_behind_the_prompt_that_is_served(smollm2, nemo, tmp_
     assert '"id"' not in nemo.decode(learned(read(path, nemo)[0]))  # nobody could guess it
 
 
+def test_thinking_is_learned_and_tools_that_stay_need_one_example(tmp_path):
+    pytest.importorskip("mistral_common", reason="brings Mistral's vocabularies")
+    from tests.tokenizer.layout_files import tokenizer_file
+
+    tokenizer, messages = load_tokenizer(tokenizer_file("v13-tekken")), ROUND_TRIP["messages"]
+    thoughts = [
+        message | {"reasoning_content": "Hm."} if message["role"] == "assistant" else message
+        for message in messages
+    ]
+    path = write(tmp_path / "tools.jsonl", {**ROUND_TRIP, "messages": thoughts})
+    (example,) = read(path, tokenizer)
+    n_answers = sum(message["role"] == "assistant" for message in messages)
+    words = tokenizer.decode(learned(example), show_control=True)
+    assert words.count("[THINK]Hm.[/THINK]") == words.count("</s>") == n_answers == 3
+    assert words.startswith("[THINK]") and "[TOOL_RESULTS]" not in words
+
+
 def test_other_shapes_are_the_same_conversation(smollm2, tmp_path):
     system = {"role": "system", "content": "S"}
     turns = [("human", "A"), ("gpt", "B"), ("human", "C"), ("gpt", "D")]

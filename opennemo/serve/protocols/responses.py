@@ -85,7 +85,10 @@ class ResponsesRequest(Body):
                 messages.append({"role": item.get("role"), "content": content})
             elif kind == "reasoning":
                 texts = item.get("content") or []
-                thinking += [{"type": "thinking", "thinking": part.get("text")} for part in texts]
+                thinking += [
+                    {"type": "thinking", "thinking": part["text"]}
+                    for part in _text(texts, f"input[{i}].content")
+                ]
                 continue
             elif kind == "function_call":
                 function = {"name": item.get("name"), "arguments": item.get("arguments") or "{}"}
@@ -112,7 +115,7 @@ def _text(content: Any, where: str) -> Any:
     parts = []
     for i, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else None
-        if kind not in ("input_text", "output_text", "text", "refusal"):
+        if kind not in ("input_text", "output_text", "text", "reasoning_text", "refusal"):
             raise InvalidRequest(f"{where}[{i}].type: {str(kind)[:100]!r} is not supported")
         parts.append({"type": "text", "text": part.get("text", part.get("refusal"))})
     return parts
