@@ -179,7 +179,9 @@ class LLM:
         ids = encode_chat(self.tokenizer, messages, tools if allowed else None, settings)
         syntax = call_syntax(self.tokenizer)
         announcing_id = self.tokenizer.control.get(syntax.marks[0])
-        marks, left_out = thinking_marks(self.tokenizer), ()
+        left_out: tuple[str, ...] = ()
+        marks = thinking_marks(self.tokenizer)
+        begun = marks is not None and is_thinking(self.tokenizer, ids)
         if allowed:
             sampling["grammar"], left_out = self.grammars.compile_calls(
                 syntax,
@@ -188,13 +190,17 @@ class LLM:
                 format=format,
                 parallel=parallel_tool_calls,
                 thinking=marks,
-                begun=marks is not None and is_thinking(self.tokenizer, ids),
+                begun=begun,
             )
         elif announcing_id is not None:
             bias = sampling.get("logit_bias", self.defaults.logit_bias)
             sampling["logit_bias"] = {**bias, announcing_id: -100.0}
         if format is not None and not allowed:
-            sampling["grammar"] = self.grammars.compile(*format)
+            sampling["grammar"] = (
+                self.grammars.compile_after_thinking(*format, marks, begun=begun)
+                if marks
+                else self.grammars.compile(*format)
+            )
         if isinstance(end := turn_end(self.tokenizer), str):
             stop = (*stop, end)
         calls = syntax if allowed else None

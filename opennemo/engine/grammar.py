@@ -130,6 +130,33 @@ class GrammarCompiler:
                 self._n_kept -= len(self._kept.popitem(last=False)[0][1])
         return grammar
 
+    def compile_after_thinking(
+        self, kind: Kind, source: str, thinking: tuple[str, str], *, begun: bool
+    ) -> Grammar:
+        """A grammar of an answer's words, which lets it think first; see `call_grammar`.
+
+        Raises:
+            InvalidRequest: as `compile`; or a grammar in Lark would begin within thinking.
+        """
+        grammar = self.compile(kind, source)  # says what is wrong with it
+        if kind in ("lark", "grammar"):
+            if begun:
+                raise InvalidRequest(
+                    f"the {kind} would begin within the thinking that this model's template opens; "
+                    "a JSON schema, a regex or a choice can follow it"
+                )
+            return grammar
+        if kind == "regex":
+            literal = re.sub(r"(?<!\\)/", r"\\/", source).replace("\n", "\\n")
+            answer = f"/{literal}/"
+        elif kind == "choice":
+            answer = _choices(json.loads(source))
+        else:
+            answer = _json(self.fit(source).schema if kind == "json_schema" else _ANY)
+        return self.compile(
+            "calls", f"{_thought(*thinking, self._control, begun=begun)}\nanswer: {answer}"
+        )
+
     def compile_calls(
         self,
         syntax: CallSyntax,

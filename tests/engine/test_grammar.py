@@ -374,3 +374,42 @@ def test_a_grammar_that_never_ends_stops_its_own_request_only(model, compiler, r
         assert "grammar" in str(ends[first].error) and "\n" not in str(ends[first].error)
     else:
         assert ends[first].finish_reason == "length"
+
+
+@pytest.mark.parametrize("marks", [("<SPECIAL_20>", "<SPECIAL_21>"), ("<think>", "</think>")])
+@pytest.mark.parametrize(
+    ("kind", "source", "words"),
+    [
+        ("json_object", "", '{"a": 1}'),
+        ("json_schema", json.dumps(SCHEMA), '{"n": 7, "kind": "bc", "flags": []}'),
+        ("regex", r"a/b\/c", "a/b/c"),
+        ("choice", '["yes", "no"]', "no"),
+    ],
+)
+def test_words_follow_their_grammar_after_thinking(compiler, marks, kind, source, words):
+    def ids_of(*texts: str) -> list[int]:
+        return [
+            id
+            for t in texts
+            for id in ([CONTROL[t]] if t in CONTROL else [64 + b for b in t.encode()])
+        ]
+
+    opening, closing = marks
+    for begun in (False, True):
+        grammar = compiler.compile_after_thinking(kind, source, marks, begun=begun)
+
+        def is_allowed(*texts: str, grammar=grammar) -> bool:
+            matcher = grammar.start()
+            return all(matcher.advance(id) is None for id in [*ids_of(*texts), 2])
+
+        assert is_allowed(words) != begun and is_allowed("Hm.", closing, words) == begun
+        assert begun or is_allowed(opening, "Hm.", closing, words)
+        assert not is_allowed(opening, "Hm.", closing, "Hm.")
+        assert not is_allowed("Hm.", closing, "Hm.")
+
+
+def test_a_grammar_in_lark_does_not_begin_within_thinking(compiler):
+    marks = ("<think>", "</think>")
+    compiler.compile_after_thinking("lark", 'start: "a"', marks, begun=False)
+    with pytest.raises(InvalidRequest, match="the lark would begin within the thinking"):
+        compiler.compile_after_thinking("lark", 'start: "a"', marks, begun=True)

@@ -177,5 +177,7 @@ def test_thinking_by_a_template(tmp_path: Path):
         reply = llm.chat(ASK)
         thought = {"role": "assistant", "content": "B.", "reasoning_content": "Oy"}
         assert reply.message == thought
+        told_what = llm.chat(ASK, format=("choice", '["ja", "nee"]')).finish().answers[0]
+        assert told_what.thinking == "Oy" and told_what.text in ("ja", "nee")
         told = [*ASK, {"role": "assistant", "content": "A", "reasoning_content": "Zq"}, *ASK]
         assert "AZq" in V15.decode(llm.chat(told).prompt_ids)
