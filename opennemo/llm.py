@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from opennemo.engine import Engine, EngineConfig, LocalEngine, SamplingParams
-from opennemo.engine.grammar import GrammarCompiler, Kind
+from opennemo.engine.grammar import ANY_TEXT, GrammarCompiler, Kind, Thinking
 from opennemo.engine.ranks import Ranks
 from opennemo.engine.scoring import Pair, Score
 from opennemo.engine.sizes import announcement, fit
@@ -153,6 +153,7 @@ class LLM:
         n: int = 1,
         salt: bytes = b"",
         settings: Mapping[str, Any] | None = None,
+        thinking_budget: int | None = None,
         **sampling: Any,
     ) -> "Reply":
         """Answer a conversation of OpenAI messages; `sampling` are fields of SamplingParams.
@@ -166,6 +167,7 @@ class LLM:
             adapter: the name of one that was loaded.
             n: how many answers. Prompts share cached pages within the same `salt` only.
             settings: of the model itself, such as `reasoning_effort`, where it has any.
+            thinking_budget: tokens of thinking after which the model's own closing token comes.
 
         Raises:
             InvalidRequest: a message, tool or setting that the model's chat layout cannot take.
@@ -181,7 +183,12 @@ class LLM:
         announcing_id = self.tokenizer.control.get(syntax.marks[0])
         left_out: tuple[str, ...] = ()
         marks = thinking_marks(self.tokenizer)
-        begun = marks is not None and is_thinking(self.tokenizer, ids)
+        if thinking_budget is not None and thinking_budget < 1:
+            raise InvalidRequest(f"thinking_budget: {thinking_budget} is not a positive number")
+        thinking = marks and Thinking(*marks, is_thinking(self.tokenizer, ids), thinking_budget)
+        words = format
+        if thinking and thinking_budget is not None and words is None:
+            words = ("regex", ANY_TEXT)
         if allowed:
             sampling["grammar"], left_out = self.grammars.compile_calls(
                 syntax,
@@ -189,17 +196,16 @@ class LLM:
                 required=required,
                 format=format,
                 parallel=parallel_tool_calls,
-                thinking=marks,
-                begun=begun,
+                thinking=thinking,
             )
         elif announcing_id is not None:
             bias = sampling.get("logit_bias", self.defaults.logit_bias)
             sampling["logit_bias"] = {**bias, announcing_id: -100.0}
-        if format is not None and not allowed:
+        if words is not None and not allowed:
             sampling["grammar"] = (
-                self.grammars.compile_after_thinking(*format, marks, begun=begun)
-                if marks
-                else self.grammars.compile(*format)
+                self.grammars.compile_after_thinking(*words, thinking)
+                if thinking
+                else self.grammars.compile(*words)
             )
         if isinstance(end := turn_end(self.tokenizer), str):
             stop = (*stop, end)

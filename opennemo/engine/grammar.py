@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import lru_cache
 from threading import Lock
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
@@ -40,6 +40,21 @@ MAX_UNORDERED = 60  # properties of an object, as bits of a number
 _ANY: Schema = {"type": "object"}
 # Models learn JSON as json.dumps writes it; other white space costs tokens and quality.
 _JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
+class Thinking(NamedTuple):
+    """How an answer thinks before its words or calls.
+
+    Attributes:
+        opening, closing: the marks around it.
+        begun: the prompt has begun it, so it must end first.
+        budget: tokens after which its closing mark comes, if that is a token.
+    """
+
+    opening: str
+    closing: str
+    begun: bool = False
+    budget: int | None = None
 
 
 class Matcher:
@@ -130,9 +145,7 @@ class GrammarCompiler:
                 self._n_kept -= len(self._kept.popitem(last=False)[0][1])
         return grammar
 
-    def compile_after_thinking(
-        self, kind: Kind, source: str, thinking: tuple[str, str], *, begun: bool
-    ) -> Grammar:
+    def compile_after_thinking(self, kind: Kind, source: str, thinking: Thinking) -> Grammar:
         """A grammar of an answer's words, which lets it think first; see `call_grammar`.
 
         Raises:
@@ -140,9 +153,9 @@ class GrammarCompiler:
         """
         grammar = self.compile(kind, source)  # says what is wrong with it
         if kind in ("lark", "grammar"):
-            if begun:
+            if thinking.begun or thinking.budget is not None:
                 raise InvalidRequest(
-                    f"the {kind} would begin within the thinking that this model's template opens; "
+                    f"the {kind} would begin within thinking that is open or has a budget; "
                     "a JSON schema, a regex or a choice can follow it"
                 )
             return grammar
@@ -153,9 +166,7 @@ class GrammarCompiler:
             answer = _choices(json.loads(source))
         else:
             answer = _json(self.fit(source).schema if kind == "json_schema" else _ANY)
-        return self.compile(
-            "calls", f"{_thought(*thinking, self._control, begun=begun)}\nanswer: {answer}"
-        )
+        return self.compile("calls", f"{_thought(thinking, self._control)}\nanswer: {answer}")
 
     def compile_calls(
         self,
@@ -165,12 +176,11 @@ class GrammarCompiler:
         required: bool,
         format: tuple[Kind, str] | None = None,
         parallel: bool = True,
-        thinking: tuple[str, str] | None = None,
-        begun: bool = False,
+        thinking: Thinking | None = None,
     ) -> tuple[Grammar, tuple[str, ...]]:
         """A grammar of calls, or of text that follows `format`, unless a call is `required`.
 
-        See `call_grammar` for `thinking` and `begun`.
+        It may think first.
 
         -> the grammar, and what of the tools' schemas it does not hold, by tool and path.
 
@@ -202,7 +212,6 @@ class GrammarCompiler:
             held.append({**tool, "function": {**function, "parameters": fitted.schema}})
         options: dict[str, Any] = {
             "required": required, "text": text, "parallel": parallel, "thinking": thinking,
-            "begun": begun,
         }  # fmt: skip
         try:
             return self.compile("calls", call_grammar(syntax, held, self._control, **options)), (
@@ -310,15 +319,13 @@ def call_grammar(
     required: bool = True,
     text: Schema | None = None,
     parallel: bool = True,
-    thinking: tuple[str, str] | None = None,
-    begun: bool = False,
+    thinking: Thinking | None = None,
 ) -> str:
     """Lark source of an answer that calls declared tools with valid arguments, in a syntax.
 
     The answer is a call, or several if `parallel`; or, if none is `required`, text: JSON of the
     schema `text`, or by default any that cannot be mistaken for calls. `control` are the names of
-    control tokens. Schemas are such as `GrammarCompiler.fit` gives. Thinking, between two marks,
-    may come first; where the prompt has `begun` it, it must end first.
+    control tokens. Schemas are such as `GrammarCompiler.fit` gives. Thinking may come first.
 
     Raises:
         InvalidRequest: there is no tool to call.
@@ -339,19 +346,26 @@ def call_grammar(
     answer = f"answer: calls{instead}\n{calls}\n{_calls_of(syntax, tools, control)}"
     if thinking is None:
         return f"start: answer\n{answer}"
-    return f"{_thought(*thinking, control, begun=begun)}\n{answer}"
+    return f"{_thought(thinking, control)}\n{answer}"
 
 
-def _thought(opening: str, closing: str, control: Collection[str], *, begun: bool) -> str:
+def _thought(thinking: Thinking, control: Collection[str]) -> str:
     """Lark of `start`: thinking between its marks, and then the `answer`."""
+    opening, closing, begun, budget = thinking
     begin = f"<{_bare(opening)}>" if opening in control else json.dumps(opening)
+    begins, rest = "thought" if begun else f"({begin} thought)?", "answer"
     if closing in control:
-        thought = f"thought: /{ANY_TEXT}/ <{_bare(closing)}>"
+        most = "" if budget is None else f"[max_tokens={budget}]"
+        thought = f"thought: words <{_bare(closing)}>\nwords{most}: /{ANY_TEXT}/"
+    elif budget is not None:
+        raise InvalidRequest(
+            f"thinking budget: this model has no token for {closing}, which would end it"
+        )
     else:  # it ends where its mark comes first
         literal = re.escape(closing).replace("/", r"\/")
         thought = f"thought[lazy]: /{ANY_TEXT}{literal}/"
-    rest = "answer" if closing in control else "BLANKS answer\nBLANKS: /\\s*/"
-    begins = "thought" if begun else f"({begin} thought)?"
+    if closing[0] == "<":
+        rest = "BLANKS answer\nBLANKS: /\\s*/"
     return f"start: {begins} {rest}\n{thought}"
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opennemo.engine import LocalEngine, SamplingParams
-from opennemo.engine.grammar import GrammarCompiler, call_grammar
+from opennemo.engine.grammar import GrammarCompiler, Thinking, call_grammar
 from opennemo.errors import InvalidRequest
 from opennemo.tokenizer.calls import ARRAY
 
@@ -396,7 +396,7 @@ def test_words_follow_their_grammar_after_thinking(compiler, marks, kind, source
 
     opening, closing = marks
     for begun in (False, True):
-        grammar = compiler.compile_after_thinking(kind, source, marks, begun=begun)
+        grammar = compiler.compile_after_thinking(kind, source, Thinking(marks[0], marks[1], begun))
 
         def is_allowed(*texts: str, grammar=grammar) -> bool:
             matcher = grammar.start()
@@ -410,6 +410,6 @@ def test_words_follow_their_grammar_after_thinking(compiler, marks, kind, source
 
 def test_a_grammar_in_lark_does_not_begin_within_thinking(compiler):
     marks = ("<think>", "</think>")
-    compiler.compile_after_thinking("lark", 'start: "a"', marks, begun=False)
-    with pytest.raises(InvalidRequest, match="the lark would begin within the thinking"):
-        compiler.compile_after_thinking("lark", 'start: "a"', marks, begun=True)
+    compiler.compile_after_thinking("lark", 'start: "a"', Thinking(*marks))
+    with pytest.raises(InvalidRequest, match="the lark would begin within thinking"):
+        compiler.compile_after_thinking("lark", 'start: "a"', Thinking(*marks, begun=True))

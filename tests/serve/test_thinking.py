@@ -77,6 +77,25 @@ def test_calls_come_after_thinking(caller: Running):
         assert (streamed.name, streamed.arguments) == ("f", "{}")
 
 
+def test_a_budget_ends_thinking_with_the_closing_token(speaker: Running, caller: Running):
+    for n in (1, 3):
+        reply = speaker.llm.chat(ASK, thinking_budget=n)
+        assert reply.finish().answers[0].thinking == THOUGHT[:n] and reply.text == WORDS
+        reply = caller.llm.chat(ASK, thinking_budget=n, tools=TOOLS)
+        assert reply.message["reasoning_content"] == THOUGHT[:n] and reply.message["tool_calls"]
+    plenty = speaker.llm.chat(ASK, thinking_budget=50).finish()
+    assert plenty.answers[0].thinking == THOUGHT and plenty.text == WORDS
+    with speaker.client() as http:
+        body = {"model": speaker.llm.name, "messages": ASK, "thinking_token_budget": 2}
+        (choice,) = http.post("/v1/chat/completions", json=body).json()["choices"]
+        assert choice["message"]["reasoning_content"] == THOUGHT[:2]
+        body = {"model": speaker.llm.name, "messages": ASK, "max_tokens": 20}
+        body["thinking"] = {"type": "enabled", "budget_tokens": 2}
+        assert http.post("/v1/messages", json=body).json()["content"][0]["thinking"] == THOUGHT[:2]
+        body["thinking"] = {"type": "enabled", "budget_tokens": -1}
+        assert http.post("/v1/messages", json=body).status_code == 400
+
+
 def test_openai(speaker: Running, caller: Running):
     settings = {"model": "any", "messages": ASK}
     with openai.OpenAI(base_url=f"{speaker.url}/v1", api_key="any", max_retries=0) as client:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opennemo.engine.grammar import GrammarCompiler, call_grammar
+from opennemo.engine.grammar import GrammarCompiler, Thinking, call_grammar
 from opennemo.tokenizer.calls import (
     ARRAY,
     ARRAY_WITHOUT_IDS,
@@ -230,7 +230,7 @@ def test_a_grammar_lets_a_model_think_before_it_calls(thinking: tuple[str, str])
     opening, closing = thinking
     thought = ids_of("Hm. <b>", closing)
     for begun in (False, True):
-        source = call_grammar(NAMED, [TOOL], BYTES.control, thinking=thinking, begun=begun)
+        source = call_grammar(NAMED, [TOOL], BYTES.control, thinking=Thinking(*thinking, begun))
 
         def is_allowed(ids: list[int], source: str = source) -> bool:
             matcher = compiler.compile("lark", source).start()

@@ -63,6 +63,7 @@ class MessagesRequest(CountRequest):
     stop_sequences: Stop | None = None
     output_config: dict[str, Any] | None = None
     output_format: dict[str, Any] | None = None  # its name in the beta
+    thinking: dict[str, Any] | None = None
 
     def arguments(self, llm: LLM) -> dict[str, Any]:
         """Arguments for `LLM.chat`."""
@@ -75,8 +76,12 @@ class MessagesRequest(CountRequest):
         if kind not in ("auto", "any", "none", "tool"):
             raise InvalidRequest("tool_choice.type: must be auto, any, tool or none")
         tool_choice = {"type": "function", "name": choice.get("name")} if kind == "tool" else kind
+        budget = (self.thinking or {}).get("budget_tokens")
+        if not isinstance(budget, int | None) or isinstance(budget, bool) or (budget or 1) < 1:
+            raise InvalidRequest(f"thinking.budget_tokens: {budget!r} is not a positive number")
         return given | {
             **self.conversation(),
+            "thinking_budget": budget,
             "tool_choice": tool_choice,
             "parallel_tool_calls": not choice.get("disable_parallel_tool_use"),
             "stop": tuple(self.stop_sequences or ()),

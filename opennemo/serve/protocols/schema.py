@@ -245,6 +245,7 @@ class ChatRequest(Sampling):
     continue_final_message: bool | None = False
     add_generation_prompt: bool | None = True
     echo: bool | None = False
+    thinking_token_budget: int | None = Field(None, ge=1, lt=2**31)  # as vLLM spells it
 
     def arguments(self, llm: LLM) -> dict[str, Any]:
         """Arguments for `LLM.chat`."""
@@ -268,6 +269,7 @@ class ChatRequest(Sampling):
             "tools": self.tools or None,
             "tool_choice": self.tool_choice or "auto",
             "parallel_tool_calls": self.parallel_tool_calls is not False,
+            "thinking_budget": self.thinking_token_budget,
         }
 
     def is_mistral(self) -> bool:
