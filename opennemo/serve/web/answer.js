@@ -34,8 +34,9 @@ export async function answer(node, body, signal, grew) {
 function take(node, { choices }) {
   const [choice] = choices;
   if (!choice) return false;
-  const { content, tool_calls: calls } = choice.delta;
+  const { content, reasoning_content: thinking, tool_calls: calls } = choice.delta;
   node.message.content += content ?? "";
+  if (thinking) node.message.reasoning_content = (node.message.reasoning_content ?? "") + thinking;
   for (const { index, id, function: part } of calls ?? []) {
     const all = (node.message.tool_calls ??= []);
     all[index] ??= { id, type: "function", function: { name: part.name, arguments: "" } };
@@ -43,7 +44,7 @@ function take(node, { choices }) {
   }
   node.tokens.push(...(choice.logprobs?.content ?? []).map(keep));
   node.finish = choice.finish_reason ?? node.finish;
-  return Boolean(content || calls);
+  return Boolean(content || thinking || calls);
 }
 
 /** Chunks stand for tokens until the server has counted them. */

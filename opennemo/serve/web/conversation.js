@@ -186,6 +186,9 @@ function readMessage(message, where) {
     throw new Error(`${where}.content: must be a text`);
   }
   const read = { role, content: parts.map((part) => part.text).join("\n\n") };
+  if (role === "assistant" && typeof message.reasoning_content === "string") {
+    read.reasoning_content = message.reasoning_content;
+  }
   if (role === "assistant" && message.tool_calls?.length) {
     read.tool_calls = [message.tool_calls].flat().map((call, i) => {
       const { name, arguments: given } = call?.function ?? {};

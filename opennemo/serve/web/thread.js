@@ -90,6 +90,7 @@ class MessageView {
     const { message, tokens, error } = this.node;
     const asTokens = this.thread.showTokens && tokens?.length > 0;
     const parts = [];
+    if (message.reasoning_content) parts.push(this.#thinking(message.reasoning_content));
     if (asTokens) {
       this.#tokens ??= new TokenView();
       this.#tokens.show(tokens);
@@ -112,6 +113,13 @@ class MessageView {
       this.alert = null;
     }
     setChildren(this.body, parts);
+  }
+
+  /** What the model thought, folded. */
+  #thinking(text) {
+    this.thought ??= h("div.text", { dir: "auto" });
+    this.thought.textContent = text;
+    return (this.fold ??= h("details.result", {}, h("summary", {}, "Thinking"), this.thought));
   }
 
   /** Cards of the calls and, where they wait for results, a form; made anew only as they change. */
