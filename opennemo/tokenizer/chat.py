@@ -61,7 +61,7 @@ def encode_chat(
         )
     if layout:
         return _encode(tokenizer, segments(layout, tokenizer, conversation, tools, settings))[0]
-    return _encode(tokenizer, ChatTemplate(tokenizer, conversation, tools).prompt())[0]
+    return _encode(tokenizer, ChatTemplate(tokenizer, conversation, tools, settings).prompt())[0]
 
 
 def encode_for_training(
@@ -83,7 +83,7 @@ def encode_for_training(
         for call in conversation[-1].get("tool_calls", ()):
             del call["id"]
         return _encode(tokenizer, segments(layout, tokenizer, conversation, tools, settings))
-    return _encode(tokenizer, ChatTemplate(tokenizer, conversation, tools).lesson())
+    return _encode(tokenizer, ChatTemplate(tokenizer, conversation, tools, settings).lesson())
 
 
 @lru_cache(maxsize=8)
@@ -203,8 +203,9 @@ def _check_settings(
     tokenizer: Tokenizer, layout: ChatLayout | None, asked: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The settings of a prompt, defaults included; InvalidRequest for what is not allowed."""
-    choices = tokenizer.settings if layout and layout.has_settings else {}
-    settings = {key: choice["default"] for key, choice in choices.items() if choice.get("default")}
+    has_settings = layout is None or layout.has_settings
+    choices = tokenizer.settings if has_settings else {}
+    settings = tokenizer.defaults if has_settings else {}
     for key, value in asked.items():
         if value is None:
             continue

@@ -14,7 +14,7 @@ are chat.py's business.
 
 import json
 import re
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
 from functools import lru_cache
@@ -63,7 +63,13 @@ class ChatTemplate:
         CheckpointError: the template is not valid Jinja, or does what the sandbox forbids.
     """
 
-    def __init__(self, tokenizer: Tokenizer, messages: Sequence[dict], tools: Sequence[dict]):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        messages: Sequence[dict],
+        tools: Sequence[dict],
+        settings: Mapping[str, Any] | None = None,
+    ):
         source = tokenizer.chat_template
         if source is None:
             raise InvalidRequest(
@@ -78,17 +84,19 @@ class ChatTemplate:
         try:
             if not knows_tools:
                 messages, tools = _spell_out_tools(messages, tools), []
-            used = set(json.dumps([messages, tools], ensure_ascii=False) + source)
+            used = set(json.dumps([messages, tools, settings], ensure_ascii=False) + source)
             self._sentinel = next(c for c in map(chr, range(0xE000, 0x110000)) if c not in used)
             guard = rf"\g<0>{self._sentinel}"
             self._messages = _map_strings(messages, lambda text: look_alikes.sub(guard, text))
-            tools = _map_strings(tools, lambda text: look_alikes.sub(guard, text))
+            tools, settings = _map_strings(
+                [tools, settings or {}], lambda text: look_alikes.sub(guard, text)
+            )
         except (TypeError, ValueError, RecursionError) as error:
             raise InvalidRequest(
                 f"tools or arguments: cannot be written as JSON: {error}"
             ) from None
         names = tokenizer.control_names
-        self._variables = {
+        self._variables = settings | {
             "tools": tools or None,
             "bos_token": names.get(tokenizer.bos_id, ""),
             "eos_token": names.get(tokenizer.eos_id, ""),
@@ -206,12 +214,12 @@ def is_layout(tokenizer: Tokenizer, version: str) -> bool:
 
     for messages in PROBES:
         try:
-            theirs = texts(ChatTemplate(tokenizer, messages, []).prompt())
+            theirs = texts(ChatTemplate(tokenizer, messages, [], tokenizer.defaults).prompt())
         except InvalidRequest:
             continue
         except CheckpointError:
             return False
-        if theirs != texts(segments(layout, tokenizer, messages, [])):
+        if theirs != texts(segments(layout, tokenizer, messages, [], tokenizer.defaults)):
             return False
         n_alike += 1
     return n_alike > 0

@@ -81,6 +81,12 @@ class Tokenizer(ABC):
         return StreamDecoder(self)
 
     @property
+    def defaults(self) -> dict[str, Any]:
+        """The settings that a prompt has where nothing else is asked."""
+        defaults = ((name, choice.get("default")) for name, choice in self.settings.items())
+        return {name: default for name, default in defaults if default}
+
+    @property
     def control_names(self) -> dict[int, str]:
         """id -> name, the inverse of `control`."""
         return {id: name for name, id in self.control.items()}

@@ -589,3 +589,23 @@ def test_training_examples_are_those_of_the_reference(version: str):
         ends = [i for i, learn in enumerate(mask) if learn and not (*mask, False)[i + 1]]
         assert {ids[i] for i in ends} == {tokenizer.eos_id}
     assert n_prompts > 500
+
+
+def test_settings_are_variables_of_a_template_of_the_models_own(tmp_path: Path):
+    """One that lays out otherwise, as Mistral's do where they bring a system text, counts."""
+    content = content_of("v15-tekken")
+    (tmp_path / "tekken.json").write_text(json.dumps(content))
+    template = tmp_path / "chat_template.jinja"
+    own = LAYOUTS["v15-tekken"].template_with(content["model_settings_builder"])
+    template.write_text(own.replace("{{- bos_token }}", "{{- bos_token + 'Be kind.' }}"))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.instruct_version is None
+    for effort in ("none", "high"):
+        ids = encode_chat(tokenizer, ROUND_TRIP[:1], settings={"reasoning_effort": effort})
+        text = tokenizer.decode(ids, show_control=True)
+        settings = f'[MODEL_SETTINGS]{{"reasoning_effort": "{effort}"}}[/MODEL_SETTINGS]'
+        assert text.startswith(f"<s>Be kind.{settings}[INST]")
+    with pytest.raises(InvalidRequest, match="'low' is not one of none, high"):
+        encode_chat(tokenizer, ROUND_TRIP[:1], settings={"reasoning_effort": "low"})
+    template.write_text(own.replace("{%- macro", "{# the same #}{%- macro", 1))
+    assert load_tokenizer(tmp_path).instruct_version == "v15-tekken"
