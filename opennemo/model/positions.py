@@ -60,9 +60,14 @@ def yarn_gain(factor: float, mscale: float = 1.0) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
-def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Tensor:
-    """RoPE's angles of one position, (H/2,) in float64, in radians."""
-    channels = torch.arange(0, head_dim, 2, dtype=torch.float64)
+def frequencies(
+    head_dim: int, theta: float, scaling: RopeScaling | None, device: torch.device | str = "cpu"
+) -> Tensor:
+    """RoPE's angles of one position, (H/2,) in float64, in radians.
+
+    They are made on the device, for nothing may be copied to it while a graph is recorded.
+    """
+    channels = torch.arange(0, head_dim, 2, device=device, dtype=torch.float64)
     plain = theta ** (-channels / head_dim)
     if scaling is None:
         return plain

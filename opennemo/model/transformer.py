@@ -141,7 +141,7 @@ def rotary(positions: Tensor, config: ModelConfig) -> Tensor:
     0.016 radians, which is the difference between neighbouring tokens of the slow channels.
     """
     scaling = config.rope_scaling
-    turns = frequencies(config.head_dim, config.rope_theta, scaling).to(positions.device)
+    turns = frequencies(config.head_dim, config.rope_theta, scaling, positions.device)
     angles = positions.double()[:, None] * turns  # (T, H/2)
     rope = torch.stack((angles.cos(), angles.sin()), dim=-1)[:, None]
     rope = rope * scaling.gain if scaling else rope

@@ -39,6 +39,7 @@ def greedy(model: Transformer, prompt: list[int], n: int) -> list[int]:
     """The definition: the whole text anew for every token, no cache."""
     tokens = list(prompt)
     for _ in range(n):
-        hidden = model(torch.tensor(tokens), Packed.of(len(tokens)))
+        packed = Packed.of(len(tokens), window=model.config.sliding_window)
+        hidden = model(torch.tensor(tokens), packed)
         tokens.append(int(model.output(hidden[-1]).argmax()))
     return tokens[len(prompt) :]

@@ -3,6 +3,7 @@
 import os
 from collections import defaultdict
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from opennemo.engine import EngineConfig, LocalEngine, SamplingParams, Token
 from opennemo.errors import ContextTooLong, Overloaded
 from opennemo.model.formats import FORMATS
+from opennemo.model.positions import QueryScaling, RopeScaling
 from opennemo.model.quantization import quantize_
 from opennemo.model.transformer import Transformer
 from tests.engine.stepping import answers, greedy, prompts, run
@@ -77,6 +79,22 @@ def test_fifty_greedy_answers_are_the_same_in_any_company(model, weights, kv):
         assert answers(crowd, texts, params) == alone, config
         if "n_pages" in config:
             assert crowd.scheduler.n_preemptions > 0
+
+
+def test_windows_by_layer_and_scaled_positions_equal_the_definition(model):
+    config = replace(
+        model.config, n_layers=4, sliding_window=(None, 20, 20, 20),
+        rope_scaling=RopeScaling(kind="yarn", factor=16.0, original=16, high=32.0),
+        query_scaling=QueryScaling(beta=0.5, original=16),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    net = Transformer(config).requires_grad_(False)
+    for parameter in net.parameters():
+        parameter.mul_(4) if parameter.dim() == 2 else None
+    params, texts = SamplingParams(max_tokens=12), prompts(6, shared=40)
+    expected = [greedy(net, text, 12) for text in texts]
+    for settings in (EngineConfig(), EngineConfig(max_batched_tokens=16)):
+        assert answers(LocalEngine(deepcopy(net), [], settings), texts, params) == expected
 
 
 def test_prefix_cache_saves_work_and_says_so(model):

@@ -6,6 +6,7 @@ What needs a card is marked `gpu`.
 import importlib.util
 import itertools
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from opennemo.engine import EngineConfig, LocalEngine, SamplingParams, Token
 from opennemo.model.attention import FUSED_PAGE_SIZE, Paged
 from opennemo.model.formats import FORMATS
 from opennemo.model.pages import Pages
+from opennemo.model.positions import QueryScaling, RopeScaling, Window
 from opennemo.model.quantization import quantize_
 from opennemo.model.torch_step import TorchStep
 from opennemo.model.transformer import ModelConfig, Transformer
@@ -64,9 +66,7 @@ def model(format: str = "fp32", dtype: torch.dtype = torch.float32) -> Transform
 class Requests:
     """Sequences of random tokens in shuffled pages; the last page is nobody's."""
 
-    def __init__(
-        self, kv: str = "fp32", page_size: int = 16, n: int = 5, window: int | None = None
-    ):
+    def __init__(self, kv: str = "fp32", page_size: int = 16, n: int = 5, window: Window = None):
         random = torch.Generator().manual_seed(1)
         self.page_size, self.window = page_size, window
         self.tokens = torch.randint(0, CONFIG.vocab_size, (n, 128), generator=random)
@@ -132,6 +132,23 @@ def test_a_sliding_window_equals_the_definition():
     for portions in PORTIONS:
         expected = TorchStep(net)(*theirs.inputs(portions))
         close(eager(step, *ours.inputs(portions)), expected, 1e-5)
+
+
+def test_scaled_positions_and_windows_by_layer_equal_the_definition():
+    plain = model()
+    changes = {
+        "rope_scaling": RopeScaling(kind="yarn", factor=16.0, original=32, high=32.0, gain=1.3),
+        "query_scaling": QueryScaling(beta=0.7, original=4),
+    }
+    net = Transformer(replace(CONFIG, **changes)).eval().requires_grad_(False).to(DEVICE)
+    net.load_state_dict(plain.state_dict())
+    ours, theirs, other = (Requests(window=(None, 6)) for _ in range(3))
+    step = GpuStep(net)
+    for portions in PORTIONS:
+        expected = TorchStep(net)(*theirs.inputs(portions))
+        close(eager(step, *ours.inputs(portions)), expected, 1e-5)
+        unscaled = TorchStep(plain)(*other.inputs(portions))
+        assert (unscaled - expected).abs().max() > 1e-2 * expected.abs().max()
 
 
 @pytest.mark.parametrize("n", [1, 3, 8, 11])
