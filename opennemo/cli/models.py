@@ -31,6 +31,7 @@ def info(model: Model) -> None:
 
     checkpoint = open_checkpoint(locate(model))
     config, console = checkpoint.config, Console(highlight=False)
+    scaling = config.rope_scaling
     types = [
         f"{n:,} tensors in {type} ({size(n_bytes)})"
         for type, (n, n_bytes) in checkpoint.stored_types().items()
@@ -44,7 +45,8 @@ def info(model: Model) -> None:
         f"of {config.head_dim}",
         "vocabulary": f"{config.vocab_size:,}{', tied to the head' * config.tied_embeddings}",
         "context": f"{config.max_position_embeddings:,} tokens"
-        + (f", window {_windows(config.sliding_window)}" if config.sliding_window else ""),
+        + (f", window {_windows(config.sliding_window)}" if config.sliding_window else "")
+        + (f", RoPE by {scaling.kind}, factor {scaling.factor:g}" if scaling else ""),
     }
     for name, value in rows.items():
         console.print(f"{name:<11} {value}", soft_wrap=True)

@@ -94,7 +94,7 @@ class GGUF:
             self.settings.setdefault("llama.vocab_size", self.shapes["token_embd.weight"][0])
         if "rope_freqs.weight" in self.shapes:
             factors = self.read("rope_freqs.weight", torch.float32)
-            self.settings["llama.rope.factors"] = factors.flatten().tolist()
+            self.settings["llama.rope.factors"] = factors.flatten()[: 2**12].tolist()
 
     def _open(self, path: Path) -> tuple[dict[str, Any], dict[str, Entry]]:
         try:

@@ -80,6 +80,7 @@ ONLY: dict[Layout, dict[str, list]] = {
         "general.architecture": ["llama", "mistral3"], "llama.expert_count": [],
         "split.count": [1], "llama.rope.scaling.yarn_ext_factor": [1, -1],
         "llama.rope.scaling.yarn_attn_factor": [1], "llama.rope.scaling.mscale": [1],
+        "llama.attention.bidirectional": [],
     },
 }  # fmt: skip
 # What a GGUF file may say of a model's shape beside SETTINGS.
@@ -90,7 +91,8 @@ FIELDS = (
     "rope.scaling.original_context_length", "rope.scaling.attn_factor",
     "rope.scaling.yarn_log_multiplier", "rope.scaling.yarn_ext_factor",
     "rope.scaling.yarn_attn_factor", "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow",
-    "rope.scaling.mscale", "rope.factors", "tensor_data_layout",
+    "rope.scaling.mscale", "rope.factors", "tensor_data_layout", "attention.causal",
+    "attention.layer_norm_epsilon",
 )  # fmt: skip
 
 
@@ -229,6 +231,7 @@ def _gguf_fields(raw: Mapping[str, Any]) -> Mapping[str, Any]:
         raw = {name.replace("mistral3.", "llama.", 1): value for name, value in raw.items()}
     head_dim = raw.get("llama.rope.dimension_count")
     fields = {"llama.rope.freq_base": 1e4, "llama.attention.key_length": head_dim} | dict(raw)
+    fields["llama.attention.bidirectional"] = raw.get("llama.attention.causal") is False
     # Stored as float32, where 1e-5 is 9.99999974738e-06.
     return {k: float(f"{v:.7g}") if isinstance(v, float) else v for k, v in fields.items()}
 

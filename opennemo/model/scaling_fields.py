@@ -193,7 +193,8 @@ def _llama3_of(factors: Sequence[float], config: ModelConfig, where: Path) -> Ro
     """Llama 3's RoPE from what it divides angles by, if its numbers are those of Llama 3.1 on."""
     if all(factor == 1 for factor in factors):
         return None
-    for original in (8192, config.max_position_embeddings):
+    originals = (8192, config.max_position_embeddings) if max(factors) < 2**16 else ()
+    for original in originals:
         scaling = RopeScaling(kind="llama3", factor=max(1.0, *factors), original=original)
         expected = rope_factors(replace(config, rope_scaling=scaling))
         assert expected is not None
@@ -213,7 +214,9 @@ def _params_window(raw: Mapping[str, Any], n_layers: int, where: Path) -> Window
     window = raw.get("sliding_window")
     if not isinstance(window, list) or n_layers % (len(window) or 1):
         return read_number(window, 2**27, where, "sliding_window") if window else None
-    return tuple(read_number(w, 2**27, where, "sliding_window") if w else None for w in window)
+    widths = [read_number(w, 2**27, where, "sliding_window") if w else None for w in window]
+    # Layers that see everything may be given the whole context.
+    return tuple(w if w and w < raw["max_position_embeddings"] else None for w in widths)
 
 
 def _config_window(raw: Mapping[str, Any], n_layers: int, where: Path) -> Window:

@@ -130,6 +130,14 @@ def test_mistral_s_own_params_json(model, tmp_path):
     assert read_config(path.parent).rope_theta == 1e6
 
 
+def test_windows_as_a_pattern_of_layers(model, tmp_path):
+    save(model, tmp_path / "mistral", layout="mistral")
+    path = tmp_path / "mistral" / "params.json"
+    for window, expected in (([32768, 40], (None, 40)), ([None, 40], (None, 40)), ([40, 40], 40)):
+        edit(path, sliding_window=window, max_position_embeddings=32768)
+        assert read_config(path.parent).sliding_window == expected
+
+
 def test_the_first_release_of_nemo_promised_too_long_a_context(model, tmp_path):
     save(model, tmp_path / "hf")
     edit(tmp_path / "hf" / "config.json", max_position_embeddings=1_024_000)
@@ -231,7 +239,6 @@ def assert_refused(path: Path, message: str) -> None:
     ("layout", "change", "message"),
     [
         ("mistral", {"moe": {"num_experts": 8}}, "moe = "),
-        ("mistral", {"vision_encoder": {"hidden_size": 1024}}, "vision_encoder = "),
         ("mistral", {"causal": False}, "bidirectional = True"),
         ("mistral", {"yarn": {"factor": 16, "gamma": 2}}, "yarn.gamma = 2 .*: factor, "),
         ("mistral", {"yarn": {"factor": 16, "beta": 32}}, "yarn.apply_scale is missing"),

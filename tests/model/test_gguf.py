@@ -138,6 +138,7 @@ def test_channels_are_in_mistral_s_order(tmp_path):
         ("llama.expert_count", 8, "llama.expert_count = 8"),
         ("llama.rope.scaling.type", "longrope", "type = 'longrope'.*: none or linear or yarn"),
         ("llama.rope.dimension_count", 64, "rope.dimension_count = 64.*: 128"),
+        ("llama.rope.scaling.yarn_ext_factor", 2, "yarn_ext_factor = 2"),
         ("llama.attention.clamp_kqv", 8, "llama.attention.clamp_kqv = 8"),
         ("split.count", 4, "part None .* of 4: files of a split model are named"),
         ("llama.attention.sliding_window", 2**31, "sliding_window is 2147483648, not"),
