@@ -172,7 +172,7 @@ def schemes(
     """
     method = "compressed-tensors" if "config_groups" in config else None
     method = config.get("quant_method", method)
-    if method not in UNDERSTOOD:
+    if not isinstance(method, str) or method not in UNDERSTOOD:
         refuse(where, "quant_method", method, tuple(UNDERSTOOD))
     for key, value in config.items():
         if key != "quant_method":

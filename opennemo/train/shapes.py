@@ -93,8 +93,7 @@ def preference_of(
     """
     chosen, rejected = answers = _two_answers(row)
     keys = [key for key in ("messages", "conversations", "context") if row.get(key) is not None]
-    begins = [answer[0].get("role") for answer in answers]
-    if not {*begins} & {"system", "developer", "user"}:
+    if not any(answer[0].get("role") in ["system", "developer", "user"] for answer in answers):
         if keys:
             context = _turns(row[keys[0]], keys[0])
             # Some sets repeat the chosen answer where they have messages.
