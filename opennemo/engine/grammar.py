@@ -338,7 +338,9 @@ def call_grammar(
     if not required:
         announcement = syntax.marks[0]
         anything = f"/{ANY_TEXT}/" if announcement in control else _text_without(announcement)
-        instead = f" | text\ntext: {anything if text is None else _json(text)}"
+        # Models whose calls are named by control tokens were taught to speak before they call.
+        behind = " calls?" if text is None and not syntax.is_object else ""
+        instead = f" | text{behind}\ntext: {anything if text is None else _json(text)}"
     # Small models would go on calling for ever where nothing but tags tells calls apart.
     times = "*" if syntax.is_list else f"{{0,{MAX_CALLS - 1}}}"
     many = f"({lark(syntax.separator)} call){times}" if parallel else ""
