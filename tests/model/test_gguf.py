@@ -153,7 +153,8 @@ def test_files_that_are_another_model(field, value, message, tmp_path):
 
 def test_a_rope_of_somebody_s_own(tmp_path):
     path = tmp_path / "model.gguf"
-    write(path, CONFIG, **{"llama.vocab_size": 300})
+    fields: dict[str, Any] = {"llama.vocab_size": 300}
+    write(path, CONFIG, **fields)
     path.write_bytes(path.read_bytes().replace(b"token_embd.weight", b"rope_freqs.weight"))
     assert_refused(path, "rope_freqs.weight = .*: those of Llama 3")
 
