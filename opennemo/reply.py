@@ -276,7 +276,8 @@ class TextStream:
             else:
                 hold = max((overlap(text, s) for s in self._stop), default=0)
                 text, self._held = text[: len(text) - hold], text[len(text) - hold :]
-            before += [("text", text)] if text else []
+            if text:
+                before.append(("text", text))
         return before
 
     def _release(self) -> list[Piece]:

@@ -49,6 +49,7 @@ from torch.utils.checkpoint import checkpoint
 from opennemo.errors import InvalidRequest
 from opennemo.model.attention import Packed
 from opennemo.model.context import ContextParallel
+from opennemo.model.positions import Window
 from opennemo.model.quantization import QATLinear, QuantizedLinear
 from opennemo.model.spread import spread
 from opennemo.model.transformer import Attend, Transformer
@@ -171,7 +172,7 @@ def share(
     mesh: Mesh | None,
     cu_seqlens: Tensor,
     max_seqlen: int,
-    window: int | None = None,
+    window: Window = None,
 ) -> Share:
     """Divide tokens among the ranks that share a window; they all pass the same.
 

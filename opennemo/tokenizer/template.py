@@ -96,7 +96,8 @@ class ChatTemplate:
                 f"tools or arguments: cannot be written as JSON: {error}"
             ) from None
         names = tokenizer.control_names
-        self._variables = settings | {
+        self._variables = {
+            **(settings or {}),
             "tools": tools or None,
             "bos_token": names.get(tokenizer.bos_id, ""),
             "eos_token": names.get(tokenizer.eos_id, ""),
