@@ -330,9 +330,9 @@ def _group(group: Mapping[str, Any], at: str, format: str, where: Path) -> Schem
         if not isinstance(arguments, dict | None):
             refuse(where, f"{at}.{kind}", arguments, ("an object",))
         for key, value in (arguments or {}).items():
-            if key not in ARGUMENTS:
-                _check(where, f"{at}.{kind}.{key}", value, {})
-            _check(where, f"{at}.{kind}.{key}", value, {f"{at}.{kind}.{key}": ARGUMENTS[key]})
+            name = f"{at}.{kind}.{key}"
+            known = {name: ARGUMENTS[key]} if key in ARGUMENTS else {}
+            _check(where, name, value, known)
     if weights is None:
         if inputs is not None:
             refuse(where, f"{at}.input_activations", inputs, ("null without weights",))
