@@ -701,8 +701,9 @@ struct Model {
   explicit Model(const Shape& s)
       : shape(s), matrices(s.n_layers * PER_LAYER + 1), pool(s.n_threads), scratch(s.n_threads) {}
 
-  // rows (M, K) of x times panel p -> y (M, 32)
-  void product(const Matrix& a, int p, const float* x, int first, int M, float* y, Scratch& s) {
+  // rows (M, K) of x times panel p -> y (M, 32); `next` is what is multiplied after it
+  void product(const Matrix& a, int p, const uint8_t* next, const float* x, int first, int M, float* y,
+               Scratch& s) {
     if (a.in_blocks()) {
       with_blocks(a.format, [&](auto type) {
         multiply_blocks<decltype(type)>(
@@ -712,7 +713,7 @@ struct Model {
     } else if (a.format == INT8) {
       int n_groups = a.depth() / GROUP;
       int n_passes = (M + TILE - 1) / TILE * (M * V <= SUMS ? 1 : V / 2);
-      Ahead ahead{a.panel(p + 1), n_passes};
+      Ahead ahead{next, n_passes};
       in_tiles(M, [&](int m, auto n) {
         size_t g = (size_t)(first + m) * n_groups;
         Codes in{inputs.codes.data() + g * GROUP, &inputs.scale[g], &inputs.excess[g], n_groups};
@@ -753,7 +754,7 @@ struct Model {
       const int rows = one->in_blocks() ? TALL : BLOCK;
       for (int first = 0; first < T; first += rows) {
         int M = std::min(rows, T - first);
-        product(*one, p, x, first, M, s.y[0], s);
+        product(*one, p, one->panel(p + 1), x, first, M, s.y[0], s);
         for (int m = 0; m < M; m++)
           emit(first + m, column + p * COLS, s.y[0] + m * COLS, std::min(COLS, one->rows - p * COLS));
       }
@@ -767,7 +768,8 @@ struct Model {
     pool.share(a->panels, [&](int p) {
       for (int first = 0; first < T; first += rows) {
         int M = std::min(rows, T - first);
-        for (int i = 0; i < 2; i++) product(a[i], p, x, first, M, s.y[i], s);
+        product(a[0], p, a[1].panel(p), x, first, M, s.y[0], s);
+        product(a[1], p, a[0].panel(p + 1), x, first, M, s.y[1], s);
         for (int m = 0; m < M; m++)
           emit(first + m, p * COLS, s.y[0] + m * COLS, s.y[1] + m * COLS,
                std::min(COLS, a->rows - p * COLS));

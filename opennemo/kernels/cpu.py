@@ -27,17 +27,8 @@ from torch import Tensor
 INSTRUCTIONS = {
     "avx512": (
         {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx2", "fma", "f16c"},
-        [
-            "-mavx512f",
-            "-mavx512bw",
-            "-mavx512dq",
-            "-mavx512vl",
-            "-mavx512vnni",
-            "-mavx2",
-            "-mfma",
-            "-mf16c",
-            "-mtune=native",
-        ],
+        ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mavx2", "-mfma",
+         "-mf16c", "-mtune=native"],
     ),
     "avxvnni": (
         {"avx_vnni", "avx2", "fma", "f16c"},
@@ -46,7 +37,7 @@ INSTRUCTIONS = {
     "avx2": ({"avx2", "fma", "f16c"}, ["-mavx2", "-mfma", "-mf16c", "-mtune=native"]),
     "neon": ({"asimddp"}, ["-march=armv8.2-a+dotprod"]),
     "portable": (set(), []),
-}
+}  # fmt: skip
 # Without the last, GCC moves additions behind the products that they are of, whose sums then no
 # longer fit in registers: 74 instead of 105 billion products a second with codes of four bits.
 FLAGS = ["-std=c++20", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math",
