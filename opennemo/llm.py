@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from opennemo.engine import Engine, EngineConfig, LocalEngine, SamplingParams
-from opennemo.engine.grammar import ANY_TEXT, GrammarCompiler, Kind, Thinking
+from opennemo.engine.grammar import GrammarCompiler, Kind
+from opennemo.engine.lark import ANY_TEXT, Thinking
 from opennemo.engine.ranks import Ranks
 from opennemo.engine.scoring import Pair, Score
 from opennemo.engine.sizes import announcement, fit

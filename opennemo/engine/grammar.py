@@ -1,23 +1,35 @@
 """Answers that must follow a grammar: JSON, a JSON schema, a regex, a choice, Lark, tool calls.
 
-llguidance does the work: a grammar, compiled against the vocabulary's bytes, tells in some tens of
+llguidance does the work: a grammar, compiled against the vocabulary's bytes, says in some tens of
 microseconds which tokens may come next. Compiling happens outside the engine's step, within
-bounds, and what is wrong with a grammar is told there; masks are computed while the model runs.
+bounds, and errors in a grammar are reported there; masks are computed while the model runs.
+lark.py writes the grammars of calls and thinking; schemas.py says what of a JSON schema holds.
 The engine sees only `Grammar.start()` and what `Matcher` offers.
 """
 
 import json
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from threading import Lock
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from llguidance.gbnf_to_lark import any_to_lark
 
+from opennemo.engine.lark import (
+    ANY_OBJECT,
+    JSON_STYLE,
+    MAX_CALLS_SOURCE,
+    Thinking,
+    bare,
+    call_grammar,
+    choices,
+    json_value,
+    thought_grammar,
+)
 from opennemo.engine.schemas import FittedSchema, Schema, fit
 from opennemo.errors import InvalidRequest
 from opennemo.tokenizer.calls import CallSyntax, to_json
@@ -26,35 +38,11 @@ Kind = Literal["json_object", "json_schema", "regex", "choice", "lark", "grammar
 
 MAX_SOURCE = 64 * 1024  # characters of a grammar
 MAX_SCHEMA = 256 * 1024  # of a JSON schema, whose descriptions count, too
-MAX_CALLS_SOURCE = 4 * 1024 * 1024  # of what call_grammar makes of all tools together
-MAX_CHOICES = 10_000
 MAX_RULES = 500  # of llama.cpp's grammars: translating takes the square of their number
 KEPT = 256  # compiled grammars, least recently used first out
 MAX_KEPT = 16 * 1024 * 1024  # characters of them together
 # Objects of thousands of optional properties need more than llguidance's 2,000 items in a row.
 LIMITS = LLParserLimits(max_items_in_row=20_000, verbose_errors=False)
-
-ANY_TEXT = "(.|\\n)*"  # as a regular expression
-MAX_CALLS = 16  # in one answer, where nothing but tags tells calls apart
-MAX_UNORDERED = 60  # properties of an object, as bits of a number
-_ANY: Schema = {"type": "object"}
-# Models learn JSON as json.dumps writes it; other white space costs tokens and quality.
-_JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-
-
-class Thinking(NamedTuple):
-    """How an answer thinks before its words or calls.
-
-    Attributes:
-        opening, closing: the marks around it.
-        begun: the prompt has begun it, so it must end first.
-        budget: tokens after which its closing mark comes, if that is a token.
-    """
-
-    opening: str
-    closing: str
-    begun: bool = False
-    budget: int | None = None
 
 
 class Matcher:
@@ -163,10 +151,11 @@ class GrammarCompiler:
             literal = re.sub(r"(?<!\\)/", r"\\/", source).replace("\n", "\\n")
             answer = f"/{literal}/"
         elif kind == "choice":
-            answer = _choices(json.loads(source))
+            answer = choices(json.loads(source))
         else:
-            answer = _json(self.fit(source).schema if kind == "json_schema" else _ANY)
-        return self.compile("calls", f"{_thought(thinking, self._control)}\nanswer: {answer}")
+            answer = json_value(self.fit(source).schema if kind == "json_schema" else ANY_OBJECT)
+        thought = thought_grammar(thinking, self._control)
+        return self.compile("calls", f"{thought}\nanswer: {answer}")
 
     def compile_calls(
         self,
@@ -222,8 +211,8 @@ class GrammarCompiler:
                 raise InvalidRequest(
                     f"tools: their schemas together are too much: {error}"
                 ) from None
-        bare = [{"function": {"name": tool["function"]["name"]}} for tool in tools]
-        grammar = self.compile("calls", call_grammar(syntax, bare, self._control, **options))
+        names = [{"function": {"name": tool["function"]["name"]}} for tool in tools]
+        grammar = self.compile("calls", call_grammar(syntax, names, self._control, **options))
         return grammar, ("all tools: parameters",)
 
     def _fit_arguments(self, source: str) -> FittedSchema:
@@ -233,12 +222,12 @@ class GrammarCompiler:
         if kinds == "object" or (isinstance(kinds, list) and "object" in kinds):
             asked = {k: v for k, v in asked.items() if k != "nullable"} | {"type": "object"}
         elif str(kinds).lower() != "object":
-            asked, gaps = _ANY, ["parameters.type"]
+            asked, gaps = ANY_OBJECT, ["parameters.type"]
         fitted = self.fit(json.dumps(asked))
         schema: Schema = dict(fitted.schema)
         gaps += [f"parameters.{gap}" for gap in fitted.gaps]
         if schema.get("type") != "object":
-            schema, gaps = dict(_ANY), gaps or ["parameters"]
+            schema, gaps = dict(ANY_OBJECT), gaps or ["parameters"]
         properties = schema.get("properties")
         if properties and schema.keys() <= {"type", "properties", "required", "$defs"}:
             schema["additionalProperties"] = False
@@ -295,164 +284,20 @@ class GrammarCompiler:
         if kind == "grammar":
             return LLMatcher.grammar_from_lark(_to_lark(source))
         if kind == "json_object":
-            return LLMatcher.grammar_from_json_schema({"type": "object", "x-guidance": _JSON_STYLE})
+            return LLMatcher.grammar_from_json_schema({"type": "object", "x-guidance": JSON_STYLE})
         value = json.loads(source)
         if kind == "choice":
-            return LLMatcher.grammar_from_lark(f"start: {_choices(value)}")
+            return LLMatcher.grammar_from_lark(f"start: {choices(value)}")
         fitted = self.fit(source)
         if fitted.gaps:
             raise ValueError(unheld(fitted))
-        return LLMatcher.grammar_from_json_schema({**fitted.schema, "x-guidance": _JSON_STYLE})
+        return LLMatcher.grammar_from_json_schema({**fitted.schema, "x-guidance": JSON_STYLE})
 
 
 def unheld(fitted: FittedSchema) -> str:
     """What of a schema cannot be held, and why, in a line."""
     why = f": {fitted.why}" if fitted.why else ""
     return f"{', '.join(fitted.gaps[:5])} cannot be held by a grammar{why}"[:500]
-
-
-def call_grammar(
-    syntax: CallSyntax,
-    tools: Sequence[Mapping[str, Any]],
-    control: Collection[str],
-    *,
-    required: bool = True,
-    text: Schema | None = None,
-    parallel: bool = True,
-    thinking: Thinking | None = None,
-) -> str:
-    """Lark source of an answer that calls declared tools with valid arguments, in a syntax.
-
-    The answer is a call, or several if `parallel`; or, if none is `required`, text: JSON of the
-    schema `text`, or by default any that cannot be mistaken for calls. `control` are the names of
-    control tokens. Schemas are such as `GrammarCompiler.fit` gives. Thinking may come first.
-
-    Raises:
-        InvalidRequest: there is no tool to call.
-    """
-
-    def lark(pattern: str) -> str:
-        return _lark(syntax.fill(pattern, {}, control))
-
-    instead = ""
-    if not required:
-        announcement = syntax.marks[0]
-        anything = f"/{ANY_TEXT}/" if announcement in control else _text_without(announcement)
-        # Models whose calls are named by control tokens were taught to speak before they call.
-        behind = " calls?" if text is None and not syntax.is_object else ""
-        instead = f" | text{behind}\ntext: {anything if text is None else _json(text)}"
-    # Small models would go on calling for ever where nothing but tags tells calls apart.
-    times = "*" if syntax.is_list else f"{{0,{MAX_CALLS - 1}}}"
-    many = f"({lark(syntax.separator)} call){times}" if parallel else ""
-    calls = f"calls: {lark(syntax.before)} call {many} {lark(syntax.after)}"
-    answer = f"answer: calls{instead}\n{calls}\n{_calls_of(syntax, tools, control)}"
-    if thinking is None:
-        return f"start: answer\n{answer}"
-    return f"{_thought(thinking, control)}\n{answer}"
-
-
-def _thought(thinking: Thinking, control: Collection[str]) -> str:
-    """Lark of `start`: thinking between its marks, and then the `answer`."""
-    opening, closing, begun, budget = thinking
-    begin = f"<{_bare(opening)}>" if opening in control else json.dumps(opening)
-    begins, rest = "thought" if begun else f"({begin} thought)?", "answer"
-    if closing in control:
-        most = "" if budget is None else f"[max_tokens={budget}]"
-        thought = f"thought: words <{_bare(closing)}>\nwords{most}: /{ANY_TEXT}/"
-    elif budget is not None:
-        raise InvalidRequest(
-            f"thinking budget: this model has no token for {closing}, which would end it"
-        )
-    else:  # it ends where its mark comes first
-        literal = re.escape(closing).replace("/", r"\/")
-        thought = f"thought[lazy]: /{ANY_TEXT}{literal}/"
-    if closing[0] == "<":
-        rest = "BLANKS answer\nBLANKS: /\\s*/"
-    return f"start: {begins} {rest}\n{thought}"
-
-
-def _lark(pieces: list[str], arguments: str = "") -> str:
-    """What CallSyntax.fill gives, in Lark; `arguments` is the rule for them."""
-    names = {"$arguments": arguments}
-    terms = [
-        names.get(p, f"<{_bare(p)}>") if i % 2 else json.dumps(p) for i, p in enumerate(pieces)
-    ]
-    return " ".join(term for term in terms if term != '""')
-
-
-def _text_without(tag: str) -> str:
-    """Lark of any text that does not hold the tag."""
-    literal = re.escape(tag).replace("/", r"\/")
-    return f"PLAIN\nPLAIN: /{ANY_TEXT}/ & ~/{ANY_TEXT}{literal}{ANY_TEXT}/"
-
-
-def _calls_of(
-    syntax: CallSyntax, tools: Sequence[Mapping[str, Any]], control: Collection[str]
-) -> str:
-    """Lark of `call`: a call to one of the tools; arguments in any order, if there is room."""
-    if not tools:
-        raise InvalidRequest("a tool call is required, but no tools are given")
-    functions = [(tool["function"]["name"], tool["function"].get("parameters")) for tool in tools]
-    for free in (True, False):
-        rules = [f"call: {' | '.join(f'call_{i}' for i in range(len(tools)))}"]
-        for i, (name, schema) in enumerate(functions):
-            values = {"$name": syntax.spell(name), "$id": ""}
-            pieces = syntax.fill(syntax.call, values, {"$arguments", *control})
-            rules.append(f"call_{i}: {_lark(pieces, f'args_{i}')}")
-            rules += (free and _in_any_order(i, schema)) or [f"args_{i}: {_json(schema or _ANY)}"]
-        if sum(map(len, rules)) < MAX_CALLS_SOURCE // 4:
-            break
-    return "\n".join(rules)
-
-
-def _in_any_order(i: int, schema: Any) -> list[str] | None:
-    """Rules `args_i` of an object whose properties come as the model likes, each once at most.
-
-    A JSON schema says nothing of order, and models put first what was said first: held to the
-    schema's order, one that had learnt so made an eighth fewer exact calls (docs/log.md). The
-    properties that are there are bits of a rule's parameter. None where the schema says more than
-    which properties there are and which must be.
-    """
-    plain = {"type", "properties", "required", "title", "description", "additionalProperties"}
-    if not isinstance(schema, dict) or not schema.keys() <= plain:
-        return None
-    properties, required = schema.get("properties"), schema.get("required") or []
-    if not properties or not isinstance(properties, dict) or not isinstance(required, list):
-        return None
-    if not all(isinstance(name, str) and name in properties for name in required):
-        return None
-    if schema.get("type", "object") != "object" or len(properties) > MAX_UNORDERED:
-        return None
-    if schema.get("additionalProperties", True) is not False:
-        return None
-    if "$ref" in json.dumps(properties):  # to a definition that only the whole schema has
-        return None
-    bits = {name: bit for bit, name in enumerate(properties)}
-    there = "true"
-    for name in required:
-        there = f"and(bit_set({bits[name]}), {there})"
-    more = f"not(is_ones([0:{len(bits)}]))"
-    items = " | ".join(
-        f"{json.dumps(json.dumps(name, ensure_ascii=False) + ': ')} "
-        f"v_{i}_{bit} more_{i}::set_bit({bit}) %if bit_clear({bit})"
-        for name, bit in bits.items()
-    )
-    values = (f"v_{i}_{bit}: {_json(properties[name])}" for name, bit in bits.items())
-    return [
-        f'args_{i}: "{{" item_{i}::0x0' + ("" if required else ' | "{}"'),
-        f"item_{i}::_ : {items}",
-        f'more_{i}::_ : "}}" %if {there} | ", " item_{i}::_ %if {more}',
-        *values,
-    ]
-
-
-def _json(schema: Any) -> str:
-    """Lark of a value; what has no separators needs no style."""
-    if schema is True:
-        schema = {}
-    if isinstance(schema, dict) and schema.get("type") not in ("string", "number", "integer"):
-        schema = {**schema, "x-guidance": _JSON_STYLE}
-    return f"%json {json.dumps(schema)}"
 
 
 class _Vocabulary:
@@ -472,7 +317,7 @@ class _Vocabulary:
         self._single = {token[0]: id for id, token in enumerate(tokens) if len(token) == 1}
         self._encode = encode
         for name, id in control.items():
-            self.tokens[id] = f"<{_bare(name)}>".encode()
+            self.tokens[id] = f"<{bare(name)}>".encode()
 
     def __call__(self, text: bytes | str) -> list[int]:
         """Ids of text that a grammar forces, the model's own spelling of it if `encode` is known.
@@ -494,19 +339,6 @@ def _to_lark(source: str) -> str:
         return any_to_lark(source)
     except Exception as error:  # noqa: BLE001  it raises no other class
         raise ValueError(str(error)) from None
-
-
-def _choices(value: Any) -> str:
-    if not isinstance(value, list) or not value or not all(isinstance(v, str) for v in value):
-        raise ValueError("a list of one or more strings is expected")
-    if len(value) > MAX_CHOICES:
-        raise ValueError(f"{len(value):,} choices are given, allowed are {MAX_CHOICES:,}")
-    return " | ".join(json.dumps(v) for v in value)
-
-
-def _bare(name: str) -> str:
-    """The name of a control token without its brackets."""
-    return name[1:-1] if name[:1] + name[-1:] in ("[]", "<>") else name
 
 
 def _first_line(text: str) -> str:

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opennemo.engine import LocalEngine, SamplingParams
-from opennemo.engine.grammar import GrammarCompiler, Thinking, call_grammar
+from opennemo.engine.grammar import GrammarCompiler
+from opennemo.engine.lark import Thinking, call_grammar
 from opennemo.errors import InvalidRequest
 from opennemo.tokenizer.calls import ARRAY
 

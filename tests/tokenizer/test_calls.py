@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opennemo.engine.grammar import GrammarCompiler, Thinking, call_grammar
+from opennemo.engine.grammar import GrammarCompiler
+from opennemo.engine.lark import Thinking, call_grammar
 from opennemo.tokenizer.calls import (
     ARRAY,
     ARRAY_WITHOUT_IDS,
