@@ -22,9 +22,9 @@ from opennemo.engine.grammar import GrammarCompiler, Kind
 from opennemo.engine.lark import ANY_TEXT, Thinking
 from opennemo.engine.ranks import Ranks
 from opennemo.engine.scoring import Pair, Score
-from opennemo.engine.sizes import announcement, fit
+from opennemo.engine.sizes import Fit, announcement, fit
 from opennemo.errors import CheckpointError, ContextTooLong, InvalidRequest
-from opennemo.model.checkpoint import load, open_checkpoint
+from opennemo.model.checkpoint import Checkpoint, load, open_checkpoint
 from opennemo.model.companions import read_generation_config
 from opennemo.model.hub import locate
 from opennemo.model.memory import open_device
@@ -99,8 +99,8 @@ class LLM:
         tokenizer, defaults, eos_ids = _text_side(path)
         checkpoint = open_checkpoint(path)
         eos_ids = {id for id in eos_ids if id < checkpoint.config.vocab_size}
-        draft = None if config.draft is None else _load_draft(config.draft, tokenizer, device)
-        chosen = fit(checkpoint, torch.device(device).type, config, format, dtype)
+        draft, small = _fit_draft(config, tokenizer, device)
+        chosen = fit(checkpoint, device, config, format, dtype, small)
         if line := announcement(checkpoint, config, chosen, format):
             print(f"opennemo: {line}", file=sys.stderr)
         config = replace(config, kv_format=chosen.kv_format, n_pages=chosen.n_pages)
@@ -114,8 +114,9 @@ class LLM:
             net = ranks.model
         else:
             net = load(checkpoint, device=device, form=chosen.form)
+        small_net = load(draft, device=device, form=small.form) if draft and small else None
         engine = LocalEngine(
-            net, eos_ids, config, checkpoint.read_kv_scale(), ranks, tokenizer.vocab_size, draft
+            net, eos_ids, config, checkpoint.read_kv_scale(), ranks, tokenizer.vocab_size, small_net
         )
         engine.start()
         return cls(_name(path, model), tokenizer, engine, defaults)
@@ -186,6 +187,8 @@ class LLM:
         marks = thinking_marks(self.tokenizer)
         if thinking_budget is not None and thinking_budget < 1:
             raise InvalidRequest(f"thinking_budget: {thinking_budget} is not a positive number")
+        if thinking_budget is not None and marks is None:
+            raise InvalidRequest("thinking_budget: this model has no marks around its thinking")
         thinking = marks and Thinking(*marks, is_thinking(self.tokenizer, ids), thinking_budget)
         words = format
         if thinking and thinking_budget is not None and words is None:
@@ -324,7 +327,12 @@ def _schema_of(kind: Kind, source: str) -> dict[str, Any]:
     """The setting that shows a model the schema of its answer."""
     if kind == "json_object":
         return {"json_schema": {"anyOf": [{"type": "object"}, {"type": "array"}]}}
-    return {"json_schema": json.loads(source)} if kind == "json_schema" else {}
+    if kind != "json_schema":
+        return {}
+    try:
+        return {"json_schema": json.loads(source)}
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f"the json_schema is not valid: {error}") from None
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -347,16 +355,19 @@ def _share(
     return load_share(open_checkpoint(path), rank, n_ranks, device=device, dtype=dtype)
 
 
-def _load_draft(model: str, tokenizer: Tokenizer, device: str) -> Transformer:
-    """A small model that guesses for one with this tokenizer."""
-    path = locate(model)
+def _fit_draft(
+    config: EngineConfig, tokenizer: Tokenizer, device: str
+) -> tuple[Checkpoint | None, Fit | None]:
+    """The small model that guesses for one with this tokenizer, and how it runs."""
+    if config.draft is None:
+        return None, None
+    path = locate(config.draft)
     if not tokenizer.has_vocabulary_of(load_tokenizer(path)):
         raise InvalidRequest(
-            f"draft {model}: its vocabulary is not that of the model it guesses for"
+            f"draft {config.draft}: its vocabulary is not that of the model it guesses for"
         )
     checkpoint = open_checkpoint(path)
-    form = fit(checkpoint, torch.device(device).type, EngineConfig(n_pages=1)).form
-    return load(checkpoint, device=device, form=form)
+    return checkpoint, fit(checkpoint, device, EngineConfig(n_pages=1, page_size=config.page_size))
 
 
 def _text_side(path: Path) -> tuple[Tokenizer, SamplingParams, set[int]]:

@@ -60,6 +60,12 @@ def test_what_does_not_fit_says_so_and_the_next_request_goes_on(llm):
 
 
 @needs_smollm2
+def test_a_budget_of_thinking_is_refused_where_nothing_would_end_it(llm):
+    with pytest.raises(InvalidRequest, match="no marks around its thinking"):
+        llm.chat([{"role": "user", "content": "Hi"}], thinking_budget=5)
+
+
+@needs_smollm2
 def test_a_draft_model_guesses_and_one_of_another_vocabulary_is_refused(llm, tmp_path):
     """The model itself is the draft, so that most of what it guesses is kept."""
     config = EngineConfig(draft="smollm2-135m-instruct", n_draft_tokens=3, max_context=512)

@@ -29,7 +29,7 @@ from opennemo.engine.kv_cache import KVCache
 from opennemo.engine.runner import Runner, Stretch
 from opennemo.engine.sampler import sample
 from opennemo.engine.sequence import Chunk, Prefix, Sequence
-from opennemo.engine.sizes import CacheSize, EngineConfig, cache_size
+from opennemo.engine.sizes import CPU_KV, CacheSize, EngineConfig, cache_size
 from opennemo.model.transformer import Transformer
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ FIRST_ODDS = (0.7, 0.2, 0.4, 0.6)  # of a guess by the small model, and after 1,
 MODEL = 0  # the small model's place there
 FIRST_PRICE = 0.2
 MOST = 16  # guesses for one sequence in one step
-BEHIND = 16  # tokens that the small model computes at once where nobody asks it
+BEHIND = 16  # tokens that the small model computes at once while it does not guess
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Pace:
     _sums: list[float] = field(default_factory=lambda: [0.0] * 7)
 
     def note(self, n_rows: int, n_tokens: int, seconds: float, seconds_before: float = 0.0) -> None:
-        """Take up a step of so many rows, which gave so many tokens after some time of guessing."""
+        """Record a step: its rows, the tokens that it gave, and the time spent on guessing."""
         total = seconds + seconds_before
         new = (1, n_rows, n_rows**2, seconds, n_rows * seconds, n_tokens, total)
         self._sums = [0.97 * a + b for a, b in zip(self._sums, new, strict=True)]
@@ -75,7 +75,7 @@ class _Record:
 
 
 class Drafter:
-    """Sets the `guesses` of sequences before a step, and learns after it what they were worth."""
+    """Sets the `guesses` of sequences before a step, and records after it how many were kept."""
 
     def __init__(
         self,
@@ -118,7 +118,7 @@ class Drafter:
                 sequence.guesses = self._possible(sequence, tuple(guesses))
 
     def learn(self, sequence: Sequence, n_guesses: int, n_kept: int) -> None:
-        """Take up that the first `n_kept` of a sequence's guesses were right."""
+        """Record that the first `n_kept` of a sequence's guesses were right."""
         self.n_guessed += n_guesses
         self.n_kept += n_kept
         record = self._records.get(sequence)
@@ -128,7 +128,7 @@ class Drafter:
                     odds[record.kind] += weight * (kept - odds[record.kind])
 
     def follow(self, chunks: list[Chunk]) -> None:
-        """See that the small model computes what the large one has computed."""
+        """Let the small model compute the tokens that the large one has computed."""
         if self.small_model is not None:
             self.small_model.follow(chunks)
 
@@ -160,10 +160,11 @@ class SmallModel:
 
     def __init__(self, model: Transformer, size: CacheSize, config: EngineConfig, vocab_size: int):
         """`size` and `vocab_size`, rows of logits, are the large model's."""
-        same = {"n_pages": size.n_pages, "page_size": size.page_size, "kv_format": None}
+        same = {"n_pages": size.n_pages, "page_size": size.page_size, "kv_scale": None}
+        same["kv_format"] = None if model.norm.weight.is_cuda else CPU_KV
         own = cache_size(model, replace(config, **same), size.n_pages * size.page_size, None)
         self.runner, self.seconds_a_guess = Runner(model, own), 0.0
-        self._vocab_size, self._failed = vocab_size, False
+        self._vocab_size, self._page_size, self._failed = vocab_size, own.page_size, False
 
     def follow(self, chunks: list[Chunk]) -> None:
         """Compute prompts, and answers some tokens at a time."""
@@ -174,7 +175,9 @@ class SmallModel:
         for chunk in chunks:
             sequence, end = chunk.sequence, chunk.sequence.n_computed + chunk.n_new
             start = sequence.n_drafted
-            if end - start >= BEHIND or (chunk.n_new > 1 and end > start):
+            # A page that the large model has filled may be shared and stored: both halves are.
+            fills = end // self._page_size > start // self._page_size
+            if fills or end - start >= BEHIND or (chunk.n_new > 1 and end > start):
                 stretches.append(Stretch(start, sequence.tokens[start:end], 0, sequence.pages))
                 sequence.n_drafted = end
         if stretches and not self._failed:
@@ -189,6 +192,8 @@ class SmallModel:
         guesses: dict[Sequence, list[int]] = {sequence: [] for sequence in lengths}
         matchers = {s: s.matcher.copy() for s in lengths if s.matcher}
         going = [] if self._failed else list(lengths)
+        for sequence in going:  # what was guessed and never checked is computed anew
+            sequence.n_drafted = min(sequence.n_drafted, len(sequence.tokens) - 1)
         while going:
             stretches = []
             for sequence in going:
@@ -221,13 +226,12 @@ class SmallModel:
 
     def _compute(self, stretches: list[Stretch]) -> torch.Tensor | None:
         """Logits (R, V), or None after an error, which ends its guessing for good."""
-        last = (
-            self.runner.model.config.vocab_size - 1
-        )  # rows that fill a vocabulary up may be fewer
+        # The vocabulary may be padded further in the large model.
+        last = self.runner.model.config.vocab_size - 1
         stretches = [s._replace(tokens=[min(t, last) for t in s.tokens]) for s in stretches]
         try:
             logits = self.runner.compute(self.runner.lay_out(stretches))
-        except RuntimeError as error:  # out of memory: answers come without it
+        except (RuntimeError, ValueError) as error:  # answers come without it
             log.warning("the draft model failed and is left out: %s", error)
             self._failed = True
             return None

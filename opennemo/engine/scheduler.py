@@ -48,7 +48,7 @@ class Scheduler:
         budget, rows = self.max_batched_tokens, self.max_rows
         chunks, preempted = [], False
         # Guesses take no room from other sequences' next tokens.
-        spare = max(0, budget - sum(s.n_pending == 1 for s in self.running))
+        spare = max(0, min(budget, rows) - sum(s.n_pending == 1 for s in self.running))
         for sequence in sorted(self.running, key=lambda s: s.n_pending > 1):  # decoding first
             if min(budget, rows) <= 0:
                 break

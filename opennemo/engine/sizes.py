@@ -94,7 +94,9 @@ def cache_size(
     weight = model.norm.weight
     own = plain(weight.dtype)
     assert own is not None, weight.dtype
-    own = own.name if scale is None else SCALED_KV
+    if config.kv_scale is not None and config.kv_format not in (None, SCALED_KV):
+        raise InvalidRequest(f"kv_scale is for a cache in {SCALED_KV}, not in {config.kv_format}")
+    own = own.name if scale is None and config.kv_scale is None else SCALED_KV
     if scale is None and config.kv_scale is not None:
         scale = torch.full((model.config.n_layers, 2), config.kv_scale)
     page_size = config.page_size or (FUSED_PAGE_SIZE if weight.is_cuda else PAGE_SIZE)
@@ -131,21 +133,30 @@ class Fit:
         return (
             f"{size(self.fixed + cache)} are needed ({size(self.needs.weights)} of weights in "
             f"{self.name}, {size(cache)} of KV cache in {self.kv_format} for {n_tokens:,} tokens, "
-            f"{size(rest)} to load and to compute), and {size(self.room)} may be taken"
+            f"{size(rest)} to load, compute and guess), and {size(self.room)} may be taken"
         )
 
 
 def fits(
-    checkpoint: Checkpoint, device: str, config: EngineConfig, dtype: torch.dtype | None = None
+    checkpoint: Checkpoint,
+    device: str,
+    config: EngineConfig,
+    dtype: torch.dtype | None = None,
+    draft: Fit | None = None,
 ) -> dict[str, Fit]:
-    """What fits of each form that a model can run in, by name; with `dtype`, of that type alone."""
-    model, on_cpu, memory = checkpoint.config, device == "cpu", available_memory()
+    """For each form that a model can run in, by name, what fits; with `dtype`, only that type.
+
+    `draft` is how the small model runs that has a page beside each of this one's.
+    """
+    model, memory, place = checkpoint.config, available_memory(), torch.device(device)
+    device, on_cpu = place.type, place.type == "cpu"
     ranks = config.tensor_parallel_size > 1
     made = forms(checkpoint, device, adapters=config.adapters, ranks=ranks)
     if dtype is not None:
         name = STORED if checkpoint.format else str(dtype).removeprefix("torch.")
         made = {name: Form(dtype=dtype, head=made[STORED].head if STORED in made else None)}
-    room = int(USABLE * memory["cpu" if on_cpu else f"cuda:{torch.cuda.current_device()}"])
+    index = place.index if on_cpu or place.index is not None else torch.cuda.current_device()
+    room = int(USABLE * memory["cpu" if on_cpu else f"cuda:{index}"])
     share = 1 if on_cpu else config.tensor_parallel_size  # CPU ranks share its memory
     step = activations(model, config.max_batched_tokens, config.max_sequences) if on_cpu else 0
     page_size = config.page_size or (PAGE_SIZE if on_cpu else FUSED_PAGE_SIZE)
@@ -156,8 +167,9 @@ def fits(
     for name, form in made.items():
         needs = Needs.of(checkpoint, form, device, config.adapters)
         fixed = needs.weights // share + max(needs.loading, step)
+        fixed += draft.needs.weights if draft else 0
         kv = _kv_format(config, form, scaled, on_cpu)
-        per_page = -(-page_size * kv_bytes(model, kv) // share)
+        per_page = -(-page_size * kv_bytes(model, kv) // share) + (draft.per_page if draft else 0)
         n_pages = max(0, min((room - fixed) // per_page, wanted))
         result[name] = Fit(
             name=name, form=form, needs=needs, kv_format=kv, per_page=per_page,
@@ -173,6 +185,7 @@ def fit(
     config: EngineConfig,
     format: str = "auto",
     dtype: torch.dtype | None = None,
+    draft: Fit | None = None,
 ) -> Fit:
     """The form to load a model in and the context beside it, before anything is loaded.
 
@@ -182,14 +195,17 @@ def fit(
     Raises:
         InvalidRequest: there is no such form; or nothing fits, with the numbers and what would.
     """
-    found = fits(checkpoint, device, config, dtype)
+    most = checkpoint.config.max_position_embeddings
+    if (asked := config.max_context or 0) > most:
+        raise InvalidRequest(f"a context of {asked:,} tokens: the model has {most:,}")
+    found = fits(checkpoint, device, config, dtype, draft)
     if dtype is None and format not in ("auto", *found):
         stored = f", and the model is stored in {checkpoint.format}" if checkpoint.format else ""
         raise InvalidRequest(f"format {format!r}: allowed are auto, {', '.join(found)}{stored}")
     if dtype is not None:
         tried = [*found.values()]
     elif format == "auto":
-        tried = [found[name] for name in automatic(found, device)]
+        tried = [found[name] for name in automatic(found, torch.device(device).type)]
     else:
         tried = [found[format]]
     asked, longest = config.max_context or config.n_pages, _longest(checkpoint.config, config)
@@ -201,13 +217,11 @@ def fit(
         best = best if best.context >= min(longest, SMALLEST) else None
     if best is not None:
         return best
-    last, less = (
-        min(tried, key=lambda one: one.fixed),
-        replace(config, max_context=None, n_pages=None),
-    )
+    last = min(tried, key=lambda one: one.fixed)
+    less = replace(config, max_context=None, n_pages=None)
     others = [
         f"--format {one.name} with {one.context:,} tokens"
-        for one in fits(checkpoint, device, less).values()
+        for one in fits(checkpoint, device, less, draft=draft).values()
         if one.context >= SMALLEST
     ]
     raise InvalidRequest(
@@ -217,7 +231,7 @@ def fit(
 
 
 def announcement(checkpoint: Checkpoint, config: EngineConfig, chosen: Fit, format: str) -> str:
-    """What a user should hear of a choice, in one line; nothing where nothing was given up."""
+    """One line that tells a user what was given up to fit; empty where nothing was."""
     longest, said = _longest(checkpoint.config, config), []
     if format == "auto" and chosen.form.format is not None:
         said.append(f"weights are rounded to {chosen.name} as they are read")
@@ -233,7 +247,7 @@ def _longest(model: ModelConfig, config: EngineConfig) -> int:
 
 
 def _kv_format(config: EngineConfig, form: Form, scaled: bool, on_cpu: bool) -> str:
-    """What a cache is in: as it is asked for, or as the model brings scales, or by the device."""
+    """The cache's format: as configured, else fp8 if the model has scales, else by device."""
     if config.kv_format or scaled:
         return config.kv_format or SCALED_KV
     own = plain(form.dtype or torch.float32)

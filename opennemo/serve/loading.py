@@ -19,7 +19,8 @@ def load_model(settings: Settings) -> LLM:
         InvalidRequest: an adapter is not named as NAME=FOLDER.
     """
     modules = adapters_of(settings)
-    kv_formats = {FORMATS[name].dtype_name: name for name in names("cache")}  # without "auto"
+    kinds = names("cache")  # without "auto"
+    kv_formats = {FORMATS[name].dtype_name: name for name in kinds} | {name: name for name in kinds}
     config = EngineConfig(
         max_context=settings.max_model_len,
         page_size=settings.block_size,

@@ -211,6 +211,19 @@ def test_guesses_stop_at_the_end_of_an_answer_and_at_what_the_grammar_forbids():
         assert sequence.guesses == want
 
 
+@pytest.mark.parametrize("with_model", [False, True], ids=["looked up", "small model"])
+def test_guesses_take_no_room_from_others_tokens(model, with_model):
+    """Neither tokens of a step nor rows of logits."""
+    params = SamplingParams(max_tokens=20, allowed_ids=FEW)
+    texts = [text * 2 for text in prompts(10, shared=4)]
+    without = answers(LocalEngine(deepcopy(model), [EOS], OFF), texts, params)
+    draft = near(model, 0.1) if with_model else None
+    engine = LocalEngine(deepcopy(model), [EOS], EngineConfig(n_draft_tokens=4), draft=draft)
+    engine.scheduler.max_rows = 12
+    assert answers(engine, texts, params) == without
+    assert n_drafted(engine)[0] > 0
+
+
 def test_a_draft_model_that_fails_is_left_out(model):
     draft = near(model, 0.1)
     engine = LocalEngine(deepcopy(model), [EOS], SMALL, draft=draft)

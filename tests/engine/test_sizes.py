@@ -45,6 +45,11 @@ def fit_in(folder, gib, monkeypatch, format="auto", **settings):
     return chosen, announcement(checkpoint, config, chosen, format)
 
 
+def test_more_context_than_the_model_has_is_refused(nemo, monkeypatch):
+    with pytest.raises(InvalidRequest, match="200,000 tokens: the model has 131,072"):
+        fit_in(nemo, 64, monkeypatch, max_context=200_000)
+
+
 @pytest.fixture(scope="module")
 def nemo(tmp_path_factory):
     """Mistral NeMo's 24.5 GB, which are not there."""
