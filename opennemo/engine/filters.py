@@ -1,7 +1,7 @@
-"""Filters that look at a whole row of logits, as people who write with models use them.
+"""Sampling filters that look at a whole row of logits, as used for creative writing.
 
-Each takes one row (V,) and changes it in place: what is not to come becomes -inf. They stand
-before the temperature, as in llama.cpp, so how far a row is narrowed does not depend on it.
+Each takes one row (V,) and changes it in place: dropped tokens become -inf. They run before the
+temperature, as in llama.cpp, so the temperature does not change which tokens are dropped.
 
 Sources: locally typical sampling (arXiv:2202.00666), top-n-sigma (arXiv:2411.07641), XTC and DRY
 as text-generation-webui (pull requests 6335 and 5677) and llama.cpp have them.
@@ -46,7 +46,7 @@ def narrow_(row: Tensor, params: SamplingParams, chance: float) -> None:
 
 
 def penalise_repeats_(row: Tensor, params: SamplingParams, tokens: Sequence[int]) -> None:
-    """DRY: lower the logits (V,) of tokens that would go on with what was said before.
+    """DRY: lower the logits (V,) of tokens that would continue a repetition.
 
     A token that followed an earlier occurrence of the last n tokens loses `multiplier * base **
     (n - allowed_length)`. Breakers end what is compared, and are never penalised.

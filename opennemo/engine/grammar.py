@@ -8,7 +8,6 @@ The engine sees only `Grammar.start()` and what `Matcher` offers.
 """
 
 import json
-import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
@@ -28,6 +27,7 @@ from opennemo.engine.lark import (
     call_grammar,
     choices,
     json_value,
+    regex,
     thought_grammar,
 )
 from opennemo.engine.schemas import FittedSchema, Schema, fit
@@ -60,7 +60,7 @@ class Matcher:
         return None if self._matcher.consume_token(token) else self.error
 
     def copy(self) -> "Matcher":
-        """One that goes on from here by itself."""
+        """An independent copy that continues from here."""
         return Matcher(self._matcher.deep_copy())
 
     @property
@@ -148,8 +148,7 @@ class GrammarCompiler:
                 )
             return grammar
         if kind == "regex":
-            literal = re.sub(r"(?<!\\)/", r"\\/", source).replace("\n", "\\n")
-            answer = f"/{literal}/"
+            answer = regex(source)
         elif kind == "choice":
             answer = choices(json.loads(source))
         else:
@@ -216,7 +215,7 @@ class GrammarCompiler:
         return grammar, ("all tools: parameters",)
 
     def _fit_arguments(self, source: str) -> FittedSchema:
-        """The same of a schema of arguments: an object, which has no properties but those named."""
+        """`fit` for the schema of a tool's arguments: an object with only the named properties."""
         asked, gaps = json.loads(source), []
         kinds = asked.get("type", "object") if isinstance(asked, dict) else None
         if kinds == "object" or (isinstance(kinds, list) and "object" in kinds):
@@ -342,6 +341,6 @@ def _to_lark(source: str) -> str:
 
 
 def _first_line(text: str) -> str:
-    """An error in a line: those about a regex say what is wrong in their last."""
+    """An error in one line; errors about a regex name the cause in their last line."""
     lines = [line.strip() for line in text.strip().splitlines()] or [""]
     return (f"{lines[0]} {lines[-1]}" if lines[0].endswith(":") else lines[0])[:300]

@@ -15,7 +15,7 @@ from opennemo.tokenizer.calls import CallSyntax
 
 MAX_CALLS_SOURCE = 4 * 1024 * 1024  # of what call_grammar makes of all tools together
 MAX_CHOICES = 10_000
-MAX_CALLS = 16  # in one answer, where nothing but tags tells calls apart
+MAX_CALLS = 16  # in one answer, where only tags separate calls
 MAX_UNORDERED = 60  # properties of an object, as bits of a number
 ANY_TEXT = "(.|\\n)*"  # as a regular expression
 ANY_OBJECT: Schema = {"type": "object"}
@@ -65,10 +65,10 @@ def call_grammar(
     if not required:
         announcement = syntax.marks[0]
         anything = f"/{ANY_TEXT}/" if announcement in control else _text_without(announcement)
-        # Models whose calls are named by control tokens were taught to speak before they call.
+        # Models whose calls are named by control tokens were trained to write text before a call.
         behind = " calls?" if text is None and not syntax.is_object else ""
         instead = f" | text{behind}\ntext: {anything if text is None else json_value(text)}"
-    # Small models would go on calling for ever where nothing but tags tells calls apart.
+    # Small models would call for ever where only tags separate calls.
     times = "*" if syntax.is_list else f"{{0,{MAX_CALLS - 1}}}"
     many = f"({lark(syntax.separator)} call){times}" if parallel else ""
     calls = f"calls: {lark(syntax.before)} call {many} {lark(syntax.after)}"
@@ -91,8 +91,7 @@ def thought_grammar(thinking: Thinking, control: Collection[str]) -> str:
             f"thinking budget: this model has no token for {closing}, which would end it"
         )
     else:  # it ends where its mark comes first
-        literal = re.escape(closing).replace("/", r"\/")
-        thought = f"thought[lazy]: /{ANY_TEXT}{literal}/"
+        thought = f"thought[lazy]: {regex(ANY_TEXT + re.escape(closing))}"
     if closing[0] == "<":
         rest = "BLANKS answer\nBLANKS: /\\s*/"
     return f"start: {begins} {rest}\n{thought}"
@@ -107,8 +106,8 @@ def _lark(pieces: list[str], arguments: str = "") -> str:
 
 def _text_without(tag: str) -> str:
     """Lark of any text that does not hold the tag."""
-    literal = re.escape(tag).replace("/", r"\/")
-    return f"PLAIN\nPLAIN: /{ANY_TEXT}/ & ~/{ANY_TEXT}{literal}{ANY_TEXT}/"
+    holding = regex(ANY_TEXT + re.escape(tag) + ANY_TEXT)
+    return f"PLAIN\nPLAIN: /{ANY_TEXT}/ & ~{holding}"
 
 
 def _calls_of(
@@ -187,6 +186,12 @@ def choices(value: Any) -> str:
     if len(value) > MAX_CHOICES:
         raise ValueError(f"{len(value):,} choices are given, allowed are {MAX_CHOICES:,}")
     return " | ".join(json.dumps(v) for v in value)
+
+
+def regex(source: str) -> str:
+    """Lark of a regular expression."""
+    literal = re.sub(r"(\\.)|/", lambda m: m[1] or r"\/", source, flags=re.DOTALL)
+    return f"/{literal}/".replace("\n", "\\n")
 
 
 def bare(name: str) -> str:

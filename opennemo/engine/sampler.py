@@ -94,7 +94,7 @@ def _penalise(logits: Tensor, prefixes: list[Prefix]) -> Tensor:
         rows_of.setdefault(prefix.sequence, []).append(row)
 
     def count(start: int | None) -> Tensor:
-        """How often each token stands in the answer, or from `start` on."""
+        """Count each token in the answer, or in the part of it from `start` on."""
         counts = torch.zeros_like(logits)
         for sequence, rows in rows_of.items():  # what its prefixes share is counted once
             ids = sequence.tokens[sequence.n_prompt if start is None else start :]

@@ -34,7 +34,7 @@ Schema = dict[str, Any]
 
 @dataclass(frozen=True)
 class FittedSchema:
-    """A schema that can be compiled, and what the one that was asked for says beyond it.
+    """A schema that can be compiled, and the parts of the original that are not in it.
 
     Attributes:
         gaps: paths of keywords, such as `properties.tags.uniqueItems`.
@@ -77,7 +77,7 @@ class _Fitting:
         self._definitions: Schema = {}
 
     def say(self, schema: Any, path: str) -> Any:
-        """The same in words that the compiler knows, as far as there are any."""
+        """The same schema in keywords that the compiler knows, as far as possible."""
         if isinstance(schema, bool):
             return schema
         if not isinstance(schema, dict):
@@ -182,12 +182,12 @@ class _Fitting:
         kinds, values = _list(new.get("type", TYPES)), _list(value)
         if keyword == "type" and {*map(str, (*kinds, *values))} <= {*TYPES}:
             if "integer" in values and "number" in kinds and "number" not in values:
-                return  # numbers that are no integers cannot be said
+                return  # "a number but no integer" cannot be expressed
             gone = {*values, *(["integer"] if "number" in values else [])}
             new["type"] = [kind for kind in kinds if kind not in gone]
         elif keyword in ("const", "enum") and isinstance(listed := new.get("enum"), list):
-            gone = [json.dumps(v) for v in (values if keyword == "enum" else [value])]
-            new["enum"] = [v for v in listed if json.dumps(v) not in gone]
+            gone = values if keyword == "enum" else [value]
+            new["enum"] = [v for v in listed if not any(_same(v, other) for other in gone)]
         elif refused == {"const": ""} and kinds == ["string"]:
             new["minLength"] = new.get("minLength") or 1
         else:
@@ -294,11 +294,16 @@ def _is_of(value: Any, kind: Any) -> bool:
 
 
 def _definitions(schema: Schema) -> Schema:
-    """What references may mean: definitions, by whatever name they stand at the root."""
+    """Definitions that references may name, under any key of the root."""
     others = {*ONE, *MANY, "properties", "patternProperties"}
     return {
         k: v for k, v in schema.items() if k == "$id" or (isinstance(v, dict) and k not in others)
     }
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two values are equal as JSON: 1 and 1.0 are, 1 and true are not."""
+    return a == b and isinstance(a, bool) == isinstance(b, bool)
 
 
 def _list(value: Any) -> list[Any]:

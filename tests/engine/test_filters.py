@@ -51,7 +51,7 @@ def test_xtc_drops_the_likely_but_for_the_least_likely_of_them():
 
 
 def dry(tokens: list[int], params: SamplingParams, n_tokens: int) -> list[float]:
-    """The definition: try every earlier end of what was said, one token at a time."""
+    """The definition: try every earlier position in the text, one token at a time."""
     said = tokens[-params.dry_window :] if params.dry_window else tokens
     longest = dict.fromkeys(range(n_tokens), 0)
     for end in range(len(said) - 1):

@@ -210,7 +210,7 @@ def tool_of(parameters, **more) -> dict:
 
 @pytest.mark.parametrize("keyword", PROPERTY)
 def test_a_tool_that_no_grammar_can_hold_blocks_nothing_unless_it_must_be_held(compiler, keyword):
-    """MCP servers send any schema: the conversation goes on, and what is left out has a name."""
+    """MCP servers send any schema: the request succeeds, and what is left out is named."""
     parameters = {"type": "object", "properties": {"v": PROPERTY[keyword]}, "required": ["v"]}
     tools = [*TOOLS, tool_of(parameters)]
     grammar, left_out = compiler.compile_calls(ARRAY, tools, required=False)
