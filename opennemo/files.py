@@ -68,6 +68,18 @@ def open_whole(path: Path, mode: int = 0o666) -> Iterator[IO[bytes]]:
         partial.unlink(missing_ok=True)
 
 
+def remove_partials(folder: Path, pattern: str) -> None:
+    """Remove what processes that no longer run left half written under names like `pattern`.
+
+    Raises:
+        OSError: a file cannot be removed.
+    """
+    for path in folder.glob(f".{pattern}.*.partial"):
+        writer = path.name.split(".")[-2]
+        if writer.isdecimal() and not _is_running(int(writer)):
+            path.unlink(missing_ok=True)
+
+
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder that takes the name of `folder` if the block ends well, else vanishes.
@@ -100,3 +112,13 @@ def sync(*paths: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    return True

@@ -3,12 +3,12 @@
 One file is one page of the KV cache. Its name is the page's name there: a hash over the prefix that
 ends with it, the salt that keeps keys apart, and a secret, which follows from the folder's own
 secret, the weights, and how keys and values lie in memory. So another model, another format and
-another salt have other names, and names tell nothing of texts. A file that is damaged or was forged
+another salt have other names, and names reveal no texts. A file that is damaged or was forged
 does not have the checksum that only this secret gives; it is removed and the page is computed.
 
-Files are written by a thread of their own, whole or not at all, for this user's eyes. When they
-take more room than is allowed, those that were not used for the longest time go, ends of prefixes
-first. Nothing that goes wrong with the folder reaches an answer.
+Files are written by a thread of their own, whole or not at all, readable by this user only.
+When they take more room than is allowed, the least recently used are removed, ends of prefixes
+first. An error of the folder never affects an answer.
 """
 
 import logging
@@ -27,7 +27,7 @@ import torch
 from opennemo.engine.sequence import Sequence as TokenSequence
 from opennemo.engine.sizes import EngineConfig
 from opennemo.errors import InvalidRequest
-from opennemo.files import write_whole
+from opennemo.files import remove_partials, write_whole
 from opennemo.model.pages import Pages
 from opennemo.model.transformer import Transformer
 
@@ -71,6 +71,7 @@ class PrefixStore:
         self._n_bytes = sum(part.nbytes for p in pages() for part in p.of(0))
         self._room = BoundedSemaphore(max(1, MOST_PENDING // self._n_bytes))
         self._total, self._has_failed = 0, False
+        self._under_way: set[Path] = set()  # pages that wait to be written
         self._writer = ThreadPoolExecutor(1, "opennemo-prefixes")
         self._writer.submit(self._begin)
 
@@ -78,17 +79,18 @@ class PrefixStore:
         """Write the pages that a sequence has filled, unless they are there, at the next chance."""
         for i in range(sequence.n_stored, len(sequence.page_keys)):
             path = self._path(sequence.page_keys[i])
-            if not path.exists():
+            if path not in self._under_way and not path.exists():
                 if not self._room.acquire(blocking=False):  # the disk is slow: later, perhaps
                     return
                 page = sequence.pages[i]
                 tokens = torch.tensor(sequence.tokens[i * page_size : (i + 1) * page_size])
                 parts = [part for p in self._pages() for part in p.of(page)]
+                self._under_way.add(path)
                 self._writer.submit(self._write, path, [tokens, *map(_copy, parts)])
             sequence.n_stored = i + 1
 
     def touch(self, page_keys: Iterable[bytes]) -> None:
-        """Note that a prefix was used; its end is forgotten before its start."""
+        """Record that a prefix was used; its end is removed before its start."""
         self._writer.submit(self._touch, [self._path(key) for key in page_keys])
 
     def restore(self, key: bytes, tokens: bytes, page: int) -> bool:
@@ -121,7 +123,7 @@ class PrefixStore:
         self._writer.submit(self._trim, 0)
 
     def close(self) -> None:
-        """Write what waits to be written, and stop."""
+        """Write all pending pages, and stop."""
         self._writer.shutdown()
 
     def _path(self, key: bytes) -> Path:
@@ -145,6 +147,7 @@ class PrefixStore:
         except OSError as error:
             self._report(error)
         finally:
+            self._under_way.discard(path)
             self._room.release()
 
     def _touch(self, paths: list[Path]) -> None:
@@ -155,11 +158,8 @@ class PrefixStore:
 
     def _begin(self) -> None:
         """Remove what processes that are gone had half written, and what is above the bound."""
-        for path in self._folder.glob(f".*{SUFFIX}.*.partial"):
-            writer = path.name.split(".")[-2]
-            if writer.isdecimal() and not _is_running(int(writer)):
-                with suppress(OSError):
-                    path.unlink()
+        with suppress(OSError):
+            remove_partials(self._folder, f"*{SUFFIX}")
         self._trim(self._max_bytes)
 
     def _trim(self, max_bytes: int) -> None:
@@ -226,13 +226,3 @@ def _own_secret(path: Path) -> bytes:
 
 def _copy(part: torch.Tensor) -> torch.Tensor:
     return part.to("cpu", copy=True).contiguous()
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # another user's
-        return True
-    return True

@@ -25,12 +25,12 @@ from gguf import GGMLQuantizationType as Type
 from torch import Tensor
 
 from opennemo.errors import CheckpointError
-from opennemo.files import open_whole
+from opennemo.files import open_whole, remove_partials
 from opennemo.model import blocks, layouts
+from opennemo.model.adapter_files import read_adapter
 from opennemo.model.checkpoint import Checkpoint
 from opennemo.model.companions import GGUF_SAMPLING, read_generation_config
 from opennemo.model.gguf import PLAIN
-from opennemo.model.lora import read_adapter
 from opennemo.model.transformer import ModelConfig
 from opennemo.progress import Progress
 from opennemo.tokenizer import load_tokenizer
@@ -236,8 +236,7 @@ def _write(
     done, total = 0, sum(place.n_bytes for place in tensors.values())
     try:
         dst.parent.mkdir(parents=True, exist_ok=True)
-        for left in dst.parent.glob(f".{escape(dst.name)}.*.partial"):
-            left.unlink()  # by a process that was killed
+        remove_partials(dst.parent, escape(dst.name))
         with open_whole(dst) as file:
             head = gguf.GGUFWriter(file.name, fields.get("general.architecture", "llama"))
             for key, value in fields.items():
