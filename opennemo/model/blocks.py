@@ -79,7 +79,7 @@ def quantize(type: str, weights: Tensor, importance: Tensor | None = None) -> Te
         raise ValueError(f"{type} needs widths in multiples of {n}, not {width:,}")
     if importance is None or not importance.any():
         importance = torch.ones(width, device=weights.device)
-    # No column is worth nothing: its codes would be anything.
+    # Every column gets a positive importance; with zero its codes would be arbitrary.
     importance = importance.float() / importance.float().mean()
     importance = importance.clamp(min=1e-3)
     chunk = CHUNK if weights.device.type == "cpu" else 2**24

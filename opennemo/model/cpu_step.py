@@ -62,7 +62,7 @@ class KernelLinear(QuantizedLinear):
     """A matrix in blocks, multiplied by the kernel where it lies, outside of its step."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return cpu.multiply(x, _weights(self), torch.get_num_threads())
+        return cpu.multiply(x, _weights(self), torch.get_num_threads()).to(x.dtype)
 
 
 def use_kernel_(model: Transformer) -> None:

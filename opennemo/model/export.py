@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from opennemo.errors import CheckpointError, InvalidRequest
 from opennemo.files import new_folder
 from opennemo.model import blocks, compressed
+from opennemo.model.adapter_files import read_adapter
 from opennemo.model.attention import Packed
 from opennemo.model.checkpoint import Checkpoint, load, open_checkpoint, write_model
 from opennemo.model.companions import copy_companions, take_over_companions
 from opennemo.model.formats import FORMATS, SCALED_KV
 from opennemo.model.layouts import FolderLayout
-from opennemo.model.lora import fold, read_adapter
+from opennemo.model.lora import fold
 from opennemo.model.memory import refuse_beyond
 from opennemo.model.pages import rounding_of
 from opennemo.model.quantization import calibration as record_inputs
@@ -36,6 +37,10 @@ from opennemo.tokenizer import load_tokenizer
 from opennemo.tokenizer.load import difference_beside
 
 WINDOW = 512  # tokens of each text
+
+
+# A warning, by what weights are stored in.
+TWICE = "weights in {} are rounded a second time: begin with 16 bits if you can"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,10 +203,7 @@ def to_gguf(
         types, number = mixture.types(source.shapes, source.config), mixture.number
         coarse = {stored[n] for n, t in types.items() if stored.get(n) in blocks.TYPES.keys() - {t}}
         if coarse:
-            say(
-                f"weights in {', '.join(sorted(coarse))} are rounded a second time: "
-                "begin with 16 bits if you can"
-            )
+            say(TWICE.format(", ".join(sorted(coarse))))
     elif dtype is None and stored:
         types, number = stored, source.files.settings.get("general.file_type", 1024)
     else:
@@ -220,6 +222,7 @@ def quantize(
     calibration: Calibration | None = None,
     kv: bool = False,
     progress: Progress = lambda done, total: None,
+    say: Callable[[str], None] = warnings.warn,
 ) -> None:
     """Write a model as a folder with the matrices of its blocks in codes, one after the other.
 
@@ -230,6 +233,7 @@ def quantize(
         format: of `formats.names("store")`.
         calibration: what `calibrate` returned; a static format needs it, and so does `kv`.
         kv: whether to write scales for a KV cache in FP8 along.
+        say: called with a warning.
 
     Raises:
         CheckpointError: as for `convert`; or the layout or shape does not admit the format.
@@ -237,6 +241,8 @@ def quantize(
     source, row = open_checkpoint(src), FORMATS[format]
     if source.format:
         raise CheckpointError(f"{src}: is stored as {source.format} already")
+    if source.in_blocks:
+        say(TWICE.format("blocks"))
     try:
         settings = compressed.describe(row, to, kv)
     except ValueError as error:

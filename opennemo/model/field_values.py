@@ -1,4 +1,4 @@
-"""Values in the settings of a file that may be anyone's: read in a range, or refused by name."""
+"""Values in the settings of an untrusted file: read within a range, or refused by name."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +20,7 @@ def read_number(value: Any, most: float, where: Path, name: str, kind: type = in
 
 
 def numbers_of(values: Mapping[str, Any], table: str, where: Path) -> Any:
-    """A function that reads numbers of a table, floats unless told otherwise."""
+    """A function that reads numbers of a table, by default floats."""
 
     def number(
         name: str, most: float, default: float | None = None, kind: type = float, zero: bool = False
@@ -35,7 +35,7 @@ def numbers_of(values: Mapping[str, Any], table: str, where: Path) -> Any:
 
 
 def read_table(value: Any, name: str, known: Sequence[str], where: Path) -> dict[str, Any]:
-    """A table of settings in which nothing else than what is known says anything."""
+    """A table of settings; any unknown entry that is not empty is refused."""
     if not isinstance(value, dict):
         refuse(where, name, value, ["a table"])
     for key, entry in value.items():

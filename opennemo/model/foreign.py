@@ -11,7 +11,6 @@ Sources: compressed-tensors 0.20; AutoAWQ's `gemm`; AutoGPTQ and GPTQModel, form
 `hf_quant_config.json`.
 """
 
-import json
 import re
 import warnings
 from collections.abc import Callable, Mapping
@@ -26,6 +25,20 @@ from torch import Tensor
 
 from opennemo.errors import CheckpointError
 from opennemo.files import read_json
+from opennemo.model.foreign_codes import (
+    BNB4,
+    CT,
+    CT_PACKED,
+    FP8,
+    Share,
+    awq,
+    bnb4,
+    bnb8,
+    fp8,
+    gptq,
+    plain,
+    unpacked,
+)
 from opennemo.model.layouts import short
 from opennemo.model.tensor_files import SafetensorFiles
 
@@ -107,6 +120,8 @@ class Scheme:
 class Decoded:
     """Open files whose codes are read as the weights that they stand for."""
 
+    bytes_to_decode = 16  # of a weight: codes as integers and as numbers, a scale and a zero
+
     def __init__(
         self, files: SafetensorFiles, stored: Mapping[str, Scheme], shapes: Mapping[str, Any]
     ):
@@ -121,9 +136,9 @@ class Decoded:
             more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
             raise CheckpointError(f"tensors missing: {', '.join(missing[:5])}{more}")
         parts = {f"{module}.{part}" for module, scheme in stored.items() for part in scheme.parts}
-        plain = [name for name in files.shapes if name not in parts]
-        self.shapes = {name: files.shapes[name] for name in plain}
-        self.dtypes = {name: files.dtypes[name] for name in plain}
+        others = [name for name in files.shapes if name not in parts]
+        self.shapes = {name: files.shapes[name] for name in others}
+        self.dtypes = {name: files.dtypes[name] for name in others}
         dtype = files.dtypes.get("model.embed_tokens.weight", torch.float32)
         for module in stored:
             self.shapes[f"{module}.weight"], self.dtypes[f"{module}.weight"] = shapes[module], dtype
@@ -141,6 +156,8 @@ class Decoded:
         names = {part: f"{module}.{part}" for part in scheme.parts}
         tensors = {p: self._files.read(n) for p, n in names.items() if n in self._files.shapes}
         try:
+            if (bias := tensors.get("bias")) is not None and bias.any():
+                raise ValueError("there is a bias, and these models have none")
             weight = scheme.decode(tensors)
             if tuple(weight.shape) != self.shapes[name]:
                 raise ValueError(f"they make {tuple(weight.shape)}, not {self.shapes[name]}")
@@ -186,17 +203,17 @@ def schemes(
         return _compressed_tensors(config, parts, where)
     if method == "bitsandbytes":
         coded = "weight.absmax", "SCB"
-        four = Scheme(BNB4, BNB4[:3], _bnb4)
-        eight = Scheme(("weight", "SCB", "weight_format"), ("weight", "SCB"), _bnb8)
+        four = Scheme(BNB4, BNB4[:3], bnb4)
+        eight = Scheme(("weight", "SCB", "weight_format"), ("weight", "SCB"), bnb8)
         of = lambda module: four if coded[0] in parts[module] else eight  # noqa: E731
     elif method in ("awq", "gptq"):
         coded, size = ("qweight",), config.get("group_size")
         if type(size) is not int or size < -1 or size == 0:
             refuse(where, "group_size", size, ("-1 or a number of weights",))
         version2 = config.get("checkpoint_format") == "gptq_v2"
-        decode = partial(_awq, size=size)
+        decode = partial(awq, size=size)
         if method == "gptq":
-            decode = partial(_gptq, size=size, bits=config.get("bits", 4), first=not version2)
+            decode = partial(gptq, size=size, bits=config.get("bits", 4), first=not version2)
         needed = ("qweight", "qzeros", "scales")
         scheme = Scheme((*needed, "g_idx", "bias"), needed, decode)
         of = lambda module: scheme  # noqa: E731
@@ -211,7 +228,7 @@ def schemes(
             ):  # fmt: skip
                 refuse(where, f"config_groups.{name}.weights", weights, ("FP8",))
         coded = "weight_scale", "weight_scale_inv"
-        scheme = Scheme(FP8, FP8[:1], partial(_fp8, block=block))
+        scheme = Scheme(FP8, FP8[:1], partial(fp8, block=block))
         of = lambda module: scheme  # noqa: E731
     found = {m: of(m) if parts[m].intersection(coded) else None for m in parts}
     lists = ("ignored_layers", "ignore", "exclude_modules")
@@ -314,9 +331,12 @@ def _compressed_tensors(
     def of(module: str) -> Scheme | None:
         if any(_is_named(module, name) or name == "Linear" for name in ignore):
             return None
-        for name in groups:
-            if any(target == "Linear" or _is_named(module, target) for target in targets[name]):
-                return made[name]
+        # In compressed-tensors' order: exact names, then patterns, then the class.
+        by_pattern = partial(_is_named, module)
+        for means in (module.__eq__, by_pattern, "Linear".__eq__):
+            for name in groups:
+                if any(map(means, targets[name])):
+                    return made[name]
         return None
 
     # Heads are often left as they were without a word.
@@ -352,7 +372,7 @@ def _group(group: Mapping[str, Any], at: str, format: str, where: Path) -> Schem
     share: Share | None = sizes.get(str(strategy))
     if share is None or any(n is not None and (type(n) is not int or n < 1) for n in share):
         refuse(where, f"{at}.weights", weights, ("tensor, channel, group or block, with sizes",))
-    decode = partial(_unpacked if format == PACKED else _plain, bits=bits, share=share)
+    decode = partial(unpacked if format == PACKED else plain, bits=bits, share=share)
     parts, n_needed = (CT_PACKED, 3) if format == PACKED else (CT, 2)
     defaults = {"dynamic": False, "symmetric": True}
     weights, inputs = (
@@ -360,110 +380,3 @@ def _group(group: Mapping[str, Any], at: str, format: str, where: Path) -> Schem
         for arguments in (weights, inputs)
     )
     return Scheme(parts, parts[:n_needed], decode, weights, inputs)
-
-
-# ---- how codes lie, and what they stand for: tensors by suffix -> weights (O, D) ----
-
-INPUTS = ("input_scale", "input_zero_point", "input_global_scale")
-CT = ("weight", "weight_scale", "weight_zero_point", "weight_g_idx", *INPUTS)
-CT_PACKED = ("weight_packed", "weight_shape", *CT[1:])
-FP8 = ("weight", "weight_scale", "weight_scale_inv", "activation_scale", *INPUTS)
-NF4 = ("weight.quant_state.bitsandbytes__nf4", "weight.quant_state.bitsandbytes__fp4")
-BNB4 = (
-    "weight", "weight.absmax", "weight.quant_map", "weight.nested_absmax",
-    "weight.nested_quant_map", *NF4,
-)  # fmt: skip
-Share = tuple[int | None, int | None]  # rows and columns that share a scale; None: all
-
-
-def _scaled(
-    codes: Tensor, scale: Tensor, zero: Tensor | None, share: Share, order: Tensor | None = None
-) -> Tensor:
-    """Codes (O, D), and scale and zero of blocks of them -> weights (O, D).
-
-    `order` (D,) says which group of columns each one belongs to, if that is not its place.
-    """
-    size = [all if n is None else n for n, all in zip(share, codes.shape, strict=True)]
-    blocks = [-(-n // at) for n, at in zip(codes.shape, size, strict=True)]
-    columns = torch.arange(codes.shape[1]) // size[1] if order is None else order.long()
-    rows = torch.arange(codes.shape[0]) // size[0]
-
-    def spread(x: Tensor) -> Tensor:
-        if order is not None and x.dim() == 2:
-            blocks[1] = x.shape[1]
-        return x.float().reshape(blocks)[rows][:, columns]
-
-    codes = codes.float()
-    return (codes if zero is None else codes - spread(zero)) * spread(scale)
-
-
-def _bits(x: Tensor, bits: int, dim: int) -> Tensor:
-    """int32 of several codes each -> the codes, the lowest bits first, along a dimension."""
-    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
-    shape = [1] * (x.dim() + 1)
-    shape[dim + 1] = len(shifts)
-    return (x.unsqueeze(dim + 1) >> shifts.view(shape) & (1 << bits) - 1).flatten(dim, dim + 1)
-
-
-def _plain(tensors: Mapping[str, Tensor], bits: int, share: Share) -> Tensor:
-    zero, order = tensors.get("weight_zero_point"), tensors.get("weight_g_idx")
-    return _scaled(tensors["weight"], tensors["weight_scale"], zero, share, order)
-
-
-def _unpacked(tensors: Mapping[str, Tensor], bits: int, share: Share) -> Tensor:
-    shape, offset = tensors["weight_shape"].tolist(), 1 << bits - 1
-    codes = _bits(tensors["weight_packed"], bits, 1)[: shape[0], : shape[1]] - offset
-    zero, order = tensors.get("weight_zero_point"), tensors.get("weight_g_idx")
-    if zero is not None and zero.dtype == torch.int32:
-        zero = _bits(zero, bits, 0)[: shape[0]] - offset
-    return _scaled(codes, tensors["weight_scale"], zero, share, order)
-
-
-def _fp8(tensors: Mapping[str, Tensor], block: list[int] | None) -> Tensor:
-    weight, scale = tensors["weight"], tensors.get("weight_scale_inv")
-    scale = tensors["weight_scale"] if scale is None else scale
-    share: Share = (block[0], block[1]) if block else (None, None)
-    if not block and scale.numel() == weight.shape[0] > 1:
-        share = (1, None)
-    return _scaled(weight, scale, None, share)
-
-
-def _awq(tensors: Mapping[str, Tensor], size: int) -> Tensor:
-    def columns(x: Tensor) -> Tensor:
-        places = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])
-        return _bits(x, 4, 1).unflatten(1, (-1, 8))[..., places].flatten(1).T
-
-    share = (1, None if size == -1 else size)
-    codes, zero = columns(tensors["qweight"]), columns(tensors["qzeros"])
-    return _scaled(codes, tensors["scales"].T, zero, share)
-
-
-def _gptq(tensors: Mapping[str, Tensor], size: int, bits: int, first: bool) -> Tensor:
-    codes = _bits(tensors["qweight"], bits, 0).T
-    zero = _bits(tensors["qzeros"], bits, 1).T + first  # the first format stores one less
-    share = (1, None if size == -1 else size)
-    return _scaled(codes, tensors["scales"].T, zero, share, tensors.get("g_idx"))
-
-
-def _bnb4(tensors: Mapping[str, Tensor]) -> Tensor:
-    names = [name for name in NF4 if name in tensors]
-    state = json.loads(bytes(tensors[(names or NF4)[0]].tolist()))
-    absmax = tensors["weight.absmax"]
-    if absmax.dtype == torch.uint8:
-        nested = tensors["weight.nested_quant_map"][absmax.long()].unflatten(0, (-1,))
-        blocks = torch.arange(len(absmax)) // state["nested_blocksize"]
-        scales = tensors["weight.nested_absmax"][blocks]
-        absmax = nested * scales + state.get("nested_offset", 0.0)
-    packed = tensors["weight"].flatten().view(torch.uint8)
-    codes = torch.stack((packed >> 4, packed & 15), -1).flatten()
-    values = tensors["weight.quant_map"].float()[codes.long()]
-    blocks = torch.arange(len(values)) // state["blocksize"]
-    return (values * absmax.float()[blocks])[: _product(state["shape"])].reshape(state["shape"])
-
-
-def _bnb8(tensors: Mapping[str, Tensor]) -> Tensor:
-    return tensors["weight"].float() * (tensors["SCB"].float() / 127)[:, None]
-
-
-def _product(shape: list[int]) -> int:
-    return torch.Size(shape).numel()

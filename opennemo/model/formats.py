@@ -17,6 +17,7 @@ Sources: OCP 8-bit floating point (E4M3), FP8 formats for deep learning (arXiv:2
 straight-through gradients (arXiv:1308.3432), the per-token scales of LLM.int8 (arXiv:2208.07339).
 """
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -248,8 +249,8 @@ class BlockFormat(Format):
         if rows.device.type == "cpu" and self.kernel is not None:
             try:  # a tenth of the time
                 return dequantize(self.kernel, rows, columns).to(dtype)
-            except CompilerMissing:
-                pass
+            except CompilerMissing as error:
+                warnings.warn(f"{error}; blocks are decoded in PyTorch instead", stacklevel=2)
         return blocks.dequantize(self.name, rows).to(dtype)
 
 
@@ -321,7 +322,7 @@ def names(use: Use) -> tuple[str, ...]:
 
 
 def by_name(name: str) -> Format:
-    """A row of the table, blocks included; KeyError if there is none."""
+    """The format of this name, from FORMATS or BLOCKS. Raises: KeyError."""
     return FORMATS[name] if name in FORMATS else BLOCKS[name]
 
 

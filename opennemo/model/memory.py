@@ -113,7 +113,7 @@ class Needs:
             if name != EMBEDDING:
                 read += n_bytes
             # A matrix is read as it is stored, or dequantised, before it has its form.
-            number = 4 if checkpoint.in_blocks or checkpoint.dtype.itemsize == 4 else 2
+            number = max(checkpoint.dtype.itemsize, checkpoint.files.bytes_to_decode)
             largest = max(largest, number * math.prod(shape) * (not in_place))
             of_layer = name.split(".")[1] if name.startswith("layers.") else name
             layers[of_layer] += n_bytes * packed
@@ -144,7 +144,7 @@ def machine_memory() -> dict[str, int]:
 
 
 def available_memory() -> dict[str, int]:
-    """What can be taken of it now; files in memory give way, so they do not count as used."""
+    """The memory that can be taken now; cached files do not count as used."""
     free = [machine_memory()["cpu"], *(limit - used for limit, used in _control_groups())]
     if (meminfo := Path("/proc/meminfo")).exists():
         match = re.search(r"^MemAvailable: +(\d+) kB", meminfo.read_text("ascii"), re.MULTILINE)

@@ -85,7 +85,7 @@ def frequencies(
         if scaling.truncate:
             first, last = math.floor(first), math.ceil(last)
         first, last = max(first, 0), min(last, head_dim - 1)
-        # As everybody has it: where the range is one channel, it is a little wider.
+        # As in other implementations: a range of one channel is widened a little.
         fast = 1 - (channels / 2 - first) / (last - first if last != first else 0.001)
     fast = fast.clamp(0, 1)
     return plain * (fast + (1 - fast) / scaling.factor)

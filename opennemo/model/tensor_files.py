@@ -36,6 +36,8 @@ CODES = {dtype: code for code, dtype in (DTYPES | STATE).items()}
 class SafetensorFiles:
     """Some open `.safetensors` files: their tensors' shapes and types, and the tensors."""
 
+    bytes_to_decode = 0  # of a weight, while it is read
+
     def __init__(self, paths: Mapping[Path, Collection[str] | None]):
         """Open the files and check their headers.
 

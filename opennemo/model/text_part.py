@@ -1,7 +1,7 @@
-"""The text model in a folder of a model that also sees.
+"""The text model in a folder of a vision model.
 
-Such a folder has the settings of a text model inside its own, and the text model's tensors under a
-name more. Taken out of it they are a model as any other; what belongs to seeing stays unread.
+Such a folder nests the settings of the text model in its own, and prefixes the names of the text
+model's tensors. This module extracts both as an ordinary model; vision tensors are not read.
 
 Sources: `Mistral3Config`, `LlavaConfig` and the configs of text models in transformers; vLLM's
 reader of params.json.
@@ -21,7 +21,7 @@ ARCHITECTURES = (
     "LlavaForConditionalGeneration",
     "PixtralForConditionalGeneration",
 )
-# The first name in a tensor's that belongs to seeing, in either layout.
+# How the names of vision tensors begin, in either layout.
 SEEING = re.compile(
     r"(model\.)?(vision_tower|multi_modal_projector|vision_encoder|vision_language_adapter"
     r"|patch_merger|pre_mm_projector_norm)\."
@@ -53,7 +53,7 @@ def text_part(
     Those of a folder that holds a text model alone stay as they are.
 
     Raises:
-        CheckpointError: the folder is of a model that hears, or names things in another way.
+        CheckpointError: the folder is of an audio model, or uses other names.
     """
     found = _params(settings, where) if layout == "mistral" else _config(settings, where)
     if found is None:
@@ -61,7 +61,7 @@ def text_part(
     kept = {name: _own(name) for name in files.shapes if not SEEING.match(name)}
     unread = len(files.shapes) - len(kept)
     files.choose(kept)
-    message = f"{where.parent}: its {unread:,} tensors for seeing are not read, the text model is"
+    message = f"{where.parent}: its {unread:,} vision tensors are not read; the text model is"
     warnings.warn(message, stacklevel=4)
     return found
 

@@ -319,7 +319,7 @@ def test_an_index_decides_which_file_a_tensor_is_read_from(model, tmp_path, over
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": dict.fromkeys(tensors, stale) | {KEY: overlay}}))
     assert torch.equal(load(folder).get_parameter(W1), new)
-    # A file too many is not read, and that is said.
+    # A file that the index does not name is not read, with a warning.
     save_file({KEY: new - 2}, folder / "model.safetensors")
     with pytest.warns(UserWarning, match="model.safetensors is not read, for .*index.json"):
         assert torch.equal(load(folder).get_parameter(W1), new)

@@ -1,4 +1,4 @@
-"""Folders that others quantised load as the weights that their codes stand for, or say why not.
+"""Folders that other tools quantised load as the weights of their codes, or are refused by name.
 
 The reference for compressed-tensors is that package. AWQ, GPTQ and bitsandbytes have no library for
 a CPU, so their files are written here number by number, as their published packers do.
@@ -173,13 +173,15 @@ def test_what_is_ignored_stays_as_it_was(tmp_path: Path, ignore: list[str], skip
         assert_stands_for(tmp_path / "m", exact, tmp_path)
 
 
-def test_every_group_of_a_config_is_read(tmp_path: Path):
+@pytest.mark.parametrize("order", [list, reversed])
+def test_every_group_of_a_config_is_read(order: Callable, tmp_path: Path):
+    """A pattern counts before the class, in whatever order the groups stand."""
     four = arguments(4, strategy="group", group_size=32, symmetric=False)
     config = compressed(FP8, TOKEN | {"type": "float"})
     groups = config["config_groups"]
-    groups["group_0"]["targets"] = ["re:.*_proj$"]
-    groups["first"] = {"targets": ["re:.*mlp.*"], "weights": four, "format": "pack-quantized"}
-    config |= {"config_groups": dict(reversed(groups.items())), "format": "mixed-precision"}
+    groups["group_0"]["targets"] = ["Linear"]
+    groups["other"] = {"targets": ["re:.*mlp.*"], "weights": four, "format": "pack-quantized"}
+    config |= {"config_groups": dict(order(groups.items())), "format": "mixed-precision"}
     eight = by_compressed_tensors(FP8, packed=False)
     packed = by_compressed_tensors(four, packed=True)
     exact = folder(tmp_path / "m", eight, None)

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from opennemo.errors import CheckpointError, InvalidRequest
+from opennemo.model.adapter_files import read_adapter
 from opennemo.model.attention import Packed
 from opennemo.model.checkpoint import load, save
 from opennemo.model.export import merge
@@ -23,7 +24,6 @@ from opennemo.model.lora import (
     load_adapter,
     lora_disabled,
     merge_lora_,
-    read_adapter,
     save_adapter,
 )
 from opennemo.model.quantization import QuantizedLinear, prepare_qat_, quantize_

@@ -1,4 +1,4 @@
-"""Folders of models that also see: their text model loads, equal to transformers'."""
+"""Folders of vision models: their text model loads, equal to transformers'."""
 
 import json
 from pathlib import Path
@@ -42,7 +42,7 @@ KINDS: dict[str, tuple[Any, Any, dict[str, Any], bool]] = {
     "ministral 3": (Mistral3ForConditionalGeneration, Mistral3Config, MINISTRAL_3, True),
     "pixtral": (LlavaForConditionalGeneration, LlavaConfig, TEXT, False),
 }
-UNREAD = "tensors for seeing are not read"
+UNREAD = "vision tensors are not read"
 
 
 def make(name: str) -> PreTrainedModel:
