@@ -43,7 +43,7 @@ class Window:
     def wait(self, limit: int, n_expected: int = 0) -> float:
         """Seconds until less than `limit` is used; 0 if it is, or if there is no limit.
 
-        What is expected counts as used; nobody knows when it ends: 1 second, to ask again.
+        Expected tokens count as used. When they end is unknown, so the wait for them is 1 second.
         """
         begins = time.monotonic() - MINUTE
         while self._used and self._used[0][0] <= begins:
@@ -68,7 +68,7 @@ class Client:
     limits: KeyLimits
     digest: bytes = b""
     n_running: int = field(default=0, init=False)
-    n_expected: int = field(default=0, init=False)  # tokens that what runs may come to
+    n_expected: int = field(default=0, init=False)  # tokens that running requests may use
     requests: Window = field(default_factory=Window, init=False)
     tokens: Window = field(default_factory=Window, init=False)
 
@@ -105,7 +105,7 @@ class Gatekeeper:
     def admit(self, client: Client, n_expected: int = 0, *, is_part: bool = False) -> None:
         """Count a request in, with the tokens that it may come to; `release` must follow.
 
-        Of a request in parts, the first part says whether there are tokens left.
+        For a request in parts, only the first part is checked against the token limit.
 
         Raises:
             Refusal: 429, one of the client's limits is reached.

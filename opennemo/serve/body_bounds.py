@@ -1,7 +1,7 @@
 """A bound on what a JSON body is made of, counted while it comes in.
 
-Reading JSON holds the interpreter, so that nothing else is answered meanwhile, and its time follows
-the number of values, not of bytes: 16 MB of text are read in milliseconds, 16 MB of `[],` in
+Parsing JSON holds the interpreter lock, so no other request is answered then, and its time
+follows the number of values, not bytes: 16 MB of text are read in milliseconds, 16 MB of `[],` in
 seconds. Values outside strings are counted by numpy, chunk by chunk, before any is built.
 """
 
@@ -12,13 +12,18 @@ QUOTE, COMMA, LIST, OBJECT = b'",[{'
 
 
 class ValueCounter:
-    """Counts the values of a JSON text that comes in chunks; it does not judge the text."""
+    """Counts the values of a JSON text that comes in chunks; it does not validate the text.
+
+    A text that is not UTF-8 counts as too many.
+    """
 
     def __init__(self) -> None:
         self.n_values = 0
         self._in_string, self._rest = False, b""
 
     def feed(self, chunk: bytes) -> None:
+        if b"\0" in chunk:  # UTF-16 or UTF-32, whose bytes mean something else
+            self.n_values = MAX_VALUES + 1
         data, self._rest = self._rest + chunk, b""
         n_escapes = len(data) - len(data.rstrip(b"\\"))
         if n_escapes % 2:  # what it escapes comes with the next chunk

@@ -1,9 +1,9 @@
 """uvicorn's HTTP protocol with bounds on headers, on standing still, and on connections.
 
-A change of another package: uvicorn bounds headers only with h11, which is some times slower than
-httptools; with neither it bounds how long a head or a body may take, or a client that does not
-read; and at its limit of connections it turns everybody away, whoever holds them. What this file
-uses of uvicorn's internals is listed in tests/serve/test_bounded_http.py.
+This file changes another package. uvicorn bounds headers only with h11, which is several times
+slower than httptools. With either it bounds neither the time that a head or a body may take nor a
+client that does not read. At its limit of connections it refuses every new client, even if one
+client holds all of them. tests/serve/test_bounded_http.py lists the internals that are used here.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ from opennemo.serve.error_bodies import Refusal, dumps, error_body
 MAX_HEADERS = 64 * 1024  # bytes
 MAX_CONNECTIONS = 4096  # where uvicorn is given no limit
 MIN_RATE = 256  # bytes a second of a body that goes on
-AT_ONCE = 1 / 32  # of all connections: closed together, so that looking for them is rare
+AT_ONCE = 1 / 32  # of all connections: closed together, so that searching for them is rare
 PHRASES = {400: "Bad Request", 408: "Request Timeout", 431: "Request Header Fields Too Large"}
 PHRASES |= {503: "Service Unavailable"}
 
@@ -26,9 +26,9 @@ class BoundedHeaders(HttpToolsProtocol):
     """uvicorn's protocol with bounds on headers and bodies, in bytes and in time, and in number.
 
     Without them headers would fill the memory, and a client that never finishes a request, or never
-    reads an answer, would keep what it holds for ever. Of too many connections the ones that
-    stand idle longest are closed, first of the address that has more than a quarter of all. What
-    is refused here gets the usual error body.
+    reads an answer, would keep its memory for ever. When there are too many connections, those that
+    have been idle longest are closed, first those of an address that has more than a quarter of
+    all. A request that is refused here gets the usual error body.
     """
 
     _n_head: int | None = None  # bytes of the headers being read
@@ -73,7 +73,7 @@ class BoundedHeaders(HttpToolsProtocol):
         for connection in quiet[: 1 + int(AT_ONCE * self._most)]:
             connection.transport.close()
         if not quiet:
-            self._refuse(Refusal(503, "the server has no connection to spare", retry_after=1))
+            self._refuse(Refusal(503, "the server has too many connections", retry_after=1))
 
     @property
     def _address(self) -> str:
@@ -125,7 +125,7 @@ class BoundedHeaders(HttpToolsProtocol):
         return self.loop.call_later(self.timeout_keep_alive, call)
 
     def _still_reading(self) -> None:
-        """Give up on a head that is not whole by now, or a body that has hardly gone on."""
+        """Give up on a head that is still incomplete, or a body that has hardly grown."""
         is_coming = self._n_body >= MIN_RATE * self.timeout_keep_alive
         is_body = self._is_asked and self._n_head is None
         if self.flow.read_paused or (is_body and is_coming):  # the server itself may have paused
@@ -133,7 +133,7 @@ class BoundedHeaders(HttpToolsProtocol):
             return
         if is_body or self._n_head:
             self._refuse(Refusal(408, "the request did not come to its end in time"))
-            self._later(self.transport.abort)  # should the client not read it
+            self._later(self.transport.abort)  # if the client does not read it
         else:
             self.transport.abort()
 

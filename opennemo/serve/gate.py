@@ -74,7 +74,7 @@ class Gate:
                 self._check_host(headers)
                 self._check_head(scope)
                 client = self._identify(path, headers)
-                if self._n_running > self._most and path not in OPEN:  # health is asked for as well
+                if self._n_running > self._most and path not in OPEN:  # health checks always pass
                     raise Refusal(
                         503, "too many requests at once", code="overloaded", retry_after=1
                     )
@@ -127,14 +127,14 @@ class Gate:
     async def _bounded(
         self, scope: Scope, headers: dict[bytes, bytes], receive: Receive
     ) -> Receive:
-        """What a body is read with, within bounds on its bytes and, of JSON, its values.
+        """A `receive` that bounds the bytes of a body and, for JSON, its values.
 
-        A body that is too large is read to its end all the same, up to `DRAINED` times the bound:
-        clients listen for an answer once they have sent all.
+        A body that is too large is still read to its end, up to `DRAINED` times the bound, because
+        clients read the response only after they have sent the whole body.
         """
         sizes: dict[str, int] = scope["app"].state.body_sizes
         most = sizes.get(scope["path"], self._service.settings.max_body_size)
-        values = ValueCounter() if b"json" in headers.get(b"content-type", b"") else None
+        values = ValueCounter() if b"json" in headers.get(b"content-type", b"").lower() else None
         n_bytes, length = 0, headers.get(b"content-length", b"0")
 
         async def read() -> Message:

@@ -87,7 +87,7 @@ def run(app: FastAPI) -> None:
 
 
 def _raise_descriptors() -> int:
-    """Let the process open more than the usual 1,024 files, as connections are; how many it may."""
+    """Raise the limit of open files, which connections count as, and return it."""
     soft = 1024
     with suppress(ImportError, ValueError, OSError):  # Windows; or a system that does not want to
         import resource

@@ -42,6 +42,10 @@ INSIDE = "opennemo.client"  # in the scope of a request that comes from a batch:
 log = structlog.get_logger("opennemo.serve")
 
 
+# Settings of the command line come as floats.
+WHOLE_NUMBERS = {"max_tokens", "min_tokens", "top_k", "dry_allowed_length", "dry_window"}
+
+
 class Service:
     """One model, answering."""
 
@@ -61,7 +65,7 @@ class Service:
         self._n_starting = 0  # requests that are let in, and have no generation yet
         self.draining = self.asleep = False
         self.names: list[str] = []
-        self.typed: tuple[str, ...] = ()  # another name that it answers to
+        self.typed: tuple[str, ...] = ()  # also accepted as the model's name
         self._llm: LLM | None = None
 
     def load(self) -> None:
@@ -80,7 +84,7 @@ class Service:
     def use(self, llm: LLM) -> None:
         """Serve a model that is loaded already."""
         given: dict[str, Any] = {
-            name: int(value) if name in ("top_k", "max_tokens") else value
+            name: int(value) if name in WHOLE_NUMBERS else value
             for name, value in self.settings.override_generation_config.items()
         }
         try:
@@ -94,7 +98,7 @@ class Service:
         is_instruct = llm.tokenizer.instruct_version is not None
         nemo_names = NEMO_NAMES if is_nemo and is_instruct else ()
         self.names = self.settings.served_model_name or [*nemo_names, llm.name]
-        # Whoever started it knows the model by what they typed, a path perhaps.
+        # Clients may also use the name given on the command line, perhaps a path.
         self.typed = () if self.settings.served_model_name else (self.settings.model,)
         asked = min(config.max_position_embeddings, self.settings.max_model_len or 2**31)
         if llm.engine.max_context < asked:
@@ -187,7 +191,7 @@ class Service:
         """
         adapter, llm = self.adapter(body.model), self.llm
         ignored = body.ignored(strict=self.settings.strict_params)
-        ignored = [name for name in ignored if name not in llm.tokenizer.settings]
+        ignored = [name for name in ignored if name not in body.applied(llm)]
         n_expected = body.n_expected(llm) if client.limits.tokens_per_minute else 0
         self.gatekeeper.admit(client, n_expected, is_part=is_part)
         self._n_starting += 1

@@ -75,8 +75,9 @@ def _quantizations() -> list[str]:
 
 
 def _kv_dtypes() -> list[str]:
-    """vLLM's names, which are PyTorch's of plain types."""
-    return ["auto", *(FORMATS[name].dtype_name for name in names("cache"))]
+    """vLLM's names, which are PyTorch's of plain types, and ours."""
+    kinds = names("cache")
+    return list(dict.fromkeys(["auto", *(FORMATS[name].dtype_name for name in kinds), *kinds]))
 
 
 def _one_of(choices: Callable[[], list[str]]) -> Callable[[str], str]:
@@ -273,11 +274,11 @@ def _passed_through() -> tuple[list[str], list[str]]:
     dropped: list[str] = []
     into = kept
     for word in shlex.split(os.environ.get(PASSTHROUGH, "")):
-        if word.startswith("--"):
-            name = word[2:].partition("=")[0].replace("_", "-")
+        if word.startswith("-") and not word[1:2].isdigit():
+            name = word.lstrip("-").partition("=")[0].replace("_", "-")
             into = dropped if name.removeprefix("no-") in VLLM_ONLY else kept
         into.append(word)
-    return kept, [word for word in dropped if word.startswith("--")]
+    return kept, [word for word in dropped if word.startswith("-")]
 
 
 def read_settings(arguments: list[str]) -> Settings:

@@ -228,7 +228,7 @@ def test_mistral_tools_and_errors(mistral):
 
 @pytest.mark.parametrize("choice", ["any", "auto"])
 def test_mistral_streams_whole_calls(running, tiny_llm, choice):
-    """Mistral's clients take every delta for a call of its own, and insist on its name."""
+    """Mistral's clients treat every delta as a separate call, and require a name."""
     bias = {9: 100.0} if choice == "auto" else None
     with running(tiny_llm(logit_bias=bias)) as server:
         client = mistralai.Mistral(server_url=server.url, api_key="none")

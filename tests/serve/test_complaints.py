@@ -174,7 +174,7 @@ def test_load_is_told(http):
 
 
 def test_the_name_that_was_typed_is_served_beside_the_models_own(running, tiny_llm, tmp_path):
-    """Whoever started a server got a 404 for the name that they had started it with."""
+    """A client got a 404 for the model name that the server was started with."""
     typed = str(tmp_path / "models" / "of-mine")
     with running(tiny_llm(), model=typed) as server, server.client() as http:
         for name in (typed, "tiny"):
@@ -183,7 +183,7 @@ def test_the_name_that_was_typed_is_served_beside_the_models_own(running, tiny_l
         assert card["id"] == typed and card["parent"] is None
         assert server.service.serves(typed)
     other = running(tiny_llm(), model=typed, served_model_name=["mine"])
-    with other as server, server.client() as http:  # then that name says it all
+    with other as server, server.client() as http:  # then only that name is accepted
         assert http.post(CHAT, json={**BODY, "model": typed}).status_code == 404
 
 
@@ -196,7 +196,7 @@ def test_a_model_that_is_not_there_says_what_to_do(http):
 
 
 def test_parts_of_characters_are_told_apart_and_offsets_count_characters(http):
-    """All were named U+FFFD, so that one overwrote the other, and each counted as a character."""
+    """All had the name U+FFFD, so that one overwrote another, and each counted as a character."""
     text = "😀 日x"
     body = {"model": "tiny", "prompt": text, "max_tokens": 1, "temperature": 0, "echo": True}
     for more in ({}, {"stream": True}):

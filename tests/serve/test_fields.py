@@ -130,6 +130,7 @@ def test_whatever_asks_for_a_form_gets_it(http, fields, pattern):
 @pytest.mark.parametrize(
     "fields",
     [
+        {"nvext": {"top_k": 5}}, {"add_generation_prompt": False},
         {"guided_json": 5}, {"guided_choice": "red"}, {"guided_regex": "("}, {"nvext": 3},
         {"nvext": {"guided_what": "x"}}, {"grammar": 'root ::= "a'}, {"grammar": "[" * 3000},
         {"grammar": 'other ::= "a"'}, {"structural_tag": "{}"}, {"guided_whitespace_pattern": " "},

@@ -331,7 +331,7 @@ def test_a_real_server_loads_answers_drains_and_exits_with_zero(tmp_path):
 
 @pytest.mark.parametrize("sleeps", [False, True])
 def test_whole_answers_that_have_begun_are_answered_in_a_drain(running, tiny_llm, sleeps):
-    """Chat finished them, and then answered 503."""
+    """Chat finished the answers, and then returned 503."""
     body = {"model": "tiny", "ignore_eos": True, "max_tokens": 300, "max_output_tokens": 300}
     hello = {"messages": [{"role": "user", "content": "Hi"}]}
     asked = [

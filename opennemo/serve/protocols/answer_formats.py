@@ -1,6 +1,6 @@
 """Fields of requests that fix the form of an answer, as the kind of a grammar and its source.
 
-They ask for a guarantee, so each of them is applied or refused, whichever protocol it came in.
+They ask for a guarantee, so each is applied or refused, in every protocol.
 """
 
 import json
@@ -25,7 +25,7 @@ GUIDED: dict[str, Kind] = {  # fields of other servers
     "json_schema": "json_schema",  # SGLang and llama.cpp
     "grammar": "grammar",  # llama.cpp
 }
-# They ask for a form as well, which no grammar of ours has.
+# They also ask for a form, which our grammars cannot express.
 REFUSED = ("guided_whitespace_pattern", "structural_tag", "guided_decoding", "grammar_triggers")
 FIELDS = frozenset({*GUIDED, *REFUSED, "nvext"})
 
@@ -39,15 +39,17 @@ def guided(fields: Mapping[str, Any]) -> Format | None:
     nvext = fields.get("nvext") or {}
     if not isinstance(nvext, dict):
         raise InvalidRequest("nvext: must be an object")
+    if other := sorted(k for k in nvext if not k.startswith("guided_")):
+        raise InvalidRequest(f"nvext.{other[0]}: is not supported, only nvext.guided_* is")
     given = [(name, value) for name, value in fields.items() if name in FIELDS - {"nvext"}]
-    given += [(f"nvext.{k}", v) for k, v in nvext.items() if k.startswith("guided_")]
+    given += [(f"nvext.{k}", v) for k, v in nvext.items()]
     formats = {_named(name, value) for name, value in given if value not in (None, False)}
     return only(formats - {None})
 
 
 def _named(name: str, value: Any) -> Format | None:
     bare = name.removeprefix("nvext.")
-    if bare == "guided_decoding_backend":  # there is one
+    if bare == "guided_decoding_backend":  # there is only one
         return None
     if bare not in GUIDED:
         raise InvalidRequest(f"{name}: the server cannot hold an answer to this")
@@ -66,7 +68,7 @@ def _source(name: str, kind: Kind, value: Any) -> str:
 
 
 def only(formats: set[Any]) -> Format | None:
-    """The format that a request asks for, in whichever fields; an answer follows one."""
+    """The one format that a request asks for, from any of its fields."""
     if len(formats - {None}) > 1:
         raise InvalidRequest("the request asks for two forms of the answer: give one of them")
     return next(iter(formats - {None}), None)

@@ -76,8 +76,11 @@ class MessagesRequest(CountRequest):
         if kind not in ("auto", "any", "none", "tool"):
             raise InvalidRequest("tool_choice.type: must be auto, any, tool or none")
         tool_choice = {"type": "function", "name": choice.get("name")} if kind == "tool" else kind
-        budget = (self.thinking or {}).get("budget_tokens")
-        if not isinstance(budget, int | None) or isinstance(budget, bool) or (budget or 1) < 1:
+        thinking = self.thinking or {"type": "enabled"}
+        if thinking.get("type") not in ("enabled", "adaptive", "disabled"):
+            raise InvalidRequest("thinking.type: must be enabled, adaptive or disabled")
+        budget = thinking.get("budget_tokens") if thinking["type"] == "enabled" else None
+        if budget is not None and (type(budget) is not int or budget < 1):
             raise InvalidRequest(f"thinking.budget_tokens: {budget!r} is not a positive number")
         return given | {
             **self.conversation(),
@@ -189,7 +192,7 @@ class _MessageStory:
 
     def end(self) -> Iterator[str]:
         yield from self._close()
-        # By now it is known what was cached, and some clients count from here alone.
+        # The cached tokens are known now, and some clients read the counts only here.
         names = ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
         usage = _head(self._generation)["usage"]
         usage = {name: usage[name] for name in names}

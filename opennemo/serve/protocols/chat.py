@@ -82,8 +82,8 @@ def head(generation: Generation, kind: str) -> dict[str, Any]:
 class _ChatStory:
     """The events of a chat stream.
 
-    OpenAI's clients get calls as they grow. Mistral's take each delta for a whole call, as Mistral
-    sends them, so theirs come in the finishing chunk.
+    OpenAI's clients get calls as they grow. Mistral's clients treat each delta as a whole call, so
+    they get all calls in the finishing chunk.
     """
 
     def __init__(

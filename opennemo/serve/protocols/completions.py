@@ -72,7 +72,7 @@ def _total_usage(generations: list[Generation]) -> dict[str, Any]:
 
 
 class _CompletionText:
-    """One text as it grows: choices with all of it, or with part after part."""
+    """One text: gives a choice with all of it, or one choice for each part."""
 
     def __init__(self, generation: Generation, index: int, llm: LLM, body: CompletionRequest):
         self._generation, self._index, self._llm, self._body = generation, index, llm, body
@@ -101,7 +101,7 @@ class _CompletionText:
         return choice | (extras(tokenizer, self._generation, self._index, body) if reason else {})
 
     def _describe(self, logprobs: dict[str, list] | None, shown: list[tuple[int, Any]]) -> None:
-        """Add tokens, each with where in the text the character begins that it is a part of."""
+        """Add tokens, each with the offset in the text of the character that it belongs to."""
         tokenizer = self._llm.tokenizer
         for id, values in shown if logprobs is not None else ():
             assert logprobs is not None

@@ -148,7 +148,7 @@ async def create_response(
 
 
 class _Story:
-    """The items of one response, and the events that tell of them."""
+    """The items of one response, and the events that report them."""
 
     def __init__(self, generation: Generation, body: ResponsesRequest, llm: LLM):
         self._generation, self._body, self._llm = generation, body, llm
@@ -164,7 +164,8 @@ class _Story:
 
     def add(self, token: Token) -> Iterator[str]:
         if token.thinking:
-            if not self._items:
+            if not self._items or self._items[-1]["type"] != "reasoning":
+                yield from self._close()
                 parts = [{"type": "reasoning_text", "text": ""}]
                 yield from self._open({"type": "reasoning", "summary": [], "content": parts}, "rs_")
             self._items[-1]["content"][0]["text"] += token.thinking

@@ -1,7 +1,7 @@
 """Bodies of OpenAI's and Mistral's requests, as one superset, and what they ask of the model.
 
-Every number has bounds and none may be NaN. Fields that nobody knows are kept apart and reported,
-not refused, since clients send ever new ones; `--strict-params` refuses them. Messages and tools
+Every number has bounds, and NaN is invalid. Unknown fields are kept apart and reported, not
+refused, because clients keep adding new ones; `--strict-params` refuses them. Messages and tools
 stay plain dicts here: `tokenizer/messages.py` brings them to one form.
 """
 
@@ -53,14 +53,14 @@ SAFE_PROMPT = (
 
 
 def _few(value: Any) -> Any:
-    """Count the entries of an object before pydantic builds and judges each of them."""
+    """Count the entries of an object before pydantic validates each of them."""
     if isinstance(value, dict) and len(value) > MAX_BIASES:
         raise ValueError(f"at most {MAX_BIASES:,} entries are allowed")
     return value
 
 
 MAX_BIASES = 1024
-# Where a list may be long, the first entry that is wrong is enough to hear of.
+# In a long list only the first invalid entry is reported.
 Stop = Annotated[
     list[Annotated[str, Field(max_length=1024)]],
     Field(max_length=16),
@@ -102,15 +102,19 @@ class Body(BaseModel):
             raise Refusal(422, f"unknown fields: {names}", detail=detail)
         return sorted(extra)
 
+    def applied(self, llm: LLM) -> frozenset[str]:
+        """Fields beyond those of the class that this model takes."""
+        return frozenset()
+
     def n_expected(self, llm: LLM) -> int:
-        """Tokens that the request may come to: a guess of its prompt, and answers in full."""
-        given = (getattr(self, name, None) for name in MAXIMA)
-        longest = min(next(filter(None, given), llm.engine.max_context), llm.engine.max_context)
+        """An estimate of the tokens that the request may use: its prompt, and answers in full."""
+        given = [n for name in MAXIMA if (n := getattr(self, name, None)) is not None]
+        longest = min([*given[:1], llm.engine.max_context])
         prompt = sum(_n_tokens(getattr(self, name, None)) for name in PROMPTS)
         return prompt + longest * (getattr(self, "n", None) or 1)
 
     def format(self, *own: Format | None) -> Format | None:
-        """The form that the answer is to have: by fields of the protocol's own, or of others.
+        """The format of the answer, from the protocol's own fields or another server's.
 
         Raises:
             InvalidRequest: it cannot be held, or there are two.
@@ -119,7 +123,7 @@ class Body(BaseModel):
 
 
 def _n_tokens(value: Any) -> int:
-    """Roughly: an id is one, and four characters are."""
+    """An estimate of the tokens in a value: one for each id, and for each four characters."""
     if isinstance(value, str):
         return len(value) // 4 + 1
     if isinstance(value, dict):
@@ -140,7 +144,7 @@ class Sampling(Body):
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1, lt=2**31)
     min_p: float | None = Field(None, ge=0, le=1)
-    # As llama.cpp and koboldcpp spell them, whose values for off are -1 and 0.
+    # Names of llama.cpp and koboldcpp, where -1 and 0 mean off.
     typical_p: float | None = Field(
         None, gt=0, le=1, validation_alias=AliasChoices("typical_p", "typical")
     )
@@ -250,6 +254,8 @@ class ChatRequest(Sampling):
     def arguments(self, llm: LLM) -> dict[str, Any]:
         """Arguments for `LLM.chat`."""
         messages = list(self.messages)
+        if self.add_generation_prompt is False and not self.continue_final_message:
+            raise InvalidRequest("add_generation_prompt: false needs continue_final_message: true")
         if self.continue_final_message and messages[-1].get("role") == "assistant":
             messages[-1] = {**messages[-1], "prefix": True}
         if self.safe_prompt:
@@ -271,6 +277,9 @@ class ChatRequest(Sampling):
             "parallel_tool_calls": self.parallel_tool_calls is not False,
             "thinking_budget": self.thinking_token_budget,
         }
+
+    def applied(self, llm: LLM) -> frozenset[str]:
+        return frozenset({"reasoning_effort"} & {*llm.tokenizer.settings})
 
     def is_mistral(self) -> bool:
         """Whether one of Mistral's clients seems to have sent it."""

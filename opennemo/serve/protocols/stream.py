@@ -121,7 +121,7 @@ class Generation:
 
     @property
     def n_thinking_tokens(self) -> int:
-        """Those of the output that completed a piece of thinking."""
+        """Output tokens that completed a piece of thinking."""
         return sum(bool(token.thinking) for answer in self.answers for token in answer.tokens)
 
     def usage(self) -> dict[str, Any]:
@@ -137,13 +137,13 @@ class Generation:
 
 
 class Several:
-    """Generations of one request, to prompts of their own, read as one: answers count through."""
+    """The generations of a request with several prompts, read as one; answers are numbered on."""
 
     def __init__(self, generations: list[Generation]):
         self._generations, self.headers = generations, generations[0].headers
 
     async def tokens(self) -> AsyncGenerator[list[Token], None]:
-        """What is new of any of them; as for one."""
+        """New tokens of any of them; see `Generation.tokens`."""
         news: asyncio.Queue[list[Token] | BaseException | None] = asyncio.Queue()
 
         async def read(generation: Generation, first: int) -> None:
