@@ -33,7 +33,7 @@ def answer(
         for piece in reply:
             print(piece, end="", flush=True)
     print()
-    _keep(kept, [*messages, {"role": "assistant", "content": reply.text}])
+    _keep(kept, [*messages, reply.message])
 
 
 def converse(
@@ -52,7 +52,7 @@ def converse(
     with llm:
         console.print(
             f"[bold]{escape(llm.name)}[/bold], {llm.engine.max_context:,} tokens of context. "
-            "[dim]/help tells what else there is, Ctrl-D leaves.[/dim]",
+            "[dim]/help lists the commands, Ctrl-D leaves.[/dim]",
             highlight=False,
         )
         for message in messages[-2:] if kept else ():
@@ -153,6 +153,7 @@ class Conversation:
             self.console.print("[dim]A new conversation.[/dim]")
         elif name == "/system" and argument:
             self.messages = [{"role": "system", "content": argument}]
+            _keep(self.kept, self.messages)
             self.console.print("[dim]A new conversation with this system message.[/dim]")
         elif name == "/system":
             text = system[0]["content"] if system else "There is no system message."

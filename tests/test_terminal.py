@@ -55,7 +55,7 @@ class Terminal:
 @needs_smollm2
 def test_a_person_at_a_terminal(tmp_path):
     with Terminal("chat", "--temperature", "0") as terminal:
-        terminal.expect("/help tells")
+        terminal.expect("/help lists")
         terminal.expect("> ")
         terminal.type("What is the capital of Germany?\n")
         assert "Berlin" in terminal.expect("tokens, [0-9.]+ a second")
@@ -87,7 +87,7 @@ def test_a_session_is_shown_and_gone_on_with(tmp_path, monkeypatch):
     file = tmp_path / "state" / "opennemo" / "sessions" / "sea.json"
     for question in ("What is the sea?", "And a lake?"):
         with Terminal("chat", "--session", "sea", "--max-tokens", "8") as terminal:
-            terminal.expect("/help tells")
+            terminal.expect("/help lists")
             if question == "And a lake?":
                 terminal.expect("> What is the sea")
             terminal.expect("> ")

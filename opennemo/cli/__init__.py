@@ -6,6 +6,7 @@ user can cause ends in one line on standard error and exit code 2.
 
 import os
 import sys
+import warnings
 from typing import Annotated
 
 import typer
@@ -44,8 +45,14 @@ app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(evals.app, name="eval")
 
 
+def _show(message: Warning | str, *_: object, **__: object) -> None:
+    """A warning as a line, without the place in the source."""
+    print(f"opennemo: {message}", file=sys.stderr)
+
+
 def main() -> None:
     """Run the command line; the console script `opennemo`."""
+    warnings.showwarning = _show
     try:
         sys.exit(app(prog_name="opennemo", standalone_mode=False))
     except OpenNemoError as error:

@@ -56,28 +56,30 @@ def info(model: Model) -> None:
         table.add_row(f"KV cache in {kv}", *(size(n * kv_bytes(config, kv)) for n in lengths))
     console.print(table)
     bandwidth, memory = read_bandwidth(), machine_memory()
+    starred = False
     for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
-        table = Table(
-            f"on {device}", "weights", "context that fits", "KV cache",
-            *(["tokens/s at most"] if device == "cpu" else []),
-        )  # fmt: skip
+        speed = ["tokens/s at most"] if device == "cpu" else []
+        table = Table(f"on {device}", "weights", "context that fits", "KV cache", *speed)
         try:
             chosen = fit(checkpoint, device, EngineConfig()).name
         except InvalidRequest:
             chosen = ""
+        starred |= bool(chosen)
         for one in fits(checkpoint, device, EngineConfig()).values():
-            table.add_row(
-                one.name + " *" * (one.name == chosen), size(one.needs.weights),
-                f"{one.context:,}" if one.context else "does not fit", one.kv_format,
-                f"{bandwidth / one.needs.read:.1f}",
-            )  # fmt: skip
+            context = f"{one.context:,}" if one.context else "does not fit"
+            cells = [one.name + " *" * (one.name == chosen), size(one.needs.weights), context]
+            cells += [one.kv_format, *(f"{bandwidth / one.needs.read:.1f}" for _ in speed)]
+            table.add_row(*cells)
         console.print(table)
     for device, n_bytes in available_memory().items():
         console.print(f"{device}: {size(n_bytes)} of {size(memory[device])} are available.")
     console.print(
-        f"Memory is read at {bandwidth / 1e9:.0f} GB/s, and one answer at a time reads all weights "
-        "for each token.\n" + "* what --format auto takes." * bool(chosen)
+        f"Memory is read at {bandwidth / 1e9:.0f} GB/s; one answer at a time reads all weights for "
+        "each token.",
+        soft_wrap=True,
     )
+    if starred:
+        console.print("* what --format auto takes")
 
 
 @app.command()
@@ -154,6 +156,9 @@ def quantize(
     from opennemo.texts import Texts
 
     name = one_of("--format", format, (*names("store"), *MIXTURES))
+    if name not in MIXTURES and out.suffix == ".gguf" and to is None:
+        raise InvalidRequest(f"{out}: {name} is written into a folder; files hold "
+                             + ", ".join(MIXTURES))  # fmt: skip
     layout = _layout(to, out, ("gguf",) if name in MIXTURES else LAYOUTS)
     if kv is not None:
         one_of("--kv", kv, (SCALED_KV,))
@@ -178,7 +183,7 @@ def quantize(
         else:
             export.quantize(
                 path, out, format=name, to=layout, calibration=calibration, kv=bool(kv),
-                progress=bar.update,
+                progress=bar.update, say=bar.say,
             )  # fmt: skip
     print(f"Wrote {out}")
 
@@ -211,7 +216,7 @@ def _layout(to: str | None, out: Path, allowed: tuple[str, ...]) -> Any:
     is_file = out.suffix == ".gguf"
     layout = one_of("--to", to or ("gguf" if is_file or "hf" not in allowed else "hf"), allowed)
     if is_file != (layout == "gguf"):
-        raise InvalidRequest(f"{out}: a GGUF file is called NAME.gguf, and no folder is")
+        raise InvalidRequest(f"{out}: a GGUF file is called NAME.gguf; other names are folders")
     return layout
 
 

@@ -61,7 +61,9 @@ def chat(
     kept = None
     if session is not None:
         if not re.fullmatch(r"[\w-][\w.-]{0,99}", session):
-            raise InvalidRequest(f"--session {session!r} is not a name of letters, digits, - and .")
+            raise InvalidRequest(
+                f"--session {session[:100]!r}: a name has up to 100 letters, digits, -, _ and ."
+            )
         kept = user_folder("XDG_STATE_HOME", ".local/state") / "sessions" / f"{session}.json"
         cache_dir = cache_dir or user_folder("XDG_CACHE_HOME", ".cache") / "prefixes"
     sampling = given(

@@ -140,9 +140,9 @@ def test_a_full_disk_stops_batches_with_a_word_and_they_go_on(server):
     with starved(server, resource.RLIMIT_FSIZE, 4096):
         status, why = start_batch(server, 1000)
         assert status == 503 and "files cannot be kept" in why
-        assert ask(server).status_code == 200  # who needs no disk does not notice
+        assert ask(server).status_code == 200  # requests that need no disk succeed
         time.sleep(2.5)
-        assert batch_of(server, running)["id"] == running  # nor does who reads
+        assert batch_of(server, running)["id"] == running  # so do reads
     events = [event["event"] for event in server.events()]
     assert "defect" not in events and events.count("batch interrupted") <= 2
     wait_until(lambda: batch_of(server, running)["status"] == "completed")

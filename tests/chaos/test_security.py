@@ -1,7 +1,4 @@
-"""docs/security.md keeps its word: the tests it names exist, and so do the hashes.
-
-So do the tests that docs/models.md names.
-"""
+"""The tests and hashes that docs/security.md names exist, and the tests of docs/models.md."""
 
 import ast
 import re

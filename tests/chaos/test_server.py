@@ -185,7 +185,7 @@ def test_a_thousand_idle_connections_keep_nobody_out_and_are_closed(running, tin
 
 
 def test_more_idle_connections_than_there_may_be_lock_nobody_out(running, tiny_llm):
-    """1,400 of one client's were 503 for everybody, health checks included."""
+    """1,400 connections of one client made every other request a 503, even health checks."""
     with running(tiny_llm(), connections=40) as server, server.client() as http:
         whole = raw_request(server, BODY)
         idle = []
