@@ -1,4 +1,4 @@
-"""What others made of NeMo: their template counts, their turns end, and no text becomes control."""
+"""Fine-tunes of NeMo: their template is used, turns end, and no text becomes control."""
 
 import json
 from pathlib import Path

@@ -87,7 +87,7 @@ class CallSyntax:
         return [*pieces[:-1], pieces[-1] + first, *others]
 
     def spell(self, name: str) -> str:
-        """A name or an id as it stands in a call."""
+        """A name or an id as it is written in a call."""
         return to_json(name) if self.is_object else name
 
     def bare(self, pattern: str) -> str:
@@ -136,8 +136,8 @@ class CallParser:
     """Reads calls out of text that is still being written, in time linear in the text.
 
     It looks for objects in JSON that have the keys of the syntax, and passes arguments on as the
-    model wrote them. What lies between objects it keeps, for `read_calls` to judge. Where calls are
-    no objects, the marks tell what comes.
+    model wrote them. It keeps the text between objects, for `read_calls` to check. Where calls are
+    not objects, the marks say what follows.
 
     Args:
         key: what ids are made from, so that they differ between requests.

@@ -1,10 +1,10 @@
 """What a model writes, by channel: words, thinking, and calls.
 
-An answer is one row of ids in which marks change the channel: `[THINK]` and `[/THINK]`, what
+An answer is one sequence of ids in which marks change the channel: `[THINK]` and `[/THINK]`, what
 announces calls, or texts such as `<think>` in vocabularies without such tokens. One reader follows
 them, id by id, so that a stream and a whole answer are split alike. A mark that is a control token
-counts by its id only; what is a text counts where it can stand: at the beginning of the words, or,
-as the end of thinking, anywhere in it.
+is recognised only by its id. A mark that is text is recognised at the beginning of the words or,
+if it ends thinking, anywhere in the thinking.
 """
 
 from typing import Literal
@@ -21,9 +21,9 @@ class Channels:
     """Ids to pieces of text, each in its channel.
 
     Args:
-        calls: how calls are written, or None if there are none to expect.
+        calls: how calls are written; None: calls are not parsed.
         thinking: the marks around thinking.
-        begun: the prompt has begun to think already.
+        begun: the prompt already opened the thinking.
 
     >>> channels = Channels(tokenizer, thinking=("<think>", "</think>"))
     >>> [piece for id in tokenizer.encode("<think>Hm.</think>Yes.") for piece in channels.push(id)]
@@ -47,7 +47,7 @@ class Channels:
         self._announcement, self._open, self._close = (
             "" if mark in tokenizer.control else mark for mark in texts
         )
-        # The first text of its channel; blanks that tags leave are not part of it.
+        # The first text of its channel; white space beside tags is not part of it.
         self._is_first, self._trims = True, begun and self._thinking[0][:1] == "<"
         self._tokenizer, self._stream, self._held = tokenizer, tokenizer.stream(), ""
 
@@ -65,7 +65,7 @@ class Channels:
         return self._read(self._stream.flush(), last=True)
 
     def _enter(self, mark: str) -> None:
-        """Follow a mark into its channel; calls are left by none."""
+        """Switch to the channel that a mark begins; no mark ends calls."""
         opening, closing = self._thinking
         if self.channel == "calls":
             return

@@ -45,7 +45,7 @@ def encode_chat(
     """Ids (T,) of the prompt that makes a model answer the messages, BOS included.
 
     Args:
-        settings: of those that `tokenizer.settings` has; the others are at their defaults.
+        settings: values for names in `tokenizer.settings`; the others keep their defaults.
 
     Raises:
         InvalidRequest: what is wrong, where (`messages[3].content`), and what is allowed.
@@ -127,7 +127,7 @@ def thinking_marks(tokenizer: Tokenizer) -> tuple[str, str] | None:
 
 
 def is_thinking(tokenizer: Tokenizer, ids: Sequence[int]) -> bool:
-    """Whether a prompt ends within thinking, which the answer then goes on with."""
+    """Whether a prompt ends within thinking, which the answer then continues."""
     opening, closing = thinking_marks(tokenizer) or ("", "")
     if not opening:
         return False
@@ -147,8 +147,8 @@ def parse_reply(
     Where the vocabulary has a control token that announces calls, only that id does; elsewhere
     the text does. Calls that are not well-formed stay content: this never fails, and takes time
     linear in the ids. Calls without a usable id get one hashed from the call and `request_id`,
-    which tells apart the same call made twice in a conversation. Thinking, which the prompt has
-    `begun` or the answer begins, is `reasoning_content`.
+    which tells apart the same call made twice in a conversation. Thinking becomes
+    `reasoning_content`; with `begun` the prompt has opened it.
     """
     ids, syntax = list(ids), call_syntax(tokenizer)
     is_control = syntax.marks[0] in tokenizer.control

@@ -1,10 +1,10 @@
 """A vocabulary as the fields of a GGUF file, which give llama.cpp and us the same ids.
 
-Whatever a vocabulary came from, tokenizer.json can say it, so the fields are made from that. GGUF
+tokenizer.json can express any vocabulary, so the fields are made from that. GGUF
 has no regular expressions, only names of some (patterns.py): what has no name there is refused. Of
 SentencePiece's merges it has only scores, which are the places in the list of merges.
 
-Format: docs/gguf.md of ggml; what llama.cpp makes of it, `llama-vocab.cpp`.
+Format: docs/gguf.md of ggml; llama.cpp's reader: `llama-vocab.cpp`.
 """
 
 from typing import Any

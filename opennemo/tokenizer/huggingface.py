@@ -48,8 +48,8 @@ class HuggingFace(CorpusTokenizer):
         spec: the content of the file.
         bos_id, eos_id: ids that begin a text and end an answer, control tokens in any case.
         end_ids: others that end an answer or are special. Control tokens are these, what
-            `added_tokens` call special, and what the chat template writes as control; that is
-            shown when it is decoded, for it may be a part of the answer (`<think>`).
+            `added_tokens` call special, and what the chat template writes as control; the last are
+            shown when decoded, for they may be a part of the answer (`<think>`).
 
     Raises:
         ValueError: a kind of vocabulary that is not supported, or one that is inconsistent.
@@ -88,7 +88,7 @@ class HuggingFace(CorpusTokenizer):
         self.settings = settings or {}
         self.instruct_version = layout_version(self.control, chat_template, version, self.settings)
         if shown:
-            shown -= {turn_end(self)}  # whatever it is marked as, it is no part of an answer
+            shown -= {turn_end(self)}  # never a part of an answer, however it is marked
         self.vocab_size = max(names) + 1
         self._bytes = [b""] * self.vocab_size
         self.plain_tokens = set(added)
@@ -186,7 +186,7 @@ class HuggingFace(CorpusTokenizer):
 def _shown_control(
     spec: dict[str, Any], names: dict[int, str], chat_template: str | None
 ) -> set[int]:
-    """Ids of what the template writes as control although it is not called special."""
+    """Ids of tokens that the template writes as control but that are not marked special."""
     if chat_template is None:
         return set()
     ids = {name: id for id, name in names.items()}

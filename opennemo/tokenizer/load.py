@@ -63,10 +63,11 @@ def load_tokenizer(model: Path) -> Tokenizer:
 
 
 def difference_beside(folder: Path, tokenizer: Tokenizer) -> str | None:
-    """How what lies beside an adapter asks otherwise than a model's tokenizer; None if alike.
+    """How the tokenizer or template beside an adapter differs from the model's; None if alike.
 
     Raises:
-        CheckpointError: a tokenizer or template lies there, and is damaged.
+        CheckpointError: a tokenizer or template beside it is damaged, or the tokenizer is of
+            another vocabulary.
     """
     from opennemo.tokenizer.chat import encode_chat
     from opennemo.tokenizer.huggingface import read_chat_template
@@ -78,7 +79,9 @@ def difference_beside(folder: Path, tokenizer: Tokenizer) -> str | None:
         for id in range(n_common):
             ours, theirs = tokenizer.token_bytes(id), other.token_bytes(id)
             if ours and theirs and ours != theirs:
-                return f"its vocabulary is another one: id {id} is {theirs!r}, not {ours!r}"
+                raise CheckpointError(
+                    f"{folder}: its vocabulary is another one: id {id} is {theirs!r}, not {ours!r}"
+                )
         if other.vocab_size > tokenizer.vocab_size:
             return f"its tokenizer has {other.vocab_size:,} tokens, not {tokenizer.vocab_size:,}"
     elif (template := read_chat_template(folder)) is not None:

@@ -67,7 +67,7 @@ LETTERS_AND_DIGITS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuv
 def normalize(messages: Sequence[Message], form: NormalForm = PLAIN) -> list[Message]:
     """A new list: one system message or none, then user, assistant and tool messages.
 
-    All have a string as `content`; beside it those whose thinking is kept have all as `parts`.
+    All have a string as `content`. Messages whose thinking is kept also have `parts`: all of it.
     Assistants have `tool_calls` only if they call, with `arguments` parsed where they are JSON;
     results have the `tool_call_id` of their call. Where system messages stay, they are turns.
 

@@ -192,7 +192,7 @@ def _parse(data: bytes) -> dict[str, Any]:
 
 
 def _setting(name: str, choice: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What may be set of a model, as the file has it; ValueError if it is not understood."""
+    """The settings that the file declares. Raises: ValueError, one is not understood."""
     kind, values, default = (choice.get(key) for key in ("type", "values", "default"))
     texts = [value for value in values if isinstance(value, str)] if values else []
     if (name, kind) == ("json_schema", "json_schema"):

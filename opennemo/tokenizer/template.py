@@ -109,6 +109,10 @@ class ChatTemplate:
         if not last.get("prefix"):
             return self._split(self._render(self._messages, add_generation_prompt=True))
         prompt = self._render(earlier, add_generation_prompt=True)
+        if last.get("reasoning_content") or prompt.rstrip().endswith("<think>"):
+            raise InvalidRequest(
+                "messages: an answer that thinks cannot be continued with this model's template"
+            )
         return self._split(prompt + last["content"].rstrip(" "))
 
     def lesson(self) -> list[Segment]:
@@ -178,11 +182,11 @@ def names_written_by(source: str, names: Container[str], added: Sequence[str]) -
 
     Args:
         names: of all tokens; one counts if it looks like a mark.
-        added: names of those that no text is merged to, which need not look like one.
+        added: names of tokens that text never encodes to; they count without looking like a mark.
     """
     try:
         template, _, written = _compile(source)
-    except CheckpointError:  # as whoever lays out a conversation will say
+    except CheckpointError:  # `ChatTemplate` reports it
         return set()
     for messages in PROBES:
         variables = {"bos_token": "", "eos_token": "", "add_generation_prompt": True}
@@ -227,7 +231,7 @@ def is_layout(tokenizer: Tokenizer, version: str) -> bool:
 
 
 def follow_own_template(tokenizer: Tokenizer) -> None:
-    """Let a template of the model's own count, not the layout that goes with the vocabulary."""
+    """Use the model's own template if it differs from the layout of its vocabulary."""
     version = tokenizer.instruct_version
     if tokenizer.chat_template is None or version is None:
         return

@@ -82,7 +82,7 @@ class Tokenizer(ABC):
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """The settings that a prompt has where nothing else is asked."""
+        """The settings of a prompt by default."""
         defaults = ((name, choice.get("default")) for name, choice in self.settings.items())
         return {name: default for name, default in defaults if default}
 

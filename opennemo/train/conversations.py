@@ -243,7 +243,7 @@ def _read_share(
 
 
 def batches_of_lines(paths: Iterable[Path]) -> Iterator[tuple[str, list[tuple[int, bytes]]]]:
-    """Lines with their numbers, some of a file at a time; of an empty file one empty line.
+    """Lines with their numbers, read in parts; an empty file gives one empty line.
 
     Of a file that is one JSON array, or one object over several lines, the entries, numbered.
     """

@@ -592,7 +592,7 @@ def test_training_examples_are_those_of_the_reference(version: str):
 
 
 def test_settings_are_variables_of_a_template_of_the_models_own(tmp_path: Path):
-    """One that lays out otherwise, as Mistral's do where they bring a system text, counts."""
+    """A template that lays out differently is used, such as Mistral's with a system text."""
     content = content_of("v15-tekken")
     (tmp_path / "tekken.json").write_text(json.dumps(content))
     template = tmp_path / "chat_template.jinja"
