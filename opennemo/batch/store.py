@@ -70,8 +70,8 @@ class Store:
         self._guard = guard
         with self._read() as db:
             db.executescript(f"PRAGMA journal_mode=WAL; {SCHEMA}")
-        # While a connection is open its shared memory is there: without, a full disk, which has no
-        # room to make it again, would stop reads, too.
+        # An open connection keeps SQLite's shared-memory file. Without it a full disk, which has no
+        # room to create that file again, would stop reads, too.
         self._held = sqlite3.connect(
             self._folder / "batches.sqlite3", isolation_level=None, check_same_thread=False
         )

@@ -146,7 +146,7 @@ class Worker:
             await asyncio.sleep(5)
 
     def _note(self, id: str, why: str | None) -> None:
-        """Log what keeps a batch from going on, once; None: it goes on."""
+        """Log once why a batch is interrupted; None: it continues."""
         if why is None:
             self._why.pop(id, None)
         elif self._why.get(id) != why:

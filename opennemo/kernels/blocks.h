@@ -565,7 +565,7 @@ static void fill(const uint8_t* w, size_t row_bytes, int n_rows, int chunk, int 
     for (int g = chunk; g < end; g += LANES) {
       Span spans[8];
       const float *codes[8], *scale[8], *min[8];
-      for (int j = 0; j < 8; j++) {  // the last panel repeats its last row, for results nobody reads
+      for (int j = 0; j < 8; j++) {  // the last panel repeats its last row, for results that are not used
         const uint8_t* p = w + std::min(r0 + j, n_rows - 1) * row_bytes + g / LANES * SPAN_BYTES<T>;
         for (int i = 0; i < SPAN_BYTES<T>; i += 64) __builtin_prefetch(p + ahead + i, 0, 2);
         unpack_span<T>(p, n_groups - g, spans[j]);

@@ -167,6 +167,7 @@ class LayerWeights:
     down: Weights
 
 
+@cache
 def available_instructions() -> list[str]:
     """Names of `INSTRUCTIONS` that this processor can run, best first."""
     try:
@@ -209,9 +210,21 @@ def build(instructions: str) -> Path:
     return library
 
 
-@cache
 def load_library(instructions: str) -> ctypes.CDLL:
-    library = ctypes.CDLL(str(build(instructions)))
+    """The kernel for these instructions, compiled if need be; an error is not tried again."""
+    library = _load(instructions)
+    if isinstance(library, CompilerMissing):
+        raise library
+    return library
+
+
+@cache
+def _load(instructions: str) -> ctypes.CDLL | CompilerMissing:
+    try:
+        path = build(instructions)
+    except CompilerMissing as error:
+        return error
+    library = ctypes.CDLL(str(path))
     pointer, number = ctypes.c_void_p, ctypes.c_int
     library.model_new.restype = pointer
     library.model_new.argtypes = [pointer, pointer, pointer, number, ctypes.c_int64]
