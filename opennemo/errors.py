@@ -11,7 +11,8 @@ The command line prints one as a single line and exits with code 2; the server a
 status. Anything else that escapes is a defect of ours and keeps its traceback.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 
@@ -45,6 +46,19 @@ class Overloaded(Unavailable):
 
 class CheckpointError(OpenNemoError):
     """A model folder is missing, incomplete, damaged, or of a kind that is not supported."""
+
+
+def check_names(where: str, names: Iterable[str], allowed: Sequence[str]) -> None:
+    """Refuse the first name that is not allowed, with the one that may have been meant.
+
+    Raises:
+        InvalidRequest: there is one.
+    """
+    for name in names:
+        if name not in allowed:
+            close = get_close_matches(name, allowed, 1)
+            meant = f"did you mean {close[0]}?" if close else f"allowed are {', '.join(allowed)}"
+            raise InvalidRequest(f"{where}: there is no {name}; {meant}")
 
 
 def named_problems(problems: Sequence[Mapping[str, Any]]) -> str:

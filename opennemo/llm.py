@@ -6,24 +6,41 @@ becomes ids, and tools and formats become a grammar that the answer cannot leave
 neither HTTP nor the terminal.
 """
 
-import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Many
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 
+from opennemo.arguments import (
+    Adapters,
+    adapter_folders,
+    answer_each,
+    answer_format,
+    choose_tools,
+    option_names,
+    schema_setting,
+    stop_strings,
+    texts_in,
+    torch_dtype,
+)
 from opennemo.engine import Engine, EngineConfig, LocalEngine, SamplingParams
 from opennemo.engine.grammar import GrammarCompiler, Kind
 from opennemo.engine.lark import ANY_TEXT, Thinking
 from opennemo.engine.ranks import Ranks
 from opennemo.engine.scoring import Pair, Score
 from opennemo.engine.sizes import Fit, announcement, fit
-from opennemo.errors import CheckpointError, ContextTooLong, InvalidRequest
+from opennemo.errors import (
+    CheckpointError,
+    ContextTooLong,
+    InvalidRequest,
+    OpenNemoError,
+    check_names,
+)
 from opennemo.model.checkpoint import Checkpoint, load, open_checkpoint
 from opennemo.model.companions import read_generation_config
 from opennemo.model.hub import locate
@@ -68,12 +85,14 @@ class LLM:
     @classmethod
     def load(
         cls,
-        model: str,
+        model: str | Path,
         *,
         device: str | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         config: EngineConfig | None = None,
         format: str = "auto",
+        adapters: Adapters = (),
+        **sizes: Any,
     ) -> "LLM":
         """Load a model and start its engine.
 
@@ -81,12 +100,15 @@ class LLM:
             model: a folder, a `.gguf` file, or a Hugging Face id such as
                 `mistralai/Mistral-Nemo-Instruct-2407`.
             device: "cpu" or "cuda"; by default CUDA where there is one.
-            dtype: of weights that are in no codes, and of the KV cache unless `config` names its
-                format; in place of `format`.
+            dtype: "bfloat16", "float16" or "float32", or PyTorch's; of weights that are in no
+                codes, and of the KV cache unless its format is named; in place of `format`.
             format: "auto", "stored" or one of FORMATS. "auto" keeps codes and 16 bits as they are
                 stored, and rounds what does not fit into the memory that is available, matrix by
                 matrix as it is read, to the best format that does. A line on standard error says
                 so, as it does of a context shorter than the model's.
+            adapters: folders of LoRA adapters, by the name that requests give; without names, each
+                goes by the name of its folder.
+            sizes: fields of EngineConfig such as `max_context`, which go before `config`'s.
 
         Raises:
             CheckpointError: there is no such model, or it cannot be used.
@@ -94,8 +116,11 @@ class LLM:
                 context that `config` asks for does not fit, with the numbers, and what would; or
                 the draft model has another vocabulary.
         """
-        path, config = locate(model), config or EngineConfig()
-        device = open_device(device)
+        check_names("LLM.load", sizes, [field.name for field in fields(EngineConfig)])
+        config, named = replace(config or EngineConfig(), **sizes), adapter_folders(adapters)
+        config = replace(config, adapters=config.adapters or bool(named))
+        dtype = torch_dtype(dtype)
+        path, device = locate(str(model)), open_device(device)
         tokenizer, defaults, eos_ids = _text_side(path)
         checkpoint = open_checkpoint(path)
         eos_ids = {id for id in eos_ids if id < checkpoint.config.vocab_size}
@@ -119,7 +144,14 @@ class LLM:
             net, eos_ids, config, checkpoint.read_kv_scale(), ranks, tokenizer.vocab_size, small_net
         )
         engine.start()
-        return cls(_name(path, model), tokenizer, engine, defaults)
+        llm = cls(_name(path, str(model)), tokenizer, engine, defaults)
+        try:
+            for name, folder in named.items():
+                llm.load_adapter(name, folder)
+        except OpenNemoError:
+            llm.close()
+            raise
+        return llm
 
     @classmethod
     def around(cls, model: str, engine: Engine) -> "LLM":
@@ -142,44 +174,92 @@ class LLM:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @overload
     def chat(
+        self, messages: list[Message], params: SamplingParams | None = None, **options: Any
+    ) -> Reply: ...
+
+    @overload
+    def chat(
+        self, messages: list[list[Message]], params: SamplingParams | None = None, **options: Any
+    ) -> list[Reply]: ...
+
+    def chat(self, messages: Any, params: SamplingParams | None = None, **options: Any) -> Any:
+        """Answer a conversation of OpenAI messages, or each of a list of them, side by side.
+
+        Args:
+            params: how tokens are chosen; by default as the model's own settings say.
+            tools: that the answer may call, as in OpenAI's requests.
+            tool_choice: "auto", "none", "required" (or "any"), or OpenAI's objects that name one
+                tool or several. Calls are always to a declared tool, with valid arguments; what
+                a grammar cannot hold of a schema is left to the model with "auto" (`not_held` of
+                the reply names it), and refused where a call is required or a tool is `strict`.
+            parallel_tool_calls: whether an answer may make several calls.
+            json_schema: of the answer's text; a JSON schema or a pydantic model.
+            format: in its place, the kind of a grammar that the answer's text follows, and its
+                source, as ("regex", "[0-9]+").
+            stop: texts before which the answer ends.
+            adapter: the name of one that was loaded.
+            n: how many answers. Prompts share cached pages within the same `salt` only.
+            settings: of the model itself, such as `reasoning_effort`, where it has any.
+            thinking_budget: tokens of thinking after which the model's own closing token comes.
+            options: fields of SamplingParams, which go before those of `params`.
+
+        Raises:
+            InvalidRequest: a message, tool or setting that the model's chat layout cannot take.
+            ContextTooLong: the conversation leaves no room for an answer.
+        """
+        if isinstance(messages, list) and messages and isinstance(messages[0], list):
+            return answer_each(messages, lambda one: self._chat(one, params, **options))
+        return self._chat(messages, params, **options)
+
+    @overload
+    def complete(
+        self, prompt: str | list[int], params: SamplingParams | None = None, **options: Any
+    ) -> Reply: ...
+
+    @overload
+    def complete(
+        self,
+        prompt: list[str] | list[list[int]],
+        params: SamplingParams | None = None,
+        **options: Any,
+    ) -> list[Reply]: ...
+
+    def complete(self, prompt: Any, params: SamplingParams | None = None, **options: Any) -> Any:
+        """Continue a text, after BOS, or ids exactly as given; or each of a list, side by side.
+
+        `params` and `options` (json_schema, format, stop, adapter, n, salt) are those of `chat`.
+        """
+        if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):
+            return answer_each(prompt, lambda one: self._complete(one, params, **options))
+        return self._complete(prompt, params, **options)
+
+    def _chat(
         self,
         messages: list[Message],
+        params: SamplingParams | None = None,
         *,
         tools: list[Tool] | None = None,
         tool_choice: str | Mapping[str, Any] = "auto",
         parallel_tool_calls: bool = True,
+        json_schema: Any = None,
         format: tuple[Kind, str] | None = None,
-        stop: tuple[str, ...] = (),
+        stop: str | Iterable[str] = (),
         adapter: str | None = None,
         n: int = 1,
         salt: bytes = b"",
         settings: Mapping[str, Any] | None = None,
         thinking_budget: int | None = None,
         **sampling: Any,
-    ) -> "Reply":
-        """Answer a conversation of OpenAI messages; `sampling` are fields of SamplingParams.
-
-        Args:
-            tool_choice: "auto", "none", "required" (or "any"), or OpenAI's objects that name one
-                tool or several. Calls are always to a declared tool, with valid arguments; what
-                a grammar cannot hold of a schema is left to the model with "auto" (`not_held` of
-                the reply names it), and refused where a call is required or a tool is `strict`.
-            format: the kind of a grammar that the answer's text follows, and its source.
-            adapter: the name of one that was loaded.
-            n: how many answers. Prompts share cached pages within the same `salt` only.
-            settings: of the model itself, such as `reasoning_effort`, where it has any.
-            thinking_budget: tokens of thinking after which the model's own closing token comes.
-
-        Raises:
-            InvalidRequest: a message, tool or setting that the model's chat layout cannot take.
-            ContextTooLong: the conversation leaves no room for an answer.
-        """
-        allowed, required = _choose_tools(tools or [], tool_choice)
-        self.check_room(_texts([messages, tools if allowed else None]))
+    ) -> Reply:
+        check_names("chat", sampling, option_names(self._chat))
+        format, base = answer_format(format, json_schema), params or self.defaults
+        allowed, required = choose_tools(tools or [], tool_choice)
+        self.check_room(texts_in([messages, tools if allowed else None]))
         settings = dict(settings or {})
         if format is not None and "json_schema" in self.tokenizer.settings:
-            settings |= _schema_of(*format)
+            settings |= schema_setting(*format)
         ids = encode_chat(self.tokenizer, messages, tools if allowed else None, settings)
         syntax = call_syntax(self.tokenizer)
         announcing_id = self.tokenizer.control.get(syntax.marks[0])
@@ -203,7 +283,7 @@ class LLM:
                 thinking=thinking,
             )
         elif announcing_id is not None:
-            bias = sampling.get("logit_bias", self.defaults.logit_bias)
+            bias = sampling.get("logit_bias", base.logit_bias)
             sampling["logit_bias"] = {**bias, announcing_id: -100.0}
         if words is not None and not allowed:
             sampling["grammar"] = (
@@ -211,29 +291,33 @@ class LLM:
                 if thinking
                 else self.grammars.compile(*words)
             )
+        stop = stop_strings(stop)
         if isinstance(end := turn_end(self.tokenizer), str):
             stop = (*stop, end)
-        calls = syntax if allowed else None
-        reply = self._submit(ids, sampling, stop, calls, adapter, n, salt, marks)
+        calls, chosen = syntax if allowed else None, replace(base, **sampling)
+        reply = self._submit(ids, chosen, stop, calls, adapter, n, salt, marks)
         reply.not_held = left_out
         return reply
 
-    def complete(
+    def _complete(
         self,
         prompt: str | list[int],
+        params: SamplingParams | None = None,
         *,
+        json_schema: Any = None,
         format: tuple[Kind, str] | None = None,
-        stop: tuple[str, ...] = (),
+        stop: str | Iterable[str] = (),
         adapter: str | None = None,
         n: int = 1,
         salt: bytes = b"",
         **sampling: Any,
-    ) -> "Reply":
-        """Continue a text, after BOS, or a list of ids exactly as given."""
-        if format is not None:
+    ) -> Reply:
+        check_names("complete", sampling, option_names(self._complete))
+        if (format := answer_format(format, json_schema)) is not None:
             sampling["grammar"] = self.grammars.compile(*format)
         ids = self.encode(prompt) if isinstance(prompt, str) else prompt
-        return self._submit(ids, sampling, stop, None, adapter, n, salt)
+        chosen = replace(params or self.defaults, **sampling)
+        return self._submit(ids, chosen, stop_strings(stop), None, adapter, n, salt)
 
     def score(
         self, pairs: Many[Pair], on_score: Callable[[int, Score], None] | None = None
@@ -241,13 +325,14 @@ class LLM:
         """How likely continuations are, each (ids of its context, its own ids); see `Engine`."""
         return self.engine.score(pairs, on_score)
 
-    def load_adapter(self, name: str, folder: Path) -> None:
+    def load_adapter(self, name: str, folder: Path | str) -> None:
         """Load an adapter into the engine, to be asked for by name.
 
         Raises:
             CheckpointError: it is not for this model, or was taught with another tokenizer or chat
                 template than the model's.
         """
+        folder = Path(folder)
         if difference := difference_beside(folder, self.tokenizer):
             raise CheckpointError(
                 f"{folder}: cannot be served beside this model, for {difference}; "
@@ -290,15 +375,14 @@ class LLM:
     def _submit(
         self,
         ids: list[int],
-        sampling: Mapping[str, Any],
-        stop: tuple[str, ...] = (),
-        calls: CallSyntax | None = None,
-        adapter: str | None = None,
-        n: int = 1,
-        salt: bytes = b"",
+        params: SamplingParams,
+        stop: tuple[str, ...],
+        calls: CallSyntax | None,
+        adapter: str | None,
+        n: int,
+        salt: bytes,
         thinking: tuple[str, str] | None = None,
-    ) -> "Reply":
-        params = replace(self.defaults, **sampling)
+    ) -> Reply:
         reply = Reply(self.tokenizer, self.engine, ids, n, stop, calls, thinking)
         reply.id = self.engine.submit(ids, params, reply.listen, n=n, adapter=adapter, salt=salt)
         return reply
@@ -321,31 +405,6 @@ def answer_all(
     with LLM("", tokenizer, engine, SamplingParams(temperature=0.0)) as llm:
         replies = [llm.chat(m, tools=tools or None, **sampling) for m, tools in conversations]
         return [reply.message for reply in replies]
-
-
-def _schema_of(kind: Kind, source: str) -> dict[str, Any]:
-    """The setting that shows a model the schema of its answer."""
-    if kind == "json_object":
-        return {"json_schema": {"anyOf": [{"type": "object"}, {"type": "array"}]}}
-    if kind != "json_schema":
-        return {}
-    try:
-        return {"json_schema": json.loads(source)}
-    except (ValueError, RecursionError) as error:
-        raise InvalidRequest(f"the json_schema is not valid: {error}") from None
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """Every text in lists and objects, however deep."""
-    waiting = [value]
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, str):
-            yield value
-        elif isinstance(value, dict):
-            waiting += reversed([*value, *value.values()])
-        elif isinstance(value, list | tuple):
-            waiting += reversed(value)
 
 
 def _share(
@@ -383,30 +442,6 @@ def _text_side(path: Path) -> tuple[Tokenizer, SamplingParams, set[int]]:
     end = turn_end(tokenizer)
     eos_ids = {tokenizer.eos_id, *given.get("eos_token_ids", ())}
     return tokenizer, defaults, eos_ids | ({end} if isinstance(end, int) else set())
-
-
-def _choose_tools(tools: list[Tool], choice: str | Mapping[str, Any]) -> tuple[list[Tool], bool]:
-    """The tools that may be called, and whether one must be."""
-    if isinstance(choice, str):
-        if choice not in ("auto", "none", "required", "any"):
-            raise InvalidRequest(
-                f"tool_choice: {choice!r} is none of auto, none, required, any, or an object"
-            )
-        if choice in ("required", "any") and not tools:
-            raise InvalidRequest("tool_choice: a tool call is required, but there are no tools")
-        return [] if choice == "none" else tools, choice in ("required", "any")
-    allowed = choice.get("allowed_tools", choice)
-    entries = allowed.get("tools", [choice]) if isinstance(allowed, Mapping) else [choice]
-    names = {_tool_name(entry) for entry in entries} if isinstance(entries, list) else set()
-    chosen = [tool for tool in tools if _tool_name(tool) in names]
-    if not chosen or len(chosen) < len(names):
-        raise InvalidRequest(f"tool_choice: {choice} names a tool that is not declared")
-    return chosen, not isinstance(allowed, Mapping) or allowed.get("mode") != "auto"
-
-
-def _tool_name(tool: Any) -> str:
-    function = tool.get("function", tool) if isinstance(tool, Mapping) else None
-    return str(function.get("name")) if isinstance(function, Mapping) else ""
 
 
 def _name(path: Path, model: str) -> str:

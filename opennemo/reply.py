@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from opennemo.engine import Engine, Token
+from opennemo.engine.token import TokenLogprobs
 from opennemo.errors import OpenNemoError
 from opennemo.tokenizer import Tokenizer
 from opennemo.tokenizer.calls import Call, CallParser, CallSyntax
@@ -39,6 +40,11 @@ class Answer:
     def thinking(self) -> str:
         """What the model thought before its words, without the marks around it."""
         return "".join(token.thinking for token in self.tokens)
+
+    @property
+    def logprobs(self) -> list[TokenLogprobs]:
+        """Log-probabilities of its tokens, where the request asked for them."""
+        return [token.logprobs for token in self.tokens if token.logprobs is not None]
 
     @property
     def calls(self) -> list[Call]:
@@ -201,6 +207,16 @@ class Reply:
     def finish_reason(self) -> str | None:
         """ "stop", "length" or "cancelled" once the (first) answer has ended."""
         return self.answers[0].finish_reason
+
+    @property
+    def calls(self) -> list[Call]:
+        """The tool calls of the (first) answer, arguments as JSON; waits for the end."""
+        return self.finish().answers[0].calls
+
+    @property
+    def logprobs(self) -> list[TokenLogprobs]:
+        """Of the (first) answer's tokens, where `logprobs` asked for them; waits for the end."""
+        return self.finish().answers[0].logprobs
 
     @property
     def text(self) -> str:

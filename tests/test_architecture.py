@@ -17,6 +17,7 @@ FLOORS = [
     {"train", "engine"},
     {"planning"},
     {"reply"},
+    {"arguments"},
     {"llm"},
     {"serve", "terminal"},
     {"batch"},

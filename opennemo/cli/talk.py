@@ -123,7 +123,6 @@ def generate(
 
 
 def _load(model: str, format: str, device: str | None, **settings: Any) -> Any:
-    from opennemo.engine import EngineConfig
     from opennemo.llm import LLM
 
-    return LLM.load(model, device=device, config=EngineConfig(**settings), format=format)
+    return LLM.load(model, device=device, format=format, **settings)

@@ -43,10 +43,9 @@ class OpenNemoLM(TemplateLM):
         """A model by name, as `LLM.load` takes it, or loaded; the engine makes its own batches."""
         super().__init__()
         if isinstance(pretrained, str):
-            kind = getattr(torch, dtype) if dtype and dtype != "auto" else None
             if not torch.cuda.is_available():  # "cuda" is the harness's default
                 device = None
-            pretrained = LLM.load(pretrained, device=device, dtype=kind, format=format or "auto")
+            pretrained = LLM.load(pretrained, device=device, dtype=dtype, format=format or "auto")
         self.llm, self.run = pretrained, run
         self.llm.tokenizer.expect_corpus()
         self.cut: set[str] = set()

@@ -2,10 +2,8 @@
 
 from pathlib import Path
 
-import torch
-
 from opennemo.engine import EngineConfig
-from opennemo.errors import InvalidRequest, OpenNemoError
+from opennemo.errors import InvalidRequest
 from opennemo.llm import LLM
 from opennemo.model.formats import FORMATS, names
 from opennemo.serve.settings import Settings
@@ -37,18 +35,10 @@ def load_model(settings: Settings) -> LLM:
         adapters=bool(modules or settings.lora_root),
         tensor_parallel_size=settings.tensor_parallel_size,
     )
-    dtype = None if settings.dtype == "auto" else getattr(torch, settings.dtype)
-    llm = LLM.load(
-        settings.model, device=settings.device, dtype=dtype, config=config,
-        format=settings.quantization or settings.format,
+    return LLM.load(
+        settings.model, device=settings.device, dtype=settings.dtype, config=config,
+        format=settings.quantization or settings.format, adapters=modules,
     )  # fmt: skip
-    try:
-        for name, folder in modules.items():
-            llm.load_adapter(name, folder)
-    except OpenNemoError:
-        llm.close()
-        raise
-    return llm
 
 
 def adapters_of(settings: Settings) -> dict[str, Path]:

@@ -1,0 +1,146 @@
+"""What a Python caller may pass to `LLM`, brought to one form or refused in one line."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import fields
+from inspect import signature
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+
+from opennemo.engine import SamplingParams
+from opennemo.engine.grammar import Kind
+from opennemo.errors import InvalidRequest, Overloaded
+from opennemo.reply import Reply
+from opennemo.tokenizer.messages import Tool
+
+Adapters = Mapping[str, Path | str] | Iterable[Path | str]
+
+
+def answer_each(prompts: Iterable[Any], answer: Callable[[Any], Reply]) -> list[Reply]:
+    """A reply to each; if one prompt is refused, the others are not answered either."""
+    replies: list[Reply] = []
+    try:
+        for prompt in prompts:
+            while True:
+                try:
+                    replies.append(answer(prompt))
+                    break
+                except Overloaded:  # the queue is full: the first that is under way makes room
+                    if not (waiting := [reply for reply in replies if not reply.finished]):
+                        raise
+                    waiting[0].finish()
+    except BaseException:
+        for reply in replies:
+            reply.cancel()
+        raise
+    return replies
+
+
+def adapter_folders(adapters: Adapters) -> dict[str, Path | str]:
+    if isinstance(adapters, Mapping):
+        return {str(name): folder for name, folder in adapters.items()}
+    if isinstance(adapters, str | Path | bool):
+        raise InvalidRequest(f"adapters: {adapters!r} is not a list of folders")
+    return {Path(folder).resolve().name: folder for folder in adapters}
+
+
+def torch_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    allowed = ("auto", "bfloat16", "float16", "float32")
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in allowed:
+        raise InvalidRequest(f"dtype: {dtype!r} is not one of {', '.join(allowed)}")
+    return None if dtype == "auto" else getattr(torch, dtype)
+
+
+def answer_format(format: Any, json_schema: Any) -> tuple[Kind, str] | None:
+    """The grammar that an answer follows, out of both ways to ask for one."""
+    if json_schema is not None:
+        if format is not None:
+            raise InvalidRequest("format and json_schema: give one of the two")
+        if hasattr(json_schema, "model_json_schema"):  # a pydantic model
+            json_schema = _closed(json_schema.model_json_schema())
+        if not isinstance(json_schema, dict | bool):
+            raise InvalidRequest(f"json_schema: {json_schema!r} is no schema and no pydantic model")
+        return "json_schema", json.dumps(json_schema)
+    pair = isinstance(format, tuple | list) and len(format) == 2
+    if format is None or (pair and format[0] in get_args(Kind) and isinstance(format[1], str)):
+        return None if format is None else (format[0], format[1])
+    kinds = ", ".join(kind for kind in get_args(Kind) if kind != "calls")
+    raise InvalidRequest(f"format: {format!r} is not a pair of a kind ({kinds}) and its source")
+
+
+def stop_strings(stop: str | Iterable[str]) -> tuple[str, ...]:
+    return (stop,) if isinstance(stop, str) else tuple(stop)
+
+
+def option_names(method: Callable[..., Any]) -> list[str]:
+    """What a method may be given by name, fields of SamplingParams with it."""
+    parameters = signature(method).parameters.values()
+    own = [one.name for one in parameters if one.kind == one.KEYWORD_ONLY]
+    return [*own, *(field.name for field in fields(SamplingParams))]
+
+
+def choose_tools(tools: list[Tool], choice: str | Mapping[str, Any]) -> tuple[list[Tool], bool]:
+    """The tools that may be called, and whether one must be."""
+    if isinstance(choice, str):
+        if choice not in ("auto", "none", "required", "any"):
+            raise InvalidRequest(
+                f"tool_choice: {choice!r} is none of auto, none, required, any, or an object"
+            )
+        if choice in ("required", "any") and not tools:
+            raise InvalidRequest("tool_choice: a tool call is required, but there are no tools")
+        return [] if choice == "none" else tools, choice in ("required", "any")
+    allowed = choice.get("allowed_tools", choice)
+    entries = allowed.get("tools", [choice]) if isinstance(allowed, Mapping) else [choice]
+    names = {_tool_name(entry) for entry in entries} if isinstance(entries, list) else set()
+    chosen = [tool for tool in tools if _tool_name(tool) in names]
+    if not chosen or len(chosen) < len(names):
+        raise InvalidRequest(f"tool_choice: {choice} names a tool that is not declared")
+    return chosen, not isinstance(allowed, Mapping) or allowed.get("mode") != "auto"
+
+
+def schema_setting(kind: Kind, source: str) -> dict[str, Any]:
+    """The setting that shows a model the schema of its answer."""
+    if kind == "json_object":
+        return {"json_schema": {"anyOf": [{"type": "object"}, {"type": "array"}]}}
+    if kind != "json_schema":
+        return {}
+    try:
+        return {"json_schema": json.loads(source)}
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f"the json_schema is not valid: {error}") from None
+
+
+def texts_in(value: Any) -> Iterator[str]:
+    """Every text in lists and objects, however deep."""
+    waiting = [value]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, dict):
+            waiting += reversed([*value, *value.values()])
+        elif isinstance(value, list | tuple):
+            waiting += reversed(value)
+
+
+def _tool_name(tool: Any) -> str:
+    function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+    return str(function.get("name")) if isinstance(function, Mapping) else ""
+
+
+def _closed(schema: Any) -> Any:
+    """A pydantic model's schema, whose objects have no properties but those that it names."""
+    if isinstance(schema, list):
+        return [_closed(one) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    named = ("properties", "$defs")
+    closed = {
+        key: {k: _closed(v) for k, v in value.items()} if key in named else _closed(value)
+        for key, value in schema.items()
+    }
+    return {"additionalProperties": False, **closed} if "properties" in closed else closed
