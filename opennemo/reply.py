@@ -200,8 +200,8 @@ class Reply:
 
     @property
     def ids(self) -> list[int]:
-        """Token ids of the (first) answer so far, EOS included."""
-        return self.answers[0].ids
+        """Token ids of the (first) answer, EOS included; waits for the end."""
+        return self.finish().answers[0].ids
 
     @property
     def finish_reason(self) -> str | None:

@@ -18,7 +18,7 @@ def tokenizer_file(folder: Path) -> Path | None:
     return next((folder / name for name in NAMES if (folder / name).exists()), None)
 
 
-def load_tokenizer(model: Path) -> Tokenizer:
+def load_tokenizer(model: Path | str) -> Tokenizer:
     """The tokenizer of a model folder, of a `.gguf` file, or of a tokenizer file by itself.
 
     In a folder `tekken.json` is preferred, then `tokenizer.model.v1` to `.v3` (SentencePiece), then
@@ -37,6 +37,7 @@ def load_tokenizer(model: Path) -> Tokenizer:
     from opennemo.tokenizer.tekken import Tekken
     from opennemo.tokenizer.template import follow_own_template
 
+    model = Path(model)
     file = tokenizer_file(model) or model
     if file.suffix == ".gguf":
         return load_gguf(file)
@@ -103,12 +104,13 @@ def difference_beside(folder: Path, tokenizer: Tokenizer) -> str | None:
     return None
 
 
-def open_tokenizer(path: Path) -> Tokenizer:
+def open_tokenizer(path: Path | str) -> Tokenizer:
     """Any tokenizer of the package, a file of ranks, or by its name the one that comes with it.
 
     Raises:
         CheckpointError: there is no tokenizer, or the file is damaged.
     """
+    path = Path(path)
     if str(path) == OWN and not path.exists():
         return own_tokenizer()
     if path.is_file():
