@@ -1,10 +1,11 @@
 """JSON schemas as the grammar compiler takes them, and what of them it cannot hold.
 
 llguidance holds most of JSON Schema 2020-12. Clients send every draft of it and OpenAPI's dialect,
-so `fit` says what it can in other words (`nullable`, lists of `items`, `dependentRequired`, simple
-uses of `not` and `propertyNames`), drops annotations, and reports the rest as gaps, by path and
-keyword: what a gap asks for is not in the schema that comes back. `format` is an annotation, as the
-specification has it: those that the compiler knows are held, others change nothing.
+so `fit` says what it can in other words (`nullable`, lists of `items`, `dependentRequired`; `if`,
+`not`, `contains` and others by rewrites.py), drops annotations, and reports the rest as gaps, by
+path and keyword: what a gap asks for is not in the schema that comes back (mending.py). `format`
+is an annotation, as the specification has it: those that the compiler knows are held, others
+change nothing.
 """
 
 import json
@@ -13,23 +14,27 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-MAX_DEPTH = 64  # of nested objects and lists in a schema
-MAX_TRIALS = 200  # of parts of a schema, to find the one that cannot be compiled
+from opennemo.engine import rewrites
+from opennemo.engine.complement import complement
+from opennemo.engine.keywords import (
+    ANNOTATIONS,
+    DEFINITIONS,
+    TYPES,
+    InexpressibleError,
+    Schema,
+    any_of,
+    as_list,
+    each,
+    is_of,
+)
+from opennemo.engine.mending import mend
 
-ANNOTATIONS = {
-    "$schema", "$comment", "title", "description", "default", "examples", "example", "deprecated",
-    "readOnly", "writeOnly", "contentEncoding", "contentMediaType", "contentSchema", "x-guidance",
-}  # fmt: skip
-UNHELD = (  # what no grammar of llguidance's can say
-    "uniqueItems", "propertyNames", "not", "if", "contains", "unevaluatedProperties",
-    "unevaluatedItems", "$dynamicRef", "$recursiveRef",
-)  # fmt: skip
-ONE, MANY = ("additionalProperties", "items"), ("prefixItems", "anyOf", "oneOf", "allOf")
-DEFINITIONS = ("$defs", "definitions")
-NAMED = ("properties", "patternProperties", *DEFINITIONS)
+MAX_DEPTH = 64  # of nested objects and lists in a schema
+MAX_REWRITES = 100  # of keywords; what is said by others may hold more of them
+MAX_REWRITES_INSIDE = 2
+
 BOUNDS = ("minimum", "maximum")
-TYPES = ("null", "boolean", "object", "array", "number", "integer", "string")
-Schema = dict[str, Any]
+UNHELD = ("$dynamicRef", "$recursiveRef")  # what no rewriting says
 
 
 @dataclass(frozen=True)
@@ -52,16 +57,19 @@ def fit(schema: Any, error_of: Callable[[Any], str]) -> FittedSchema:
     Args:
         error_of: why a schema cannot be compiled, "" if it can.
     """
+    schema = {} if schema is True else schema
     if not isinstance(schema, dict):
         return FittedSchema({}, ("the schema",), "a JSON object is expected")
     if _depth(schema) > MAX_DEPTH:
         why = f"it is nested more than {MAX_DEPTH} deep"
         return FittedSchema({}, ("the schema",), why)
     fitting = _Fitting(schema, error_of)
-    fitted = fitting.say(schema, "")
-    if not isinstance(fitted, dict):
+    said = fitting.say(schema, "")
+    if not isinstance(said, dict):
         return FittedSchema({}, ("not",), "nothing satisfies it")
-    return FittedSchema(fitting.mend(fitted, ""), tuple(fitting.gaps), fitting.why)
+    mended, gaps, why = mend(said, error_of, fitting.say_one_of)
+    gaps = dict.fromkeys((*fitting.gaps, *gaps))
+    return FittedSchema(mended, tuple(gaps), why or fitting.why)
 
 
 class _Fitting:
@@ -70,11 +78,26 @@ class _Fitting:
     def __init__(self, root: Schema, error_of: Callable[[Any], str]):
         self.gaps: list[str] = []
         self.why = ""
-        self._error_of, self._n_trials = error_of, 0
-        text = json.dumps(root)
+        self._error_of = error_of
+        text = json.dumps({k: v for k, v in root.items() if k not in ("$id", "id")})
         self._referred = set(re.findall(r'"#/(?:\$defs|definitions)/([^"/]*)', text))
         self._refers_otherwise = re.search(r'"\$(id|anchor|dynamicAnchor)"|#/[^"]*[~%]', text)
         self._definitions: Schema = {}
+        self._root, self._n_rewrites, self._n_inside = root, 0, 0
+        self._exclusive: dict[str, list[Any]] = {}  # branches of `oneOf`, by how they were said
+        anchors = re.findall(r'"\$dynamicAnchor": "([^"]*)"', text)
+        self._dynamic = {f"#{name}" for name in anchors if anchors.count(name) > 1}
+        if '"$recursiveAnchor": true' in text:
+            self._dynamic.add("#")
+        self._rewrites: dict[str, Callable[[Schema, rewrites.Complement], Any]] = {
+            "unevaluatedProperties": rewrites.Closing("Properties", self._resolve),
+            "unevaluatedItems": rewrites.Closing("Items", self._resolve),
+            "uniqueItems": rewrites.Uniqueness(),
+            "propertyNames": rewrites.name,
+            "contains": rewrites.contain,
+            "if": rewrites.choose,
+            "not": rewrites.refuse,
+        }
 
     def say(self, schema: Any, path: str) -> Any:
         """The same schema in keywords that the compiler knows, as far as possible."""
@@ -87,13 +110,11 @@ class _Fitting:
             return False
         new = {k: v for k, v in schema.items() if k not in ANNOTATIONS and k != "nullable"}
         self._say_drafts(new)
-        if isinstance(new.get("if"), bool):
-            then = new.get("then" if new.pop("if") else "else", True)
-            new["allOf"] = [*_list(new.get("allOf")), then]
-        conditions = self._say_dependencies(new, path)
-        self._say_names(new)
-        self._say_not(new)
         self._drop_idle(new)
+        conditions = self._say_dependencies(new, path)
+        for keyword in self._rewrites:
+            if keyword in new:
+                conditions.append(self._rewrite(keyword, new, path))
         for name in UNHELD:
             if new.pop(name, None) is not None:
                 self._gap(f"{path}{name}")
@@ -101,26 +122,73 @@ class _Fitting:
             new.pop(name, None)
         self._check_strings(new, path)
         self._check_values(new, path)
-        new = self._each(new, path, self.say)
-        if conditions:
-            new["allOf"] = [*_list(new.get("allOf")), *conditions]
+        branches = new.get("oneOf")
+        self._drop_unused(new)
+        new = each(new, path, self.say)
+        if isinstance(branches, list):
+            self._exclusive[json.dumps(new["oneOf"])] = branches
+        if conditions := [c for c in conditions if c is not True]:
+            new["allOf"] = [*as_list(new.get("allOf")), *conditions]
         return {"anyOf": [new, {"type": "null"}]} if schema.get("nullable") is True else new
 
-    def _each(self, schema: Schema, path: str, change: Callable[[Any, str], Any]) -> Schema:
-        """A copy with each schema inside it changed; definitions that nothing refers to go."""
-        new = dict(schema)
-        for name in ONE:
-            if name in new:
-                new[name] = change(new[name], f"{path}{name}.")
-        for name in MANY:
-            if isinstance(parts := new.get(name), list):
-                new[name] = [change(p, f"{path}{name}[{i}].") for i, p in enumerate(parts)]
-        for name in NAMED:
-            if isinstance(parts := new.get(name), dict):
-                if name in DEFINITIONS and not self._refers_otherwise:
-                    parts = {k: v for k, v in parts.items() if k in self._referred}
-                new[name] = {k: change(v, f"{path}{name}.{k}.") for k, v in parts.items()}
-        return new
+    def _rewrite(self, keyword: str, new: Schema, path: str) -> Any:
+        """Take a keyword out of `new` -> the schema that must hold instead."""
+        before = dict(new)
+        try:
+            asked = self._rewrites[keyword](new, self._complement)
+        except InexpressibleError as error:
+            new.clear()
+            new.update(before)
+            del new[keyword]
+            self._gap(f"{path}{keyword}", str(error))
+            return True
+        return self._say_instead(asked, f"{path}{keyword}")
+
+    def _say_instead(self, asked: Any, path: str) -> Any:
+        """`say` what stands for the keyword at `path`; its gaps are the keyword's."""
+        n_gaps, self._n_rewrites = len(self.gaps), self._n_rewrites + 1
+        if self._n_rewrites > MAX_REWRITES or self._n_inside >= MAX_REWRITES_INSIDE:
+            self._gap(path, "it asks for too many schemas within each other")
+            return True
+        self._n_inside += 1
+        said = self.say(asked, f"{path}.")
+        self._n_inside -= 1
+        if len(self.gaps) > n_gaps:
+            self.gaps[n_gaps:] = [path]
+        return said
+
+    def say_one_of(self, said: list[Any], path: str) -> tuple[Any, list[Any]] | None:
+        """Instead of `oneOf`, whose branches are given as `say` has them.
+
+        -> what must hold, and parts of it that must be possible; None if nothing says it.
+        """
+        n_gaps, lossy = len(self.gaps), []
+
+        def refused(branch: Any) -> Any:
+            return complement(branch, self._resolve, lossy)
+
+        try:
+            parts = rewrites.only_one(self._exclusive[json.dumps(said)], refused)
+        except (KeyError, InexpressibleError):
+            return None
+        parts = [self._say_instead(part, f"{path}oneOf") for part in parts]
+        is_whole = len(self.gaps) == n_gaps
+        del self.gaps[n_gaps:]
+        return (any_of(parts), parts if lossy else []) if is_whole else None
+
+    def _complement(self, schema: Any) -> Any:
+        return complement(schema, self._resolve)
+
+    def _resolve(self, name: Any) -> Any:
+        """The schema that a reference within the root names."""
+        found: Any = self._root
+        if self._refers_otherwise or not isinstance(name, str) or not re.match("#(/|$)", name):
+            raise InexpressibleError(f"the reference {name!r} is not followed")
+        for key in name.split("/")[1:]:
+            if not isinstance(found, dict) or key not in found:
+                raise InexpressibleError(f"the reference {name!r} is not followed")
+            found = found[key]
+        return found
 
     def _say_drafts(self, new: Schema) -> None:
         """Draft 4 to 7 in the words of 2020-12, and types in capitals, as Google's clients have."""
@@ -134,6 +202,15 @@ class _Fitting:
             exclusive = "exclusive" + bound.capitalize()
             if isinstance(new.get(exclusive), bool) and new.pop(exclusive) and bound in new:
                 new[exclusive] = new.pop(bound)
+        if isinstance(anchor := new.pop("$dynamicAnchor", None), str):
+            new.setdefault("$anchor", anchor)
+        new.pop("$recursiveAnchor", None)
+        for name in UNHELD:  # where no second anchor has the name, it refers as `$ref` does
+            refers = new.get(name)
+            if not isinstance(refers, str) or "$ref" in new:
+                continue
+            if f"#{refers.partition('#')[2]}" not in self._dynamic:
+                new["$ref"] = new.pop(name)
         if isinstance(kind := new.get("type"), str) and kind.lower() in TYPES:
             new["type"] = kind.lower()
         for name in [name for name in new if name.startswith(("min", "max"))]:
@@ -155,44 +232,11 @@ class _Fitting:
                 conditions.append({"anyOf": [{"properties": {name: False}}, there]})
         return conditions
 
-    def _say_names(self, new: Schema) -> None:
-        """`propertyNames` of an open object: a pattern, or a list of names."""
-        names = new.get("propertyNames")
-        if names in (True, {}) or names == {"type": "string"}:
-            del new["propertyNames"]
-        elif isinstance(names, dict) and not {"properties", "patternProperties"} & new.keys():
-            names, value = dict(names), new.get("additionalProperties", True)
-            if names.pop("type", "string") == "string" and len(names) == 1:
-                if isinstance(pattern := names.get("pattern"), str):
-                    new["patternProperties"] = {pattern: value}
-                elif isinstance(allowed := names.get("enum", [names.get("const")]), list):
-                    if not all(isinstance(name, str) for name in allowed):
-                        return
-                    new["properties"] = dict.fromkeys(allowed, value)
-                else:
-                    return
-                new["additionalProperties"] = False
-                del new["propertyNames"]
-
-    def _say_not(self, new: Schema) -> None:
-        """`not` of types, of values among an `enum`, and of the empty string."""
-        if not isinstance(refused := new.get("not"), dict) or len(refused) != 1:
-            return
-        keyword, value = next(iter(refused.items()))
-        kinds, values = _list(new.get("type", TYPES)), _list(value)
-        if keyword == "type" and {*map(str, (*kinds, *values))} <= {*TYPES}:
-            if "integer" in values and "number" in kinds and "number" not in values:
-                return  # "a number but no integer" cannot be expressed
-            gone = {*values, *(["integer"] if "number" in values else [])}
-            new["type"] = [kind for kind in kinds if kind not in gone]
-        elif keyword in ("const", "enum") and isinstance(listed := new.get("enum"), list):
-            gone = values if keyword == "enum" else [value]
-            new["enum"] = [v for v in listed if not any(_same(v, other) for other in gone)]
-        elif refused == {"const": ""} and kinds == ["string"]:
-            new["minLength"] = new.get("minLength") or 1
-        else:
-            return
-        del new["not"]
+    def _drop_unused(self, new: Schema) -> None:
+        """Remove definitions that nothing refers to."""
+        for name in DEFINITIONS:
+            if isinstance(parts := new.get(name), dict) and not self._refers_otherwise:
+                new[name] = {k: v for k, v in parts.items() if k in self._referred}
 
     def _drop_idle(self, new: Schema) -> None:
         """Remove keywords that ask for nothing."""
@@ -202,7 +246,7 @@ class _Fitting:
             "not": new.get("not") is False,
             "contains": new.get("minContains") == 0 and "maxContains" not in new,
         }
-        applied = {"allOf", "anyOf", "oneOf", "$ref", "if", "dependentSchemas"} & new.keys()
+        applied = {"allOf", "anyOf", "oneOf", "$ref", "if", "contains"} & new.keys()
         for kind, other in (("Properties", "additionalProperties"), ("Items", "items")):
             name = f"unevaluated{kind}"
             idle[name] = new.get(name) in (True, {}) or (not applied and name in new)
@@ -231,83 +275,17 @@ class _Fitting:
 
     def _check_values(self, new: Schema, path: str) -> None:
         """Values that are of no type that the schema allows: the values count, not the type."""
-        name, kinds = "enum" if "enum" in new else "const", _list(new.get("type", []))
+        name, kinds = "enum" if "enum" in new else "const", as_list(new.get("type", []))
         values = new["enum"] if "enum" in new else [new.get("const")]
         if name not in new or not kinds or not isinstance(values, list):
             return
-        if not any(_is_of(value, kind) for value in values for kind in kinds):
+        if not any(is_of(value, kind) for value in values for kind in kinds):
             del new["type" if values else name]
             self._gap(f"{path}{name}", "no value has the type")
-
-    def mend(self, schema: Any, path: str) -> Any:
-        """A schema that can be compiled: without the smallest parts that cannot."""
-        if not path:
-            self._definitions = _definitions(schema)
-        if not (error := self._try(schema)):
-            return schema
-        if not isinstance(schema, dict):  # false, where something is required
-            self._gap(path, error)
-            return True
-        new = self._each(schema, path, self.mend)
-        if not path:
-            self._definitions = _definitions(new)
-        if not (error := self._try(new)):
-            return new
-        if "oneOf" in new:  # branches that may overlap: any of them instead of exactly one
-            new["allOf"] = [*_list(new.get("allOf")), {"anyOf": new.pop("oneOf")}]
-            self._gap(f"{path}oneOf", error)
-            if not (error := self._try(new)):
-                return new
-        definitions = _definitions(new)
-        for name in sorted(new.keys() - definitions, key=lambda name: (name == "type", name)):
-            without = {k: v for k, v in new.items() if k != name}
-            if not self._try(without):
-                self._gap(f"{path}{name}", error)
-                return without
-        self._gap(path, error)
-        return {} if path else _definitions(new)
-
-    def _try(self, schema: Any) -> str:
-        self._n_trials += 1
-        if self._n_trials > MAX_TRIALS:
-            return "too many parts of it cannot be compiled"
-        return self._error_of(
-            {**self._definitions, **schema} if isinstance(schema, dict) else schema
-        )
 
     def _gap(self, path: str, why: str = "") -> None:
         self.gaps.append(path.removesuffix(".") or "the schema")
         self.why = why or self.why
-
-
-def _is_of(value: Any, kind: Any) -> bool:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return {
-        "null": value is None,
-        "boolean": isinstance(value, bool),
-        "object": isinstance(value, dict),
-        "array": isinstance(value, list),
-        "string": isinstance(value, str),
-        "number": number,
-        "integer": number and value % 1 == 0,
-    }.get(str(kind), True)
-
-
-def _definitions(schema: Schema) -> Schema:
-    """Definitions that references may name, under any key of the root."""
-    others = {*ONE, *MANY, "properties", "patternProperties"}
-    return {
-        k: v for k, v in schema.items() if k == "$id" or (isinstance(v, dict) and k not in others)
-    }
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Whether two values are equal as JSON: 1 and 1.0 are, 1 and true are not."""
-    return a == b and isinstance(a, bool) == isinstance(b, bool)
-
-
-def _list(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
 
 
 def _depth(value: object) -> int:

@@ -192,9 +192,9 @@ def test_grammars_that_cannot_be_are_refused_in_one_line(compiler, kind, source,
 
 PROPERTY = {
     "uniqueItems": {"type": "array", "items": {"type": "string"}, "uniqueItems": True},
-    "not": {"not": {"required": ["a"]}},
-    "if": {"if": {"minProperties": 1}, "then": {"required": ["k"]}},
-    "contains": {"type": "array", "contains": {"const": 1}},
+    "not": {"not": {"pattern": "^a"}},
+    "if": {"if": {"pattern": "^a"}, "then": {"maxLength": 3}},
+    "contains": {"type": "array", "contains": {"pattern": "^a"}, "maxContains": 1},
     "pattern": {"type": "string", "pattern": "^(?!foo)[a-z]{3}$"},
     "enum": {"type": "string", "enum": [1, 2]},
     "oneOf": {"oneOf": [{"type": "integer"}, {"type": "number"}]},
