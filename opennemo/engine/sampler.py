@@ -18,6 +18,7 @@ from opennemo.engine.sequence import Prefix, Sequence
 from opennemo.engine.token import TokenLogprobs
 
 HEAD = 1024
+BLOCK = 512  # tokens whose weights are summed first; the sum of all is searched in two steps
 FORBIDDEN = -1e9  # finite: where a grammar allows nothing but such tokens, one of them comes
 
 
@@ -121,13 +122,13 @@ def _penalise(logits: Tensor, prefixes: list[Prefix]) -> Tensor:
 
 
 def _draw(logits: Tensor, prefixes: list[Prefix]) -> Tensor:
-    """Sample each row of (S, V) under its temperature and filters -> ids (S,)."""
+    """Sample each row of (S, V), overwritten, under its temperature and filters -> ids (S,)."""
     params = [p.params for p in prefixes]
     uniform = torch.tensor([p.uniform for p in prefixes], device=logits.device).double()
     temperature = torch.tensor([p.temperature for p in params], device=logits.device)
-    logits = logits / temperature[:, None]
+    logits.div_(temperature[:, None])
     # Not a number: the row allows nothing, or the model failed; the engine sees that by itself.
-    probs = (logits - logits.amax(-1, keepdim=True)).exp_().nan_to_num_(0)
+    probs = logits.sub_(logits.amax(-1, keepdim=True)).exp_().nan_to_num_(0)
     tokens = torch.zeros(len(params), dtype=torch.int64, device=logits.device)
     few = [i for i, p in enumerate(params) if p.top_k or p.top_p < 1]
     rest = [i for i, p in enumerate(params) if not (p.top_k or p.top_p < 1)]
@@ -150,12 +151,23 @@ def _pick_among_all(probs: Tensor, uniform: Tensor, params: list[SamplingParams]
         if p.top_k or p.top_p < 1:
             least = max(least, _least(row.cpu().numpy(), p.top_p, p.top_k or len(row)))
         row[row < least] = 0
-    cumulative = probs.cumsum(-1, dtype=torch.float64)
-    target = uniform[:, None] * cumulative[:, -1:]
+    blocks = torch.nn.functional.pad(probs, (0, -probs.shape[-1] % BLOCK)).unflatten(
+        -1, (-1, BLOCK)
+    )
+    sums = blocks.sum(-1, dtype=torch.float64)
+    target = uniform[:, None] * sums.sum(-1, keepdim=True)
+    block, before = _passing(sums, target)
+    inside = blocks[torch.arange(len(probs), device=probs.device), block[:, 0]].double()
+    return (block * BLOCK + _passing(inside, target - before)[0])[:, 0]
+
+
+def _passing(weights: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the sum of weights (S, n) passes a target (S, 1), and the sum before (S, 1)."""
+    cumulative = weights.cumsum(-1)
     place = torch.searchsorted(cumulative, target, right=True)
-    # A uniform number that rounds to 1 means the last token that has any weight.
-    last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())
-    return torch.minimum(place, last)[:, 0]
+    # A target that rounds to the whole sum means the last weight that is not zero.
+    place = place.minimum(torch.searchsorted(cumulative, cumulative[:, -1:].contiguous()))
+    return place, cumulative.gather(-1, place) - weights.gather(-1, place)
 
 
 def _least(weights: np.ndarray, top_p: float, top_k: int) -> float:

@@ -18,7 +18,7 @@ from typing import Any
 from opennemo.errors import InvalidRequest
 from opennemo.tokenizer.calls import TEMPLATE_SYNTAXES, CallSyntax, read_calls
 from opennemo.tokenizer.channels import Channels, Piece
-from opennemo.tokenizer.chat_layouts import LAYOUTS, ChatLayout, Segment, segments
+from opennemo.tokenizer.chat_layouts import LAYOUTS, THINKING, ChatLayout, Segment, segments
 from opennemo.tokenizer.messages import (
     TOOL_CALL_ID,
     Message,
@@ -32,7 +32,6 @@ from opennemo.tokenizer.template import ChatTemplate
 from opennemo.tokenizer.template import turn_end as template_turn_end
 from opennemo.tokenizer.tokenizer import Tokenizer
 
-THINKING = ("[THINK]", "[/THINK]")
 BY_TEMPLATE = NormalForm(thinking=("assistant",))
 
 

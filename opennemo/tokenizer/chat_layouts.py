@@ -37,6 +37,7 @@ from opennemo.tokenizer.tokenizer import Tokenizer
 Segment = tuple[int | str, bool]
 """A control id or a piece of text, and whether a model is trained to write it."""
 
+THINKING = ("[THINK]", "[/THINK]")
 CONTROL_TOKENS = {  # of v2 and v3
     "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_CALLS]",
     "[TOOL_RESULTS]", "[/TOOL_RESULTS]",
@@ -305,12 +306,12 @@ def segments(
 
 def _spoken(turn: Message, control: Mapping[str, int]) -> list[str]:
     """The words and the thinking of a turn: text, control token, text, ..., text."""
-    if "parts" in turn and not {"[THINK]", "[/THINK]"} <= control.keys():
+    if "parts" in turn and not {*THINKING} <= control.keys():
         raise InvalidRequest("messages: this model was not trained to think; leave thinking out")
-    pieces = [""]
+    pieces, (opening, closing) = [""], THINKING
     for part in turn.get("parts", [Part(turn["content"])]):
         if part.thinking:
-            pieces += ["[THINK]", part.text] + ["[/THINK]", ""] * part.closed
+            pieces += [opening, part.text] + [closing, ""] * part.closed
         else:
             pieces[-1] += part.text
     return pieces

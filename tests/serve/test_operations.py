@@ -375,4 +375,10 @@ def test_tokens_a_minute_count_what_is_under_way(running, tiny_llm, more):
         assert [http.post(path, json=parts).status_code for _ in range(2)] == [200, 429]
     with running(tiny_llm(), tokens_per_minute=10**6) as server, server.client() as http:
         assert http.post(path, json={**body, "max_tokens": 5}).status_code == 200
-        assert server.service.gatekeeper.anonymous.n_expected == 0
+        gatekeeper, expected = server.service.gatekeeper, []
+        assert gatekeeper.anonymous.n_expected == 0
+        admit = gatekeeper.admit
+        gatekeeper.admit = lambda client, n, **more: (expected.append(n), admit(client, n, **more))
+        for prompt in ("a" * 40, ["a" * 40] * 3):  # each prompt of a list counts once
+            assert http.post(path, json={**parts, "prompt": prompt}).status_code == 200
+        assert len(expected) == 4 and len({*expected}) == 1

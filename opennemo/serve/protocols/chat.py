@@ -10,7 +10,7 @@ import opennemo
 from opennemo.engine import Token
 from opennemo.llm import LLM
 from opennemo.serve.error_bodies import Json
-from opennemo.serve.protocols.schema import ChatRequest, Sampling
+from opennemo.serve.protocols.schema import LEAST_LOGPROB, ChatRequest, Sampling
 from opennemo.serve.protocols.stream import STREAMS, EventStream, Generation, event
 from opennemo.serve.service import TheClient, TheService
 from opennemo.tokenizer import Tokenizer
@@ -165,8 +165,8 @@ def _call(call: Any, *, delta: bool = False) -> dict[str, Any]:
 def _token(tokenizer: Tokenizer, id: int, logprob: float) -> dict[str, Any]:
     data = tokenizer.token_bytes(id) if id < tokenizer.vocab_size else b""
     text = data.decode("utf-8", "replace") if data else tokenizer.control_names.get(id, "")
-    # -inf is no JSON number; OpenAI's own server writes this instead.
-    return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(data), "token_id": id}
+    logprob = max(logprob, LEAST_LOGPROB)
+    return {"token": text, "logprob": logprob, "bytes": list(data), "token_id": id}
 
 
 def _chat_logprobs(llm: LLM, tokens: list[Token]) -> dict[str, Any]:
@@ -193,7 +193,10 @@ def extras(
         more["prompt_logprobs"] = [
             logprobs
             and {
-                str(id): {"logprob": max(value, -9999.0), "decoded_token": tokenizer.decode([id])}
+                str(id): {
+                    "logprob": max(value, LEAST_LOGPROB),
+                    "decoded_token": tokenizer.decode([id]),
+                }
                 for id, value in ((token, logprobs.logprob), *logprobs.top)
             }
             for token, logprobs in prompt_logprobs(generation, index)

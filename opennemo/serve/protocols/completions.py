@@ -11,7 +11,7 @@ from opennemo.llm import LLM
 from opennemo.reply import Answer
 from opennemo.serve.error_bodies import Json, Refusal
 from opennemo.serve.protocols.chat import DONE, extras, head, prompt_logprobs
-from opennemo.serve.protocols.schema import CompletionRequest
+from opennemo.serve.protocols.schema import LEAST_LOGPROB, CompletionRequest
 from opennemo.serve.protocols.stream import STREAMS, EventStream, Generation, Several, event
 from opennemo.serve.service import TheClient, TheService
 from opennemo.tokenizer import Tokenizer
@@ -36,7 +36,7 @@ async def completions(
             generations.append(
                 await service.start(
                     client,
-                    body,
+                    body.model_copy(update={"prompt": prompt}),  # a limit counts each once
                     ask,
                     prefix="cmpl-",
                     salt=body.cache_salt,
@@ -109,13 +109,13 @@ class _CompletionText:
             logprobs["text_offset"].append(self._n_characters)
             if id < tokenizer.vocab_size:
                 self._n_characters += len(self._decoder.push(id))
-            logprobs["token_logprobs"].append(values and max(values.logprob, -9999.0))
+            logprobs["token_logprobs"].append(values and max(values.logprob, LEAST_LOGPROB))
             top: dict[str, float] = {}
             for other, logprob in ((id, values.logprob), *values.top) if values else ():
                 # Two ids may be spelt alike: a control token, and text that looks like it.
                 name = _name(tokenizer, other)
                 name = f"token_id:{other}" if name in top and other != id else name
-                top[name] = max(logprob, -9999.0)
+                top[name] = max(logprob, LEAST_LOGPROB)
             logprobs["top_logprobs"].append(top if values else None)
 
 

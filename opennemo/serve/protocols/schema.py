@@ -60,6 +60,7 @@ def _few(value: Any) -> Any:
 
 
 MAX_BIASES = 1024
+LEAST_LOGPROB = -9999.0  # -inf is no JSON number; OpenAI's own server writes this instead
 # In a long list only the first invalid entry is reported.
 Stop = Annotated[
     list[Annotated[str, Field(max_length=1024)]],
