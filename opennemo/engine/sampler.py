@@ -158,7 +158,10 @@ def _pick_among_all(probs: Tensor, uniform: Tensor, params: list[SamplingParams]
     target = uniform[:, None] * sums.sum(-1, keepdim=True)
     block, before = _passing(sums, target)
     inside = blocks[torch.arange(len(probs), device=probs.device), block[:, 0]].double()
-    return (block * BLOCK + _passing(inside, target - before)[0])[:, 0]
+    rest = (target - before).clamp(
+        min=0
+    )  # below 0 by rounding, it would name a token without weight
+    return (block * BLOCK + _passing(inside, rest)[0])[:, 0]
 
 
 def _passing(weights: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from opennemo.engine import EngineConfig, LocalEngine, SamplingParams
-from opennemo.engine.sampler import sample
+from opennemo.engine.sampler import _pick_among_all, sample
 from opennemo.engine.sequence import Prefix, Sequence
 from opennemo.model.attention import Packed
 from tests.engine.stepping import answers, prompts, run
@@ -114,3 +114,18 @@ def test_filters_of_flat_distributions_keep_what_their_definition_keeps(fields):
         prefix = Prefix(sequence, (0,) * place)  # as if so many were guessed
         drawn |= set(sample(logits.clone(), [prefix], frozenset()).tolist())
     assert drawn <= allowed and len(drawn) > min(1000, len(allowed) // 2)
+
+
+@pytest.mark.parametrize("n_tokens", [5, 512, 1300])
+def test_a_sum_searched_in_two_steps_finds_the_definitions_token(n_tokens):
+    generator = torch.Generator().manual_seed(n_tokens)
+    weights = torch.rand(64, n_tokens, generator=generator)
+    weights[torch.rand(64, n_tokens, generator=generator) < 0.5] = 0
+    weights[:, 2] += 1e-3
+    uniform = torch.rand(64, dtype=torch.float64, generator=generator)
+    uniform[:3] = torch.tensor([0.0, 1.0, 0.5])
+    found = _pick_among_all(weights.clone(), uniform, [SamplingParams(temperature=1.0)] * 64)
+    for row, share, token in zip(weights.double(), uniform, found, strict=True):
+        assert row[token] > 0
+        low, high = row[:token].sum(), row[: token + 1].sum()
+        assert low - 1e-9 <= share * row.sum() <= high + 1e-9
