@@ -19,7 +19,7 @@ endif
 # What the chat page shows markdown with, out of npm packages that web/package-lock.json pins.
 VENDOR := opennemo/serve/web/vendor
 
-.PHONY: help chat serve test browser wheel slow chaos soak clients check audit fix lock locked bench figure2 clean
+.PHONY: help chat serve test browser wheel release docs slow chaos soak clients check audit fix lock locked bench figure2 clean
 
 help:
 	@sed -n 's/^\([a-z0-9]*\):.*## /\1\t/p' Makefile
@@ -42,6 +42,21 @@ browser: ## Chromium for the tests of the chat page, which skip without (Debian 
 
 wheel: .venv/python $(VENDOR)/LICENSES.txt ## a wheel with the chat page, into dist/
 	$(BIN)/pip wheel -q --no-deps -w dist .
+
+# Wheels for x86-64 and, where Debian's cross compiler is, aarch64. Each is built out of the sdist.
+CROSS := aarch64-linux-gnu-g++
+RELEASE := .venv/release/bin
+release: .venv/python $(VENDOR)/LICENSES.txt ## sdist and wheels with kernels, into dist/; checked, and tried without a compiler
+	@test -s $(VENDOR)/LICENSES.txt
+	@test -x $(RELEASE)/twine || { $(PYTHON) -m venv .venv/release \
+		&& $(RELEASE)/pip install -q build twine auditwheel; }
+	rm -rf dist
+	OPENNEMO_KERNELS=x86_64 $(RELEASE)/python -m build -o dist .
+	@if command -v $(CROSS) > /dev/null; then set -x; OPENNEMO_KERNELS=aarch64 CXX=$(CROSS) \
+		$(RELEASE)/python -m build --wheel -o dist .; \
+	else echo "No $(CROSS): no wheel for aarch64." >&2; fi
+	$(RELEASE)/twine check --strict dist/*
+	PYTHONPATH=. $(RELEASE)/python tests/release.py dist/*.whl
 
 slow: .venv/installed-dev ## the tests that take longer
 	$(BIN)/pytest -m slow

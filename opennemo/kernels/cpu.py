@@ -1,47 +1,20 @@
-"""The decoder's step on a CPU as one native call, compiled on the machine that runs it.
+"""The decoder's step on a CPU as one native call.
 
-`cpu.cpp` is built once by whatever C++ compiler there is, for the instructions that this processor
-has, and kept in the user's cache folder under a name made of its text and those instructions. It
-is called through ctypes: no headers of Python or PyTorch, and the interpreter runs on meanwhile.
-What a step must compute is defined by the model itself in PyTorch; model/cpu_step.py packs its
-weights and calls the step.
+The kernel is called through ctypes: no headers of Python or PyTorch, and the interpreter runs on
+meanwhile. `build.py` finds it or compiles it. What a step must compute is defined by the model
+itself in PyTorch; model/cpu_step.py packs its weights and calls the step.
 """
 
 import ctypes
 import enum
-import hashlib
-import os
-import shutil
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-# Instruction sets, best first: what the processor must offer, and its flags for the compiler.
-INSTRUCTIONS = {
-    "avx512": (
-        {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx2", "fma", "f16c"},
-        ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mavx2", "-mfma",
-         "-mf16c", "-mtune=native"],
-    ),
-    "avxvnni": (
-        {"avx_vnni", "avx2", "fma", "f16c"},
-        ["-mavxvnni", "-mavx2", "-mfma", "-mf16c", "-mtune=native"],
-    ),
-    "avx2": ({"avx2", "fma", "f16c"}, ["-mavx2", "-mfma", "-mf16c", "-mtune=native"]),
-    "neon": ({"asimddp"}, ["-march=armv8.2-a+dotprod"]),
-    "portable": (set(), []),
-}  # fmt: skip
-# Without the last, GCC moves additions behind the products that they are of, whose sums then no
-# longer fit in registers: 74 instead of 105 billion products a second with codes of four bits.
-FLAGS = ["-std=c++20", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math",
-         "-shared", "-fPIC", "-pthread", "-fno-tree-ter"]  # fmt: skip
+from opennemo.kernels.build import CompilerMissing, available_instructions, build
 
 
 class CpuFormat(enum.IntEnum):
@@ -75,10 +48,6 @@ CACHES = {
     CpuFormat.FP32: torch.float32, CpuFormat.BF16: torch.bfloat16,
     CpuFormat.FP8: torch.float8_e4m3fn, CpuFormat.INT8: torch.int8,
 }  # fmt: skip
-
-
-class CompilerMissing(Exception):
-    """There is no C++ compiler, or it does not understand the source; says which."""
 
 
 class Shape(ctypes.Structure):
@@ -165,49 +134,6 @@ class LayerWeights:
     ffn_norm: Tensor
     up: Sequence[Weights]  # w1, w3
     down: Weights
-
-
-@cache
-def available_instructions() -> list[str]:
-    """Names of `INSTRUCTIONS` that this processor can run, best first."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = ("flags", "Features")  # on x86 and on ARM
-    flags = set(next((line for line in lines if line.startswith(names)), "").split())
-    return [name for name, (needed, _) in INSTRUCTIONS.items() if needed <= flags]
-
-
-def build(instructions: str) -> Path:
-    """Compile the kernel, unless that was done before, and return the shared library.
-
-    Raises:
-        CompilerMissing: no compiler was found ($CXX, c++, g++, clang++), or it failed.
-    """
-    source = Path(__file__).with_suffix(".cpp")
-    options = FLAGS + INSTRUCTIONS[instructions][1]
-    text = source.read_bytes() + source.with_name("blocks.h").read_bytes()
-    name = hashlib.sha256(text + repr((sys.platform, options)).encode()).hexdigest()
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "opennemo"
-    library = folder / f"cpu-{instructions}-{name[:16]}.so"
-    if library.exists():
-        return library
-    names = (os.environ.get("CXX"), "c++", "g++", "clang++")
-    compiler = next((path for n in names if n and (path := shutil.which(n))), None)
-    if compiler is None:
-        raise CompilerMissing("no C++ compiler found (tried $CXX, c++, g++ and clang++)")
-    print(f"Compiling the CPU kernels ({instructions}), once ...", file=sys.stderr)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        built = Path(scratch) / library.name
-        command = [compiler, *options, str(source), "-o", str(built)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise CompilerMissing(f"{compiler} failed:\n{done.stderr.strip()[-2000:]}")
-        # Renamed when whole: another process sees all of it or nothing.
-        built.replace(library)
-    return library
 
 
 def load_library(instructions: str) -> ctypes.CDLL:

@@ -1,22 +1,48 @@
-"""The native kernels are compiled once for each set of instructions."""
+"""The native kernels come out of the wheel, or are compiled once for each set of instructions."""
 
 from pathlib import Path
 
 import pytest
 
-from opennemo.kernels import cpu
+from opennemo.kernels import build
+
+
+@pytest.fixture(autouse=True)
+def no_prebuilt(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(build, "PREBUILT", tmp_path / "prebuilt")
 
 
 def test_every_variant_compiles_and_is_compiled_once(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ):
-    if not cpu.available_instructions():
+    if not build.available_instructions():
         pytest.skip("unknown processor")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    if "avx2" not in cpu.available_instructions():
+    if "avx2" not in build.available_instructions():
         pytest.skip("the flags are those of x86")
-    library = cpu.build("avx512")  # compiling needs no such processor
+    library = build.build("avx512")  # compiling needs no such processor
     assert "Compiling" in capfd.readouterr().err
-    assert cpu.build("avx512") == library and library.parent == tmp_path / "opennemo"
+    assert build.build("avx512") == library and library.parent == tmp_path / "cache/opennemo"
     assert "Compiling" not in capfd.readouterr().err
     assert [path.name for path in library.parent.iterdir()] == [library.name]
+
+
+def test_a_prebuilt_kernel_needs_no_compiler(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    prebuilt = tmp_path / "prebuilt" / build.library_name("portable")
+    prebuilt.parent.mkdir()
+    prebuilt.touch()
+    assert build.build("portable") == prebuilt
+    assert not capfd.readouterr().err and not (tmp_path / "cache").exists()
+
+
+def test_a_kernel_of_another_source_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    prebuilt = tmp_path / "prebuilt" / build.library_name("portable")
+    prebuilt.parent.mkdir()
+    prebuilt.touch()
+    monkeypatch.setattr(build, "FLAGS", [*build.FLAGS, "-DNEWER"])
+    with pytest.raises(build.CompilerMissing, match="no C\\+\\+ compiler found"):
+        build.build("portable")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from opennemo.kernels import cpu
+from opennemo.kernels import build, cpu
 from opennemo.model.step import compile_step
 from opennemo.model.torch_step import TorchStep
 from tests.model.test_cpu_step import Requests, model
@@ -13,7 +13,7 @@ from tests.model.test_cpu_step import Requests, model
 def test_without_a_compiler_pytorch_computes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     # A new name for the same instructions: a kernel that was loaded stays loaded.
     monkeypatch.setattr(cpu, "available_instructions", lambda: ["new"])
-    monkeypatch.setitem(cpu.INSTRUCTIONS, "new", cpu.INSTRUCTIONS["portable"])
+    monkeypatch.setitem(build.INSTRUCTIONS, "new", build.INSTRUCTIONS["portable"])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
