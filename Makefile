@@ -58,6 +58,9 @@ release: .venv/python $(VENDOR)/LICENSES.txt ## sdist and wheels with kernels, i
 	$(RELEASE)/twine check --strict dist/*
 	PYTHONPATH=. $(RELEASE)/python tests/release.py dist/*.whl
 
+docs: .venv/installed-docs ## the documentation site, into site/
+	$(BIN)/mkdocs build --strict --quiet
+
 slow: .venv/installed-dev ## the tests that take longer
 	$(BIN)/pytest -m slow
 
@@ -151,6 +154,10 @@ clean: ## remove the environment and caches
 .venv/installed-dev: pyproject.toml | .venv/installed
 	@echo "Installing what tests and checks need ..."
 	@$(BIN)/pip install -q -e '.[dev]'
+	@touch $@
+
+.venv/installed-docs: pyproject.toml | .venv/installed-dev
+	@$(BIN)/pip install -q -e '.[docs]'
 	@touch $@
 
 # The last file copied stands for all of them. Without npm, or its registry, the page shows plain

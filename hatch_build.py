@@ -14,7 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+from hatchling.builders.hooks.plugin.interface import (  # pyright: ignore[reportMissingImports]
+    BuildHookInterface,
+)
 
 
 class KernelHook(BuildHookInterface):

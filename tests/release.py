@@ -2,8 +2,8 @@
 
     python tests/release.py dist/*.whl
 
-Every wheel must keep to manylinux_2_28. The one for this machine is installed into a new environment
-with PyTorch's CPU build, and answers there. `make release` runs this.
+Every wheel must keep to manylinux_2_28. The one for this machine is installed into a new
+environment with PyTorch's CPU build, and answers there. `make release` runs this.
 """
 
 import json

@@ -90,12 +90,14 @@ class NamesFormats(TyperCommand):
         from opennemo.model.formats import FORMATS, SCALED_KV, names
         from opennemo.model.gguf_writer import MIXTURES
 
-        mistral = ", ".join(name for name, format in FORMATS.items() if format.mistral)
         values = {use: ", ".join(names(use)) for use in ("load", "train", "store", "cache")}
-        values["gguf"] = ", ".join(MIXTURES)
+        values |= {"gguf": ", ".join(MIXTURES), "scaled": SCALED_KV}
+        values["mistral"] = ", ".join(name for name, row in FORMATS.items() if row.mistral)
         for option in self.params:
             if text := getattr(option, "help", None):
-                vars(option)["help"] = text.format(**values, scaled=SCALED_KV, mistral=mistral)
+                for use, known in values.items():  # not `format`: examples have braces, too
+                    text = text.replace(f"{{{use}}}", known)
+                vars(option)["help"] = text
         super().format_help(ctx, formatter)
 
 

@@ -109,7 +109,9 @@ class Settings(BaseSettings):
         description="Of the weights: auto keeps what is stored, and rounds what does not fit into "
         f"memory; {', '.join(_formats()[1:])}.",
     )
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto", description="vLLM's way to say --format."
+    )
     quantization: Annotated[str, AfterValidator(_one_of(_quantizations))] | None = Field(
         None, description=f"Round weights as they are loaded: {', '.join(_quantizations())}."
     )
@@ -159,7 +161,7 @@ class Settings(BaseSettings):
         le=2**20,
         description=f"For {SCALED_KV} where the model brings no scales, such as 1.",
     )
-    enable_prefix_caching: bool = True
+    enable_prefix_caching: bool = Field(True, description="Share prompts that begin alike.")
     cache_dir: Path | None = Field(
         None, description="Keep computed prompts here, for after a restart."
     )
@@ -180,8 +182,8 @@ class Settings(BaseSettings):
     lora_modules: Names = Field([], description="NAME=FOLDER of an adapter; repeatable.")
     lora_root: Path | None = Field(None, description="Adapters may be loaded from below it.")
     enable_auto_tool_choice: bool = Field(True, description="Always on.")
-    tool_call_parser: Literal["mistral"] = "mistral"
-    tokenizer_mode: Literal["auto", "mistral"] = "auto"
+    tool_call_parser: Literal["mistral"] = Field("mistral", description="Always this.")
+    tokenizer_mode: Literal["auto", "mistral"] = Field("auto", description="Changes nothing.")
 
     strict_params: bool = Field(False, description="Unknown fields get a 422.")
     mistral_usage: bool = Field(False, description="Always put usage on the last chunk.")
@@ -200,15 +202,19 @@ class Settings(BaseSettings):
     )  # fmt: skip
     shutdown_timeout: float = Field(30, ge=0, le=86400, description="Seconds to finish answers.")
     watchdog_timeout: float = Field(300, gt=0, le=86400, description="Seconds a step may take.")
-    metrics_compat: Literal["none", "vllm"] = "none"
+    metrics_compat: Literal["none", "vllm"] = Field(
+        "none", description="Show metrics under vLLM's names, too."
+    )
     otlp_traces_endpoint: str | None = Field(
         None, pattern="^https?://", description="Collector of OpenTelemetry spans; needs an extra."
     )
-    log_level: Literal["debug", "info", "warning", "error", "critical"] = "info"
+    log_level: Literal["debug", "info", "warning", "error", "critical"] = Field(
+        "info", description="Least severe lines of the log."
+    )
     enable_docs: bool = Field(False, description="Offer /openapi.json.")
     root_path: str = Field("", description="Path a proxy strips.")
-    ssl_keyfile: Path | None = None
-    ssl_certfile: Path | None = None
+    ssl_keyfile: Path | None = Field(None, description="Key for HTTPS.")
+    ssl_certfile: Path | None = Field(None, description="Its certificate.")
 
     @model_validator(mode="before")
     @classmethod

@@ -51,7 +51,7 @@ class Model:
     tokenizer: str | None = None  # for a new model: a folder or file
     # For a longer context than the model had: its rotation is slowed down, its limit raised.
     rope_theta: Annotated[float, Field(gt=0)] | None = None
-    max_position_embeddings: Positive | None = None
+    max_position_embeddings: Positive | None = None  # tokens
 
     @model_validator(mode="after")
     def _is_one(self) -> Self:
@@ -76,7 +76,7 @@ class Model:
 class Source:
     """A folder of shards that `opennemo tokenize` wrote, or a file of conversations or pairs."""
 
-    path: Path
+    path: Path  # that folder or file
     weight: Annotated[float, Field(gt=0)] = 1.0  # share of the tokens drawn; of shards alone
 
 
@@ -84,8 +84,8 @@ class Source:
 class TrainingData:
     """What is learned from, and how it is divided into steps."""
 
-    train: Annotated[tuple[Source, ...], Field(min_length=1)]
-    valid: tuple[Source, ...] = ()
+    train: Annotated[tuple[Source, ...], Field(min_length=1)]  # what is learned from
+    valid: tuple[Source, ...] = ()  # what the held-out loss is measured on
     window: Positive = 1024  # tokens of a row, into which documents or conversations are packed
     rows: Positive = 8  # of a step, over all ranks
     micro_rows: Positive = 8  # computed at once on a rank; less memory, the same result
@@ -106,14 +106,14 @@ class TrainingData:
 class Optim:
     """AdamW (arXiv:1711.05101), or Muon for the matrices of blocks and AdamW for the rest."""
 
-    name: Literal["adamw", "muon"] = "adamw"
-    lr: Annotated[float, Field(gt=0, le=10)] = 3e-4
+    name: Literal["adamw", "muon"] = "adamw"  # the optimiser
+    lr: Annotated[float, Field(gt=0, le=10)] = 3e-4  # the highest learning rate
     schedule: Literal["wsd", "cosine"] = "wsd"  # warm up, stay, decay (arXiv:2404.06395)
     warmup: Share = 0.02  # of all steps
     decay: Share = 0.2  # of all steps, for wsd
     final: Share = 0.0  # of lr, where the decay ends
-    betas: tuple[Share, Share] = (0.9, 0.95)
-    eps: Number = 1e-8
+    betas: tuple[Share, Share] = (0.9, 0.95)  # decay of both averages of gradients
+    eps: Number = 1e-8  # added to the divisor of AdamW
     weight_decay: Number = 0.1  # of matrices
     clip: Number = 1.0  # of the gradient's norm; 0 for none
 
@@ -122,7 +122,7 @@ class Optim:
 class Qat:
     """Learn as if rounded already, so that export loses nothing."""
 
-    format: Annotated[str, AfterValidator(_trained_format)] = "fp8-static"
+    format: Annotated[str, AfterValidator(_trained_format)] = "fp8-static"  # of weights and inputs
     kv: bool = False  # queries, keys and values in FP8, too
     start: Share = 0.0  # of all steps; before, the run is in full precision
     freeze: Share = 0.9  # of all steps, after which static scales stay
@@ -130,9 +130,10 @@ class Qat:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Lora:
-    rank: Annotated[int, Field(gt=0, le=1024)] = 16
-    alpha: Annotated[float, Field(gt=0)] = 32.0
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    rank: Annotated[int, Field(gt=0, le=1024)] = 16  # of the low-rank part
+    alpha: Annotated[float, Field(gt=0)] = 32.0  # that part is scaled by alpha / rank
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of inputs left out
+    # Matrices that get one.
     layers: tuple[str, ...] = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
 
 
@@ -140,7 +141,7 @@ class Lora:
 class Preference:
     """Direct preference optimisation (arXiv:2305.18290) and its usual amendments."""
 
-    beta: Annotated[float, Field(gt=0)] = 0.1
+    beta: Annotated[float, Field(gt=0)] = 0.1  # the larger, the closer to the first model
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0  # conservative DPO
     sft: Number = 0.0  # weight of the chosen answer's own loss, a token (arXiv:2404.19733)
     length_normalized: bool = False  # compare log-probabilities a token (arXiv:2411.15124)
@@ -149,7 +150,7 @@ class Preference:
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Saving:
     every: Count = 100  # steps; 0 for the last one alone
-    keep: Positive = 2
+    keep: Positive = 2  # checkpoints, the newest
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -163,22 +164,23 @@ class Evaluation:
 class Parallel:
     """How the ranks divide the work; their product is the number of ranks."""
 
-    data_parallel_replicate: Positive = 1
-    data_parallel_shard: Annotated[int, Field(ge=-1)] = -1  # -1: the ranks that are left
-    tensor_parallel: Positive = 1
-    context_parallel: Positive = 1
-    activation_checkpointing: bool = False
-    compile: bool = False
+    data_parallel_replicate: Positive = 1  # groups that hold a whole model each
+    # Ranks that divide weights and rows among them; -1: those that are left.
+    data_parallel_shard: Annotated[int, Field(ge=-1)] = -1
+    tensor_parallel: Positive = 1  # ranks that divide every matrix
+    context_parallel: Positive = 1  # ranks that divide the tokens of a row
+    activation_checkpointing: bool = False  # compute again rather than keep: less memory
+    compile: bool = False  # by torch.compile
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Recipe:
     """A run, whole."""
 
-    objective: Literal["text", "chat", "preference", "distil"] = "text"
-    steps: Positive
-    seed: Count = 0
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    objective: Literal["text", "chat", "preference", "distil"] = "text"  # see docs/training.md
+    steps: Positive  # of the optimiser
+    seed: Count = 0  # of new weights and of the order of the data
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU if there is one
     licence: str = ""  # of the result, for its model card
     model: Model
     data: TrainingData
