@@ -1,9 +1,9 @@
 """Puts the native kernels into a wheel when $OPENNEMO_KERNELS names a machine: x86_64 or aarch64.
 
 Without the variable a wheel is pure, and the kernel is compiled on the machine that uses it. $CXX
-names the compiler, for instance aarch64-linux-gnu-g++. A kernel calls nothing newer than glibc 2.17
-and GCC 7's libstdc++, so the wheel is tagged manylinux_2_28 as PyTorch's is; `make release` holds
-it against that policy.
+names the compiler, for instance aarch64-linux-gnu-g++. With GCC 12 the kernels need no more than
+manylinux_2_26; the wheel is tagged manylinux_2_28, as PyTorch's is, and `make release` holds it
+against that.
 """
 
 import importlib.util

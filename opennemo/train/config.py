@@ -133,8 +133,7 @@ class Lora:
     rank: Annotated[int, Field(gt=0, le=1024)] = 16  # of the low-rank part
     alpha: Annotated[float, Field(gt=0)] = 32.0  # that part is scaled by alpha / rank
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of inputs left out
-    # Matrices that get one.
-    layers: tuple[str, ...] = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
+    layers: tuple[str, ...] = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")  # that get one
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -165,8 +164,7 @@ class Parallel:
     """How the ranks divide the work; their product is the number of ranks."""
 
     data_parallel_replicate: Positive = 1  # groups that hold a whole model each
-    # Ranks that divide weights and rows among them; -1: those that are left.
-    data_parallel_shard: Annotated[int, Field(ge=-1)] = -1
+    data_parallel_shard: Annotated[int, Field(ge=-1)] = -1  # that divide weights; -1: the rest
     tensor_parallel: Positive = 1  # ranks that divide every matrix
     context_parallel: Positive = 1  # ranks that divide the tokens of a row
     activation_checkpointing: bool = False  # compute again rather than keep: less memory
