@@ -2,7 +2,7 @@
 
 Without the variable a wheel is pure, and the kernel is compiled on the machine that uses it. $CXX
 names the compiler, for instance aarch64-linux-gnu-g++. With GCC 12 the kernels need no more than
-manylinux_2_26; the wheel is tagged manylinux_2_28, as PyTorch's is, and `make release` holds it
+manylinux_2_27; the wheel is tagged manylinux_2_28, as PyTorch's is, and `make release` holds it
 against that.
 """
 
