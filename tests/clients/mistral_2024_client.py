@@ -43,4 +43,4 @@ try:
     client.chat(model="codestral", messages=hello)
 except MistralAPIException as error:
     assert error.http_status == 404
-    print("ok")
+    print("ok: text, calls, tool loop, JSON mode")

@@ -1,6 +1,7 @@
 // Mistral's JavaScript client: node mistral_client.mjs URL KEY MODEL
 import assert from "node:assert/strict";
 import { Mistral } from "@mistralai/mistralai";
+import { z } from "zod";
 
 const [serverURL, apiKey, model] = process.argv.slice(2);
 const client = new Mistral({ serverURL, apiKey });
@@ -20,17 +21,28 @@ for await (const event of await client.chat.stream({ model, messages, maxTokens:
   text += event.data.choices[0]?.delta?.content ?? "";
 }
 assert.equal(text, whole.choices[0].message.content);
-const called = await ask({ tools, toolChoice: "any", maxTokens: 2000 });
-const message = called.choices[0].message;
-assert.ok(JSON.parse(message.toolCalls[0].function.arguments).n <= 9);
-const results = message.toolCalls.map((call) => ({
-  role: "tool", name: "add", content: "4", toolCallId: call.id,
-}));
-const again = await ask({ messages: [...messages, message, ...results] });
-assert.ok(again.choices[0].message.content);
-const jsonSchema = { name: "n", schemaDefinition: parameters, strict: true };
-const answer = await ask({ responseFormat: { type: "json_schema", jsonSchema }, maxTokens: 200 });
-assert.ok(JSON.parse(answer.choices[0].message.content).n <= 9);
+
+for (const toolChoice of ["any", "required"]) {
+  const { message } = (await ask({ tools, toolChoice, maxTokens: 2000 })).choices[0];
+  const streamed = [];
+  for await (const event of await client.chat.stream({ model, messages, tools, toolChoice, maxTokens: 2000 })) {
+    streamed.push(...(event.data.choices[0]?.delta?.toolCalls ?? []));
+  }
+  assert.ok(streamed.length);
+  for (const call of [...streamed, ...message.toolCalls]) {
+    assert.equal(call.function.name, "add");
+    assert.ok(JSON.parse(call.function.arguments).n <= 9);
+  }
+  for (const toolCalls of [message.toolCalls, streamed]) {
+    const results = toolCalls.map((call) => ({ role: "tool", name: "add", content: "4", toolCallId: call.id }));
+    const again = await ask({ messages: [...messages, { role: "assistant", content: "", toolCalls }, ...results] });
+    assert.ok(again.choices[0].message.content);
+  }
+}
+
+const responseFormat = z.object({ n: z.number().int().min(0).max(9) });
+const answer = await client.chat.parse({ model, messages, responseFormat, maxTokens: 200 });
+assert.ok(answer.choices[0].message.parsed.n <= 9);
 assert.ok((await client.models.list()).data.some((card) => card.id === model));
 await assert.rejects(ask({ model: "codestral" }));
-console.log("ok");
+console.log("ok: text, streamed calls, tool loop, parse with zod");

@@ -1,17 +1,18 @@
 // OpenAI's JavaScript client: node openai_client.mjs URL KEY MODEL
 import assert from "node:assert/strict";
 import OpenAI from "openai";
+import { zodResponseFormat } from "openai/helpers/zod";
+import { z } from "zod";
 
 const [url, apiKey, model] = process.argv.slice(2);
 const client = new OpenAI({ baseURL: `${url}/v1`, apiKey, maxRetries: 0 });
 const messages = [{ role: "user", content: "Hello" }];
-const schema = {
+const parameters = {
   type: "object",
   properties: { n: { type: "integer", minimum: 0, maximum: 9 } },
   required: ["n"],
   additionalProperties: false,
 };
-const tools = [{ type: "function", function: { name: "add", parameters: schema } }];
 const ask = (more) => client.chat.completions.create({ model, messages, max_tokens: 8, ...more });
 
 const whole = await ask({ seed: 1 });
@@ -20,15 +21,26 @@ for await (const chunk of await ask({ seed: 1, stream: true })) {
   text += chunk.choices[0]?.delta?.content ?? "";
 }
 assert.equal(text, whole.choices[0].message.content);
-const called = await ask({ tools, tool_choice: "required", max_tokens: 2000, parallel_tool_calls: false });
-const [call] = called.choices[0].message.tool_calls;
-assert.ok(JSON.parse(call.function.arguments).n <= 9);
-const result = { role: "tool", tool_call_id: call.id, content: "4" };
-const again = await ask({ messages: [...messages, called.choices[0].message, result] });
-assert.ok(again.choices[0].message.content);
-const format = { type: "json_schema", json_schema: { name: "n", schema, strict: true } };
-const answer = await ask({ response_format: format, max_tokens: 200 });
-assert.ok(JSON.parse(answer.choices[0].message.content).n <= 9);
+
+// The client's own loop: it calls the function, and asks again.
+const seen = [];
+const runner = client.chat.completions.runTools({
+  model, messages, stream: true, max_tokens: 400, parallel_tool_calls: false,
+  tool_choice: { type: "function", function: { name: "add" } },
+  tools: [{
+    type: "function",
+    function: { name: "add", parameters, parse: JSON.parse, function: ({ n }) => (seen.push(n), "4") },
+  }],
+}, { maxChatCompletions: 2 });
+await runner.done();
+assert.ok(seen.length >= 1 && seen.every((n) => n >= 0 && n <= 9));
+assert.ok(runner.messages.some((message) => message.role === "tool"));
+const dialogue = runner.messages.slice(0, 3);
+assert.ok((await ask({ messages: dialogue })).choices[0].message.content);
+
+const format = zodResponseFormat(z.object({ n: z.number().int().min(0).max(9) }), "n");
+const answer = await client.chat.completions.parse({ model, messages, response_format: format, max_tokens: 200 });
+assert.ok(answer.choices[0].message.parsed.n <= 9);
 assert.ok((await client.models.list()).data.some((card) => card.id === model));
 await assert.rejects(ask({ model: "gpt-4" }), OpenAI.NotFoundError);
-console.log("ok");
+console.log("ok: text, streamed calls, tool loop (runTools), parse with zod");
