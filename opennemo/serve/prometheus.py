@@ -1,7 +1,9 @@
 """Prometheus metrics: counts and times of requests, and the engine's state when it is asked.
 
 Names are our own, `opennemo_...`; with `--metrics-compat vllm` the same series also appear under
-vLLM's names, so that existing dashboards and autoscalers work. Labels never hold what a user sent.
+vLLM's names, and at NIM's path under those that NVIDIA's dashboards read (docs.nvidia.com/nim,
+"Observability"), so that existing dashboards and autoscalers work. Labels never hold what a user
+sent.
 """
 
 from collections.abc import Iterator
@@ -33,6 +35,22 @@ VLLM = {  # ours, without prefix -> vLLM's
     "request_prompt_tokens": "request_prompt_tokens",
     "request_generation_tokens": "request_generation_tokens",
 }
+NIM = {  # ours -> NIM's, which have no prefix
+    "requests_running": "num_requests_running",
+    "requests_waiting": "num_requests_waiting",
+    "requests_max": "num_request_max",
+    "kv_cache_usage": "gpu_cache_usage_perc",
+    "prompt_tokens": "prompt_tokens",
+    "generation_tokens": "generation_tokens",
+    "requests_finished": "request_finish",
+    "requests_succeeded": "request_success",
+    "requests_failed": "request_failure",
+    "time_to_first_token_seconds": "time_to_first_token_seconds",
+    "inter_token_latency_seconds": "time_per_output_token_seconds",
+    "request_seconds": "e2e_request_latency_seconds",
+    "request_prompt_tokens": "request_prompt_tokens",
+    "request_generation_tokens": "request_generation_tokens",
+}
 FAST = (0.001, 0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.25, 0.5, 1, 2.5, 5, 10, 40, 160, 640, 2560)
 SLOW = (0.3, 0.5, 1, 1.5, 2.5, 5, 10, 20, 40, 60, 120, 480, 1920, 7680)
 ENGINE = {  # from Engine.stats; many replicas add theirs up
@@ -53,8 +71,10 @@ SIZES = (1, 10, 50, 100, 500, 1000, 5000, 10_000, 50_000, 100_000)
 class Metrics:
     """The registry of one server."""
 
-    def __init__(self, model_name: str, *, compat: str = "none"):
+    def __init__(self, model_name: str, *, compat: str = "none", n_requests: int):
+        """`n_requests` is how many answers are computed side by side at most."""
         self.registry, self.model_name = CollectorRegistry(), model_name
+        self._n_requests = n_requests
 
         def counter(name: str, help: str, *labels: str) -> Counter:
             return Counter(PREFIX + name, help, ("model_name", *labels), registry=self.registry)
@@ -66,6 +86,8 @@ class Metrics:
         self._prompt = counter("prompt_tokens", "Tokens of prompts")
         self._generated = counter("generation_tokens", "Tokens generated")
         self._finished = counter("requests_finished", "Requests by their end", "finished_reason")
+        self._good = counter("requests_succeeded", "Requests that came to their end")
+        self._bad = counter("requests_failed", "Requests that were broken off")
         self._rejected = counter("requests_rejected", "Requests turned down", "status")
         self._first = histogram("time_to_first_token_seconds", "Until the first token", FAST)
         self._gap = histogram("inter_token_latency_seconds", "Between tokens", FAST)
@@ -76,7 +98,9 @@ class Metrics:
 
     def watch(self, llm: LLM) -> None:
         """From now on, report this model's engine, too."""
-        self.registry.register(_EngineState(llm, self.model_name))
+        for counter in (self._good, self._bad):  # of none there is a 0, not nothing
+            counter.labels(self.model_name)
+        self.registry.register(_EngineState(llm, self.model_name, self._n_requests))
 
     def refused(self, status: int) -> None:
         self._rejected.labels(self.model_name, str(status)).inc()
@@ -89,6 +113,7 @@ class Metrics:
             reason = "abort" if generation.failure else answer.finish_reason
             complete = reason in ("stop", "length", "tool_calls")
             self._finished.labels(name, reason if complete else "abort").inc()
+            (self._good if complete else self._bad).labels(name).inc()
         if generation.first_token_at is not None:
             self._first.labels(name).observe(generation.first_token_at - generation.started)
         for gap in generation.gaps:
@@ -97,21 +122,22 @@ class Metrics:
         self._prompt_size.labels(name).observe(reply.n_prompt_tokens)
         self._answer_size.labels(name).observe(generation.n_output_tokens)
 
-    def render(self) -> bytes:
-        """Prometheus' text format."""
+    def render(self, *, nim: bool = False) -> bytes:
+        """Prometheus' text format, with `nim` under NIM's names as well."""
         text = generate_latest(self.registry)
-        if self._compat:
-            renamed = CollectorRegistry()
-            renamed.register(_Renamed(self.registry))
-            text += generate_latest(renamed)
+        for wanted, prefix, names in ((self._compat, "vllm:", VLLM), (nim, "", NIM)):
+            if wanted:
+                renamed = CollectorRegistry()
+                renamed.register(_Renamed(self.registry, prefix, names))
+                text += generate_latest(renamed)
         return text
 
 
 class _EngineState(Collector):
     """Numbers that the engine keeps anyway, read when asked for."""
 
-    def __init__(self, llm: LLM, name: str):
-        self._llm, self._model = llm, name
+    def __init__(self, llm: LLM, name: str, n_requests: int):
+        self._llm, self._model, self._n_requests = llm, name, n_requests
 
     def collect(self) -> Iterator[Metric]:
         stats = self._llm.engine.stats()
@@ -120,20 +146,25 @@ class _EngineState(Collector):
             metric = family(PREFIX + name, help, labels=["model_name"])
             metric.add_metric([self._model], stats.get(name, 1))
             yield metric
+        metric = GaugeMetricFamily(
+            f"{PREFIX}requests_max", "Answers computed side by side at most", labels=["model_name"]
+        )
+        metric.add_metric([self._model], self._n_requests * stats.get("replicas", 1))
+        yield metric
 
 
 class _Renamed(Collector):
-    """The same series under vLLM's names."""
+    """The same series under other names."""
 
-    def __init__(self, registry: CollectorRegistry):
-        self._registry = registry
+    def __init__(self, registry: CollectorRegistry, prefix: str, names: dict[str, str]):
+        self._registry, self._prefix, self._names = registry, prefix, names
 
     def collect(self) -> Iterator[Metric]:
         for metric in self._registry.collect():
             ours = metric.name.removeprefix(PREFIX)
-            if ours not in VLLM:
+            if ours not in self._names:
                 continue
-            name = f"vllm:{VLLM[ours]}"
+            name = self._prefix + self._names[ours]
             renamed = Metric(name, metric.documentation, metric.type)
             renamed.samples = [
                 Sample(s.name.replace(metric.name, name, 1), *s[1:]) for s in metric.samples

@@ -59,7 +59,10 @@ class Service:
         )
         clients = read_clients(settings.api_key, settings.api_key_file, limits)
         self.gatekeeper = Gatekeeper(clients, limits, settings.admin_key)
-        self.metrics = Metrics(Path(settings.model).name, compat=settings.metrics_compat)
+        self.metrics = Metrics(
+            Path(settings.model).name, compat=settings.metrics_compat,
+            n_requests=settings.max_num_seqs,
+        )  # fmt: skip
         self.created = int(time.time())
         self.active: set[Generation] = set()
         self._n_starting = 0  # requests that are let in, and have no generation yet

@@ -166,6 +166,25 @@ def test_metrics_agree_with_usage(running, tiny_llm):
         assert "vllm:kv_cache_usage_perc{" in text and "opennemo_time_to_first_token" in text
 
 
+def test_nims_dashboards_find_their_names_at_nims_path(running, tiny_llm):
+    with running(tiny_llm(), max_num_seqs=7) as server, server.client() as http:
+        usage = http.post(CHAT, json=BODY).json()["usage"]
+        text = http.get("/v1/metrics").text
+        assert "\nnum_request_max" not in http.get("/metrics").text
+    for name, value in {
+        "num_requests_running": 0, "num_requests_waiting": 0, "num_request_max": 7,
+        "gpu_cache_usage_perc": 0, "request_success_total": 1, "request_failure_total": 0,
+        "prompt_tokens_total": usage["prompt_tokens"],
+        "generation_tokens_total": usage["completion_tokens"],
+        "time_to_first_token_seconds_count": 1, "e2e_request_latency_seconds_count": 1,
+        "time_per_output_token_seconds_count": usage["completion_tokens"] - 1,
+        "request_prompt_tokens_sum": usage["prompt_tokens"],
+        "request_generation_tokens_sum": usage["completion_tokens"],
+    }.items():  # fmt: skip
+        assert f'\n{name}{{model_name="tiny"}} {float(value)}\n' in text, name
+    assert '\nrequest_finish_total{finished_reason="length",model_name="tiny"} 1.0\n' in text
+
+
 def test_spans_reach_a_collector_without_what_was_said(running, tiny_llm, monkeypatch):
     pytest.importorskip("opentelemetry.instrumentation.asgi")
     pytest.importorskip("opentelemetry.exporter.otlp.proto.http")

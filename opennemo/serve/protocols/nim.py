@@ -1,6 +1,7 @@
 """Health, metrics and descriptions, at the paths that NVIDIA NIM and vLLM gave them."""
 
 from fastapi import APIRouter
+from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
 import opennemo
@@ -42,9 +43,10 @@ def _health(good: bool, yes: str, no: str) -> Response:
 
 @router.get("/metrics", response_class=PlainTextResponse)
 @router.get("/v1/metrics", response_class=PlainTextResponse)
-async def metrics(service: TheService) -> Response:
-    """Prometheus' text format."""
-    return Response(service.metrics.render(), media_type="text/plain; version=0.0.4")
+async def metrics(request: Request, service: TheService) -> Response:
+    """Prometheus' text format; NIM's own path has NIM's names, too."""
+    text = service.metrics.render(nim=request.url.path.endswith("/v1/metrics"))
+    return Response(text, media_type="text/plain; version=0.0.4")
 
 
 @router.get("/version")
