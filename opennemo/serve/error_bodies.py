@@ -77,7 +77,8 @@ def error_body(error: Refusal, path: str) -> dict[str, Any]:
     """The JSON that reports an error, in the protocol of the path."""
     if path.startswith(MESSAGES):
         kind = ANTHROPIC_TYPES.get(error.status) or TYPES.get(error.status, "api_error")
-        return {"type": "error", "error": {"type": kind, "message": str(error)}}
+        details = {"details": {"error_code": error.code}} if error.code else {}
+        return {"type": "error", "error": {"type": kind, "message": str(error), **details}}
     fields = {"message": str(error), "type": error.type, "param": error.param, "code": error.code}
     body = {"object": "error", **fields, "raw_status_code": error.status, "error": fields}
     return body | ({"detail": error.detail} if error.detail else {})

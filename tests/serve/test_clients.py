@@ -317,3 +317,23 @@ def test_llm_comply(running, tiny_llm):
                 if r["status"] == "failed" and not any(o in r["id"] for o in about_other_things)
             }
             assert not wrong and len(results) >= 9
+
+
+def test_anthropics_tool_runner_sends_whole_conversations(claude):
+    """Its client asks for a conversation that the server keeps, and must learn that none is."""
+    seen = []
+
+    @anthropic.beta_tool
+    def add(n: int) -> str:
+        """Add to a number."""
+        seen.append(n)
+        return "4"
+
+    runner = claude.beta.messages.tool_runner(
+        model="tiny", messages=HELLO, max_tokens=2000, tools=[add], max_iterations=2,
+        tool_choice={"type": "any", "disable_parallel_tool_use": True},
+    )  # fmt: skip
+    assert len(list(runner)) == 2 and len(seen) == 2
+    thread = {"type": "continue", "previous_message_id": "msg_1"}
+    with pytest.raises(anthropic.BadRequestError, match="keeps no conversations"):
+        claude.beta.messages.create(model="tiny", messages=HELLO, max_tokens=4, thread=thread)

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from opennemo.engine import Token
 from opennemo.errors import InvalidRequest
 from opennemo.llm import LLM
-from opennemo.serve.error_bodies import Json
+from opennemo.serve.error_bodies import Json, Refusal
 from opennemo.serve.protocols.answer_formats import Format, response_format
 from opennemo.serve.protocols.schema import Body, Messages, Stop, Tools
 from opennemo.serve.protocols.stream import STREAMS, EventStream, Generation, event
@@ -31,9 +31,13 @@ class CountRequest(Body):
     system: str | list[dict[str, Any]] | None = None
     tools: Tools | None = None
     tool_choice: dict[str, Any] | None = None
+    thread: dict[str, Any] | None = None
 
     def conversation(self) -> dict[str, Any]:
         """`messages` and `tools` of the chat API."""
+        if self.thread is not None:  # the client then sends all messages by itself
+            why = "thread: this server keeps no conversations; send all messages of it"
+            raise Refusal(400, why, code="thread_unsupported_request")
         messages = [{"role": "system", "content": self.system}] if self.system else []
         for i, message in enumerate(self.messages):
             messages += _messages(message, f"messages[{i}]")
