@@ -4,6 +4,7 @@ Imports stand inside the commands, so that `opennemo --help` answers at once. Ev
 user can cause ends in one line on standard error and exit code 2.
 """
 
+import io
 import os
 import sys
 import warnings
@@ -14,6 +15,7 @@ from typer.exceptions import TyperException
 
 from opennemo import __version__
 from opennemo.cli import data, evals, models, plan, serve, talk, tokenizer, train
+from opennemo.cli.options import extra_of, missing
 from opennemo.errors import OpenNemoError
 
 app = typer.Typer(
@@ -53,6 +55,8 @@ def _show(message: Warning | str, *_: object, **__: object) -> None:
 def main() -> None:
     """Run the command line; the console script `opennemo`."""
     warnings.showwarning = _show
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.encoding.lower() != "utf-8":
+        sys.stdout.reconfigure(errors="replace")  # a locale without some letters ends no answer
     try:
         sys.exit(app(prog_name="opennemo", standalone_mode=False))
     except OpenNemoError as error:
@@ -64,8 +68,18 @@ def main() -> None:
         message = getattr(error, "format_message", error.__str__)().rstrip(".")
         print(f"opennemo: {message} (see `{command} --help`)", file=sys.stderr)
         sys.exit(2)
+    except ModuleNotFoundError as error:
+        if (wanted := extra_of(error.name or "")) is None:
+            raise
+        print(f"opennemo: {missing(error.name, 'this', wanted)}", file=sys.stderr)
+        sys.exit(2)
     except BrokenPipeError:  # `opennemo generate ... | head` is no reason to complain
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except OSError as error:  # a file that cannot be read or written
+        if error.filename is None or error.strerror is None:
+            raise
+        print(f"opennemo: {error.filename}: {error.strerror}", file=sys.stderr)
+        sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)

@@ -21,6 +21,7 @@ from opennemo.cli.options import (
     extra,
     flags,
     given,
+    need,
     on_engines,
     serving,
 )
@@ -128,6 +129,7 @@ def run(
     **own: Any,
 ) -> None:
     """Measure a model and write a folder of results; the same command goes on after a kill."""
+    need("evaluation", "matplotlib", "eval")  # which draws at the end
     n_engines, spread = on_engines(engine, replicas, ray_address)
     options = _options_from(find_suite(suite), own)
     with _packages():
@@ -175,6 +177,8 @@ def compare(
     ] = None,
 ) -> None:
     """Show runs side by side, with differences on the same items and their significance."""
+    if output is not None:
+        need("--output", "matplotlib", "eval")
     with _packages():
         from opennemo.evals.evaluate import compare as side_by_side
         from opennemo.evals.report import read, show
@@ -196,4 +200,4 @@ def _numbers(option: str, text: str | None, kind: type) -> tuple | None:
 
 
 def _packages() -> AbstractContextManager[None]:
-    return extra("evaluation", "in the checkout: pip install -e '.[eval]'")
+    return extra("evaluation", "eval")

@@ -1,9 +1,12 @@
 """Options that several commands have, each declared once, and what commands do with them."""
 
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from importlib.metadata import requires
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,6 +38,20 @@ CacheDir = Annotated[
     Path | None,
     typer.Option(help="Keep computed prompts here, for after a restart; at most 10 GiB of them."),
 ]
+MaxCacheSize = Annotated[int, typer.Option(min=0, help="Bytes of --cache-dir.")]
+Guesses = Annotated[
+    int | None,
+    typer.Option(
+        "--num-speculative-tokens",
+        min=0,
+        max=64,
+        help="Guessed in each step; 0: off; by default as many as save time.",
+    ),
+]
+KvScale = Annotated[
+    float | None, typer.Option(help="For {scaled} where the model brings no scales, such as 1.")
+]
+AdapterFolder = Annotated[Path | None, typer.Option(help="A LoRA's folder, to answer with.")]
 NewModel = Annotated[
     Path,
     typer.Argument(help="The folder to write, without files in it, or a new file NAME.gguf."),
@@ -138,6 +155,13 @@ def read_text(file: Path | None = None) -> str:
     return text
 
 
+def check_place(*files: Path | None) -> None:
+    """Raises: InvalidRequest, one of these files could not be written where it is to be."""
+    for file in files:
+        if file is not None and not (file.parent.is_dir() and os.access(file.parent, os.W_OK)):
+            raise InvalidRequest(f"{file}: cannot be written there")
+
+
 def on_engines(engine: str, replicas: int | None, ray_address: str | None) -> tuple[int, list[str]]:
     """How many engines, and what the server's settings say of them: nothing of one that is here."""
     if one_of("--engine", engine, ("process", "ray")) == "ray":
@@ -165,15 +189,42 @@ def processors() -> int:
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
+def extra_of(module: str) -> str | None:
+    """The extra that brings a module, by what the package says of itself; None: no extra does."""
+    name = module.partition(".")[0].lower()
+    for line in requires("opennemo") or ():
+        package, _, condition = line.partition(";")
+        wanted = re.search(r"extra == ['\"](\w+)", condition)
+        found = re.match(r"[\w.-]+", package)
+        if wanted and wanted[1] != "dev" and found and found[0].lower().replace("-", "_") == name:
+            return wanted[1]
+    return None
+
+
+def missing(module: str | None, what: str, wanted: str) -> str:
+    """What to say of a package that is not there."""
+    return f"{module} is missing: {what} needs it; in the checkout: pip install -e '.[{wanted}]'"
+
+
 @contextmanager
-def extra(what: str, how: str) -> Iterator[None]:
-    """Around imports that need an extra: what needs it, and how to install it."""
+def extra(what: str, name: str) -> Iterator[None]:
+    """Around imports that need the extra of this name, which is for `what`."""
     try:
         yield
     except ModuleNotFoundError as error:
-        raise OpenNemoError(f"{error.name} is missing: {what} needs more packages; {how}") from None
+        raise OpenNemoError(missing(error.name, what, name)) from None
+
+
+def need(what: str, module: str, name: str) -> None:
+    """Raises: OpenNemoError, a module of the extra of this name is missing; it is not imported."""
+    try:
+        spec = find_spec(module)
+    except ModuleNotFoundError:
+        spec = None
+    if spec is None:
+        raise OpenNemoError(missing(module, what, name))
 
 
 def serving() -> AbstractContextManager[None]:
     """Around imports of the server, whose packages may be missing."""
-    return extra("the server", "run `make serve`, or in the checkout: pip install -e '.[serve]'")
+    return extra("the server", "serve")

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from opennemo.cli.options import given, read_text, tokenizer_path
+from opennemo.cli.options import check_place, given, need, read_text, tokenizer_path
 from opennemo.progress import stages
 
 app = typer.Typer(
@@ -56,6 +56,9 @@ def compare(
     from opennemo.data.compression import open_all
     from opennemo.texts import Texts
 
+    check_place(csv, json, *(plot or ()))
+    if plot:
+        need("--plot", "matplotlib", "train")
     opened = open_all(tokenizers)
     result = measure(opened, Texts(texts).read(lambda n: None), reference or next(iter(opened)))
     Console().print(result.table())
