@@ -2,6 +2,7 @@
 
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,11 +10,15 @@ import typer
 
 from opennemo.cli.options import (
     DEFAULT_MODEL,
+    AdapterFolder,
     CacheDir,
     Device,
     Draft,
     Format,
+    Guesses,
     KvFormat,
+    KvScale,
+    MaxCacheSize,
     MaxContext,
     MaxTokens,
     Model,
@@ -48,10 +53,14 @@ def chat(
     format: Format = "auto",
     max_context: MaxContext = None,
     kv_format: KvFormat = None,
+    kv_scale: KvScale = None,
     device: Device = None,
     ranks: Ranks = 1,
     draft: Draft = None,
+    guesses: Guesses = None,
     cache_dir: CacheDir = None,
+    max_cache_size: MaxCacheSize = 10 * 2**30,
+    adapter: AdapterFolder = None,
 ) -> None:
     """Talk to a model. Without a terminal, answer the text on standard input, once.
 
@@ -72,16 +81,15 @@ def chat(
     text = None if sys.stdin.isatty() else read_text()
     from opennemo.terminal import answer, converse
 
-    def load() -> Any:
-        return _load(
-            model, format, device, max_context=max_context, kv_format=kv_format,
-            tensor_parallel_size=ranks, draft=draft, cache_dir=cache_dir,
-        )  # fmt: skip
-
+    load = partial(
+        _load, model, format, device, max_context=max_context, kv_format=kv_format,
+        kv_scale=kv_scale, tensor_parallel_size=ranks, draft=draft, n_draft_tokens=guesses,
+        cache_dir=cache_dir, max_cache_size=max_cache_size,
+    )  # fmt: skip
     if text is None:
-        converse(model, system, load, sampling, kept)
+        converse(model, system, load, sampling, kept, adapter)
     else:
-        answer(text, system, load, sampling, kept)
+        answer(text, system, load, sampling, kept, adapter)
 
 
 @app.command(cls=NamesFormats)
@@ -102,10 +110,14 @@ def generate(
     format: Format = "auto",
     max_context: MaxContext = None,
     kv_format: KvFormat = None,
+    kv_scale: KvScale = None,
     device: Device = None,
     ranks: Ranks = 1,
     draft: Draft = None,
+    guesses: Guesses = None,
     cache_dir: CacheDir = None,
+    max_cache_size: MaxCacheSize = 10 * 2**30,
+    adapter: AdapterFolder = None,
 ) -> None:
     """Continue a text as it stands, without a chat layout."""
     if (prompt is None) == (file is None):
@@ -114,15 +126,24 @@ def generate(
     sampling = given(
         temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, max_tokens=max_tokens
     )
-    settings = {"max_context": max_context, "kv_format": kv_format, "draft": draft}
-    settings |= {"tensor_parallel_size": ranks, "cache_dir": cache_dir}
-    with _load(model, format, device, **settings) as llm:
-        for piece in llm.complete(text or "", stop=tuple(stop or ()), **sampling):
+    with _load(
+        model, format, device, max_context=max_context, kv_format=kv_format, kv_scale=kv_scale,
+        tensor_parallel_size=ranks, draft=draft, n_draft_tokens=guesses, cache_dir=cache_dir,
+        max_cache_size=max_cache_size, adapters=adapter is not None,
+    ) as llm:  # fmt: skip
+        if adapter is not None:
+            llm.load_adapter("own", adapter)
+        asked = {"stop": tuple(stop or ()), "adapter": adapter and "own"}
+        for piece in llm.complete(text or "", **asked, **sampling):
             print(piece, end="", flush=True)
         print()
 
 
-def _load(model: str, format: str, device: str | None, **settings: Any) -> Any:
+def _load(
+    model: str, format: str, device: str | None, *, adapters: bool = False, **settings: Any
+) -> Any:
+    from opennemo.engine import EngineConfig
     from opennemo.llm import LLM
 
-    return LLM.load(model, device=device, format=format, **settings)
+    config = EngineConfig(adapters=adapters)  # room for some, which are loaded later
+    return LLM.load(model, device=device, format=format, config=config, **settings)

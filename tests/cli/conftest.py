@@ -1,8 +1,12 @@
 """The command line as a user starts it: a process, its output and its exit code."""
 
 import importlib.util
+import os
+import select
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -17,5 +21,51 @@ needs_smollm2 = pytest.mark.skipif(
 def opennemo(*args: str, **kwargs) -> subprocess.CompletedProcess:
     """Run `opennemo ARGS` in a process of its own."""
     return subprocess.run(
-        [sys.executable, "-m", "opennemo.cli", *args], capture_output=True, timeout=300, **kwargs
+        [sys.executable, "-m", "opennemo.cli", *args], capture_output=True, timeout=600, **kwargs
     )
+
+
+needs_terminals = pytest.mark.skipif(
+    sys.platform == "win32", reason="terminals of this kind are Unix's"
+)
+
+
+class Terminal:
+    """A process in a terminal of its own, of 40 columns."""
+
+    def __init__(self, *args: str, cwd: Path):
+        import fcntl
+        import pty
+        import struct
+        import termios
+
+        self.end, theirs = pty.openpty()
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 40, 0, 0))
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "opennemo.cli", *args], stdin=theirs, stdout=theirs,
+            stderr=theirs, cwd=cwd, start_new_session=True,
+            env=os.environ | {"TERM": "xterm", "COLUMNS": "40", "INPUTRC": "/dev/null"},
+        )  # fmt: skip
+        os.close(theirs)
+        self.shown = ""
+
+    def type(self, text: str) -> None:
+        os.write(self.end, text.encode())
+
+    def expect(self, text: str, seconds: float = 600) -> str:
+        """Read until this is shown -> what was shown before it, since the last time."""
+        ends = time.monotonic() + seconds
+        while text not in self.shown:
+            ready, _, _ = select.select([self.end], [], [], max(0.0, ends - time.monotonic()))
+            assert ready, f"{text!r} did not come: {self.shown!r}"
+            try:
+                self.shown += os.read(self.end, 65536).decode(errors="replace")
+            except OSError:  # it has ended
+                raise AssertionError(f"{text!r} did not come: {self.shown!r}") from None
+        before, _, self.shown = self.shown.partition(text)
+        return before
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait(60)
+        os.close(self.end)
