@@ -47,7 +47,8 @@ def serve(context: typer.Context) -> None:
     settings, open_model = read_settings(context.args), load_model
     if settings.replicas:
         from opennemo.cluster.fleet import open_fleet as open_model  # one engine never imports Ray
-    configure_logs(settings.log_level)
+    quiet = settings.is_talking and "log_level" not in settings.model_fields_set
+    configure_logs("warning" if quiet else settings.log_level, text=settings.is_talking)
     service = Service(settings, open_model)
     server = create_app(service, load=service.load)
     mount(server)

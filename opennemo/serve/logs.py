@@ -1,4 +1,4 @@
-"""The server's log: one JSON object a line on standard error.
+"""The server's log on standard error: one JSON object a line, or in a terminal a line of text.
 
 `configure_logs` changes the whole process, so only programs call it: commands, and workers that Ray
 starts for one purpose.
@@ -6,6 +6,8 @@ starts for one purpose.
 
 import logging
 import sys
+from collections.abc import MutableMapping
+from typing import Any
 
 import structlog
 
@@ -33,17 +35,23 @@ class LogStream:
         """Nothing is held back."""
 
 
-def configure_logs(level: str) -> None:
-    """One JSON object a line, on standard error; strings are escaped, so nothing can forge one."""
+def configure_logs(level: str, *, text: bool = False) -> None:
+    """A line for each event, on standard error; strings are escaped, so nothing can forge one."""
     number, stream = logging.getLevelName(level.upper()), LogStream()
     logging.basicConfig(level=logging.WARNING, stream=stream, format="%(message)s")
     structlog.configure(
         processors=[
             structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso"),
+            structlog.processors.TimeStamper(fmt="%H:%M:%S" if text else "iso", utc=not text),
             structlog.processors.format_exc_info,
-            structlog.processors.JSONRenderer(),
+            _line if text else structlog.processors.JSONRenderer(),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(number),
         logger_factory=structlog.WriteLoggerFactory(stream),  # pyright: ignore[reportArgumentType]
     )
+
+
+def _line(_: Any, __: str, fields: MutableMapping[str, Any]) -> str:
+    """An event as a person reads it."""
+    time, level, event = (fields.pop(name) for name in ("timestamp", "level", "event"))
+    return f"{time} {level}: {event}" + "".join(f"  {name}={v!r}" for name, v in fields.items())

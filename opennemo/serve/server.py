@@ -6,6 +6,8 @@ This file has what belongs to a process of its own: signal handlers and the limi
 import asyncio
 import gc
 import signal
+import socket
+import sys
 from contextlib import suppress
 from typing import Any
 
@@ -16,7 +18,7 @@ from fastapi import FastAPI
 from opennemo.errors import OpenNemoError
 from opennemo.serve.bounded_http import BoundedHeaders
 from opennemo.serve.service import Service
-from opennemo.serve.settings import without_effect
+from opennemo.serve.settings import Settings, without_effect
 
 DESCRIPTORS = 16 * 1024
 log = structlog.get_logger("opennemo.serve")
@@ -59,6 +61,7 @@ def run(app: FastAPI) -> None:
         limit_concurrency=max(64, n_descriptors // 2),  # connections, as BoundedHeaders reads it
         ssl_keyfile=settings.ssl_keyfile, ssl_certfile=settings.ssl_certfile,
     )  # fmt: skip
+    listening = _listen(config)  # before the model loads, which takes long
     server = Server(config)
     server.service = service
     failure: list[BaseException] = []
@@ -73,17 +76,43 @@ def run(app: FastAPI) -> None:
         elif llm := service.loaded:  # none, if the server is to end already
             gc.freeze()  # the model stays; looking through it again would hold the loop for long
             log.info("ready", names=service.names, context=llm.engine.max_context)
+            if settings.is_talking:
+                port = listening.getsockname()[1]
+                print(f"OpenNemo: {_address(settings, port)} has {service.names[0]}, "
+                      f"{llm.engine.max_context:,} tokens of context; Ctrl-C ends it",
+                      file=sys.stderr)  # fmt: skip
 
     app.state.loaded = loaded
     if names := without_effect():
         log.warning("set, but without effect", names=names)
     log.info("loading", model=settings.model, host=settings.host, port=settings.port)
-    try:
-        server.run()
-    except SystemExit:
-        raise OpenNemoError(f"cannot listen on {settings.host}:{settings.port}") from None
+    if settings.is_talking:
+        print(f"OpenNemo: loading {settings.model} ...", file=sys.stderr)
+    server.run([listening])
     if failure:
         raise failure[0]
+
+
+def _listen(config: uvicorn.Config) -> socket.socket:
+    """A socket at the address of the settings. Raises: OpenNemoError, there can be none."""
+    try:
+        config.load()  # reads certificates, too
+    except OSError as error:
+        files = f"{config.ssl_certfile}" + f" with {config.ssl_keyfile}" * bool(config.ssl_keyfile)
+        why = error.strerror or str(error)
+        raise OpenNemoError(f"--ssl-certfile {files}: {why}") from None
+    host, port = config.host, config.port
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=config.backlog)
+    except OSError as error:
+        raise OpenNemoError(f"cannot listen on {host}:{port}: {error.strerror}") from None
+
+
+def _address(settings: Settings, port: int) -> str:
+    """Where a browser of this machine finds the page."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(settings.host, settings.host)
+    return f"http{'s' * bool(settings.ssl_certfile)}://{host}:{port}"
 
 
 def _raise_descriptors() -> int:

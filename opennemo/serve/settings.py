@@ -6,6 +6,7 @@ mean there. This and the command line are the only places that read the environm
 
 import os
 import shlex
+import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -35,15 +36,19 @@ NIM = {
     "NIM_MAX_MODEL_LEN": "max_model_len",
     "NIM_SERVER_PORT": "port",
     "NIM_LOG_LEVEL": "log_level",
+    "NIM_JSONL_LOGGING": "log_format",
     "NIM_PEFT_SOURCE": "lora_root",
     "NIM_SSL_KEY_PATH": "ssl_keyfile",
     "NIM_SSL_CERTS_PATH": "ssl_certfile",
     "NIM_CORS_ALLOW_ORIGINS": "allowed_origins",
     "NIM_ENABLE_KV_CACHE_REUSE": "enable_prefix_caching",
     "NIM_TENSOR_PARALLEL_SIZE": "tensor_parallel_size",
+    "NIM_DRAFT_MODEL_PATH": "draft",
     "NIM_MAX_BATCH_SIZE": "max_num_seqs",
 }
+TLS_MODE = "NIM_SSL_MODE"  # DISABLED, or TLS, which the certificate's path says, too
 PASSTHROUGH = "NIM_PASSTHROUGH_ARGS"
+LOG_FORMATS = {"true": "json", "1": "json", "false": "text", "0": "text"}  # NIM's
 LOG_LEVELS = {"default": "info", "trace": "debug", "warn": "warning", "fatal": "critical"}  # NIM's
 # Flags of vLLM's that change no answer: how memory, graphs and workers are arranged there.
 VLLM_ONLY = frozenset(
@@ -209,7 +214,10 @@ class Settings(BaseSettings):
         None, pattern="^https?://", description="Collector of OpenTelemetry spans; needs an extra."
     )
     log_level: Literal["debug", "info", "warning", "error", "critical"] = Field(
-        "info", description="Least severe lines of the log."
+        "info", description="By default warning in a terminal, else info."
+    )
+    log_format: Literal["auto", "json", "text"] = Field(
+        "auto", description="auto: text in a terminal, else one JSON object a line."
     )
     enable_docs: bool = Field(False, description="Offer /openapi.json.")
     root_path: str = Field("", description="Path a proxy strips.")
@@ -232,8 +240,11 @@ class Settings(BaseSettings):
         if isinstance(values.get("log_level"), str):
             level = values["log_level"].lower()
             values["log_level"] = LOG_LEVELS.get(level, level)
-        if isinstance(values.get("model"), str):  # as NIM writes that it lies on the hub
-            values["model"] = values["model"].removeprefix("hf://")
+        form = str(values.get("log_format", "auto")).lower()
+        values["log_format"] = LOG_FORMATS.get(form, form)
+        for name in ("model", "draft"):
+            if isinstance(values.get(name), str):  # as NIM writes that it lies on the hub
+                values[name] = values[name].removeprefix("hf://")
         return values
 
     @model_validator(mode="after")
@@ -246,6 +257,8 @@ class Settings(BaseSettings):
             raise ValueError("--format, --dtype and --quantization exclude each other")
         if self.max_replicas and self.max_replicas < self.replicas:
             raise ValueError("--max-replicas is below --replicas")
+        if self.ssl_keyfile and not self.ssl_certfile:
+            raise ValueError("--ssl-keyfile needs --ssl-certfile")
         if any(len(key) < 8 for key in (*self.api_key, self.admin_key or "long enough")):
             raise ValueError("keys have at least 8 characters")
         return self
@@ -254,12 +267,19 @@ class Settings(BaseSettings):
     def is_loopback(self) -> bool:
         return self.host in LOOPBACK
 
+    @property
+    def is_talking(self) -> bool:
+        """Whether a person reads the log, rather than a program."""
+        return self.log_format == "text" or (self.log_format == "auto" and sys.stderr.isatty())
+
     @classmethod
     def settings_customise_sources(
         cls, settings_cls: type[BaseSettings], *sources: PydanticBaseSettingsSource, **named: Any
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         init, env = named["init_settings"], named["env_settings"]
         nim = {NIM[k]: v for k, v in os.environ.items() if k in NIM and v}
+        if os.environ.get(TLS_MODE, "").upper() == "DISABLED":
+            nim = {name: v for name, v in nim.items() if not name.startswith("ssl_")}
         return init, env, InitSettingsSource(settings_cls, nim)
 
 
@@ -271,7 +291,7 @@ def without_effect() -> list[str]:
     """NIM's variables, and flags of vLLM's among its arguments, that are set and change nothing."""
     nim = {name for name, value in os.environ.items() if name.startswith("NIM_") and value}
     flags = [f"{PASSTHROUGH}: {flag}" for flag in _passed_through()[1]]
-    return [*sorted(nim - NIM.keys() - {PASSTHROUGH}), *flags]
+    return [*sorted(nim - NIM.keys() - {PASSTHROUGH, TLS_MODE}), *flags]
 
 
 def _passed_through() -> tuple[list[str], list[str]]:
@@ -293,6 +313,8 @@ def read_settings(arguments: list[str]) -> Settings:
     Raises:
         InvalidRequest: what is wrong with which setting.
     """
+    if (mode := os.environ.get(TLS_MODE) or "TLS").upper() not in ("TLS", "DISABLED"):
+        raise InvalidRequest(f"{TLS_MODE} is {mode}, allowed are TLS and DISABLED")
     # A later flag wins over an earlier one, so those of the environment come first.
     try:
         arguments = [*_passed_through()[0], *arguments]

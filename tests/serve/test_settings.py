@@ -34,6 +34,8 @@ def test_precedence(monkeypatch, tmp_path):
         (["--config", "/no/such.toml"], "--config /no/such.toml: No such file"),
         (["--dtype", "int3"], "--dtype"),
         (["--tool-call-parser", "hermes"], "tool-call-parser"),
+        (["--ssl-keyfile", "key.pem"], "--ssl-keyfile needs --ssl-certfile"),
+        (["--log-format", "xml"], "--log-format"),
     ],
 )
 def test_wrong_settings_are_one_line(arguments, message):
@@ -59,8 +61,25 @@ def test_every_log_level_of_nims(monkeypatch, level, ours):
     assert read_settings([]).log_level == ours
 
 
+def test_nims_choice_of_log_lines(monkeypatch):
+    assert read_settings([]).log_format == "auto"
+    for value, ours in (("true", "json"), ("1", "json"), ("False", "text")):
+        monkeypatch.setenv("NIM_JSONL_LOGGING", value)
+        assert read_settings([]).log_format == ours
+        assert read_settings([]).is_talking == (ours == "text")
+
+
+def test_tls_that_nim_would_ask_clients_for_is_refused(monkeypatch):
+    monkeypatch.setenv("NIM_SSL_MODE", "TLS")
+    assert "NIM_SSL_MODE" not in without_effect()
+    monkeypatch.setenv("NIM_SSL_MODE", "MTLS")
+    with pytest.raises(InvalidRequest, match="NIM_SSL_MODE is MTLS"):
+        read_settings([])
+
+
 def test_nims_values_start_and_what_has_no_effect_is_named(monkeypatch):
     monkeypatch.setenv("NIM_MODEL_PATH", "hf://mistralai/Mistral-Nemo-Instruct-2407")
+    monkeypatch.setenv("NIM_DRAFT_MODEL_PATH", "hf://mistralai/small")
     monkeypatch.setenv("NIM_TENSOR_PARALLEL_SIZE", "2")
     monkeypatch.setenv("NIM_HEALTH_PORT", "8001")
     monkeypatch.setenv(
@@ -69,6 +88,7 @@ def test_nims_values_start_and_what_has_no_effect_is_named(monkeypatch):
     )
     settings = read_settings([])
     assert settings.model == "mistralai/Mistral-Nemo-Instruct-2407"
+    assert settings.draft == "mistralai/small"
     assert (settings.tensor_parallel_size, settings.max_num_seqs) == (2, 7)
     flags = ("--gpu-memory-utilization", "--no-enable-chunked-prefill", "--swap-space=4")
     named = without_effect()
