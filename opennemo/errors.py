@@ -61,13 +61,16 @@ def check_names(where: str, names: Iterable[str], allowed: Sequence[str]) -> Non
             raise InvalidRequest(f"{where}: there is no {name}; {meant}")
 
 
-def named_problems(problems: Sequence[Mapping[str, Any]]) -> str:
-    """The first five problems that pydantic has with some settings, in one line, by key."""
-    lines = []
+def named_problems(problems: Sequence[Mapping[str, Any]], known: Iterable[str] = ()) -> str:
+    """The first five problems that pydantic has with some settings, in one line, by key.
+
+    A key that is not among `known` ones, written with dots, is answered with the nearest of them.
+    """
+    lines, known = [], list(known)
     for problem in problems[:5]:
         key, value = ".".join(map(str, problem["loc"])), problem["input"]
         if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-            lines.append(f"{key} is not a setting")
+            lines.append(f"{key} is not a setting{_nearest(key, known)}")
         elif problem["type"] in ("missing", "missing_keyword_only_argument"):
             lines.append(f"{key} is missing")
         else:
@@ -76,3 +79,11 @@ def named_problems(problems: Sequence[Mapping[str, Any]]) -> str:
             whole = own and not isinstance(value, str)  # it is about several settings at once
             lines.append(text if whole else f"{key} is {value!r}: {text}")
     return "; ".join(lines)
+
+
+def _nearest(key: str, known: list[str]) -> str:
+    """The known key that this one is a slip of: of its own table, or of another."""
+    by_name = {name.rpartition(".")[2]: name for name in reversed(known)}
+    near = get_close_matches(key, known, 1, 0.75)
+    near = near or [by_name[n] for n in get_close_matches(key.rpartition(".")[2], by_name, 1, 0.75)]
+    return f"; did you mean {near[0]}?" if near else ""

@@ -1,5 +1,6 @@
 """`opennemo plan`: what a recipe will need, before it is run."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -26,6 +27,9 @@ def plan(
         typer.Option(min=0.01, max=1, help="Of the card's operations a second, while computing."),
     ] = None,
     set: Overrides = None,
+    out: Annotated[
+        Path | None, typer.Option(help="As `opennemo train` takes it; nothing is written.")
+    ] = None,
 ) -> None:
     """Memory of a rank, tokens a second and days of a recipe, with the arithmetic.
 

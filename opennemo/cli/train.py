@@ -2,13 +2,18 @@
 
 import logging
 import os
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from opennemo.cli.options import Overrides, RecipeFile, extra
+from opennemo.cli.options import Overrides, RecipeFile, check_place, extra, need
+from opennemo.errors import InvalidRequest
 
 app = typer.Typer()
 
@@ -24,11 +29,12 @@ def train(
     """Train a model: from text, on conversations, or on preferences, as a recipe says.
 
     On several devices or machines: torchrun --nproc-per-node 8 -m opennemo train RECIPE ...
-    SIGTERM saves and stops (exit code 143); the same command goes on, also after a kill.
+    Ctrl-C and SIGTERM save and stop (exit codes 130 and 143), a second Ctrl-C stops at once; the
+    same command goes on, also after a kill.
     """
-    import signal
     import warnings
 
+    need("training", "tensorboardX", "train")
     import torch.distributed as dist
 
     from opennemo.train.config import read_recipe
@@ -49,15 +55,25 @@ def train(
         if on_gpu:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         dist.init_process_group("nccl" if on_gpu else "gloo")
+    _refuse_beyond_memory(settings)
+    trainer, caught = None, []
     try:
         trainer = begin(settings, run, sample=_sampler(settings))
-        before = signal.signal(signal.SIGTERM, lambda *_: trainer.stop())
-        trainer.train()
-        signal.signal(signal.SIGTERM, before)
+        if trainer.step and not trainer.quiet:
+            done = trainer.step == settings.steps
+            how = "all of them" if done else f"goes on after step {trainer.step:,}"
+            print(f"opennemo: {run}: {how} of {settings.steps:,}", file=sys.stderr)
+        with _stopping(trainer, caught):
+            trainer.train()
         made = finish(trainer)
     except Stopped as stopped:
         print(f"opennemo: {run}: {stopped}; the same command goes on", file=sys.stderr)
-        raise typer.Exit(143) from None
+        raise typer.Exit(128 + caught[0]) from None
+    except KeyboardInterrupt:
+        saved = trainer and trainer.checkpoints.latest()
+        what = f"step {saved:,} is saved" if saved else "no step is saved yet"
+        print(f"\nopennemo: {run}: {what}; the same command goes on", file=sys.stderr)
+        raise typer.Exit(130) from None
     finally:
         if launched:
             dist.destroy_process_group()
@@ -75,9 +91,53 @@ def plot(
     """Draw the curves of runs: loss, held-out loss, learning rate, gradients, speed."""
     from opennemo.train.metrics import plot as draw
 
-    with extra("plotting", "pip install 'opennemo[train]'"):
+    check_place(output)
+    with extra("plotting", "train"):
         draw(runs, output)
     print(f"Wrote {output}")
+
+
+@contextmanager
+def _stopping(trainer: Any, caught: list[int]) -> Iterator[None]:
+    """The first signal ends training after the step at hand; a second Ctrl-C ends it at once."""
+
+    def stop(number: int, _: Any) -> None:
+        if caught and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        caught.append(number)
+        trainer.stop()
+        if number == signal.SIGINT and not trainer.quiet:
+            print("\nopennemo: saving after this step; Ctrl-C again stops at once", file=sys.stderr)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _refuse_beyond_memory(recipe: Any) -> None:
+    """Raises: InvalidRequest, by the arithmetic of `opennemo plan` a step cannot fit here."""
+    from opennemo.model.hub import locate
+    from opennemo.model.memory import open_device
+    from opennemo.planning.estimate import plan, resolve_shape
+    from opennemo.planning.machines import this_machine
+    from opennemo.progress import size
+
+    device = open_device(None if recipe.device == "auto" else recipe.device).partition(":")[0]
+    machine = this_machine(device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if recipe.model.path is not None:  # fetched now, if it is on the hub
+        recipe = replace(recipe, model=replace(recipe.model, path=str(locate(recipe.model.path))))
+    config, stored = resolve_shape(recipe, None, None)
+    made, room = plan(recipe, config, machine, stored=stored), machine.card.memory
+    if made.total > room:
+        data = recipe.data
+        raise InvalidRequest(
+            f"a step needs about {size(made.total)}, and {size(room)} are free: choose a smaller "
+            f"data.window (it is {data.window:,}) or data.micro_rows ({data.micro_rows}); "
+            "`opennemo plan` shows the arithmetic"
+        )
 
 
 def _sampler(recipe: Any) -> Any:

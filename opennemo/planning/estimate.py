@@ -52,12 +52,14 @@ def resolve_shape(recipe: Recipe, shape: str | None, stored: str | None) -> tupl
             raise InvalidRequest(f"--shape is {shape}, allowed are {', '.join(PRESETS)}")
         config = PRESETS[shape]
     if config is None:
-        path = Path(recipe.model.path or "")
-        if not path.exists():
-            raise InvalidRequest(f"model.path {path} is not there: name its shape with --shape")
         from opennemo.model.checkpoint import open_checkpoint
+        from opennemo.model.hub import DEFAULT_MODEL, locate
 
-        checkpoint = open_checkpoint(path)
+        path = recipe.model.path or ""
+        if path != DEFAULT_MODEL and not Path(path).expanduser().exists():
+            # The hub's files are not fetched for arithmetic.
+            raise InvalidRequest(f"model.path {path} is not there: name its shape with --shape")
+        checkpoint = open_checkpoint(locate(path))
         config, stored = checkpoint.config, stored or checkpoint.format
     stored = stored or PLAIN
     if stored not in (allowed := (PLAIN, *names("store"))):

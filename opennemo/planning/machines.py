@@ -3,6 +3,7 @@
 import re
 import time
 from dataclasses import dataclass
+from typing import Any
 
 from opennemo.errors import InvalidRequest
 
@@ -29,6 +30,7 @@ CARDS = {
     "l40s": Card(memory=45.0 * GIB, flops=362e12, link=32 * GB, network=25 * GB),
     "4090": Card(memory=24.0 * GIB, flops=165e12, link=32 * GB, network=12.5 * GB),
 }
+CPU: dict[str, Any] = {"overhead": 0.7 * GIB, "bytes": 4}
 
 
 def read_bandwidth() -> float:
@@ -56,6 +58,18 @@ class Machines:
         return self.gpus * self.nodes
 
 
+def this_machine(device: str, ranks: int = 1) -> Machines:
+    """What is free here for each of so many ranks on "cpu" or "cuda"; speeds are not measured."""
+    from opennemo.model.memory import available_memory
+
+    free = available_memory()
+    if device == "cpu":
+        card = Card(memory=free["cpu"] / ranks, flops=1, **CPU)
+    else:
+        card = Card(memory=min(free[name] for name in free if name != "cpu"), flops=1)
+    return Machines(device, card, ranks, 1)
+
+
 def parse_machines(gpus: str, nodes: int) -> Machines:
     """`8xH100` and a number of nodes; `1xcpu` is this machine, measured.
 
@@ -72,7 +86,7 @@ def parse_machines(gpus: str, nodes: int) -> Machines:
 
         flops = matmul_flops(torch.device("cpu"), torch.float32)
         memory = float(machine_memory()["cpu"])
-        return Machines(name, Card(memory=memory, flops=flops, overhead=0.7 * GIB, bytes=4), 1, 1)
+        return Machines(name, Card(memory=memory, flops=flops, **CPU), 1, 1)
     if name not in CARDS or n < 1:
         cards = ", ".join(name.upper() for name in CARDS)
         raise InvalidRequest(f"--gpus is {gpus}: write a number and a card, 8xH100; known: {cards}")

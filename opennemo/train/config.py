@@ -8,9 +8,10 @@ that it began with. What the settings do is the business of the modules they are
 
 import json
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args, get_origin, get_type_hints
 
 from pydantic import (
     AfterValidator,
@@ -223,8 +224,19 @@ def parse_recipe(tree: dict[str, Any], where: str) -> Recipe:
         # As JSON, in which a strict tree takes tables for dataclasses and arrays for tuples.
         return TypeAdapter(Recipe).validate_json(json.dumps(tree, default=str))
     except ValidationError as error:
-        problems = named_problems(error.errors(include_url=False))
+        problems = named_problems(error.errors(include_url=False), _keys(Recipe))
         raise InvalidRequest(f"{where}: {problems}") from None
+
+
+def _keys(kind: Any, prefix: str = "") -> Iterator[str]:
+    """Every key of a recipe, with dots."""
+    if is_dataclass(kind):
+        for name, type in get_type_hints(kind).items():
+            yield f"{prefix}{name}"
+            yield from _keys(type, f"{prefix}{name}.")
+    elif get_origin(kind) is not tuple:  # a list's own keys are named by their places
+        for part in get_args(kind):
+            yield from _keys(part, prefix)
 
 
 def to_json(recipe: Recipe) -> str:

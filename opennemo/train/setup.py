@@ -96,11 +96,17 @@ def make_model(
         for name in ("rope_theta", "max_position_embeddings")
         if (value := getattr(recipe.model, name)) is not None
     }
-    if path is None:
-        shape = recipe.model.new_shape
-        assert shape is not None
+    checkpoint = None if path is None else open_checkpoint(path)
+    shape = checkpoint.config if checkpoint else recipe.model.new_shape
+    assert shape is not None
+    positions = wanted.get("max_position_embeddings", shape.max_position_embeddings)
+    if recipe.data.window > positions:
+        raise InvalidRequest(
+            f"data.window is {recipe.data.window:,}, and the model has {positions:,} positions; "
+            "model.max_position_embeddings raises them, with model.rope_theta for a longer context"
+        )
+    if checkpoint is None:
         return initialise_(Transformer(replace(shape, **wanted)), recipe.seed)
-    checkpoint = open_checkpoint(path)
     if checkpoint.format and recipe.lora is None:
         raise InvalidRequest(
             f"model.path is stored as {checkpoint.format}, whose codes cannot learn: adapt it "

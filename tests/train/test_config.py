@@ -42,7 +42,10 @@ def test_defaults_overrides_and_a_round_trip(write, tmp_path):
     ("change", "message"),
     [
         ("optim = { learning_rate = 1.0 }", "optim.learning_rate is not a setting"),
-        ("stepz = 1", "stepz is not a setting"),
+        ("stepz = 1", "stepz is not a setting; did you mean steps?"),
+        ("optim = { weigth_decay = 0.1 }", "did you mean optim.weight_decay?"),
+        ("windows = 7", "windows is not a setting; did you mean data.window?"),
+        ("lora = { rnk = 4 }", "lora.rnk is not a setting; did you mean lora.rank?"),
         ('optim = { lr = "fast" }', "optim.lr is 'fast': Input should be a valid number"),
         ("optim = { lr = -1.0 }", "optim.lr is -1.0: Input should be greater than 0"),
         ("seed = true", "seed is True: Input should be a valid integer"),

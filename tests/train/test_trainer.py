@@ -191,9 +191,13 @@ def wait_for_step(run: Path, step: int) -> None:
 
 def test_signals_and_kills_cost_nothing(recipe_file, tmp_path):
     train(read_recipe(recipe_file), tmp_path / "whole", quiet=True)
-    for number, code, word in ((signal.SIGTERM, 143, "is saved"), (signal.SIGKILL, -9, "")):
+    for number, step, code, word in (
+        (signal.SIGTERM, 7, 143, "is saved; the same command goes on"),
+        (signal.SIGINT, 12, 130, "is saved; the same command goes on"),
+        (signal.SIGKILL, 17, -9, "goes on after step 1"),
+    ):
         process = start(tmp_path / "run", recipe_file)
-        wait_for_step(tmp_path / "run", 7 if number == signal.SIGTERM else 17)
+        wait_for_step(tmp_path / "run", step)
         os.kill(process.pid, number)
         _, err = process.communicate(timeout=60)
         assert process.returncode == code, err
