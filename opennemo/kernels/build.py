@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -63,11 +64,28 @@ def build(instructions: str) -> Path:
         CompilerMissing: it has to be compiled, and that failed as `compile_into` says.
     """
     name = library_name(instructions)
-    cached = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "opennemo"
-    for folder in (PREBUILT, cached):
-        if (library := folder / name).exists():
-            return library
-    return compile_into(cached, instructions)
+    if (library := PREBUILT / name).exists():
+        return library
+    library = library_path(name)
+    return library if library.exists() else compile_into(library.parent, instructions)
+
+
+def library_path(name: str) -> Path:
+    """Where a library of this name is, or may be written: the user's cache, if that can be."""
+    with suppress(OSError, RuntimeError):  # RuntimeError: there is no home
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "opennemo"
+        if not (folder / name).exists():
+            folder.mkdir(parents=True, exist_ok=True)
+        if (folder / name).exists() or os.access(folder, os.W_OK):
+            return folder / name
+    with suppress(OSError, AttributeError):  # AttributeError: Windows has no such ids
+        folder = Path(tempfile.gettempdir()) / f"opennemo-{os.getuid()}"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        about = folder.stat()
+        # What lies there is run, so nobody else may have put it there.
+        if about.st_uid == os.getuid() and not about.st_mode & 0o077:
+            return folder / name
+    return Path(tempfile.mkdtemp(prefix="opennemo-")) / name
 
 
 def library_name(instructions: str) -> str:

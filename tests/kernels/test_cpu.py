@@ -46,3 +46,17 @@ def test_a_kernel_of_another_source_is_not_taken(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(build, "FLAGS", [*build.FLAGS, "-DNEWER"])
     with pytest.raises(build.CompilerMissing, match="no C\\+\\+ compiler found"):
         build.build("portable")
+
+
+def test_where_the_cache_cannot_be_written_a_private_temporary_folder_is_used(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    (tmp_path / "home").write_text("no folder")
+    (temporary := tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(build.tempfile, "tempdir", str(temporary))
+    place = build.library_path("a.so")
+    assert place.parent.parent == temporary and place == build.library_path("a.so")
+    assert place.parent.stat().st_mode & 0o777 == 0o700
+    place.parent.chmod(0o777)  # others may have put something there
+    assert build.library_path("a.so") != place
