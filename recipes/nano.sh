@@ -3,7 +3,8 @@
 #
 #     recipes/nano.sh [OUT] [SIZE] [--set KEY=VALUE ...]
 #
-# SIZE is toy (minutes on two cores) or gpu (half an hour of one); settings go to both trainings.
+# SIZE is toy (minutes on two cores, to see all steps) or gpu (half an hour of one, for a model that
+# writes sentences); settings go to both trainings.
 #
 # Texts are JSON lines of "text" in $TEXTS, by default what Python's own documentation brings along,
 # which is enough to see everything run. Conversations are JSON lines of "messages" in $CHATS, by
@@ -12,8 +13,21 @@ set -euo pipefail
 out=${1:-runs/nano} size=${2:-toy} here=$(dirname "$0")
 settings=("${@:3}")
 run() { echo "+ opennemo $*" >&2; "${OPENNEMO:-opennemo}" "$@"; }
+case $size in toy | gpu) ;; *) echo "SIZE is $size, allowed are toy and gpu" >&2; exit 2 ;; esac
 [ "$size" = toy ] && vocab=2048 n_chats=3000 || { vocab=32768; n_chats=20000; }
 mkdir -p "$out"
+if [ "$size" = toy ]; then
+    cat >&2 <<'TEXT'
+The toy takes some ten minutes on two free cores. Its 1.2 M weights learn the form of answers and of calls of
+tools, and little of what words mean: expect whole words, broken sentences, and calls of invented tools.
+For a model that makes sense: `make chat`, or recipes/smollm2-lora.toml, which adapts one to data of yours.
+TEXT
+else
+    cat >&2 <<'TEXT'
+This takes about half an hour of one H100, and longer on other cards. 60 M weights learn from the texts that
+TEXTS names, some 0.6 billion tokens of them; from Python's own documentation alone it learns that by heart.
+TEXT
+fi
 
 if [ -z "${TEXTS:-}" ]; then
     TEXTS="$out/texts.jsonl"
@@ -46,3 +60,4 @@ run train "$here/nano-$size-instruct.toml" --out "$out/instruct" \
     "${settings[@]}"
 run plot "$out/base" "$out/instruct" -o "$out/curves.png"
 echo "Is it raining in Paris?" | run chat "$out/instruct/fp8-static" --max-tokens 60
+echo "To talk to it: opennemo chat $out/instruct/fp8-static" >&2
