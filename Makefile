@@ -71,7 +71,7 @@ MINUTES ?= 1
 soak: .venv/installed-dev ## eight clients at one server for MINUTES=1, and what it holds then
 	$(BIN)/python tests/chaos/soak.py --minutes $(MINUTES)
 
-clients: .venv/installed-dev ## the real clients of eight SDKs against our server, each in its own environment
+clients: .venv/installed-dev ## the real clients of sixteen libraries against our server, each in its own environment
 	$(BIN)/python tests/clients/run.py
 
 check: .venv/installed-dev audit ## lint, format, types and known vulnerabilities
