@@ -130,7 +130,8 @@ def quantize(
     format: Annotated[
         str,
         typer.Option(
-            help="A folder in {store} (a static one needs --calibrate), or a GGUF file in {gguf}."
+            help="A folder in {store} (a static one needs --calibrate; int8 is for OpenNemo alone, "
+            "w8a8 is what others read), or a GGUF file in {gguf}."
         ),
     ] = "fp8",
     to: Annotated[
@@ -148,7 +149,7 @@ def quantize(
         str | None, typer.Option(help="{scaled}: also write the scales of such a KV cache.")
     ] = None,
 ) -> None:
-    """Write a model in fewer bits: a folder, which vLLM reads too, or a file for llama.cpp."""
+    """Write a model in fewer bits: a folder, for vLLM too but in int8, or a file for llama.cpp."""
     from opennemo.model import export
     from opennemo.model.formats import FORMATS, SCALED_KV, names
     from opennemo.model.gguf_writer import MIXTURES
@@ -190,19 +191,84 @@ def quantize(
 
 @app.command()
 def merge(
-    model: Model,
-    adapter: Annotated[Path, typer.Argument(help="A LoRA's folder, as PEFT writes it.")],
-    out: NewModel,
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            help="MODEL ADAPTER OUT: a model, a LoRA's folder as PEFT writes it, what to write. "
+            "With --method, models of one shape."
+        ),
+    ],
+    method: Annotated[
+        str | None, typer.Option(help="Merge models: linear, slerp, ties or dare, as in mergekit.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="What to write, as for convert.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="ties, dare: what the models were made of.")
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="One of each model, 0.7,0.3; equal shares by default.")
+    ] = None,
+    densities: Annotated[
+        str | None,
+        typer.Option(help="ties, dare: the share of each model's changes that stays; 1, all."),
+    ] = None,
+    t: Annotated[float, typer.Option(help="slerp: 0 is the first model, 1 the second.")] = 0.5,
+    normalize: Annotated[
+        bool | None,
+        typer.Option(help="Divide by the sum of weights; by default linear and ties do."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="dare: the same seed drops the same changes.")] = 0,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            help="Of which of the models settings, tokenizer and template are; the base's, else "
+            "the first's."
+        ),
+    ] = None,
+    to: Annotated[str | None, typer.Option(help="With --method: hf, mistral or gguf.")] = None,
     dtype: Dtype = None,
 ) -> None:
-    """Fold an adapter into the weights of a model, in the layout that it has or as NAME.gguf."""
-    from opennemo.model.export import merge as fold
+    """Fold an adapter into a model, in the layout that it has or as NAME.gguf; or merge models."""
     from opennemo.model.hub import locate
 
     stored_as = _dtype(dtype)
-    with progress("Merging", unit="bytes") as bar:
-        fold(locate(model), adapter, out, dtype=stored_as, progress=bar.update)
+    if method is None:
+        from opennemo.model.export import merge as fold
+
+        given = locals()
+        for name in ("base", "weights", "densities", "normalize", "tokenizer", "to"):
+            if given[name] is not None:
+                raise InvalidRequest(f"--{name} belongs to merging models: give --method, too")
+        if len(models) + (out is not None) != 3:
+            raise InvalidRequest("merge takes MODEL ADAPTER OUT, or models, --method and --out")
+        out = Path(models[2]) if out is None else out
+        with progress("Merging", unit="bytes") as bar:
+            fold(locate(models[0]), Path(models[1]), out, dtype=stored_as, progress=bar.update)
+    else:
+        from opennemo.model.merge_models import METHODS, Mixing, merge_models
+
+        mixing = Mixing(
+            method=one_of("--method", method, METHODS), weights=_numbers("--weights", weights),
+            densities=_numbers("--densities", densities), t=t, normalize=normalize, seed=seed,
+        )  # fmt: skip
+        if out is None:
+            raise InvalidRequest(f"--method {method} needs --out: what to write")
+        with progress("Merging", unit="bytes") as bar:
+            merge_models(
+                [*map(locate, models)], out, mixing, base=base and locate(base),
+                companions=tokenizer and locate(tokenizer),
+                to=_layout(to, out, (*LAYOUTS, "gguf")), dtype=stored_as,
+                progress=bar.update, say=bar.say,
+            )  # fmt: skip
     print(f"Wrote {out}")
+
+
+def _numbers(option: str, text: str | None) -> tuple[float, ...]:
+    """Numbers between commas."""
+    try:
+        return tuple(map(float, text.split(","))) if text else ()
+    except ValueError:
+        raise InvalidRequest(f"{option} {text}: allowed are numbers between commas") from None
 
 
 def _windows(window: Any) -> str:

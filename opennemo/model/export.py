@@ -313,12 +313,9 @@ def merge(
     parts = read_adapter(adapter, source.config)
     wanted = dtype or source.dtype
 
-    def folded(name: str, weight: Tensor) -> Tensor:
-        module = name.removesuffix(".weight")
-        return fold(weight, *parts[module]) if module in parts else weight
-
     def read(name: str) -> Tensor:
-        return folded(name, source.read(name, torch.float32)).to(wanted)
+        module, weight = name.removesuffix(".weight"), source.read(name, torch.float32)
+        return (fold(weight, *parts[module]) if module in parts else weight).to(wanted)
 
     if dst.suffix == ".gguf":
         from opennemo.model import gguf_writer as writer
@@ -329,7 +326,7 @@ def merge(
             )
         types, number = writer.plain_types(source.shapes, wanted)
         writer.write_gguf(
-            dst, src, source, types=types, file_type=number, change=folded, progress=progress
+            dst, src, source, types=types, file_type=number, read=read, progress=progress
         )
         return
     layout = "hf" if source.layout == "gguf" else source.layout

@@ -152,7 +152,7 @@ def write_gguf(
     types: Mapping[str, str],
     file_type: int,
     importance: Mapping[str, Tensor] | None = None,
-    change: Callable[[str, Tensor], Tensor] | None = None,
+    read: Callable[[str], Tensor] | None = None,
     progress: Progress = lambda done, total: None,
 ) -> None:
     """Write the opened model `source` of the path `src` as a file, whole or not at all.
@@ -161,7 +161,7 @@ def write_gguf(
         types: of every weight, by Mistral's name: "f32", "f16", "bf16" or one of `blocks.TYPES`.
         file_type: what the head says of the types, a number of llama.cpp's.
         importance: of the inputs of matrices (D,), by the path of the module.
-        change: what becomes of a weight before it is written, as when an adapter is folded in.
+        read: gives a weight in place of the source's own, as when an adapter is folded in.
         progress: called with the bytes of weights that are written, and of all.
 
     Raises:
@@ -188,7 +188,7 @@ def write_gguf(
         if factors is not None and name == "rope_freqs.weight":
             return iter([factors.view(torch.uint8)])
         weight = (importance or {}).get(name.removesuffix(".weight"))
-        return _parts(src, source, name, types[name], weight, change)
+        return _parts(src, source, name, types[name], weight, read)
 
     _write(dst, fields, tensors, parts, progress)
 
@@ -308,22 +308,20 @@ def _parts(
     name: str,
     type: str,
     importance: Tensor | None,
-    change: Callable[[str, Tensor], Tensor] | None,
+    read: Callable[[str], Tensor] | None,
 ) -> Iterator[Tensor]:
     """The bytes of one weight in a type, some rows at a time."""
     own, shape = layouts.spell(name, source.layout), source.shapes[name]
     n_rows = max(1, CHUNK // shape[-1])
     stored = source.files.type_of(own).lower() if source.layout == "gguf" else None
-    if change is None and stored == type and Type[type.upper()] not in PLAIN:
+    if read is None and stored == type and Type[type.upper()] not in PLAIN:
         yield from (rows.flatten() for rows in source.files.read_codes(own).split(n_rows))
         return
-    if change is None and stored in blocks.TYPES and len(shape) == 2:
+    if read is None and stored in blocks.TYPES and len(shape) == 2:
         for codes in source.files.read_codes(own).split(n_rows):
             yield _bytes(src, name, blocks.dequantize(stored, codes), type, importance)
         return
-    dtype = torch.float32 if change else source.files.dtypes[own]
-    weight = source.read(name, dtype)
-    weight = change(name, weight) if change else weight
+    weight = read(name) if read else source.read(name, source.files.dtypes[own])
     for rows in (weight if len(shape) == 2 else weight[None]).split(n_rows):
         yield _bytes(src, name, rows, type, importance)
 

@@ -70,26 +70,34 @@ def difference_beside(folder: Path, tokenizer: Tokenizer) -> str | None:
         CheckpointError: a tokenizer or template beside it is damaged, or the tokenizer is of
             another vocabulary.
     """
-    from opennemo.tokenizer.chat import encode_chat
     from opennemo.tokenizer.huggingface import read_chat_template
-    from opennemo.tokenizer.template import PROBES
 
     if tokenizer_file(folder) is not None:
-        other = load_tokenizer(folder)
-        n_common = min(other.vocab_size, tokenizer.vocab_size)
-        for id in range(n_common):
-            ours, theirs = tokenizer.token_bytes(id), other.token_bytes(id)
-            if ours and theirs and ours != theirs:
-                raise CheckpointError(
-                    f"{folder}: its vocabulary is another one: id {id} is {theirs!r}, not {ours!r}"
-                )
-        if other.vocab_size > tokenizer.vocab_size:
-            return f"its tokenizer has {other.vocab_size:,} tokens, not {tokenizer.vocab_size:,}"
-    elif (template := read_chat_template(folder)) is not None:
-        other = copy(tokenizer)
-        other.chat_template, other.instruct_version = template, None
-    else:
+        return difference(load_tokenizer(folder), tokenizer, folder)
+    if (template := read_chat_template(folder)) is None:
         return None
+    other = copy(tokenizer)
+    other.chat_template, other.instruct_version = template, None
+    return difference(other, tokenizer, folder)
+
+
+def difference(other: Tokenizer, tokenizer: Tokenizer, where: Path) -> str | None:
+    """How another tokenizer or its template differs from a model's; None if alike.
+
+    Raises:
+        CheckpointError: it is of another vocabulary.
+    """
+    from opennemo.tokenizer.chat import encode_chat
+    from opennemo.tokenizer.template import PROBES
+
+    for id in range(min(other.vocab_size, tokenizer.vocab_size)):
+        ours, theirs = tokenizer.token_bytes(id), other.token_bytes(id)
+        if ours and theirs and ours != theirs:
+            raise CheckpointError(
+                f"{where}: its vocabulary is another one: id {id} is {theirs!r}, not {ours!r}"
+            )
+    if other.vocab_size > tokenizer.vocab_size:
+        return f"its tokenizer has {other.vocab_size:,} tokens, not {tokenizer.vocab_size:,}"
 
     def lay_out(by: Tokenizer, messages: list[dict]) -> list[int] | None:
         try:

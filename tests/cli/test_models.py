@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import pytest
+import torch
 
-from opennemo.model.checkpoint import open_checkpoint
+from opennemo.model.checkpoint import load, open_checkpoint
 from opennemo.model.gguf import GGUF
+from opennemo.model.lora import add_lora_, save_adapter
 from tests.cli.conftest import opennemo
 from tests.model.test_gguf_writer import make
 
@@ -37,6 +39,24 @@ def test_quantize_writes_a_mixture_weighted_by_texts(model: Path, tmp_path: Path
     assert codes[0].shape == codes[1].shape and not codes[0].equal(codes[1])
 
 
+def test_merge_folds_an_adapter_or_merges_models(model: Path, tmp_path: Path):
+    adapter, other = tmp_path / "adapter", tmp_path / "other"
+    learner = load(model)
+    add_lora_(learner, rank=4, alpha=8.0, generator=torch.Generator().manual_seed(0))
+    save_adapter(learner, adapter, base_model_name=str(model))
+    for args in (
+        [model, adapter, other],
+        [model, other, "--method", "linear", "--weights", "3,1", "--out", tmp_path / "mean.gguf"],
+        [model, other, "--method", "dare", "--base", model, "--densities", "0.5", "--out",
+         tmp_path / "dare"],
+    ):  # fmt: skip
+        done = opennemo("merge", *map(str, args))
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.decode() == f"Wrote {args[-1]}\n"
+    assert "random_seed" in (tmp_path / "dare" / "README.md").read_text()
+    assert open_checkpoint(tmp_path / "mean.gguf").config == open_checkpoint(model).config
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -48,6 +68,15 @@ def test_quantize_writes_a_mixture_weighted_by_texts(model: Path, tmp_path: Path
         (["quantize", "{model}", "{tmp}/a.gguf", "--format", "int8"], "--to is gguf, allowed are"),
         (["quantize", "{model}", "{tmp}/a.gguf", "--format", "q9"], "allowed are fp8, "),
         (["quantize", "{model}", "{tmp}/a.gguf", "--format", "q4_0", "--kv", "fp8"], "a folder"),
+        (["merge", "{model}", "{model}"], "merge takes MODEL ADAPTER OUT"),
+        (["merge", "{model}", "{tmp}/a", "{tmp}/b", "--base", "{model}"], "give --method, too"),
+        (["merge", "{model}", "{model}", "--method", "linear"], "needs --out"),
+        (["merge", "{model}", "--method", "ties", "--out", "{tmp}/a"], "ties needs the base"),
+        (["merge", "{model}", "--method", "mean", "--out", "{tmp}/a"], "allowed are linear, slerp"),
+        (
+            ["merge", "{model}", "{model}", "--method", "linear", "--weights", "a", "--out", "b"],
+            "--weights a: allowed are numbers",
+        ),
         (
             ["quantize", "{model}", "{tmp}/a.gguf", "--format", "q4_0", "--calibrate", "{tmp}/0"],
             "{tmp}/0",
