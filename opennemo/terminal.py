@@ -173,7 +173,10 @@ class Conversation:
                 reply.cancel()
             lines.flush()
         seconds = time.perf_counter() - started
-        notes = {None: ", stopped", "length": ", cut off by the length limit"}
+        notes = {
+            None: ", stopped", "length": ", cut off by the length limit",
+            "repetition": ", cut off as it repeated itself",
+        }  # fmt: skip
         note = notes.get(reply.finish_reason, "")
         rate = len(reply.ids) / seconds
         self.console.print(f"\n[dim]{len(reply.ids)} tokens, {rate:.1f} a second{note}[/dim]")

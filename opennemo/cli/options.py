@@ -79,6 +79,13 @@ Temperature = Annotated[
 TopP = Annotated[float | None, typer.Option(help="Keep the likeliest tokens up to this mass.")]
 TopK = Annotated[int | None, typer.Option(help="Keep this many of the likeliest tokens.")]
 Seed = Annotated[int | None, typer.Option(help="The same seed gives the same answer again.")]
+Repeats = Annotated[
+    int | None,
+    typer.Option(
+        "--stop-repeats", min=2,
+        help="End an answer that says the same, up to 256 tokens, this many times in a row.",
+    ),
+]  # fmt: skip
 MaxTokens = Annotated[int | None, typer.Option(help="The longest answer, in tokens.")]
 Gpus = Annotated[
     str, typer.Option(help="Of a machine: 8xH100; H200, B200, A100-80, L40S, 4090; or 1xcpu.")
@@ -121,6 +128,15 @@ class NamesFormats(TyperCommand):
 def given(**options: Any) -> dict[str, Any]:
     """The options that were given; the rest is left to the model's defaults."""
     return {name: value for name, value in options.items() if value is not None}
+
+
+def stops_repeats(count: int | None) -> Any:
+    """What `--stop-repeats` asks of the engine."""
+    if count is None:
+        return None
+    from opennemo.engine.params import Repetition
+
+    return Repetition(max_pattern_size=256, min_count=count)
 
 
 def flags(**options: Any) -> list[str]:

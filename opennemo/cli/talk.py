@@ -24,12 +24,14 @@ from opennemo.cli.options import (
     Model,
     NamesFormats,
     Ranks,
+    Repeats,
     Seed,
     Temperature,
     TopK,
     TopP,
     given,
     read_text,
+    stops_repeats,
     user_folder,
 )
 from opennemo.errors import InvalidRequest
@@ -50,6 +52,7 @@ def chat(
     top_k: TopK = None,
     seed: Seed = None,
     max_tokens: MaxTokens = 2048,
+    repeats: Repeats = None,
     format: Format = "auto",
     max_context: MaxContext = None,
     kv_format: KvFormat = None,
@@ -76,8 +79,9 @@ def chat(
         kept = user_folder("XDG_STATE_HOME", ".local/state") / "sessions" / f"{session}.json"
         cache_dir = cache_dir or user_folder("XDG_CACHE_HOME", ".cache") / "prefixes"
     sampling = given(
-        temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, max_tokens=max_tokens
-    )
+        temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, max_tokens=max_tokens,
+        repetition_detection=stops_repeats(repeats),
+    )  # fmt: skip
     text = None if sys.stdin.isatty() else read_text()
     from opennemo.terminal import answer, converse
 
@@ -107,6 +111,7 @@ def generate(
     top_k: TopK = None,
     seed: Seed = None,
     max_tokens: MaxTokens = 256,
+    repeats: Repeats = None,
     format: Format = "auto",
     max_context: MaxContext = None,
     kv_format: KvFormat = None,
@@ -124,15 +129,14 @@ def generate(
         raise InvalidRequest("give a prompt or --file FILE, one of the two")
     text = read_text(file) if file else prompt
     sampling = given(
-        temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, max_tokens=max_tokens
-    )
+        temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, max_tokens=max_tokens,
+        repetition_detection=stops_repeats(repeats),
+    )  # fmt: skip
     with _load(
         model, format, device, max_context=max_context, kv_format=kv_format, kv_scale=kv_scale,
         tensor_parallel_size=ranks, draft=draft, n_draft_tokens=guesses, cache_dir=cache_dir,
-        max_cache_size=max_cache_size, adapters=adapter is not None,
+        max_cache_size=max_cache_size, adapters={"own": adapter} if adapter else {},
     ) as llm:  # fmt: skip
-        if adapter is not None:
-            llm.load_adapter("own", adapter)
         asked = {"stop": tuple(stop or ()), "adapter": adapter and "own"}
         for piece in llm.complete(text or "", **asked, **sampling):
             print(piece, end="", flush=True)

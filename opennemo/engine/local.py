@@ -314,6 +314,10 @@ class LocalEngine(Loop):
             ends |= matcher is None or matcher.accepts
         if ends or (matcher is not None and matcher.complete):
             reason = "stop"
+        elif (loop := params.repetition_detection) and loop.ends(
+            sequence.tokens, sequence.n_prompt
+        ):
+            reason = "repetition"
         elif sequence.n_output >= sequence.max_tokens:
             reason = "length"
         first = sequence.n_output == 1 and params.prompt_logprobs is not None

@@ -1,6 +1,6 @@
 """How a request wants its tokens chosen, with bounds for every number."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
@@ -34,6 +34,39 @@ _BOUNDS: dict[str, tuple[float, float]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
+class Repetition:
+    """Ends an answer whose last tokens are one pattern over and over, with vLLM's names.
+
+    Raises:
+        InvalidRequest: a number out of bounds, naming the field and what is allowed.
+    """
+
+    max_pattern_size: int  # tokens of the longest pattern that is looked for
+    min_pattern_size: int = 1
+    min_count: int = 2  # how often it must stand at the end, one behind the other
+
+    def __post_init__(self) -> None:
+        bounds = {"max_pattern_size": (1, 2048), "min_count": (2, 2**20)}
+        bounds["min_pattern_size"] = (1, self.max_pattern_size)
+        for name, (low, high) in bounds.items():
+            if not low <= (value := getattr(self, name)) <= high:
+                wrong = f"repetition_detection.{name} is {value}, allowed is {low} to {high:,}"
+                raise InvalidRequest(wrong)
+
+    def ends(self, tokens: Sequence[int], start: int) -> bool:
+        """Whether the tokens from `start` on end in such a repetition."""
+        longest = min(self.max_pattern_size, (len(tokens) - start) // self.min_count)
+        last = tokens[-1] if tokens else None
+        for size in range(self.min_pattern_size, longest + 1):
+            if tokens[-1 - size] != last:  # nearly all sizes
+                continue
+            whole = tokens[-size * self.min_count :]
+            if whole[size:] == whole[:-size]:
+                return True
+        return False
+
+
+@dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How to choose tokens. The defaults are greedy, without limits but the model's own.
 
@@ -64,6 +97,7 @@ class SamplingParams:
     bad_words: tuple[tuple[int, ...], ...] = ()  # ids that never follow one another in the answer
     stop_ids: frozenset[int] = frozenset()  # besides the model's EOS
     ignore_eos: bool = False
+    repetition_detection: Repetition | None = None  # None: an answer may repeat itself
     seed: int | None = None  # same seed, same answer, whatever else is in the batch
     logprobs: int | None = None  # report the chosen token's, and this many of the likeliest
     prompt_logprobs: int | None = None  # the same for the tokens of the prompt

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from opennemo.errors import OpenNemoError
 from opennemo.tokenizer.calls import Call
 
-FinishReason = Literal["stop", "length", "tool_calls", "cancelled", "error"]
+FinishReason = Literal["stop", "length", "tool_calls", "repetition", "cancelled", "error"]
 
 
 @dataclass(frozen=True, kw_only=True)

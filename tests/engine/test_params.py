@@ -1,8 +1,11 @@
 """Every number of SamplingParams has bounds."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from opennemo.engine import SamplingParams
+from opennemo.engine.params import Repetition
 from opennemo.errors import InvalidRequest
 
 
@@ -13,3 +16,29 @@ from opennemo.errors import InvalidRequest
 def test_numbers_out_of_bounds_are_refused_by_name(name, value):
     with pytest.raises(InvalidRequest, match=name):
         SamplingParams(**{name: value})
+
+
+@given(
+    st.lists(st.integers(0, 2), max_size=24),
+    st.integers(1, 6), st.integers(1, 6), st.integers(2, 5), st.integers(0, 8),
+)  # fmt: skip
+def test_a_repetition_is_a_pattern_over_and_over_at_the_end(tokens, most, least, count, start):
+    """As vLLM finds it: the first size of a pattern that stands `count` times at the end."""
+    start, least = min(start, len(tokens)), min(least, most)
+    answer = tokens[start:]
+    expected = any(
+        len(answer) >= size * count and answer[-size * count :] == answer[-size:] * count
+        for size in range(least, most + 1)
+    )
+    detection = Repetition(max_pattern_size=most, min_pattern_size=least, min_count=count)
+    assert detection.ends(tokens, start) == expected
+
+
+@pytest.mark.parametrize(
+    ("numbers", "name"),
+    [((0, 1, 2), "max_pattern_size"), ((4, 5, 2), "min_pattern_size"), ((4, 1, 1), "min_count")],
+)
+def test_a_repetition_has_bounds(numbers, name):
+    most, least, count = numbers
+    with pytest.raises(InvalidRequest, match=f"repetition_detection.{name} is"):
+        Repetition(max_pattern_size=most, min_pattern_size=least, min_count=count)

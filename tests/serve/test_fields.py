@@ -198,3 +198,40 @@ def test_dry_ends_a_repetition(http):
     assert set(ask(http, **few, **dry, dry_penalty_last_n=0)) == {64 + ord("a")}
     assert set(ask(http, **few, **dry, dry_sequence_breakers=["a"])) == {64 + ord("a")}
     assert http.post(CHAT, json={**BODY, "dry_base": 0}).status_code == 422
+
+
+def test_an_answer_that_repeats_itself_ends_by_vllm_s_field(http):
+    few = {"allowed_token_ids": sorted(LETTERS), "temperature": 0, "max_tokens": 40}
+    few |= {"logit_bias": {2: -100, 64 + ord("a"): 5}}
+    detection = {"max_pattern_size": 3, "min_pattern_size": 2, "min_count": 5}
+    body = {**BODY, **few, "repetition_detection": detection}
+    (choice,) = http.post(CHAT, json=body).json()["choices"]
+    assert choice["message"]["content"] == "a" * 10
+    assert (choice["finish_reason"], choice["stop_reason"]) == ("length", "repetition_detected")
+    with http.stream("POST", CHAT, json={**body, "stream": True}) as response:
+        lines = [line[6:] for line in response.iter_lines() if line.startswith("data: {")]
+    last = [c for line in lines for c in json.loads(line)["choices"] if c["finish_reason"]]
+    assert [(c["finish_reason"], c["stop_reason"]) for c in last] == [
+        ("length", "repetition_detected")
+    ]
+    text = {"model": BODY["model"], "prompt": "Hi", **few, "repetition_detection": detection}
+    (choice,) = http.post("/v1/completions", json=text).json()["choices"]
+    assert choice["text"] == "a" * 10 and choice["stop_reason"] == "repetition_detected"
+    off = {**body, "repetition_detection": {"max_pattern_size": 0}}
+    (choice,) = http.post(CHAT, json=off).json()["choices"]
+    assert len(choice["message"]["content"]) == 40 and choice["stop_reason"] is None
+
+
+@pytest.mark.parametrize(
+    ("detection", "status"),
+    [
+        ({"max_pattern_size": 4, "min_count": 1}, 400),
+        ({"max_pattern_size": 4, "min_pattern_size": 5, "min_count": 2}, 400),
+        ({"max_pattern_size": 1e9}, 422),
+        ({"pattern": 4}, 422),
+        (True, 422),
+    ],
+)
+def test_repetitions_that_make_no_sense(http, detection, status):
+    answer = http.post(CHAT, json={**BODY, "repetition_detection": detection})
+    assert answer.status_code == status and "repetition_detection" in answer.text

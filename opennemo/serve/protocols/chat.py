@@ -61,7 +61,7 @@ def _chat_response(
             "index": i,
             "message": message,
             "logprobs": logprobs,
-            "finish_reason": answer.finish_reason,
+            "finish_reason": finish_reason(answer.finish_reason),
         }
         choices.append(entry | extras(llm.tokenizer, generation, i, body))
     content = {"choices": choices, "usage": generation.usage(), "service_tier": "default"}
@@ -126,7 +126,8 @@ class _ChatStory:
             usage = self._last_usage()
             calls = self._generation.answers[i].calls if self._mistral else []
             whole = {"tool_calls": [_call(call, delta=True) for call in calls]} if calls else {}
-            yield self._chunk(i, whole, usage, finish_reason=token.finish_reason, **more)
+            reason = finish_reason(token.finish_reason)
+            yield self._chunk(i, whole, usage, finish_reason=reason, **more)
 
     def _last_usage(self) -> dict[str, Any]:
         """What the last finishing chunk says of usage: Mistral's clients look for counts there."""
@@ -181,11 +182,19 @@ def _chat_logprobs(llm: LLM, tokens: list[Token]) -> dict[str, Any]:
     return {"content": content, "refusal": None}
 
 
+def finish_reason(reason: str | None) -> str | None:
+    """In OpenAI's words, which have none for an answer that was cut off as it repeated itself."""
+    return "length" if reason == "repetition" else reason
+
+
 def extras(
     tokenizer: Tokenizer, generation: Generation, index: int, body: Sampling
 ) -> dict[str, Any]:
     """vLLM's additions to a choice, where they were asked for."""
     more: dict[str, Any] = {}
+    if body.repetition_detection is not None:
+        repeats = generation.answers[index].finish_reason == "repetition"
+        more["stop_reason"] = "repetition_detected" if repeats else None
     if body.return_token_ids:
         ids = generation.answers[index].ids
         more |= {"token_ids": ids, "prompt_token_ids": generation.reply.prompt_ids}

@@ -10,7 +10,7 @@ from opennemo.engine import Token
 from opennemo.llm import LLM
 from opennemo.reply import Answer
 from opennemo.serve.error_bodies import Json, Refusal
-from opennemo.serve.protocols.chat import DONE, extras, head, prompt_logprobs
+from opennemo.serve.protocols.chat import DONE, extras, finish_reason, head, prompt_logprobs
 from opennemo.serve.protocols.schema import LEAST_LOGPROB, CompletionRequest
 from opennemo.serve.protocols.stream import STREAMS, EventStream, Generation, Several, event
 from opennemo.serve.service import TheClient, TheService
@@ -82,7 +82,8 @@ class _CompletionText:
     def choice(self, answer: Answer) -> dict[str, Any]:
         """A choice with an answer, or a part of one; the first part shows the prompt, too."""
         tokenizer, body, shown = self._llm.tokenizer, self._body, []
-        text, tokens, reason = answer.text, answer.tokens, answer.finish_reason
+        text, tokens = answer.text, answer.tokens
+        reason = finish_reason(answer.finish_reason)
         logprobs: dict[str, list] | None = None
         if body.logprobs is not None:
             names = ("tokens", "token_logprobs", "top_logprobs", "text_offset")

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field
 
+from opennemo.engine.params import Repetition
 from opennemo.errors import InvalidRequest
 from opennemo.llm import LLM
 from opennemo.serve.error_bodies import Refusal
@@ -136,6 +137,25 @@ class StreamOptions(BaseModel):
     include_usage: bool | None = False
 
 
+class RepetitionDetection(BaseModel):
+    """vLLM's, where 0 is its way to say off, or one token at the least."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    max_pattern_size: int = Field(0, ge=0, le=2048)
+    min_pattern_size: int = Field(0, ge=0, le=2048)
+    min_count: int = Field(0, ge=0, le=2**20)
+
+    def params(self) -> Repetition | None:
+        """The same for the engine. Raises: InvalidRequest, the numbers make no sense."""
+        if self.max_pattern_size == 0:
+            return None
+        least = max(self.min_pattern_size, 1)
+        return Repetition(
+            max_pattern_size=self.max_pattern_size, min_pattern_size=least, min_count=self.min_count
+        )
+
+
 class Sampling(Body):
     """How tokens are chosen: fields of OpenAI, Mistral and vLLM."""
 
@@ -183,6 +203,7 @@ class Sampling(Body):
         | None
     ) = None
     ignore_eos: bool | None = None
+    repetition_detection: RepetitionDetection | None = None
     n: int | None = Field(None, ge=1, le=16)
     best_of: int | None = Field(None, ge=1, le=1)
     prompt_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -214,6 +235,8 @@ class Sampling(Body):
             given["dry_breakers"] = _ids_with(llm.tokenizer, breakers)
         if (seed := self.seed if self.seed is not None else self.random_seed) is not None:
             given["seed"] = seed
+        if self.repetition_detection is not None:
+            given["repetition_detection"] = self.repetition_detection.params()
         if self.stop_token_ids:
             given["stop_ids"] = frozenset(self.stop_token_ids)
         if self.allowed_token_ids is not None:
