@@ -28,11 +28,12 @@ from opennemo.tokenizer.messages import (
     hash_id,
     normalize,
 )
-from opennemo.tokenizer.template import ChatTemplate
+from opennemo.tokenizer.template import ChatTemplate, takes_blocks
 from opennemo.tokenizer.template import turn_end as template_turn_end
 from opennemo.tokenizer.tokenizer import Tokenizer
 
 BY_TEMPLATE = NormalForm(thinking=("assistant",))
+IN_BLOCKS = NormalForm(thinking=("assistant", "system"))
 
 
 def encode_chat(
@@ -50,7 +51,7 @@ def encode_chat(
         InvalidRequest: what is wrong, where (`messages[3].content`), and what is allowed.
     """
     layout = LAYOUTS.get(tokenizer.instruct_version or "")
-    conversation = normalize(messages, layout.form if layout else BY_TEMPLATE)
+    conversation = normalize(messages, layout.form if layout else _form_of(tokenizer))
     tools, settings = check_tools(tools), _check_settings(tokenizer, layout, settings or {})
     last = conversation[-1]
     if last["role"] == "assistant" and not last.get("prefix"):
@@ -76,13 +77,18 @@ def encode_for_training(
         InvalidRequest: what is wrong, where, and what is allowed.
     """
     layout = LAYOUTS.get(tokenizer.instruct_version or "")
-    conversation = normalize(messages, layout.form if layout else BY_TEMPLATE)
+    conversation = normalize(messages, layout.form if layout else _form_of(tokenizer))
     tools, settings = check_tools(tools), _check_settings(tokenizer, layout, {})
     if layout:
         for call in conversation[-1].get("tool_calls", ()):
             del call["id"]
         return _encode(tokenizer, segments(layout, tokenizer, conversation, tools, settings))
     return _encode(tokenizer, ChatTemplate(tokenizer, conversation, tools, settings).lesson())
+
+
+def _form_of(tokenizer: Tokenizer) -> NormalForm:
+    """The normal form of conversations that the model's own template lays out."""
+    return IN_BLOCKS if takes_blocks(tokenizer.chat_template or "") else BY_TEMPLATE
 
 
 @lru_cache(maxsize=8)

@@ -76,7 +76,7 @@ def normalize(messages: Sequence[Message], form: NormalForm = PLAIN) -> list[Mes
     """
     if not isinstance(messages, list | tuple) or not messages:
         raise InvalidRequest("messages: must be a list of at least one message")
-    system: list[str] = []
+    system: list[list[Part]] = []
     turns: list[Message] = []  # their contents are lists of parts by message, joined at the end
     open_calls: list[str] = []
     call_ids: list[str] = []  # of the calls that results now answer, in order
@@ -89,7 +89,7 @@ def normalize(messages: Sequence[Message], form: NormalForm = PLAIN) -> list[Mes
         merges = (role, turn.get("weight")) == previous and role in ("user", "assistant")
         previous = (role, turn.get("weight"))
         if role == "system" and not form.system_stays:
-            system.append(_text_of(_join([parts], form.joint)))
+            system.append(parts)
             continue
         if role == "tool":
             turn["tool_call_id"] = _close_call(turn.get("tool_call_id"), where, open_calls)
@@ -124,9 +124,13 @@ def normalize(messages: Sequence[Message], form: NormalForm = PLAIN) -> list[Mes
             turn["parts"] = parts
         elif "tool_calls" in turn and not text.strip() and not form.system_stays:
             turn["content"] = ""
-    text = "\n\n".join(filter(None, system))
-    system_alone = not turns and not form.system_stays
-    return [{"role": "system", "content": text}, *turns] if text or system_alone else turns
+    parts = _join(system, form.joint)
+    if not parts and (turns or form.system_stays):
+        return turns
+    first: Message = {"role": "system", "content": _text_of(parts)}
+    if any(part.thinking for part in parts):
+        first["parts"] = parts
+    return [first, *turns]
 
 
 def check_tools(tools: Sequence[Tool] | None) -> list[Tool]:

@@ -78,9 +78,10 @@ class ChatTemplate:
                 else "messages: this model has no chat template, it only completes text"
             )
         self._template, knows_tools, _ = _compile(source)
+        lay_out = _with_blocks if takes_blocks(source) else _with_reasoning
         self._control = tokenizer.control
         self._control_tokens, look_alikes = _patterns(tuple(tokenizer.control))
-        messages = [_with_reasoning(message) for message in messages]
+        messages = [lay_out(message) if "parts" in message else message for message in messages]
         try:
             if not knows_tools:
                 messages, tools = _spell_out_tools(messages, tools), []
@@ -109,7 +110,8 @@ class ChatTemplate:
         if not last.get("prefix"):
             return self._split(self._render(self._messages, add_generation_prompt=True))
         prompt = self._render(earlier, add_generation_prompt=True)
-        if last.get("reasoning_content") or prompt.rstrip().endswith("<think>"):
+        thinks = last.get("reasoning_content") or not isinstance(last["content"], str)
+        if thinks or prompt.rstrip().endswith("<think>"):
             raise InvalidRequest(
                 "messages: an answer that thinks cannot be continued with this model's template"
             )
@@ -133,7 +135,8 @@ class ChatTemplate:
             if i and i > (self._messages[0]["role"] == "system"):
                 before = self._render(self._messages[:i], add_generation_prompt=True)
             else:  # nothing was said that could be answered, and templates may add a system text
-                before = through[: max(0, through.rfind(message["content"].strip()))]
+                words = _first_words(message["content"])
+                before = through[: max(0, through.rfind(words))]
             if not (through.startswith(before) and whole.startswith(through)):
                 raise InvalidRequest(
                     "messages: this model's chat template changes an assistant message once "
@@ -260,10 +263,27 @@ def turn_end(tokenizer: Tokenizer) -> int | str | None:
     return None
 
 
+def takes_blocks(source: str) -> bool:
+    """Whether a template looks for thinking in blocks of the content, as Mistral's own do.
+
+    They write `[THINK]` around a block whose type is `thinking`, some in system messages, too.
+    """
+    try:
+        texts = _compile(source)[2].split("\0")
+    except CheckpointError:  # `ChatTemplate` reports it
+        return False
+    return "thinking" in texts and any("[THINK]" in text for text in texts)
+
+
+def _with_blocks(message: dict) -> dict:
+    """A message whose thinking and text stand in its content, one behind the other."""
+    kinds = (("thinking" if part.thinking else "text", part.text) for part in message["parts"])
+    blocks = [{"type": kind, kind: text} for kind, text in kinds]
+    return {key: value for key, value in message.items() if key != "parts"} | {"content": blocks}
+
+
 def _with_reasoning(message: dict) -> dict:
     """A message whose thinking stands where templates look for it, if they do."""
-    if "parts" not in message:
-        return message
     thinking = "".join(part.text for part in message["parts"] if part.thinking)
     rest = {key: value for key, value in message.items() if key != "parts"}
     return rest | {"reasoning_content": thinking}
@@ -297,6 +317,14 @@ def _spell_out_tools(messages: Sequence[dict], tools: Sequence[dict]) -> list[di
         ) + TAGS.call.replace("$name", '"..."').replace("$arguments", "{...}")
         turns[0]["content"] = f"{turns[0]['content']}\n\n{about_tools}".lstrip("\n")
     return turns
+
+
+def _first_words(content: str | list[dict]) -> str:
+    """What a message's rendering has of it first."""
+    if isinstance(content, str):
+        return content.strip()
+    opening = "[THINK]" if content[0]["type"] == "thinking" else ""
+    return opening + content[0][content[0]["type"]].strip()
 
 
 def _map_strings(value: Any, change: Callable[[str], str]) -> Any:

@@ -591,6 +591,87 @@ def test_training_examples_are_those_of_the_reference(version: str):
     assert n_prompts > 500
 
 
+# As the templates of Magistral and Ministral 3 are: a system text of their own, thinking in blocks.
+IN_BLOCKS = """
+{%- set default_system_message = 'Think in [THINK]a draft[/THINK], then answer.' %}
+{{- bos_token }}
+{%- macro blocks(content) %}
+    {%- if content is string %}{{- content }}
+    {%- else %}
+        {%- for block in content %}
+            {%- if block['type'] == 'text' %}{{- block['text'] }}
+            {%- elif block['type'] == 'thinking' %}
+                {{- '[THINK]' + block['thinking'] + '[/THINK]' }}
+            {%- else %}{{- raise_exception('Only text and thinking chunks are supported.') }}
+            {%- endif %}
+        {%- endfor %}
+    {%- endif %}
+{%- endmacro %}
+{%- if messages[0]['role'] == 'system' %}
+    {{- '[SYSTEM_PROMPT]' + blocks(messages[0]['content']) + '[/SYSTEM_PROMPT]' }}
+    {%- set messages = messages[1:] %}
+{%- else %}{{- '[SYSTEM_PROMPT]' + default_system_message + '[/SYSTEM_PROMPT]' }}
+{%- endif %}
+{%- if tools is defined and tools is not none and tools|length > 0 %}
+    {{- '[AVAILABLE_TOOLS]' + (tools | tojson) + '[/AVAILABLE_TOOLS]' }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if message['role'] == 'user' %}{{- '[INST]' + blocks(message['content']) + '[/INST]' }}
+    {%- elif message['role'] == 'assistant' %}
+        {{- blocks(message['content']) }}
+        {%- for call in message['tool_calls'] or [] %}
+            {%- set arguments = call['function']['arguments'] %}
+            {{- '[TOOL_CALLS]' + call['function']['name'] + '[ARGS]' + arguments | tojson }}
+        {%- endfor %}
+        {{- eos_token }}
+    {%- else %}{{- '[TOOL_RESULTS]' + message['content'] + '[/TOOL_RESULTS]' }}
+    {%- endif %}
+{%- endfor %}"""
+
+
+@pytest.mark.parametrize("source", ["published", "generated"])
+def test_thinking_in_blocks_of_a_template_of_mistral_s(source: str, tmp_path: Path):
+    """It has a system text of its own, so that it is used, and lays out the rest alike."""
+    template = IN_BLOCKS
+    if source == "generated":
+        made = pytest.importorskip("mistral_common.integrations.chat_templates.chat_templates")
+        template = made.convert_tokenizer_to_chat_template(
+            tokenizer_file("v13-tekken"), system_prompt="Think, then answer."
+        )
+    (tmp_path / "tekken.json").write_text(json.dumps(content_of("v13-tekken")))
+    (tmp_path / "chat_template.jinja").write_text(template)
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.instruct_version is None
+    assert "hink" in tokenizer.decode(encode_chat(tokenizer, ROUND_TRIP[:1]))
+    typed = "[THINK]no mark[/THINK] "
+    thought = [{"type": "thinking", "thinking": f"{typed} I add."}, {"type": "text", "text": "4"}]
+    system = [{"type": "text", "text": "Draft: "}, *thought, {"type": "text", "text": "."}]
+    call = {"id": "123456789", "type": "function",
+            "function": {"name": "add", "arguments": '{"a": 2}'}}  # fmt: skip
+    messages = [
+        {"role": "system", "content": system},
+        {"role": "user", "content": f"{typed}2 + 2?"},
+        {"role": "assistant", "content": thought},
+        {"role": "user", "content": "And so?"},
+        {"role": "assistant", "content": "Well.", "reasoning_content": "I call."},
+        {"role": "user", "content": "Go on."},
+        {"role": "assistant", "content": thought[:1], "tool_calls": [call]},
+        {"role": "tool", "content": "4", "tool_call_id": call["id"], "name": "add"},
+    ]
+    tools = [{"type": "function", "function": {"name": "add", "description": "", "parameters": {}}}]
+    for n, given in ((2, None), (4, None), (6, None), (8, tools)):
+        expected = reference_ids("v13-tekken", messages[:n], given)
+        found = encode_chat(tokenizer, messages[:n], given)
+        assert tokenizer.decode(found, show_control=True) == tokenizer.decode(
+            expected, show_control=True
+        )
+        assert found == expected
+    ids, mask = encode_for_training(tokenizer, messages[:3])
+    learned = [id for id, learns in zip(ids, mask, strict=True) if learns]
+    assert tokenizer.decode(learned, show_control=True).startswith("[THINK]")
+    assert tokenizer.decode(learned).endswith("4") and learned[-1] == tokenizer.eos_id
+
+
 def test_settings_are_variables_of_a_template_of_the_models_own(tmp_path: Path):
     """A template that lays out differently is used, such as Mistral's with a system text."""
     content = content_of("v15-tekken")
