@@ -132,8 +132,9 @@ def _read_config(path: Path) -> _Scales:
     ):
         raise CheckpointError(
             f"{path}: init_lora_weights is {short(init)}, which also changes the base weights when "
-            "training begins; save the adapter as plain LoRA "
-            "(PEFT: save_pretrained with path_initial_model_for_weight_conversion)"
+            "training begins; save the adapter as plain LoRA (PEFT: save_pretrained with "
+            "path_initial_model_for_weight_conversion), or, for use with those base weights, "
+            "save them, too, and set init_lora_weights to true"
         )
     for name, value in config.items():
         if value and name not in KNOWN_SETTINGS and (name, value) not in HARMLESS:

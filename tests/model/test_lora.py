@@ -348,6 +348,44 @@ def test_settings_of_peft_give_what_peft_computes(tmp_path, settings: dict):
     torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+@pytest.mark.parametrize("way", ["as plain LoRA", "with the base weights"])
+def test_adapters_that_began_in_the_base_weights(init: str, way: str, tmp_path):
+    """As PEFT saves them for others: the difference to the beginning, or the base of training."""
+    peft = pytest.importorskip("peft", reason="the package peft is not installed")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    base = tmp_path / "base"
+    save(tiny(), base)
+    read = transformers.AutoModelForCausalLM.from_pretrained
+    config = peft.LoraConfig(
+        r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM", init_lora_weights=init
+    )
+    model = peft.get_peft_model(read(base), config)
+    model.peft_config["default"].init_lora_weights = True
+    model.save_pretrained(tmp_path / "initial")
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    with torch.no_grad():
+        expected = model.eval()(TOKENS[None]).logits[0]
+    if way == "as plain LoRA":
+        model.peft_config["default"].init_lora_weights = init
+        initial = str(tmp_path / "initial")
+        model.save_pretrained(
+            tmp_path / "adapter", path_initial_model_for_weight_conversion=initial
+        )
+    else:
+        model.save_pretrained(tmp_path / "adapter")
+        base = tmp_path / "residual"
+        model.unload().save_pretrained(base)
+    ours = load(base)
+    adapter = load_adapter(tmp_path / "adapter", ours)
+    with torch.no_grad(), adapted(ours, [(adapter, torch.arange(len(TOKENS)))]):
+        found = ours.output(ours(TOKENS, Packed.of(len(TOKENS))))
+    torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
