@@ -216,7 +216,8 @@ def checked(messages: list[Message], tools: list[Tool], *, strict: bool = True) 
     try:
         conversation = normalize(messages)
     except InvalidRequest:
-        if any("<tool_call>" in str(message.get("content")) for message in messages):
+        by_model = [message for message in messages if message.get("role") == "assistant"]
+        if any("<tool_call>" in str(message.get("content")) for message in by_model):
             raise InvalidRequest(
                 "messages: calls are text in <tool_call> tags, and results have roles of their "
                 "own; write calls as `tool_calls` and definitions as `tools`"

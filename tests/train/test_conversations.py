@@ -325,6 +325,8 @@ BAD = {
     json.dumps({"messages": [ASK, SAY, ASK]}): "must end with an assistant message, not with a use",
     json.dumps({"messages": [ASK, {**SAY, "content": ""}]}): "has no words and calls no tool",
     json.dumps({"messages": [ASK, {"role": "tool", "content": "1"}, SAY]}): "must answer a call",
+    json.dumps({"messages": [{**ASK, "content": "Is <tool_call> a tag?"},
+                             {"role": "tool", "content": "1"}, SAY]}): "must answer a call",
     json.dumps({"messages": ROUND_TRIP["messages"]}): "'get_weather', which is not among the tools",
     json.dumps(ROUND_TRIP).replace('{\\"city\\": \\"Oslo\\"}', "Oslo"): "are no JSON object",
     json.dumps({"messages": CHAT, "tools": [{"name": 1}]}): r"tools\[0\].function.name: must be a",
@@ -343,7 +345,7 @@ def test_bad_lines_are_reported_by_number_and_the_others_read(smollm2, nemo, tmp
         for bad, reason in zip(report.bad, BAD.values(), strict=True):
             with pytest.raises(InvalidRequest, match=reason):
                 raise InvalidRequest(bad.reason)
-        with pytest.raises(InvalidRequest, match=r"15 bad lines: .*bad\.jsonl, line 2: not JSON"):
+        with pytest.raises(InvalidRequest, match=r"16 bad lines: .*bad\.jsonl, line 2: not JSON"):
             report.refuse_bad_lines()
 
 
