@@ -134,7 +134,7 @@ def stops_repeats(count: int | None) -> Any:
     """What `--stop-repeats` asks of the engine."""
     if count is None:
         return None
-    from opennemo.engine.params import Repetition
+    from opennemo.engine.repetition import Repetition
 
     return Repetition(max_pattern_size=256, min_count=count)
 

@@ -135,8 +135,10 @@ def generate(
     with _load(
         model, format, device, max_context=max_context, kv_format=kv_format, kv_scale=kv_scale,
         tensor_parallel_size=ranks, draft=draft, n_draft_tokens=guesses, cache_dir=cache_dir,
-        max_cache_size=max_cache_size, adapters={"own": adapter} if adapter else {},
+        max_cache_size=max_cache_size, adapters=adapter is not None,
     ) as llm:  # fmt: skip
+        if adapter is not None:
+            llm.load_adapter("own", adapter)
         asked = {"stop": tuple(stop or ()), "adapter": adapter and "own"}
         for piece in llm.complete(text or "", **asked, **sampling):
             print(piece, end="", flush=True)

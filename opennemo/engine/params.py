@@ -1,6 +1,6 @@
 """How a request wants its tokens chosen, with bounds for every number."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
@@ -8,6 +8,7 @@ from types import MappingProxyType
 import numpy as np
 
 from opennemo.engine.grammar import Grammar
+from opennemo.engine.repetition import Repetition
 from opennemo.errors import InvalidRequest
 
 _BOUNDS: dict[str, tuple[float, float]] = {
@@ -31,39 +32,6 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "dry_allowed_length": (0, 2**31),
     "dry_window": (0, 2**31),
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Repetition:
-    """Ends an answer whose last tokens are one pattern over and over, with vLLM's names.
-
-    Raises:
-        InvalidRequest: a number out of bounds, naming the field and what is allowed.
-    """
-
-    max_pattern_size: int  # tokens of the longest pattern that is looked for
-    min_pattern_size: int = 1
-    min_count: int = 2  # how often it must stand at the end, one behind the other
-
-    def __post_init__(self) -> None:
-        bounds = {"max_pattern_size": (1, 2048), "min_count": (2, 2**20)}
-        bounds["min_pattern_size"] = (1, self.max_pattern_size)
-        for name, (low, high) in bounds.items():
-            if not low <= (value := getattr(self, name)) <= high:
-                wrong = f"repetition_detection.{name} is {value}, allowed is {low} to {high:,}"
-                raise InvalidRequest(wrong)
-
-    def ends(self, tokens: Sequence[int], start: int) -> bool:
-        """Whether the tokens from `start` on end in such a repetition."""
-        longest = min(self.max_pattern_size, (len(tokens) - start) // self.min_count)
-        last = tokens[-1] if tokens else None
-        for size in range(self.min_pattern_size, longest + 1):
-            if tokens[-1 - size] != last:  # nearly all sizes
-                continue
-            whole = tokens[-size * self.min_count :]
-            if whole[size:] == whole[:-size]:
-                return True
-        return False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opennemo.engine import SamplingParams
-from opennemo.engine.params import Repetition
+from opennemo.engine.repetition import Repetition
 from opennemo.errors import InvalidRequest
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field
 
-from opennemo.engine.params import Repetition
+from opennemo.engine.repetition import Repetition
 from opennemo.errors import InvalidRequest
 from opennemo.llm import LLM
 from opennemo.serve.error_bodies import Refusal
