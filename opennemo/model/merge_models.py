@@ -243,13 +243,8 @@ def _largest(model: Tensor, base: Tensor, density: float) -> Callable[[Tensor], 
     """Sets all but the largest changes of a model to zero; of equal ones, the first stay."""
     if density >= 1:
         return lambda change: change
-    sizes = torch.empty(len(model))
-    for at in range(0, len(model), ROWS):
-        part = slice(at, at + ROWS)
-        sizes[part] = (model[part].float() - base[part].float()).abs()
     n_kept = max(1, int(density * len(model)))
-    least = float(sizes.kthvalue(len(model) - n_kept + 1).values)
-    room = n_kept - int((sizes > least).sum())
+    least, room = _nth_largest(model, base, n_kept)
 
     def trim(change: Tensor) -> Tensor:
         nonlocal room
@@ -260,6 +255,31 @@ def _largest(model: Tensor, base: Tensor, density: float) -> Callable[[Tensor], 
         return change * kept
 
     return trim
+
+
+def _nth_largest(model: Tensor, base: Tensor, n: int) -> tuple[float, int]:
+    """The size of the n-th largest change, and how many of that size are among those n.
+
+    Positive numbers have the order of their bits: the upper half of them is counted, then the lower
+    half of those that share the upper, so that nothing has to be sorted or kept.
+    """
+
+    def count(halves: Callable[[Tensor], Tensor]) -> Tensor:
+        """How many changes are at least of each half, (2**16,), the smallest first."""
+        counts = torch.zeros(2**16, dtype=torch.int64)
+        for one, other in zip(model.split(ROWS), base.split(ROWS), strict=True):
+            bits = (one.float() - other.float()).abs().view(torch.int32)
+            counts += torch.bincount(halves(bits), minlength=2**16)
+        return counts.flip(0).cumsum(0).flip(0)
+
+    at_least = count(lambda bits: bits >> 16)
+    upper = int((at_least >= n).nonzero()[-1])
+    n -= int(at_least[upper + 1])
+    at_least = count(lambda bits: (bits & 0xFFFF)[bits >> 16 == upper])
+    lower = int((at_least >= n).nonzero()[-1])
+    beyond = int(at_least[lower + 1]) if lower < 0xFFFF else 0
+    size = torch.tensor(upper << 16 | lower, dtype=torch.int32).view(torch.float32)
+    return float(size), n - beyond
 
 
 def _dare(mixing: Mixing, name: str, flat: Sequence[Tensor]) -> Step:
