@@ -255,8 +255,8 @@ def merge(
             raise InvalidRequest(f"--method {method} needs --out: what to write")
         with progress("Merging", unit="bytes") as bar:
             merge_models(
-                [*map(locate, models)], out, mixing, base=base and locate(base),
-                companions=tokenizer and locate(tokenizer),
+                [*map(locate, models)], out, mixing, base=locate(base) if base else None,
+                companions=locate(tokenizer) if tokenizer else None,
                 to=_layout(to, out, (*LAYOUTS, "gguf")), dtype=stored_as,
                 progress=bar.update, say=bar.say,
             )  # fmt: skip

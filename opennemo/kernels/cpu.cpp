@@ -393,7 +393,7 @@ static void multiply_fp8(const uint8_t* w, const float* x, size_t x_stride, int 
 struct Matrix {
   Format format = FP32;
   int rows = 0, cols = 0, panels = 0;
-  bool power_of_two = false;
+  bool power_of_two = false, whole_rows = false;  // how inputs find their scales
   float input_scale = 0;  // of fp8 inputs, if static
   size_t panel_bytes = 0, row_bytes = 0;
   uint8_t* data = nullptr;
@@ -506,16 +506,19 @@ struct Inputs {
 
   // For all matrices that take this input.
   void round(const Matrix* a, int n_matrices, int row, float* x) {
-    bool int8 = false, blocks = false;
+    bool int8 = false, blocks = false, whole = false;
     for (int i = 0; i < n_matrices; i++) {
-      int8 |= a[i].format == INT8, blocks |= a[i].in_blocks();
+      int8 |= a[i].format == INT8, blocks |= a[i].in_blocks(), whole |= a[i].whole_rows;
     }
-    if (int8) round_int8(a->cols, row, x);
+    if (int8) round_int8(a->cols, row, x, whole);
     if (blocks) round_inputs(x, a->cols, spans_of(a->cols, row));
     if (a->format == FP8) round_fp8(*a, row, x);
   }
 
-  void round_int8(int n, int row, const float* x) {
+  // A step for every GROUP of inputs, or one for the whole row.
+  void round_int8(int n, int row, const float* x, bool whole) {
+    float most_of_row = 1e-12f;
+    for (int k = 0; whole && k < n; k++) most_of_row = std::max(most_of_row, std::fabs(x[k]));
     int width = padded(n, GROUP);
     Code* q = codes.data() + (size_t)row * width;
     for (int k = 0; k < n; k += GROUP) {
@@ -529,7 +532,7 @@ struct Inputs {
       }
       vf most = splat(1e-12f);
       for (int i = 0; i < GROUP; i += W) most = larger(most, magnitude(load(part + i)));
-      float step = largest(most) / 127.f;
+      float step = (whole ? most_of_row : largest(most)) / 127.f;
       vi total = {};
       excess[g] = 0;
       for (int i = 0; i < GROUP; i += W) {
@@ -1118,10 +1121,10 @@ void model_norm(Model* m, int index, const float* gains) {
 }
 
 void matrix_shape(Model* m, int index, int format, int rows, int cols, float input_scale,
-                  int power_of_two) {
+                  int power_of_two, int whole_rows) {
   Matrix& a = m->matrices[index];
   a.shape((Format)format, rows, cols, m->arena);
-  a.input_scale = input_scale, a.power_of_two = power_of_two;
+  a.input_scale = input_scale, a.power_of_two = power_of_two, a.whole_rows = whole_rows;
 }
 
 // Rows of codes, row_bytes apart, to their places.

@@ -87,6 +87,7 @@ class Weights:
     scale: Tensor  # (O, 1) or (1, 1); int4 (O, groups); unused by fp32, bf16 and blocks
     input_scale: float = 0.0  # of fp8 inputs; 0 for one a token, taken from the token
     power_of_two: bool = False  # whether that one is
+    whole_rows: bool = False  # of int8 inputs: one scale a token, not one for 32
 
 
 def multiply(
@@ -156,7 +157,7 @@ def _load(instructions: str) -> ctypes.CDLL | CompilerMissing:
     library.model_new.argtypes = [pointer, pointer, pointer, number, ctypes.c_int64]
     library.model_norm.argtypes = [pointer, number, pointer]
     library.model_free.argtypes = [pointer]
-    library.matrix_shape.argtypes = [pointer, *[number] * 4, ctypes.c_float, number]
+    library.matrix_shape.argtypes = [pointer, *[number] * 4, ctypes.c_float, *[number] * 2]
     library.matrix_pack.argtypes = [pointer, number, pointer, ctypes.c_int64, pointer, number]
     library.matrix_refer.argtypes = [pointer, *[number] * 4, pointer, ctypes.c_int64]
     library.blocks_multiply.argtypes = [
@@ -281,7 +282,7 @@ class CpuModel:
             scale = weights.scale.float().expand(n_rows, -1).contiguous()
             self._library.matrix_shape(
                 self._model, index, weights.format, n_rows, weights.columns,
-                weights.input_scale, weights.power_of_two,
+                weights.input_scale, weights.power_of_two, weights.whole_rows,
             )  # fmt: skip
             self._library.matrix_pack(
                 self._model, index, codes.data_ptr(), codes.stride(0) * codes.element_size(),

@@ -33,9 +33,13 @@ class RoundedRows(NamedTuple):
 
 
 class ToFP8(NamedTuple):
-    """Round to E4M3, by one scale (1, 1) for all rows, or by the finest power of two for each."""
+    """Round to E4M3, by one scale (1, 1) for all rows, or by the finest of each row.
+
+    The finest scale is the largest magnitude over 448, or the next power of two.
+    """
 
     scale: Tensor | None = None
+    power_of_two: bool = True
 
 
 def multiplies_fp8(device: torch.device) -> bool:
@@ -113,7 +117,8 @@ def _prepare(x: Tensor, width: int, rounding: ToFP8 | None) -> tuple[RoundedRows
     size = triton.next_power_of_2(width)
     return rows, {
         "out": rows.values, "scales": rows.scale, "given": given, "D": width, "SIZE": size,
-        "DTYPE": TYPES[x.dtype], "num_warps": min(max(size // 512, 1), 16),
+        "POWER": rounding is None or rounding.power_of_two, "DTYPE": TYPES[x.dtype],
+        "num_warps": min(max(size // 512, 1), 16),
     }  # fmt: skip
 
 
@@ -123,7 +128,7 @@ TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: 
 @triton.jit
 def _norm(
     x, update, gains, eps, out, scales, given,
-    D: tl.constexpr, SIZE: tl.constexpr, DTYPE: tl.constexpr,
+    D: tl.constexpr, SIZE: tl.constexpr, DTYPE: tl.constexpr, POWER: tl.constexpr,
 ):  # fmt: skip
     columns = tl.arange(0, SIZE)
     at, mask = tl.program_id(0).to(tl.int64) * D + columns, columns < D
@@ -134,36 +139,45 @@ def _norm(
         tl.store(x + at, row.to(DTYPE), mask=mask)
     row *= tl.rsqrt(tl.sum(row * row, 0) / D + eps)
     row *= tl.load(gains + columns, mask=mask, other=0.0).to(tl.float32)
-    _store(row.to(DTYPE), out, scales, given, D, SIZE)
+    _store(row.to(DTYPE), out, scales, given, D, SIZE, POWER)
 
 
 @triton.jit
 def _swiglu(
-    gate_up, out, scales, given, D: tl.constexpr, SIZE: tl.constexpr, DTYPE: tl.constexpr
+    gate_up, out, scales, given,
+    D: tl.constexpr, SIZE: tl.constexpr, DTYPE: tl.constexpr, POWER: tl.constexpr,
 ):  # fmt: skip
     columns = tl.arange(0, SIZE)
     at, mask = tl.program_id(0).to(tl.int64) * 2 * D + columns, columns < D
     gate = tl.load(gate_up + at, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(gate_up + at + D, mask=mask, other=0.0).to(tl.float32)
     gate = (gate / (1 + tl.exp(-gate))).to(DTYPE).to(tl.float32)
-    _store((gate * up).to(DTYPE), out, scales, given, D, SIZE)
+    _store((gate * up).to(DTYPE), out, scales, given, D, SIZE, POWER)
 
 
 @triton.jit
-def _round(x, out, scales, given, D: tl.constexpr, SIZE: tl.constexpr, DTYPE: tl.constexpr):
+def _round(
+    x, out, scales, given,
+    D: tl.constexpr, SIZE: tl.constexpr, DTYPE: tl.constexpr, POWER: tl.constexpr,
+):  # fmt: skip
     columns = tl.arange(0, SIZE)
     at = tl.program_id(0).to(tl.int64) * D + columns
-    _store(tl.load(x + at, mask=columns < D, other=0.0), out, scales, given, D, SIZE)
+    _store(tl.load(x + at, mask=columns < D, other=0.0), out, scales, given, D, SIZE, POWER)
 
 
 @triton.jit
-def _store(row, out, scales, given, D: tl.constexpr, SIZE: tl.constexpr):
+def _store(
+    row, out, scales, given, D: tl.constexpr, SIZE: tl.constexpr, POWER: tl.constexpr
+):  # fmt: skip
     """Store a row (SIZE,) as it is, or as codes with the given scale, or with its own."""
     columns, token = tl.arange(0, SIZE), tl.program_id(0).to(tl.int64)
     if scales is not None:
         row = row.to(tl.float32)
         if given is not None:
             scale = tl.load(given)
+            row = tl.div_rn(row, scale)
+        elif not POWER:
+            scale = tl.div_rn(tl.maximum(tl.max(tl.abs(row), 0), 1e-12), 448.0)
             row = tl.div_rn(row, scale)
         else:
             # 448 is 1.75 * 2**8, so the exponent of extreme / 448, rounded up, is that of extreme,

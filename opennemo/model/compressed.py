@@ -132,8 +132,17 @@ def _is_stored_as(
         if not _includes(scheme.weights, weights) or not _includes(scheme.inputs, inputs):
             return False
     sizes = parts(format, "hf", shapes[module])
-    lacks_zero = f"{module}.weight_zero_point" not in files.shapes
-    return lacks_zero and all(f"{module}.{suffix}" in files.shapes for suffix in sizes)
+    if f"{module}.weight_zero_point" in files.shapes:
+        return False
+    if not all(f"{module}.{suffix}" in files.shapes for suffix in sizes):
+        return False
+    # Such a folder says nothing of how inputs find their scales. Ours have powers of two for both.
+    dynamic = format.inputs is not None and format.inputs.power_of_two and not format.static
+    return not dynamic or _are_powers_of_two(files.read(f"{module}.weight_scale"))
+
+
+def _are_powers_of_two(scale: Tensor) -> bool:
+    return bool((torch.frexp(scale.float()).mantissa == 0.5).all())
 
 
 def _scheme(format: Format) -> tuple[str, dict[str, Any], dict[str, Any] | None]:

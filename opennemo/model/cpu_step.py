@@ -108,6 +108,7 @@ def _weights(module: nn.Module) -> cpu.Weights:
         scale=tensors.get("scale", torch.ones(1, 1)),
         input_scale=float(tensors["input_scale"]) if module.format.static else 0.0,
         power_of_two=inputs is not None and inputs.power_of_two,
+        whole_rows=inputs is not None and inputs.share == "row",
     )
 
 

@@ -258,9 +258,10 @@ def _cast(dtype: torch.dtype) -> Rounding:
     return Rounding(dtype=dtype)
 
 
-def _float8(share: Share) -> Rounding:
-    limit = torch.finfo(torch.float8_e4m3fn).max
-    return Rounding(dtype=torch.float8_e4m3fn, limit=limit, share=share, power_of_two=True)
+def _float8(share: Share, power_of_two: bool = True) -> Rounding:
+    kind = torch.float8_e4m3fn
+    limit = torch.finfo(kind).max
+    return Rounding(dtype=kind, limit=limit, share=share, power_of_two=power_of_two)
 
 
 def _int8(share: Share) -> Rounding:
@@ -301,6 +302,16 @@ _ROWS = (
     Format(
         name="int4", weights=Int4(dtype=torch.uint8, limit=8, share=32),
         uses=("load", "train", "store"), kernel=CpuFormat.INT4,
+    ),
+    # FP8 as other engines compute it: scales of largest / 448, for inputs too.
+    Format(
+        name="fp8-dynamic", weights=_float8("row", False), inputs=_float8("row", False),
+        uses=("train", "store"), kernel=CpuFormat.FP8, tensor_cores=True,
+    ),
+    # What other engines have in int8: inputs with one scale a token. They lose more than groups.
+    Format(
+        name="w8a8", weights=_int8("row"), inputs=_int8("row"), uses=("train", "store"),
+        kernel=CpuFormat.INT8,
     ),
 )  # fmt: skip
 FORMATS: dict[str, Format] = {format.name: format for format in _ROWS}

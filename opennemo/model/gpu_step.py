@@ -49,7 +49,10 @@ class Product:
                 scales = [linear.get_buffer("scale").float() for linear in linears]
                 scales = [s.expand(len(w), 1) for s, w in zip(scales, weights, strict=True)]
                 self.weight, self.scale = _fuse(weights), torch.cat(scales).t().contiguous()
-                self.rounding = gpu.ToFP8(given[0].float() if given else None)
+                inputs = first.format.inputs
+                self.rounding = gpu.ToFP8(
+                    given[0].float() if given else None, inputs is not None and inputs.power_of_two
+                )
 
     def __call__(self, rows: gpu.RoundedRows, dtype: torch.dtype) -> Tensor:
         """Rows (T, D), rounded by `self.rounding` -> (T, O), the layers' outputs side by side."""

@@ -44,13 +44,13 @@ def same(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
     torch.testing.assert_close(found.float(), expected.float(), rtol=rtol, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["fp8", "fp8-static"])
+@pytest.mark.parametrize("name", ["fp8", "fp8-dynamic", "fp8-static"])
 def test_rows_are_rounded_as_the_format_says(name: str):
     inputs, x = FORMATS[name].inputs, rows()
     assert inputs is not None
     given = torch.tensor([[0.37]], device=DEVICE) if FORMATS[name].static else None
     codes, scale = inputs.quantize(x, given)
-    found = gpu.round_rows(x, gpu.ToFP8(given))
+    found = gpu.round_rows(x, gpu.ToFP8(given, inputs.power_of_two))
     assert found.scale is not None
     assert torch.equal(found.scale, scale.expand(len(x), 1))
     assert torch.equal(found.values.float(), codes.float())

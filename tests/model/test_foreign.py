@@ -18,6 +18,7 @@ from torch import Tensor
 from opennemo.errors import CheckpointError
 from opennemo.model.attention import Packed
 from opennemo.model.checkpoint import convert, load, open_checkpoint
+from opennemo.model.formats import FORMATS
 from tests import tiny
 
 VOCABULARY = 300
@@ -131,10 +132,10 @@ TOKEN = arguments(8, strategy="token", dynamic=True)
         (arguments(4, strategy="group", group_size=32, symmetric=False), None, None),
         (arguments(4, strategy="group", group_size=32), None, "int4"),
         (arguments(4, strategy="channel"), None, None),
-        (arguments(8, strategy="channel"), TOKEN, None),
+        (arguments(8, strategy="channel"), TOKEN, "w8a8"),
         (arguments(8, strategy="channel", symmetric=False), TOKEN, None),
         (arguments(8, strategy="tensor"), TOKEN, None),
-        (arguments(8, "float", "channel", dynamic=False), TOKEN | {"type": "float"}, "fp8"),
+        (arguments(8, "float", "channel", dynamic=False), TOKEN | {"type": "float"}, "fp8-dynamic"),
         (arguments(8, "float", "tensor", dynamic=False), TOKEN | {"type": "float"}, None),
         (arguments(8, "float", "block", block_structure=[32, 64]), TOKEN | {"type": "float"}, None),
     ],
@@ -168,9 +169,38 @@ def test_what_is_ignored_stays_as_it_was(tmp_path: Path, ignore: list[str], skip
     make = by_compressed_tensors(FP8, packed=False)
     inputs = TOKEN | {"type": "float"}
     exact = folder(tmp_path / "m", make, compressed(FP8, inputs, ignore=ignore), skip)
-    assert open_checkpoint(tmp_path / "m").format == (None if skip else "fp8")
+    assert open_checkpoint(tmp_path / "m").format == (None if skip else "fp8-dynamic")
     if skip:
         assert_stands_for(tmp_path / "m", exact, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("weights", "limit"), [(FP8, 448.0), (arguments(8, strategy="channel"), 127.0)]
+)
+def test_inputs_are_rounded_as_other_engines_do_it(weights: dict, limit: float, tmp_path: Path):
+    """By largest / limit a token, and not by a power of two or in groups, as in our own folders."""
+    inputs = TOKEN | {"type": weights["type"]}
+    folder(tmp_path / "m", by_compressed_tensors(weights, False), compressed(weights, inputs))
+    layer = load(tmp_path / "m").get_submodule("layers.0.feed_forward.w1")
+    x = torch.randn(5, tiny.DIM, generator=torch.Generator().manual_seed(2))
+    step = x.abs().amax(-1, keepdim=True) / limit
+    ratio = x / step
+    kind = weights["type"] == "float"
+    codes = ratio.to(torch.float8_e4m3fn).float() if kind else ratio.round()
+    own = open_checkpoint(tmp_path / "m").files
+    name = "model.layers.0.mlp.gate_proj"
+    scale = own.read(f"{name}.weight_scale").float().view(-1, 1)
+    expected = (codes * step) @ (own.read(f"{name}.weight").float() * scale).T
+    torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_scales_that_are_powers_of_two_are_those_of_a_folder_of_ours(tmp_path: Path):
+    def make(weight: Tensor) -> Made:
+        codes, scale = FORMATS["fp8"].weights.quantize(weight)
+        return {"weight": codes, "weight_scale": scale}, codes.float() * scale
+
+    folder(tmp_path / "m", make, compressed(FP8, TOKEN | {"type": "float"}))
+    assert open_checkpoint(tmp_path / "m").format == "fp8"
 
 
 @pytest.mark.parametrize("order", [list, reversed])

@@ -3,6 +3,7 @@
 import importlib.resources
 import json
 import math
+import os
 import subprocess
 import sys
 import textwrap
@@ -359,3 +360,40 @@ def test_large_matrices_are_written_some_rows_at_a_time(
     model = load(tmp_path / "model.gguf")
     for mine, theirs in zip(model.parameters(), load(folder).parameters(), strict=True):
         assert torch.equal(mine, theirs)
+
+
+LLAMA_CPP = """
+    import json, sys
+    import numpy as np
+    from llama_cpp import Llama
+
+    ids = json.loads(sys.argv[2])
+    llama = Llama(sys.argv[1], n_ctx=512, n_batch=512, logits_all=True, n_threads=1, verbose=False)
+    llama.eval(ids)
+    np.save(sys.argv[3], llama.scores[: len(ids)])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n in SCALINGS if n != "ministral-8b"])  # it has no windows
+def test_llama_cpp_computes_the_same_of_scaled_positions(name: str, tmp_path: Path):
+    """In an environment of its own, which OPENNEMO_LLAMA_PYTHON names."""
+    python = os.environ.get("OPENNEMO_LLAMA_PYTHON")
+    if not python:
+        pytest.skip("OPENNEMO_LLAMA_PYTHON names no interpreter that has llama-cpp-python")
+    config = replace(CONFIG, sliding_window=None, **SCALINGS[name])
+    folder, file = make(tmp_path / "model", config), tmp_path / "model.gguf"
+    to_gguf(folder, file, dtype=torch.float32)
+    ids = torch.arange(400) * 7 % 1000 + 32
+    command = [python, "-c", textwrap.dedent(LLAMA_CPP), file, json.dumps(ids.tolist())]
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    subprocess.run([*command, tmp_path / "out.npy"], check=True, env=env)
+    theirs, model = torch.from_numpy(np.load(tmp_path / "out.npy")), load(file)
+    with torch.no_grad():
+        ours = model.output(model(ids, Packed.of(400)))
+    # Keys and values are in 16 bits there.
+    torch.testing.assert_close(theirs, ours, atol=5e-3 * float(ours.abs().max()), rtol=0)
+    plain = load(make(tmp_path / "plain", replace(config, rope_scaling=None, query_scaling=None)))
+    with torch.no_grad():
+        other = plain.output(plain(ids, Packed.of(400)))
+    assert (other - ours).abs().max() > 20 * (theirs - ours).abs().max()

@@ -109,7 +109,8 @@ def close(found: Tensor, expected: Tensor, tolerance: float) -> None:
     ("format", "kv"),
     [
         ("fp32", "fp32"), ("fp8", "fp32"), ("fp8-static", "int8"), ("int8", "fp32"),
-        ("int4", "fp32"), ("fp32", "int8"), ("fp8", "fp8"),
+        ("fp8-dynamic", "fp32"), ("w8a8", "fp32"), ("int4", "fp32"), ("fp32", "int8"),
+        ("fp8", "fp8"),
     ],
 )  # fmt: skip
 def test_equals_the_definition(format: str, kv: str):

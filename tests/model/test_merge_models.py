@@ -52,7 +52,7 @@ def weights_of(path: Path) -> dict[str, Tensor]:
 
 
 def plain_linear(given: list[Tensor], base: Tensor, weights: list[float]) -> Tensor:
-    return sum(w * x for w, x in zip(weights, given, strict=True)) / sum(weights)
+    return torch.stack([w * x for w, x in zip(weights, given, strict=True)]).sum(0) / sum(weights)
 
 
 def plain_slerp(given: list[Tensor], base: Tensor, t: float) -> Tensor:

@@ -325,8 +325,15 @@ BAD = {
     json.dumps({"messages": [ASK, SAY, ASK]}): "must end with an assistant message, not with a use",
     json.dumps({"messages": [ASK, {**SAY, "content": ""}]}): "has no words and calls no tool",
     json.dumps({"messages": [ASK, {"role": "tool", "content": "1"}, SAY]}): "must answer a call",
-    json.dumps({"messages": [{**ASK, "content": "Is <tool_call> a tag?"},
-                             {"role": "tool", "content": "1"}, SAY]}): "must answer a call",
+    json.dumps(
+        {
+            "messages": [
+                {**ASK, "content": "Is <tool_call> a tag?"},
+                {"role": "tool", "content": "1"},
+                SAY,
+            ]
+        }
+    ): "must answer a call",
     json.dumps({"messages": ROUND_TRIP["messages"]}): "'get_weather', which is not among the tools",
     json.dumps(ROUND_TRIP).replace('{\\"city\\": \\"Oslo\\"}', "Oslo"): "are no JSON object",
     json.dumps({"messages": CHAT, "tools": [{"name": 1}]}): r"tools\[0\].function.name: must be a",
