@@ -3,6 +3,7 @@
 import json
 import os
 
+from tests import tiny
 from tests.cli.conftest import needs_smollm2, opennemo
 
 
@@ -35,3 +36,15 @@ def test_a_session_goes_on_where_it_was_and_is_private(tmp_path):
         assert done.stderr.count(b"\n") == 1 and file.read_text() == damage
     done = opennemo("chat", "--session", "../x", input=b"Hi", env=env)
     assert done.returncode == 2 and b"--session" in done.stderr
+
+
+def test_an_answer_that_only_repeats_itself_ends(tmp_path):
+    (a,) = tiny.BYTES.encode("a")
+    tiny.write_tokenizer(tmp_path, {})
+    tiny.write(tmp_path, tiny.weights(tiny.BYTES.vocab_size, [(a, a)]))
+    for more, expected in ((["--stop-repeats", "5"], 5), ([], 30)):
+        done = opennemo("generate", str(tmp_path), "a", "--max-tokens", "30", *more)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == b"a" * expected + b"\n"
+    done = opennemo("generate", str(tmp_path), "a", "--stop-repeats", "1")
+    assert done.returncode == 2 and b"--stop-repeats" in done.stderr
