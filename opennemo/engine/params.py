@@ -76,6 +76,8 @@ class SamplingParams:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:  # NaN fails this, too
                 raise InvalidRequest(f"{name} is {value}, allowed is {low:g} to {high:g}")
+        loops = Repetition.of(self.repetition_detection)  # a Python caller may pass a dict
+        object.__setattr__(self, "repetition_detection", loops)
         if self.top_p == 0:
             raise InvalidRequest("top_p is 0, allowed is more than 0, up to 1")
         if any(not -100 <= bias <= 100 for bias in self.logit_bias.values()):

@@ -1,7 +1,8 @@
 """When an answer only repeats itself."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 from opennemo.errors import InvalidRequest
 
@@ -25,6 +26,20 @@ class Repetition:
             if not low <= (value := getattr(self, name)) <= high:
                 wrong = f"repetition_detection.{name} is {value}, allowed is {low} to {high:,}"
                 raise InvalidRequest(wrong)
+
+    @classmethod
+    def of(cls, given: Any) -> "Repetition | None":
+        """Itself, or made of an object with these fields. Raises: InvalidRequest."""
+        if given is None or isinstance(given, cls):
+            return given
+        names = [field.name for field in fields(cls)]
+        whole = isinstance(given, Mapping) and all(type(value) is int for value in given.values())
+        if not whole or names[0] not in given or {*given} - {*names}:
+            raise InvalidRequest(
+                f"repetition_detection is {given!r}, allowed is an object of whole numbers: "
+                + ", ".join(names)
+            )
+        return cls(**given)
 
     def ends(self, tokens: Sequence[int], start: int) -> bool:
         """Whether the tokens from `start` on end in such a repetition."""

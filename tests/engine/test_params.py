@@ -42,3 +42,11 @@ def test_a_repetition_has_bounds(numbers, name):
     most, least, count = numbers
     with pytest.raises(InvalidRequest, match=f"repetition_detection.{name} is"):
         Repetition(max_pattern_size=most, min_pattern_size=least, min_count=count)
+
+
+def test_a_repetition_may_be_an_object():
+    params = SamplingParams(repetition_detection={"max_pattern_size": 4, "min_count": 3})  # pyright: ignore[reportArgumentType]
+    assert params.repetition_detection == Repetition(max_pattern_size=4, min_count=3)
+    for wrong in (5, {"min_count": 3}, {"max_pattern_size": "4"}, {"max_pattern_size": 4, "n": 1}):
+        with pytest.raises(InvalidRequest, match=r"repetition_detection is .*allowed is an object"):
+            SamplingParams(repetition_detection=wrong)  # pyright: ignore[reportArgumentType]
