@@ -91,7 +91,8 @@ def library_path(name: str) -> Path:
 def library_name(instructions: str) -> str:
     """The file's name, which changes with the source and the flags."""
     source = Path(__file__).with_name("cpu.cpp")
-    text = source.read_bytes() + source.with_name("blocks.h").read_bytes()
+    parts = (source, source.with_name("blocks.h"), source.with_name("scales.h"))
+    text = b"".join(part.read_bytes() for part in parts)
     options = FLAGS + INSTRUCTIONS[instructions][1]
     digest = hashlib.sha256(text + repr((sys.platform, options)).encode()).hexdigest()
     return f"cpu-{instructions}-{digest[:16]}.so"

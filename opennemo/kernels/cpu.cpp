@@ -278,6 +278,7 @@ static void transpose8(const float* const* rows, int H, float* columns) {
 enum Format { FP32, BF16, FP8, INT8, INT4, FIRST_BLOCKS };  // numbered as in cpu.py
 
 #include "blocks.h"
+#include "scales.h"
 
 static inline float from_bf16(uint16_t x) {
   uint32_t bits = (uint32_t)x << 16;
@@ -1174,6 +1175,15 @@ void blocks_rows(int format, int rows, int cols, const uint8_t* codes, int64_t r
       });
     });
   });
+}
+
+// Weights and importance (n_groups, n) to codes and scales, by groups or blocks.
+void blocks_fit(const Grid* grid, int64_t n_groups, const float* weights, const float* importance,
+                Fitted* to) {
+  Groups groups(*grid);
+  for (int64_t g = 0; g < n_groups; g += SIDE_BY_SIDE)
+    groups.fit(weights + g * grid->n, importance + g * grid->n,
+               (int)std::min<int64_t>(SIDE_BY_SIDE, n_groups - g), g, *to);
 }
 
 int model_step(Model* m, const Step* step) {

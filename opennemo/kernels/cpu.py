@@ -125,6 +125,38 @@ def dequantize(
     return weights
 
 
+class Search(ctypes.Structure):
+    """The numbers that a type of block has, and where the search for its scales begins."""
+
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in (
+            "n", "n_groups", "has_min", "free_min", "n_values", "n_starts", "n_alternations",
+        )),
+        *((name, ctypes.c_float) for name in ("low", "high", "least", "most")),
+        ("values", ctypes.c_float * 16), ("starts", ctypes.c_float * 16),
+    ]  # fmt: skip
+
+
+def fit(
+    weights: Tensor, importance: Tensor, search: Search, instructions: str | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Blocks (B, n) -> codes (B, n) uint8, units and those of minima (B,), and by group (B, G).
+
+    Raises:
+        CompilerMissing: the kernel cannot be built here.
+    """
+    weights, importance = weights.float().contiguous(), importance.float().contiguous()
+    n_blocks, n_groups = len(weights), weights.numel() // search.n
+    units, of_groups = (torch.zeros(2, n) for n in (n_blocks, n_groups))
+    codes = torch.empty(weights.shape, dtype=torch.uint8)
+    tensors = (codes, *units, *of_groups)
+    to = (ctypes.c_void_p * 5)(*(tensor.data_ptr() for tensor in tensors))
+    load_library(instructions or available_instructions()[0]).blocks_fit(
+        ctypes.byref(search), n_groups, weights.data_ptr(), importance.data_ptr(), to
+    )
+    return codes, *units, *(part.view(n_blocks, -1) for part in of_groups)
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayerWeights:
     """A block's matrices; those that see the same input are packed as one."""
@@ -166,6 +198,7 @@ def _load(instructions: str) -> ctypes.CDLL | CompilerMissing:
     library.blocks_rows.argtypes = [
         *[number] * 3, pointer, ctypes.c_int64, pointer, number,
     ]  # fmt: skip
+    library.blocks_fit.argtypes = [pointer, ctypes.c_int64, pointer, pointer, pointer]
     library.model_step.argtypes = [pointer, pointer]
     return library
 

@@ -20,7 +20,7 @@ from opennemo.model.block_scales import Grid, Scaled, fit
 
 # Weights that are rounded at a time. What the search keeps of them stays in a core's cache, and
 # PyTorch does not divide its operations between threads, which would wait for each other each time.
-CHUNK = 2**15
+CHUNK = 2**17
 
 
 class Codes(NamedTuple):
@@ -47,6 +47,11 @@ class BlockType:
     def row_bytes(self, width: int) -> int:
         """Bytes of a row of weights, whose width must be whole blocks."""
         return width // self.n_weights * self.n_bytes
+
+
+def at_width(type: str, width: int) -> str:
+    """A type, or the one that llama.cpp takes in its place where rows are not whole blocks."""
+    return type if width % TYPES[type].n_weights == 0 else NARROWER.get(type, type)
 
 
 def decode(type: str, rows: Tensor) -> Codes:
@@ -319,3 +324,7 @@ TYPES = {
         256, 136, _iq4_xs, _as_iq4_xs, Grid(32, -127, 113, table=IQ4, units=(-32, 31))
     ),
 }
+NARROWER = {
+    "q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0",
+    "iq4_xs": "iq4_nl",
+}  # fmt: skip

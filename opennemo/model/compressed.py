@@ -185,10 +185,13 @@ def is_stored_in_codes(name: str) -> bool:
 
 def misfit(format: Format, shapes: Mapping[str, Shape]) -> str | None:
     """Why a model of these weights cannot be written in a format; None if it can."""
-    share = getattr(format.weights, "width", format.weights.share)  # blocks have a width
     for name, shape in shapes.items():
-        if isinstance(share, int) and is_stored_in_codes(name) and shape[1] % share:
-            return f"{format.name} needs widths in multiples of {share}, {name} is {shape}"
+        if not is_stored_in_codes(name):
+            continue
+        fitting = format.at_width(shape[1])
+        share = getattr(fitting.weights, "width", fitting.weights.share)  # blocks have a width
+        if isinstance(share, int) and shape[1] % share:
+            return f"{fitting.name} needs widths in multiples of {share}, {name} is {shape}"
     return None
 
 

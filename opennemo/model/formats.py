@@ -198,6 +198,10 @@ class Format:
         """Whether weights are more than cast to a type."""
         return bool(self.weights.limit)
 
+    def at_width(self, columns: int) -> "Format":
+        """The format of a matrix of so many columns, where not all fit in this one."""
+        return self
+
     @property
     def dtype_name(self) -> str:
         """PyTorch's name of a plain type, else the format's own."""
@@ -240,6 +244,9 @@ class Format:
 @dataclass(frozen=True, kw_only=True)
 class BlockFormat(Format):
     """A type of GGUF's blocks: one tensor stands for a matrix, rows of bytes."""
+
+    def at_width(self, columns: int) -> "BlockFormat":
+        return BLOCKS[blocks.at_width(self.name, columns)]
 
     def quantize(self, weight: Tensor, scale: Tensor | None = None) -> dict[str, Tensor]:
         return {"weight": self.weights.quantize(weight, scale)[0]}

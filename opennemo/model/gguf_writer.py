@@ -39,11 +39,6 @@ from opennemo.tokenizer.gguf_saving import gguf_fields
 
 ALIGNMENT = 32
 CHUNK = 2**22  # weights that are read at a time
-# In place of a type whose blocks are wider than a matrix allows.
-NARROWER = {
-    "q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0",
-    "iq4_xs": "iq4_nl",
-}  # fmt: skip
 # The type in layer i of n, or None where it is that of most matrices.
 InLayer = Callable[[int, int], str | None]
 
@@ -80,9 +75,7 @@ class Mixture:
             type = self.out
         elif ".w2." in name:
             type = self.down(_layer(name), n_layers)
-        type = type or self.most
-        fits = shape[1] % blocks.TYPES[type].n_weights == 0
-        return type if fits else NARROWER.get(type, type)
+        return blocks.at_width(type or self.most, shape[1])
 
 
 def _layer(name: str) -> int:

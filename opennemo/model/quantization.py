@@ -196,7 +196,8 @@ def prepare_qat_(
     for path, linear in list(_linears(model)):
         largest = torch.full((1, 1), (largest_inputs or {}).get(path, 0.0))
         largest = largest.to(linear.weight.device) if format.static else None
-        replace_module(model, path, QATLinear(linear.get_parameter("weight"), format, largest))
+        weight, row = linear.get_parameter("weight"), format.at_width(linear.in_features)
+        replace_module(model, path, QATLinear(weight, row, largest))
     link_fused_(model)
     if kv:
         device = next(model.parameters()).device
@@ -308,6 +309,7 @@ def _stored(
     scale: Tensor | None,
     largest_inputs: Mapping[str, float] | None,
 ) -> QuantizedLinear:
+    format = format.at_width(weight.shape[1])
     tensors = format.quantize(weight, scale)
     if format.static:
         assert format.inputs is not None
