@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from opennemo.kernels import cpu
 from opennemo.model import blocks
+from opennemo.model.block_scales import fit_by_definition, fit_by_kernel
 from opennemo.model.blocks import TYPES
 from tests.blocks import random_blocks
 
@@ -111,6 +113,41 @@ def test_rows_do_not_depend_on_their_company(type: str, weights: Tensor, importa
     assert torch.equal(together, blocks.quantize(type, weights, importance).repeat(7, 1))
     assert torch.equal(blocks.quantize(type, weights.bfloat16()), blocks.quantize(
         type, weights.bfloat16().float()))  # fmt: skip
+
+
+@pytest.mark.parametrize("type", TYPES)
+def test_the_kernel_finds_what_the_definition_finds(
+    type: str, weights: Tensor, importance: Tensor, instructions: str
+):
+    kind = TYPES[type]
+    x, w = (
+        t.reshape(-1, kind.n_weights) for t in (weights, importance.expand_as(weights) + 1e-3)
+    )
+    x, w = x[:-1], w[:-1]  # not as many as lie side by side
+    ours, defined = fit_by_kernel(x, w, kind.grid, instructions), fit_by_definition(x, w, kind.grid)
+    odd = 4 * WIDTH // kind.n_weights  # blocks of which many candidates are equally good
+    assert (ours.codes == defined.codes)[odd:].float().mean() > 0.98
+    losses = []
+    for found in (ours, defined):
+        parts = [part.view(torch.uint8) for part in kind.pack(found.codes, found)]
+        back = blocks.dequantize(type, torch.cat(parts, -1))
+        losses.append(((back - x) ** 2 * w).sum(1))
+    # Where two candidates are equally good, which wins is chance, and so is how they round.
+    assert torch.allclose(losses[0].sum(), losses[1].sum(), rtol=2e-3)
+    assert (losses[0] <= 1.3 * losses[1] + 1e-6 * (x**2 * w).sum(1)).all()
+
+
+def test_without_a_compiler_the_definition_searches(
+    weights: Tensor, monkeypatch: pytest.MonkeyPatch
+):
+    def missing(_: str) -> None:
+        raise cpu.CompilerMissing("no C++ compiler found")
+
+    found = blocks.quantize("q4_k", weights[4:6])
+    monkeypatch.setattr(cpu, "load_library", missing)
+    with pytest.warns(UserWarning, match="scales are searched in PyTorch instead"):
+        defined = blocks.quantize("q4_k", weights[4:6])
+    assert (found == defined).float().mean() > 0.95
 
 
 @pytest.mark.parametrize("type", TYPES)
