@@ -131,7 +131,7 @@ def quantize(
         str,
         typer.Option(
             help="A folder in {store} (a static one needs --calibrate; int8 is for OpenNemo alone, "
-            "w8a8 is what others read), or a GGUF file in {gguf}."
+            "w8a8 is what others read; int4 loses far more than q4_k_m), or a GGUF file in {gguf}."
         ),
     ] = "fp8",
     to: Annotated[

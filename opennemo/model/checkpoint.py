@@ -101,8 +101,8 @@ class Checkpoint:
         """What a weight becomes as it is loaded, by Mistral's name; a tied head is one, too."""
         rounded = FORMATS[self.format] if self.format else form.format
         if rounded and compressed.is_stored_in_codes(name):
-            return rounded
-        stays = form.blocks and (form.tables or name not in (EMBEDDING, HEAD))
+            return rounded.at_width(self.shapes[name][1])
+        stays = form.blocks and (form.head_in_blocks or not self._is_of_head(name))
         if stays and (blocks := self._blocks_of(name)):
             return blocks
         if form.head and name == HEAD:
@@ -129,6 +129,9 @@ class Checkpoint:
         tensors = quantize_rows(format, weight)
         forget_pages(weight)
         return tensors
+
+    def _is_of_head(self, name: str) -> bool:
+        return name == HEAD or (name == EMBEDDING and self.config.tied_embeddings)
 
     def _stored_name(self, name: str) -> str:
         """A weight's own name, or the embedding's for a head that is tied to it."""
@@ -194,7 +197,7 @@ class Form:
     blocks: bool = False  # what a GGUF file has in blocks stays so, but for what `format` names
     format: Format | None = None  # the matrices of the model's blocks are rounded to it
     head: Format | None = None  # the head is, where it is in no blocks
-    tables: bool = True  # whether the embedding and the head stay in blocks, too
+    head_in_blocks: bool = True  # whether the head, and what is tied to it, stays so, too
 
 
 def load(

@@ -326,7 +326,7 @@ FORMATS: dict[str, Format] = {format.name: format for format in _ROWS}
 BLOCKS: dict[str, BlockFormat] = {
     name: BlockFormat(
         name=name, weights=BlockRounding(dtype=torch.uint8, type=name), inputs=_int8(32),
-        uses=("train",), kernel=CpuFormat[name.upper()],
+        uses=("load", "train") if name == "q4_k" else ("train",), kernel=CpuFormat[name.upper()],
     )
     for name in blocks.TYPES
 }  # fmt: skip

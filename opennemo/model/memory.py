@@ -16,7 +16,8 @@ import torch
 
 from opennemo.errors import InvalidRequest
 from opennemo.model.checkpoint import EMBEDDING, HEAD, Checkpoint, Form
-from opennemo.model.formats import FORMATS, names
+from opennemo.model.compressed import is_stored_in_codes, misfit
+from opennemo.model.formats import FORMATS, by_name, names
 from opennemo.model.pages import rounding_of
 from opennemo.model.transformer import ModelConfig
 from opennemo.progress import size
@@ -25,7 +26,8 @@ from opennemo.progress import size
 USABLE = 0.9
 STORED = "stored"  # the form of a model that stays in the codes it is stored in
 # What weights that do not fit are rounded to, best first.
-ROUNDED = {"cpu": ("int8", "int4"), "cuda": ("fp8", "int4")}
+# `int4` is for a model whose widths no block fits, and for a GPU, which multiplies no blocks.
+ROUNDED = {"cpu": ("int8", "q4_k", "int4"), "cuda": ("fp8", "int4")}
 
 
 def open_device(name: str | None = None) -> str:
@@ -57,7 +59,8 @@ def forms(
     type of the weights. Ranks take no codes.
     """
     in_torch = adapters or ranks
-    on_cpu, short = device == "cpu", checkpoint.dtype == torch.bfloat16 and not in_torch
+    on_cpu, shapes = device == "cpu", checkpoint.shapes
+    short = checkpoint.dtype == torch.bfloat16 and not in_torch
     blocks = on_cpu and checkpoint.in_blocks and not ranks
     rest = torch.bfloat16 if short or not on_cpu else torch.float32
     best = ("bf16", "fp32") if short or not on_cpu else ("fp32", "bf16")
@@ -69,11 +72,10 @@ def forms(
         made[STORED] = Form(dtype=rest, blocks=blocks, head=head if checkpoint.format else None)
     if checkpoint.format is None:
         for name in dict.fromkeys((*best, *ROUNDED[device], *names("load"))):
-            row = FORMATS[name]
-            made[name] = Form(dtype=row.weights.dtype)
-            if row.in_codes and ranks:
-                del made[name]
-            elif row.in_codes:
+            row = by_name(name)
+            if not row.in_codes:
+                made[name] = Form(dtype=row.weights.dtype)
+            elif not ranks and (name in FORMATS or (on_cpu and not misfit(row, shapes))):
                 made[name] = Form(dtype=rest, blocks=blocks, format=row, head=head)
     return made
 
@@ -114,7 +116,8 @@ class Needs:
                 read += n_bytes
             # A matrix is read as it is stored, or dequantised, before it has its form.
             number = max(checkpoint.dtype.itemsize, checkpoint.files.bytes_to_decode)
-            largest = max(largest, number * math.prod(shape) * (not in_place))
+            stays = in_place and not (form.format and is_stored_in_codes(name))
+            largest = max(largest, number * math.prod(shape) * (not stays))
             of_layer = name.split(".")[1] if name.startswith("layers.") else name
             layers[of_layer] += n_bytes * packed
         # First matrices get their form one by one; then a CPU packs layer after layer.

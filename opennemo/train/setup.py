@@ -15,7 +15,7 @@ import torch
 
 from opennemo.errors import InvalidRequest
 from opennemo.files import write_whole
-from opennemo.model.checkpoint import Form, load, open_checkpoint, weight_shapes
+from opennemo.model.checkpoint import Checkpoint, Form, load, open_checkpoint, weight_shapes
 from opennemo.model.compressed import misfit
 from opennemo.model.formats import BlockRounding, by_name
 from opennemo.model.hub import locate
@@ -112,11 +112,21 @@ def make_model(
             f"model.path is stored as {checkpoint.format}, whose codes cannot learn: adapt it "
             "with a [lora] table, or name what it was made from"
         )
-    # An adapter alone learns over blocks of codes as they are; the vocabulary's tables do not stay.
-    blocks = recipe.lora is not None and recipe.qat is None
-    model = load(checkpoint, form=Form(dtype=dtype, blocks=blocks, tables=False))
+    model = load(checkpoint, form=form_of_base(recipe, checkpoint, dtype))
     model.config = replace(model.config, **wanted)
     return model
+
+
+def form_of_base(recipe: Recipe, checkpoint: Checkpoint, dtype: torch.dtype | None) -> Form:
+    """What stored weights become where a recipe's model learns; a `dtype` of None: as stored.
+
+    An adapter alone learns over blocks of a GGUF file as they are, but for the head's, which the
+    loss multiplies in parts.
+    """
+    blocks = recipe.lora is not None and recipe.qat is None and checkpoint.in_blocks
+    if blocks and dtype is None:
+        dtype = torch.bfloat16  # blocks say nothing of what the rest is in
+    return Form(dtype=dtype, blocks=blocks, head_in_blocks=False)
 
 
 def initialise_(model: Transformer, seed: int) -> Transformer:

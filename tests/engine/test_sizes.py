@@ -74,8 +74,8 @@ def test_what_does_not_fit_is_rounded_and_what_is_given_up_is_said(
 
 def test_four_bits_are_the_last_that_is_tried(nemo, monkeypatch):
     chosen, said = fit_in(nemo, 12, monkeypatch)
-    assert chosen.name == "int4" and "rounded to int4" in said
-    with pytest.raises(InvalidRequest, match=r"needed .* of weights in int4.*no format of it fits"):
+    assert chosen.name == "q4_k" and "rounded to q4_k" in said
+    with pytest.raises(InvalidRequest, match=r"needed .* of weights in q4_k.*no format of it fits"):
         fit_in(nemo, 8, monkeypatch)
 
 
@@ -83,8 +83,8 @@ def test_a_context_that_is_asked_for_is_given_or_refused(nemo, monkeypatch):
     chosen, said = fit_in(nemo, 16, monkeypatch, max_context=8192)
     assert (chosen.name, chosen.context) == ("int8", 8192) and "instead" not in said
     # Four bits leave room for what eight do not.
-    assert fit_in(nemo, 16, monkeypatch, max_context=40_000)[0].name == "int4"
-    with pytest.raises(InvalidRequest, match=r"for 131,072 tokens.*--format int4 with [\d,]+ tok"):
+    assert fit_in(nemo, 16, monkeypatch, max_context=40_000)[0].name == "q4_k"
+    with pytest.raises(InvalidRequest, match=r"for 131,072 tokens.*--format q4_k with [\d,]+ tok"):
         fit_in(nemo, 16, monkeypatch, max_context=131_072)
     with pytest.raises(InvalidRequest, match=r"weights in bf16.*what fits: --format int8"):
         fit_in(nemo, 16, monkeypatch, "bf16")
@@ -93,6 +93,6 @@ def test_a_context_that_is_asked_for_is_given_or_refused(nemo, monkeypatch):
 
 
 def test_formats_that_are_named_are_taken(nemo, monkeypatch):
-    for name in ("fp8", "int4", "bf16"):
+    for name in ("fp8", "int4", "q4_k", "bf16"):
         assert fit_in(nemo, 64, monkeypatch, name)[0].name == name
     assert fit_in(nemo, 64, monkeypatch, kv_format="bf16")[0].kv_format == "bf16"

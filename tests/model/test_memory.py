@@ -31,7 +31,8 @@ def test_mistral_nemo(nemo):
     made = forms(nemo, "cpu")
     needs = {name: Needs.of(nemo, form) for name, form in made.items()}
     assert [*made][:2] == ["bf16", "fp32"]
-    assert automatic(made, "cpu") == ["bf16", "int8", "int4"]
+    assert automatic(made, "cpu") == ["bf16", "int8", "q4_k", "int4"]
+    assert "q4_k" not in forms(nemo, "cuda")  # nothing there multiplies blocks
     assert needs["bf16"].weights == 24_495_564_800
     assert automatic(forms(nemo, "cpu", adapters=True), "cpu")[:2] == ["fp32", "bf16"]
     # Embedding in 16 bits, head in 8.
@@ -39,6 +40,7 @@ def test_mistral_nemo(nemo):
     assert needs["int8"].weights - tables == pytest.approx(10.9e9, rel=0.01)
     assert needs["fp8"].weights == needs["int8"].weights
     assert needs["int4"].weights - tables == pytest.approx(10.9e9 * 5 / 8, rel=0.01)
+    assert needs["q4_k"].weights - tables == pytest.approx(10.9e9 * 4.5 / 8, rel=0.01)
     assert needs["int8"].read == pytest.approx(needs["int8"].weights - 131_072 * 5120 * 2, rel=1e-6)
     kv = {name: kv_bytes(nemo.config, name) * 131_072 / 2**30 for name in ("fp32", "bf16", "int8")}
     # int8: and a scale of four bytes for the 128 channels of a head
@@ -75,7 +77,8 @@ tiny, model, name = sys.argv[1:]
 config = EngineConfig(n_pages=4)
 def open_(folder):
     checkpoint = open_checkpoint(Path(folder))
-    form = forms(checkpoint, "cpu")[name]
+    made = forms(checkpoint, "cpu")
+    form = made.get(name, made["int8"])  # the tiny one is too narrow for blocks
     return LocalEngine(load(checkpoint, form=form), [], config), Needs.of(checkpoint, form)
 open_(tiny)  # imports, threads and the kernel count for neither
 Path("/proc/self/clear_refs").write_text("5")
@@ -86,7 +89,7 @@ print(status("VmHWM") - before, status("VmRSS") - before, needs.weights, needs.l
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("name", ["bf16", "int8", "int4", "fp32"])
+@pytest.mark.parametrize("name", ["bf16", "int8", "q4_k", "int4", "fp32"])
 def test_loading_takes_the_result_and_little_more(name, tmp_path):
     """Two layers in NeMo's proportions, a quarter as wide: 80 MB in bf16."""
     shape = ModelConfig(
