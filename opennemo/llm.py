@@ -397,7 +397,7 @@ def answer_all(
     """Answers of a model that is in memory, learning perhaps, side by side; it stays as it is."""
     longest = model.config.max_position_embeddings
     pages = max(64, 8 * -(-min(longest, 2048) // 16))
-    config = EngineConfig(n_pages=pages, adapters=True, max_context=min(longest, 2048))
+    config = EngineConfig(n_pages=pages, keep_model=True, max_context=min(longest, 2048))
     end = turn_end(tokenizer)
     eos_ids = {tokenizer.eos_id, *({end} if isinstance(end, int) else ())}
     engine = LocalEngine(model, eos_ids, config, n_tokens=tokenizer.vocab_size)

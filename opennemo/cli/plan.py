@@ -42,8 +42,11 @@ def plan(
 
     settings = read_recipe(recipe, set or ())
     machines = parse_machines(gpus, nodes)
-    config, stored = resolve_shape(settings, shape, stored)
-    made = work_out(settings, config, machines, stored=stored, share_of_peak=share_of_peak)
+    base = resolve_shape(settings, shape, stored)
+    made = work_out(
+        settings, base.config, machines, stored=base.stored, in_blocks=base.in_blocks,
+        share_of_peak=share_of_peak,
+    )  # fmt: skip
     room, ranks = machines.card.memory / GIB, f"{machines.n_ranks:,} x {machines.name}"
     for what, how, size in made.memory:
         print(f"{what:<30}{size / GIB:8.2f} GiB  {how}")

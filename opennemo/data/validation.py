@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from opennemo.errors import InvalidRequest
-from opennemo.model.checkpoint import open_checkpoint
-from opennemo.planning.estimate import PLAIN, Plan, plan
+from opennemo.planning.estimate import Plan, plan, resolve_shape
 from opennemo.planning.machines import Machines
 from opennemo.tokenizer import Tokenizer
 from opennemo.tokenizer.messages import Message
@@ -59,7 +58,6 @@ def epoch(
     Args:
         rank: of a LoRA; 0 for training all weights.
     """
-    checkpoint = open_checkpoint(model)
     recipe = Recipe(
         objective="chat",
         steps=max(1, math.ceil(report.n_tokens / width)),
@@ -69,7 +67,8 @@ def epoch(
         ),
         lora=Lora(rank=rank) if rank else None,
     )
-    return plan(recipe, checkpoint.config, machines, stored=checkpoint.format or PLAIN)
+    base = resolve_shape(recipe, None, None)
+    return plan(recipe, base.config, machines, stored=base.stored, in_blocks=base.in_blocks)
 
 
 def fix(

@@ -58,9 +58,9 @@ class Peers(Protocol):
 class Runner:
     """A model and the pages of its KV cache.
 
-    Unless `adapters` are to be served, a CPU model's matrices are handed over to the kernel, which
-    keeps its own, packed copy; PyTorch cannot run the model afterwards. Blocks of a GGUF file are
-    in memory once in either case.
+    A CPU model's matrices are handed over to the kernel, which keeps its own, packed copy; PyTorch
+    cannot run the model afterwards, unless it is to `keep` its matrices. With `adapters` PyTorch
+    asks the kernel for products with those it has.
     """
 
     def __init__(
@@ -69,12 +69,13 @@ class Runner:
         size: CacheSize,
         adapters: bool = False,
         ranks: Peers | None = None,
+        keep: bool = False,
     ):
         self.model, self._size, self._ranks = model.eval(), size, ranks
-        self._step: Step | None = compile_step(model, release=not adapters, kv_format=size.format)
+        self._step: Step | None = compile_step(model, release=not keep, kv_format=size.format)
         self._adapted_step = TorchStep(model) if adapters else None
         if adapters and isinstance(self._step, NativeStep):
-            use_kernel_(model)
+            use_kernel_(model, self._step)
         self.device = model.norm.weight.device
         self.pages = size.make(model)
         self.page_size = size.page_size

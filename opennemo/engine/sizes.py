@@ -58,7 +58,10 @@ class EngineConfig:
     draft: str | None = None  # a small model of the same vocabulary, which guesses
     cache_dir: Path | None = None  # keys and values of prefixes are kept here
     max_cache_size: int = 10 * 2**30  # bytes, there
-    adapters: bool = False  # whether requests may name one; on a CPU packed weights are kept twice
+    adapters: bool = False  # whether requests may name one
+    # Whether somebody else uses the model that an engine is made around: on a CPU its weights are
+    # then there twice.
+    keep_model: bool = False
     tensor_parallel_size: int = 1  # ranks that share every layer
 
 
@@ -151,7 +154,7 @@ def fits(
     model, memory, place = checkpoint.config, available_memory(), torch.device(device)
     device, on_cpu = place.type, place.type == "cpu"
     ranks = config.tensor_parallel_size > 1
-    made = forms(checkpoint, device, adapters=config.adapters, ranks=ranks)
+    made = forms(checkpoint, device, ranks=ranks)
     if dtype is not None:
         name = STORED if checkpoint.format else str(dtype).removeprefix("torch.")
         made = {name: Form(dtype=dtype, head=made[STORED].head if STORED in made else None)}
@@ -165,7 +168,7 @@ def fits(
     scaled = config.kv_scale is not None or checkpoint.read_kv_scale() is not None
     result = {}
     for name, form in made.items():
-        needs = Needs.of(checkpoint, form, device, config.adapters)
+        needs = Needs.of(checkpoint, form, device)
         fixed = needs.weights // share + max(needs.loading, step)
         fixed += draft.needs.weights if draft else 0
         kv = _kv_format(config, form, scaled, on_cpu)

@@ -1146,6 +1146,18 @@ void matrix_refer(Model* m, int index, int format, int rows, int cols, const uin
   m->matrices[index].refer((Format)format, rows, cols, codes, row_bytes);
 }
 
+// One matrix of a model by itself: x (T, cols), which fp8 rounds in place, -> y (T, rows).
+void model_multiply(Model* m, int index, float* x, int T, float* y) {
+  const Matrix* a = &m->matrices[index];
+  m->inputs.reserve(T, a->cols);
+  m->pool.run([&](int t) {
+    m->pool.share(T, [&](int i) { m->inputs.round(a, 1, i, x + (size_t)i * a->cols); });
+    m->matmul(T, a, 1, x, t, [&](int i, int column, float* part, int width) {
+      copy(part, width, y + (size_t)i * a->rows + column);
+    });
+  });
+}
+
 // One product by itself: x (T, cols) times rows of blocks -> y (T, rows).
 void blocks_multiply(int format, int rows, int cols, const uint8_t* codes, int64_t row_bytes,
                      const float* x, int T, float* y, int n_threads) {
@@ -1153,15 +1165,7 @@ void blocks_multiply(int format, int rows, int cols, const uint8_t* codes, int64
   shape.n_threads = n_threads;
   Model m(shape);
   m.matrices[0].refer((Format)format, rows, cols, codes, row_bytes);
-  m.inputs.reserve(T, cols);
-  m.pool.run([&](int t) {
-    m.pool.share(T, [&](int i) {
-      m.inputs.round(&m.matrices[0], 1, i, const_cast<float*>(x) + (size_t)i * cols);
-    });
-    m.matmul(T, &m.matrices[0], 1, x, t, [&](int i, int column, float* part, int width) {
-      copy(part, width, y + (size_t)i * rows + column);
-    });
-  });
+  model_multiply(&m, 0, const_cast<float*>(x), T, y);  // nothing rounds in place for blocks
 }
 
 // Rows of blocks as numbers (rows, cols).

@@ -199,6 +199,7 @@ def _load(instructions: str) -> ctypes.CDLL | CompilerMissing:
         *[number] * 3, pointer, ctypes.c_int64, pointer, number,
     ]  # fmt: skip
     library.blocks_fit.argtypes = [pointer, ctypes.c_int64, pointer, pointer, pointer]
+    library.model_multiply.argtypes = [pointer, number, pointer, number, pointer]
     library.model_step.argtypes = [pointer, pointer]
     return library
 
@@ -286,6 +287,13 @@ class CpuModel:
         if self._library.model_step(self._model, ctypes.byref(step)):
             raise ValueError("a token, position, slot, page or row is out of range")
         return logits
+
+    def multiply(self, index: int, x: Tensor, n_rows: int) -> Tensor:
+        """Inputs x (T, D) times the matrix (O, D) of this index, O being `n_rows` -> (T, O)."""
+        x = x.float().clone(memory_format=torch.contiguous_format)  # it may be rounded in place
+        y = torch.empty(len(x), n_rows)
+        self._library.model_multiply(self._model, index, x.data_ptr(), len(x), y.data_ptr())
+        return y
 
     def _norm(self, index: int, gains: Tensor) -> None:
         gains = gains.detach().float().contiguous()

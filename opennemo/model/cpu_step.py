@@ -17,6 +17,12 @@ from opennemo.model.quantization import QuantizedEmbedding, QuantizedLinear, rep
 from opennemo.model.tensor_files import forget_pages
 from opennemo.model.transformer import Block, Transformer
 
+# Of a layer, in the kernel's order.
+MATRICES = (
+    *(f"attention.{name}" for name in ("wq", "wk", "wv", "wo")),
+    *(f"feed_forward.{name}" for name in ("w1", "w3", "w2")),
+)
+
 
 class NativeStep:
     """The kernel, equal to the definition but for the order of additions."""
@@ -58,19 +64,28 @@ class NativeStep:
         )  # fmt: skip
 
 
-class KernelLinear(QuantizedLinear):
-    """A matrix in blocks, multiplied by the kernel where it lies, outside of its step."""
+class KernelLinear(nn.Module):
+    """A matrix that lies in the kernel alone, multiplied outside of its step."""
+
+    def __init__(self, kernel: cpu.CpuModel, index: int, n_rows: int):
+        super().__init__()
+        self.kernel, self.index, self.out_features = kernel, index, n_rows
 
     def forward(self, x: Tensor) -> Tensor:
-        return cpu.multiply(x, _weights(self), torch.get_num_threads()).to(x.dtype)
+        return self.kernel.multiply(self.index, x, self.out_features)
 
 
-def use_kernel_(model: Transformer) -> None:
-    """Let PyTorch run a model in blocks without decoding them for every step."""
-    for path, module in list(model.named_modules()):
-        if type(module) is QuantizedLinear and (kernel := _format_of(module)) and kernel.in_place:
-            shape = (module.out_features, module.in_features)
-            replace_module(model, path, KernelLinear(module.format, shape, module.tensors))
+def use_kernel_(model: Transformer, step: NativeStep) -> None:
+    """Let PyTorch run a model by the matrices that the kernel has, in float32 between products."""
+    paths = [f"layers.{i}.{name}" for i in range(model.config.n_layers) for name in MATRICES]
+    for index, path in enumerate([*paths, "output"]):
+        n_rows = model.get_submodule(path).out_features
+        assert isinstance(n_rows, int)
+        replace_module(model, path, KernelLinear(step.kernel, index, n_rows))
+    for module in model.modules():
+        if isinstance(module, nn.RMSNorm):
+            module.float()
+    model.tok_embeddings.register_forward_hook(lambda module, inputs, output: output.float())
 
 
 def has_kernels(model: Transformer, kv_format: str) -> bool:

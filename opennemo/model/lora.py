@@ -79,7 +79,9 @@ def adapted(model: nn.Module, rows: Sequence[tuple[Adapter, Tensor]]) -> Iterato
             module: nn.Module, inputs: tuple[Tensor], output: Tensor, parts: list = parts
         ) -> None:
             for (a, b), index in parts:
-                output.index_add_(0, index, F.linear(F.linear(inputs[0][index], a), b))
+                x = inputs[0][index]
+                part = F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype))
+                output.index_add_(0, index, part)
 
         handles.append(model.get_submodule(path).register_forward_hook(add))
     try:

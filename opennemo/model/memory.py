@@ -50,17 +50,14 @@ def open_device(name: str | None = None) -> str:
     return name
 
 
-def forms(
-    checkpoint: Checkpoint, device: str, *, adapters: bool = False, ranks: bool = False
-) -> dict[str, Form]:
+def forms(checkpoint: Checkpoint, device: str, *, ranks: bool = False) -> dict[str, Form]:
     """The forms that a model can run in on "cpu" or "cuda", by name; the best comes first.
 
-    PyTorch runs `adapters`, and many `ranks`, on a CPU: its numbers between products are of the
-    type of the weights. Ranks take no codes.
+    PyTorch runs many `ranks` on a CPU: its numbers between products are of the type of the weights.
+    Ranks take no codes.
     """
-    in_torch = adapters or ranks
     on_cpu, shapes = device == "cpu", checkpoint.shapes
-    short = checkpoint.dtype == torch.bfloat16 and not in_torch
+    short = checkpoint.dtype == torch.bfloat16 and not ranks
     blocks = on_cpu and checkpoint.in_blocks and not ranks
     rest = torch.bfloat16 if short or not on_cpu else torch.float32
     best = ("bf16", "fp32") if short or not on_cpu else ("fp32", "bf16")
@@ -97,10 +94,8 @@ class Needs:
     read: int  # of the weights, for one token
 
     @classmethod
-    def of(
-        cls, checkpoint: Checkpoint, form: Form, device: str = "cpu", adapters: bool = False
-    ) -> "Needs":
-        """Without loading it. With `adapters` a CPU keeps packed weights twice."""
+    def of(cls, checkpoint: Checkpoint, form: Form, device: str = "cpu") -> "Needs":
+        """Without loading it."""
         on_cpu, shapes = device == "cpu", checkpoint.shapes
         tied = checkpoint.config.tied_embeddings
         weights = read = largest = 0
@@ -111,7 +106,7 @@ class Needs:
             in_place = format.kernel is not None and format.kernel.in_place
             packed = on_cpu and len(shape) == 2 and name != EMBEDDING and not in_place
             if not (name == HEAD and tied) or packed:
-                weights += n_bytes * (2 if packed and adapters else 1)
+                weights += n_bytes
             if name != EMBEDDING:
                 read += n_bytes
             # A matrix is read as it is stored, or dequantised, before it has its form.

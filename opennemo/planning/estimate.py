@@ -6,12 +6,14 @@ backward pass, tensor by tensor; tests hold that against what it does keep, and 
 width against the memory that a step of it takes. What is assumed is printed.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from opennemo.errors import InvalidRequest
-from opennemo.model.formats import FORMATS, by_name, names
+from opennemo.model.formats import by_name, names
 from opennemo.model.transformer import PRESETS, ModelConfig
 from opennemo.planning.machines import GB, GIB, Machines
 from opennemo.train.config import Recipe
@@ -21,6 +23,16 @@ from opennemo.train.objectives import CHUNK
 # on 128 H100s (docs/performance.md there).
 SHARE_OF_PEAK = {False: 0.33, True: 0.39}
 PLAIN = "bf16"  # weights that are not stored in codes
+BLOCKS = "blocks"  # of a GGUF file, of whatever types
+
+
+class Base(NamedTuple):
+    """The model that a recipe begins with."""
+
+    config: ModelConfig
+    stored: str  # a number format, PLAIN or BLOCKS
+    # Of a model whose blocks stay: the bytes of what stays so, and how many weights those are.
+    in_blocks: tuple[int, int] = (0, 0)
 
 
 @dataclass
@@ -38,7 +50,7 @@ class Plan:
         return sum(size for _, _, size in self.memory)
 
 
-def resolve_shape(recipe: Recipe, shape: str | None, stored: str | None) -> tuple[ModelConfig, str]:
+def resolve_shape(recipe: Recipe, shape: str | None, stored: str | None) -> Base:
     """The shape of a recipe's model and how its weights are stored, `PLAIN` if not in codes.
 
     A model that is not there yet has the shape that is named.
@@ -54,6 +66,7 @@ def resolve_shape(recipe: Recipe, shape: str | None, stored: str | None) -> tupl
     if config is None:
         from opennemo.model.checkpoint import open_checkpoint
         from opennemo.model.hub import DEFAULT_MODEL, locate
+        from opennemo.train.setup import form_of_base
 
         path = recipe.model.path or ""
         if path != DEFAULT_MODEL and not Path(path).expanduser().exists():
@@ -61,24 +74,31 @@ def resolve_shape(recipe: Recipe, shape: str | None, stored: str | None) -> tupl
             raise InvalidRequest(f"model.path {path} is not there: name its shape with --shape")
         checkpoint = open_checkpoint(locate(path))
         config, stored = checkpoint.config, stored or checkpoint.format
+        if stored is None and checkpoint.in_blocks and recipe.lora and not recipe.qat:
+            form, sizes = form_of_base(recipe, checkpoint, None), checkpoint.shapes
+            rows = {name: checkpoint.runs_in(name, form) for name in sizes}
+            kept = {name: sizes[name] for name, row in rows.items() if row.in_codes}
+            n_bytes = sum(rows[name].nbytes(*shape) for name, shape in kept.items())
+            return Base(config, BLOCKS, (n_bytes, sum(map(math.prod, kept.values()))))
     stored = stored or PLAIN
     if stored not in (allowed := (PLAIN, *names("store"))):
         raise InvalidRequest(f"--stored is {stored}, allowed are {', '.join(allowed)}")
     if stored != PLAIN and recipe.lora is None:
         raise InvalidRequest(f"weights stored as {stored} cannot learn: add a [lora] table")
-    return config, stored
+    return Base(config, stored)
 
 
 def plan(
     recipe: Recipe, config: ModelConfig, machines: Machines, *, stored: str = PLAIN,
-    share_of_peak: float | None = None,
+    in_blocks: tuple[int, int] = (0, 0), share_of_peak: float | None = None,
 ) -> Plan:  # fmt: skip
     """What a run of the recipe takes on these machines.
 
     Args:
+        stored, in_blocks: of the frozen weights, as `Base` has them.
         share_of_peak: of the card's operations a second, while computing; see above.
     """
-    made, work = Plan(), Work(recipe, config, machines)
+    made, work = Plan(), Work(recipe, config, machines, in_blocks)
     made.problems += work.problems()
     if work.n_data < 1:
         return made
@@ -87,7 +107,7 @@ def plan(
     if made.total > room:
         made.problems.append(
             f"a rank needs {made.total / GIB:.1f} GiB and has {room / GIB:.1f}"
-            + _remedy(recipe, config, machines, stored)
+            + _remedy(work, stored)
         )
     _count_time(made, work, share_of_peak or SHARE_OF_PEAK[recipe.parallel.compile])
     return made
@@ -96,8 +116,12 @@ def plan(
 class Work:
     """How the ranks divide a recipe's work, and the sizes of its parts."""
 
-    def __init__(self, recipe: Recipe, config: ModelConfig, machines: Machines):
+    def __init__(
+        self, recipe: Recipe, config: ModelConfig, machines: Machines,
+        in_blocks: tuple[int, int] = (0, 0),
+    ):  # fmt: skip
         self.recipe, self.config, self.machines = recipe, config, machines
+        self.in_blocks = in_blocks
         parallel, data = recipe.parallel, recipe.data
         self.tp, self.cp = parallel.tensor_parallel, parallel.context_parallel
         self.replicate = parallel.data_parallel_replicate
@@ -204,14 +228,23 @@ def _count_base(add, work: Work, stored: str, over: str) -> None:
         how = f"{matrices + rest:,} x {number} B{over}"
         add("frozen weights", how, (matrices + rest) * number / ranks)
         return
-    weights = FORMATS[stored].weights
+    largest = max(o * i for o, i in work.matrices.values())
+    if stored == BLOCKS:
+        n_bytes, n_weights = work.in_blocks
+        rest += matrices - n_weights
+        add("frozen blocks", f"{n_weights:,} weights in the file's own types", n_bytes)
+        add("frozen tables", f"{rest:,} x {number} B{over}", rest * number / ranks)
+        # Decoded to float32 first, and computed with in the type of the activations.
+        size = 4 + number % 4
+        add("one matrix unpacked", f"{largest:,} x {size} B", largest * size)
+        return
+    weights = by_name(stored).weights
     size = weights.bits / 8
     n_scales = sum(o * weights.scales_in_row(i) for o, i in work.matrices.values())
     of_rows = 4 * work.config.n_layers * n_scales
     how = f"{matrices:,} x {size:g} B ({stored}) + {of_rows / GIB:.2f} GiB of scales"
     add("frozen blocks", how, matrices * size + of_rows)
     add("frozen tables", f"{rest:,} x {number} B{over}", rest * number / ranks)
-    largest = max(o * i for o, i in work.matrices.values())
     add("one matrix unpacked", f"{largest:,} x {8 + number} B", largest * (8 + number))
 
 
@@ -351,14 +384,15 @@ def _count_communication(made: Plan, work: Work) -> tuple[float, float]:
     return seconds, tensor + context
 
 
-def _remedy(recipe: Recipe, config: ModelConfig, machines: Machines, stored: str) -> str:
+def _remedy(work: Work, stored: str) -> str:
     """The first settings, each on top of those before it, with which a rank has room."""
+    recipe, config, machines, in_blocks = work.recipe, work.config, work.machines, work.in_blocks
     changed: list[str] = []
     for table, name, value in _changes(recipe, machines):
         if getattr(getattr(recipe, table), name) == value:
             continue
         recipe = replace(recipe, **{table: replace(getattr(recipe, table), **{name: value})})
-        work = Work(recipe, config, machines)
+        work = Work(recipe, config, machines, in_blocks)
         if list(work.problems()):
             continue
         changed = [c for c in changed if not c.startswith(f"{table}.{name} ")]
@@ -380,10 +414,12 @@ def _remedy(recipe: Recipe, config: ModelConfig, machines: Machines, stored: str
 
 def _smaller(stored: str) -> Iterator[str]:
     """Formats of fewer bits that need no calibration, one of each size."""
-    bits = FORMATS[stored].weights.bits
+    if stored == BLOCKS:
+        return
+    bits = by_name(stored).weights.bits
     for name in names("store"):
-        if not FORMATS[name].static and FORMATS[name].weights.bits < bits:
-            bits = FORMATS[name].weights.bits
+        if not by_name(name).static and by_name(name).weights.bits < bits:
+            bits = by_name(name).weights.bits
             yield name
 
 

@@ -10,9 +10,11 @@ from safetensors.torch import save_file
 
 from opennemo.engine import EngineConfig, LocalEngine, SamplingParams
 from opennemo.errors import CheckpointError, InvalidRequest
-from opennemo.model.formats import BLOCKS
+from opennemo.model.cpu_step import NativeStep
+from opennemo.model.formats import FORMATS, by_name
 from opennemo.model.lora import Adapter, load_adapter
-from opennemo.model.quantization import QuantizedLinear, replace_module
+from opennemo.model.quantization import quantize_
+from opennemo.model.torch_step import TorchStep
 from opennemo.model.transformer import PRESETS, Transformer
 
 PREFIX = "base_model.model.model.layers"
@@ -105,34 +107,55 @@ def test_adapters_that_do_not_fit_are_refused(model, tmp_path):
         load_adapter(broken, model)
 
 
-def test_adapters_over_blocks_need_no_second_copy(tmp_path):
-    """The matrices stay in their blocks, and the kernel multiplies them for PyTorch, too."""
-    config = replace(PRESETS["tiny"], dim=64, hidden_dim=96, tied_embeddings=False)
-    plain, row = Transformer(config).eval().requires_grad_(False), BLOCKS["q8_0"]
-    for path, module in list(plain.layers.named_modules(prefix="layers")):
-        if isinstance(module, torch.nn.Linear):
-            weight = module.weight
-            replace_module(plain, path, QuantizedLinear(row, weight.shape, row.quantize(weight)))
+@pytest.mark.parametrize("name", ["fp32", "bf16", "fp8", "int8", "int4", "q8_0"])
+def test_weights_are_in_memory_once(name):
+    """The kernel's matrices serve PyTorch's way, too, with the definition's answers."""
+    row, config = by_name(name), replace(PRESETS["tiny"], dim=64, hidden_dim=96)
     torch.manual_seed(0)
-    shapes = {path: (m.out_features, m.in_features) for path, m in plain.named_modules()
-              if isinstance(m, QuantizedLinear)}  # fmt: skip
+    plain = Transformer(config).eval().requires_grad_(False)
+    for parameter in plain.parameters():
+        parameter.mul_(3 if parameter.dim() == 2 else 1)
+    shapes = {path: module.weight.shape for path, module in plain.named_modules()
+              if isinstance(module, torch.nn.Linear) and path != "output"}  # fmt: skip
+    if row.in_codes:
+        quantize_(plain, row, head=FORMATS["int8"])
+    else:
+        plain.to(row.weights.dtype)
     adapter = Adapter("x", {
-        path: (torch.randn(4, width), torch.randn(out, 4))
+        path: (torch.randn(4, width) / 4, torch.randn(out, 4) / 4)
         for path, (out, width) in shapes.items()
     })  # fmt: skip
+    requests = [(list(range(40)), "x"), (list(range(40)), None), ([9], "x")]
     answers = []
     for defined in (False, True):
         model = deepcopy(plain)
-        before = {p: m.tensors["weight"] for p, m in model.named_modules()
-                  if isinstance(m, QuantizedLinear)}  # fmt: skip
+        matrices = [model.get_submodule(path) for path in (*shapes, "output")]
+        stored = [t for m in matrices for t in (*m.parameters(), *m.buffers())]
+        places = {t.data_ptr() for t in stored if t.numel()}
         engine = LocalEngine(model, [], EngineConfig(adapters=True))
-        for path, codes in before.items():
-            module = model.get_submodule(path)
-            assert isinstance(module, QuantizedLinear)
-            assert module.tensors["weight"].data_ptr() == codes.data_ptr()
-            if defined:
-                shape = (module.out_features, module.in_features)
-                replace_module(model, path, QuantizedLinear(row, shape, module.tensors))
+        left = [t for t in stored if t.numel()]
+        step = engine.runner._step
+        if not isinstance(step, NativeStep):
+            pytest.skip("there is no C++ compiler")
+        kernel = step.kernel
+        assert row.kernel is not None
+        if row.kernel.in_place:  # the kernel reads the model's own
+            assert {t.data_ptr() for t in left} <= {t.data_ptr() for t in kernel._kept} & places
+        else:
+            assert not left
+        tables = (*model.parameters(), *model.buffers())
+        assert {tuple(t.shape) for t in tables} == {(320, 64), (64,)}
+        if defined:
+            engine.runner._adapted_step = TorchStep(deepcopy(plain).float())
         engine.adapters["x"] = adapter
-        answers.append(run(engine, [(list(range(40)), "x"), (list(range(40)), None), ([9], "x")]))
+        answers.append(run(engine, requests))
     assert answers[0] == answers[1] and answers[0][0] != answers[0][1]
+
+
+def test_a_model_that_others_use_keeps_its_weights(model):
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    engine = LocalEngine(model, [], EngineConfig(keep_model=True))
+    run(engine, [([1, 2, 3], None)])
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())

@@ -120,9 +120,7 @@ def test_the_kernel_finds_what_the_definition_finds(
     type: str, weights: Tensor, importance: Tensor, instructions: str
 ):
     kind = TYPES[type]
-    x, w = (
-        t.reshape(-1, kind.n_weights) for t in (weights, importance.expand_as(weights) + 1e-3)
-    )
+    x, w = (t.reshape(-1, kind.n_weights) for t in (weights, importance.expand_as(weights) + 1e-3))
     x, w = x[:-1], w[:-1]  # not as many as lie side by side
     ours, defined = fit_by_kernel(x, w, kind.grid, instructions), fit_by_definition(x, w, kind.grid)
     odd = 4 * WIDTH // kind.n_weights  # blocks of which many candidates are equally good

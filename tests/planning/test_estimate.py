@@ -15,14 +15,23 @@ from typer.testing import CliRunner
 from opennemo.cli import app
 from opennemo.errors import InvalidRequest
 from opennemo.model.attention import Packed
-from opennemo.model.checkpoint import weight_shapes
+from opennemo.model.checkpoint import save, weight_shapes
+from opennemo.model.export import to_gguf
 from opennemo.model.formats import FORMATS
 from opennemo.model.lora import add_lora_
-from opennemo.model.quantization import prepare_qat_, quantize_
+from opennemo.model.quantization import (
+    QuantizedEmbedding,
+    QuantizedLinear,
+    prepare_qat_,
+    quantize_,
+)
 from opennemo.model.transformer import PRESETS, ModelConfig, Transformer, rotary
-from opennemo.planning.estimate import Work, activations, plan, resolve_shape
+from opennemo.planning.estimate import BLOCKS, PLAIN, Work, activations, plan, resolve_shape
 from opennemo.planning.machines import CARDS, GIB, Card, Machines, parse_machines
+from opennemo.tokenizer.patterns import PATTERNS
+from opennemo.tokenizer.tekken import SINGLE_BYTES, Tekken
 from opennemo.train.config import Recipe, parse_recipe
+from opennemo.train.setup import make_model
 
 ROOT = Path(__file__).parents[2]
 NEMO = PRESETS["mistral-nemo-12b"]
@@ -149,6 +158,43 @@ def test_states_are_divided_and_what_does_not_fit_is_told_with_a_way_out():
 
 
 NEMO_WEIGHTS = 12_247_782_400
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_adapter_over_a_gguf_file_is_planned_as_it_is_loaded(tied: bool, tmp_path: Path):
+    """The file's own types are counted, and what learning needs as numbers beside them."""
+    config = ModelConfig(
+        dim=256, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=128, hidden_dim=512,
+        vocab_size=320, tied_embeddings=tied,
+    )  # fmt: skip
+    save(Transformer(config), tmp_path / "model")
+    Tekken(PATTERNS["tekken"], SINGLE_BYTES, n_special=64).save(tmp_path / "model" / "tekken.json")
+    file = tmp_path / "model.gguf"
+    to_gguf(tmp_path / "model", file, format="q4_k_m")
+    recipe = recipe_of(model={"path": str(file)}, lora={"rank": 4})
+    base = resolve_shape(recipe, None, None)
+    made = plan(recipe, base.config, CPU, stored=base.stored, in_blocks=base.in_blocks)
+    model = make_model(recipe, file)
+    codes = {id(m): m.tensors["weight"] for m in model.modules()
+             if isinstance(m, QuantizedLinear | QuantizedEmbedding)}  # fmt: skip
+    assert len(codes) == 2 * 7 + (not tied)
+    assert sizes(made)["frozen blocks"] == sum(t.nbytes for t in codes.values())
+    assert sizes(made)["frozen tables"] == sum(t.nbytes for t in model.parameters())
+    assert sizes(made)["one matrix unpacked"] == 4 * 256 * 512
+    assert not made.problems
+    # Rounding learns from plain weights: nothing stays in blocks.
+    rounding = recipe_of(model={"path": str(file)}, lora={"rank": 4}, qat={"format": "q4_k"})
+    assert resolve_shape(rounding, None, None).stored == PLAIN
+
+
+def test_nemo_s_file_in_four_bits_is_adapted_on_a_laptop():
+    recipe = recipe_of(lora={"rank": 16}, parallel={"activation_checkpointing": True})
+    laptop = replace(CPU, card=replace(CPU.card, memory=14 * GIB))
+    # As in Q4_K_M: the layers' matrices and the embedding.
+    in_blocks = 6_930_000_000, NEMO_WEIGHTS - 131_072 * 5120 - 81 * 5120
+    made = plan(recipe, NEMO, laptop, stored=BLOCKS, in_blocks=in_blocks)
+    assert not made.problems, made.problems
+    assert sizes(made)["frozen tables"] == 4 * (131_072 * 5120 + 81 * 5120)
 
 
 def test_speed_follows_from_operations():

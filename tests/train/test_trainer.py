@@ -109,25 +109,32 @@ def test_what_was_learned_in_fp8_is_what_is_stored(make_recipe, tmp_path):
     assert not torch.equal(plain(tokens, Packed.of(40, 24)), trained)
 
 
-def test_what_was_learned_in_blocks_is_what_the_gguf_file_holds(make_recipe, tmp_path):
+@pytest.mark.parametrize(("format", "held"), [("q4_1", "q4_1"), ("q4_k", "q5_0")])
+def test_what_was_learned_in_blocks_is_what_the_gguf_file_holds(
+    format, held, make_recipe, tmp_path
+):
+    """Rows of 64 weights are too short for q4_k's blocks, whose place q5_0 takes."""
     Tekken(PATTERNS["tekken"], SINGLE_BYTES, n_special=64).save(tmp_path / "tekken.json")
     shape = {"dim": 64, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "head_dim": 32}
     model = {"shape": shape | {"hidden_dim": 96, "vocab_size": 320}, "tokenizer": str(tmp_path)}
-    recipe = make_recipe("chat", steps=3, model=model, qat={"format": "q4_1"})
+    recipe = make_recipe("chat", steps=3, model=model, qat={"format": format})
     made = train(recipe, tmp_path / "run", quiet=True)
     setup = Setup.make(recipe, CPU)
     Trainer(recipe, tmp_path / "run", setup, CPU, quiet=True)
-    stored = load(made["q4_1"], form=Form(blocks=True))
+    stored = load(made[format], form=Form(blocks=True))
     for path, module in stored.get_submodule("layers").named_modules(prefix="layers"):
         if isinstance(module, QuantizedLinear):
             weight = setup.model.get_parameter(f"{path}.weight").detach()
-            assert torch.equal(module.tensors["weight"], blocks.quantize("q4_1", weight))
+            assert torch.equal(module.tensors["weight"], blocks.quantize(held, weight))
+    tokens, stored.tok_embeddings = torch.arange(64) * 5 % 320, setup.model.tok_embeddings
+    trained = setup.model.eval()(tokens, Packed.of(40, 24))
+    torch.testing.assert_close(stored(tokens, Packed.of(40, 24)), trained, rtol=1e-4, atol=1e-5)
     model["shape"]["dim"] = 48
-    with pytest.raises(InvalidRequest, match="q4_1 needs widths in multiples of 32"):
-        Setup.make(make_recipe("chat", model=model, qat={"format": "q4_1"}), CPU)
-    with pytest.raises(InvalidRequest, match=r"qat.kv: a GGUF file in q4_1 has no scales"):
+    with pytest.raises(InvalidRequest, match=f"{held} needs widths in multiples of 32"):
+        Setup.make(make_recipe("chat", model=model, qat={"format": format}), CPU)
+    with pytest.raises(InvalidRequest, match=rf"qat.kv: a GGUF file in {format} has no scales"):
         model["shape"]["dim"] = 64
-        Setup.make(make_recipe("chat", model=model, qat={"format": "q4_1", "kv": True}), CPU)
+        Setup.make(make_recipe("chat", model=model, qat={"format": format, "kv": True}), CPU)
 
 
 def test_micro_batches_add_up_to_the_whole(make_recipe, tmp_path):
