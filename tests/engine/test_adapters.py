@@ -146,7 +146,8 @@ def test_weights_are_in_memory_once(name):
         tables = (*model.parameters(), *model.buffers())
         assert {tuple(t.shape) for t in tables} == {(320, 64), (64,)}
         if defined:
-            engine.runner._adapted_step = TorchStep(deepcopy(plain).float())
+            engine.runner.model = deepcopy(plain).float()
+            engine.runner._adapted_step = TorchStep(engine.runner.model)
         engine.adapters["x"] = adapter
         answers.append(run(engine, requests))
     assert answers[0] == answers[1] and answers[0][0] != answers[0][1]
