@@ -24,7 +24,7 @@ from pydantic_settings import (
 )
 
 from opennemo.errors import InvalidRequest
-from opennemo.model.formats import FORMATS, SCALED_KV, names
+from opennemo.model.formats import FORMATS, SCALED_KV, by_name, names
 from opennemo.model.memory import STORED
 from opennemo.serve.auth import LOOPBACK
 
@@ -76,7 +76,7 @@ def _formats() -> list[str]:
 
 
 def _quantizations() -> list[str]:
-    return [name for name in names("load") if FORMATS[name].in_codes]
+    return [name for name in names("load") if by_name(name).in_codes]
 
 
 def _kv_dtypes() -> list[str]:
