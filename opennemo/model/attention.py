@@ -1,13 +1,13 @@
-"""Two ways to attend: over packed sequences (training), or through a paged KV cache (serving).
+"""Ways to attend: over packed sequences (training), which may fork, or a paged KV cache (serving).
 
-Both call one primitive, `varlen_attention`: on a GPU PyTorch's fused kernel, elsewhere the plain
+All call one primitive, `varlen_attention`: on a GPU PyTorch's fused kernel, elsewhere the plain
 definition that the kernel is tested against, or, while a model learns, the same as one operation.
-Neither knows where pages come from (the engine's allocator) or how documents were packed (the
+None knows where pages come from (the engine's allocator) or how documents were packed (the
 training loader).
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,6 +45,42 @@ class Packed:
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         cu, longest = self.cu_seqlens, self.max_seqlen
         return varlen_attention(q, k, v, cu, cu, longest, window=window_in(self.window, layer))
+
+
+@dataclass
+class Forked:
+    """Sequences laid end to end, some of which go on where an earlier one ends.
+
+    A branch sees its trunk and itself, with positions that count on from the fork, so it computes
+    what trunk and branch would as one sequence, while the trunk is computed once for all branches.
+    """
+
+    cu_seqlens: Tensor  # (S + 1,) int32, as of `Packed`
+    parents: Sequence[int]  # (S,) the place of the sequence that each goes on with, or -1
+    window: Window = None  # ModelConfig.sliding_window
+    positions: Tensor = field(init=False)  # (T,)
+    keys: Tensor = field(init=False)  # (T',) the tokens that each sequence sees, one after another
+    cu_keys: Tensor = field(init=False)  # (S + 1,) int32, their bounds
+    max_seqlen: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        device, paths, positions = self.cu_seqlens.device, [], []
+        for (start, end), parent in zip(
+            itertools.pairwise(self.cu_seqlens.tolist()), self.parents, strict=True
+        ):
+            assert parent < len(paths), "a trunk comes before its branches"
+            own, trunk = torch.arange(start, end), paths[parent] if parent >= 0 else None
+            paths.append(own if trunk is None else torch.cat((trunk, own)))
+            positions.append(torch.arange(len(paths[-1]) - len(own), len(paths[-1])))
+        lengths = torch.tensor([len(path) for path in paths])
+        self.positions, self.keys = (torch.cat(x).to(device) for x in (positions, paths))
+        self.cu_keys = F.pad(lengths.cumsum(0), (1, 0)).to(device, torch.int32)
+        self.max_seqlen = int(lengths.max())
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = k.index_select(0, self.keys), v.index_select(0, self.keys)
+        cu_q, cu_k, window = self.cu_seqlens, self.cu_keys, window_in(self.window, layer)
+        return varlen_attention(q, k, v, cu_q, cu_k, self.max_seqlen, window=window)
 
 
 @dataclass

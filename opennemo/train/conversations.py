@@ -56,6 +56,19 @@ class Pair:
     rejected: Example
 
 
+def n_shared(examples: Sequence[Example]) -> int:
+    """How many ids all of several examples begin with, before the first that is learned from."""
+    if len(examples) < 2:
+        return 0
+    # Of an answer's first id the id before it is the place, which each example keeps.
+    end = max(0, min(int(e.mask.argmax()) if e.mask.any() else len(e.ids) for e in examples) - 1)
+    first, *others = (e.ids[:end] for e in examples)
+    for other in others:
+        differs = np.flatnonzero(first[: len(other)] != other[: len(first)])
+        first = first[: differs[0] if len(differs) else min(len(first), len(other))]
+    return len(first)
+
+
 class BadLine(NamedTuple):
     """A line that nothing can be learned from as it stands."""
 
@@ -139,7 +152,7 @@ def read_examples(
 def read_pairs(
     paths: Sequence[Path], tokenizer: Tokenizer, *, max_tokens: int, processes: int | None = None
 ) -> tuple[list[Pair], Report]:
-    """All preferences of some files, both answers of each together at most `max_tokens` long.
+    """All preferences of some files, at most `max_tokens` each: a prompt and both its answers.
 
     Arguments and errors as for `read_examples`.
     """
@@ -186,9 +199,9 @@ class Reader:
             # A rejected answer may be wrong in any way.
             conversation = checked([*context, *answer], tools, strict=not sides)
             sides.append(self._encode([*context, *answer], tools))
-        if (n_tokens := sum(len(side.ids) for side in sides)) > self.max_tokens:
+        if (n_tokens := sum(len(e.ids) for e in sides) - n_shared(sides)) > self.max_tokens:
             raise InvalidRequest(
-                f"{n_tokens:,} tokens on both sides, more than max_tokens {self.max_tokens:,}"
+                f"{n_tokens:,} tokens with both answers, more than max_tokens {self.max_tokens:,}"
             )
         self._count(report, row, conversation, sides)
         return [Pair(*sides)]

@@ -34,7 +34,8 @@ def hidden_of_targets(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of this rank's tokens with a target: hidden states (T', D), targets (T',), places (T',)."""
     part = share(mesh, batch.cu_seqlens, batch.max_seqlen, batch.window)
-    hidden = model(batch.tokens[part.inputs], fake_kv(model, part.attend))
+    attend = batch.attend() if batch.parents else part.attend  # a fork is on one rank
+    hidden = model(batch.tokens[part.inputs], fake_kv(model, attend))
     targets = batch.targets[part.outputs]
     wanted = targets != IGNORED
     return hidden[wanted], targets[wanted], part.outputs[wanted]
@@ -61,19 +62,20 @@ def next_token(
 
 
 def sequence_log_probs(model: Transformer, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Log-probability (S,) of each sequence's targets, and how many those are (S,)."""
+    """Log-probability (A,) of each answer's targets, and how many those are (A,)."""
     hidden, targets, places = hidden_of_targets(model, batch)
     losses = head_losses(model, hidden, targets, reduction="none")
     sequence = torch.searchsorted(batch.cu_seqlens[1:].long(), places, right=True)
     zeros = losses.new_zeros(len(batch.cu_seqlens) - 1)
     sums = zeros.index_add(0, sequence, -losses)
-    return sums, zeros.index_add(0, sequence, torch.ones_like(losses))
+    counts = zeros.index_add(0, sequence, torch.ones_like(losses))
+    return sums[batch.answers], counts[batch.answers]
 
 
 def preference(
     model: Transformer, batch: Batch, settings: Preference
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Direct preference optimisation: sequences come in pairs, the chosen answer first."""
+    """Direct preference optimisation: answers come in pairs, the chosen one first."""
     assert batch.reference is not None
     log_probs, counts = sequence_log_probs(model, batch)
     gains = log_probs - batch.reference

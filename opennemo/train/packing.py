@@ -5,6 +5,8 @@ with a target for each id that is to be learnt. Row `i` depends on the seed and 
 a resumed run, and any number of ranks, see the same data. Of text, documents are cut into rows
 of one width; conversations stay whole, and are packed into rows that are as full as they can be
 made (first fit over a shuffled list). No sequence sees another: `cu_seqlens` keeps them apart.
+Answers to one prompt (a preference's two, a group of samples) fork: the prompt is a sequence of its
+own, and each answer one that goes on where it ends (`Forked`).
 
 This file does not know what the ids mean.
 """
@@ -18,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opennemo.model.attention import Packed
+from opennemo.model.attention import Forked, Packed
 from opennemo.model.positions import Window
-from opennemo.train.conversations import Example, Pair
+from opennemo.train.conversations import Example, Pair, n_shared
 from opennemo.train.corpus import Corpus
 
 IGNORED = -100  # a target that is no target
@@ -31,6 +33,7 @@ class PackedRow(NamedTuple):
     targets: np.ndarray  # (T,) int64, the next id or IGNORED
     lengths: np.ndarray  # (S,) of the sequences that lie in it
     units: np.ndarray  # which examples, if they are numbered
+    parents: tuple[int, ...] = ()  # (S,) as of `Forked`, or none: no sequence goes on with another
 
 
 class PackedRows(Protocol):
@@ -49,10 +52,31 @@ class Batch:
     max_seqlen: int
     window: Window  # ModelConfig.sliding_window
     n_units: int  # what the loss is a mean over: targets, or pairs
-    reference: Tensor | None = None  # (S,) log-probabilities under the reference model
+    parents: tuple[int, ...] = ()  # (S,) as of `Forked`, or none
+    reference: Tensor | None = None  # (A,) log-probabilities of answers under the reference model
 
-    def attend(self) -> Packed:
+    def attend(self) -> Packed | Forked:
+        if self.parents:
+            return Forked(self.cu_seqlens, self.parents, self.window)
         return Packed(self.cu_seqlens, self.max_seqlen, self.window)
+
+    @property
+    def answers(self) -> Tensor:
+        """(A,) places of the sequences that no other goes on with."""
+        n = len(self.cu_seqlens) - 1
+        ends = sorted(set(range(n)) - set(self.parents))
+        return torch.tensor(ends, device=self.cu_seqlens.device)
+
+    @property
+    def n_seen(self) -> float:
+        """How many pairs of tokens see each other."""
+        lengths = self.cu_seqlens.diff().double()
+        seen = lengths.square().sum() / 2
+        for i, parent in enumerate(self.parents):
+            while parent >= 0:
+                seen += lengths[i] * lengths[parent]
+                parent = self.parents[parent]
+        return float(seen)
 
     def to(self, device: torch.device) -> "Batch":
         moved = {
@@ -81,12 +105,12 @@ class ExampleRows:
     """Examples, or pairs of them, packed whole; `n` rows make an epoch, shuffled anew each time."""
 
     def __init__(self, units: Sequence[Example | Pair], width: int, seed: int):
-        """Each unit must fit `width` tokens."""
+        """Each unit must fit `width` tokens, where what a pair's answers share counts once."""
         self.units = [
             (unit.chosen, unit.rejected) if isinstance(unit, Pair) else (unit,) for unit in units
         ]
         self.seed = seed
-        sizes = np.array([sum(len(e.ids) for e in unit) for unit in self.units])
+        sizes = np.array([sum(map(len, fork(unit)[0])) for unit in self.units])
         order = np.random.default_rng((seed, len(sizes))).permutation(len(sizes))
         self.rows = first_fit(sizes, order, width)
 
@@ -97,14 +121,37 @@ class ExampleRows:
         epoch, place = divmod(index, len(self.rows))
         order = np.random.default_rng((self.seed, epoch, len(self.rows))).permutation(len(self))
         numbers = self.rows[order[place]]
-        examples = [example for number in numbers for example in self.units[number]]
-        lengths = np.array([len(e.ids) for e in examples])
-        return PackedRow(
-            np.concatenate([e.ids for e in examples]),
-            np.concatenate([example_targets(e) for e in examples]),
-            lengths,
-            np.array(numbers),
-        )
+        return pack([self.units[number] for number in numbers])._replace(units=np.array(numbers))
+
+
+def pack(units: Sequence[Sequence[Example]]) -> PackedRow:
+    """Units laid end to end, the answers of each behind what they share."""
+    ids, targets, parents = [], [], []
+    for unit in units:
+        parts, targets_of, places = fork(unit)
+        parents += [p if p < 0 else p + len(ids) for p in places]
+        ids += parts
+        targets += targets_of
+    lengths = np.array([len(part) for part in ids])
+    forks = tuple(parents) if any(p >= 0 for p in parents) else ()
+    return PackedRow(
+        np.concatenate(ids), np.concatenate(targets), lengths, np.empty(0, np.int64), forks
+    )
+
+
+def fork(unit: Sequence[Example]) -> tuple[list[np.ndarray], list[np.ndarray], list[int]]:
+    """Ids, targets and parents of the sequences that a unit becomes: its trunk, then its answers.
+
+    A trunk ends before the first id with a target, so an answer begins with what is answered last.
+    """
+    ids, targets = [e.ids for e in unit], [example_targets(e) for e in unit]
+    n = n_shared(unit)
+    if not n:
+        return ids, targets, [-1] * len(unit)
+    trunk, silent = ids[0][:n], np.full(n, IGNORED, np.int64)
+    return (
+        [trunk, *(x[n:] for x in ids)], [silent, *(x[n:] for x in targets)], [-1] + [0] * len(unit)
+    )  # fmt: skip
 
 
 def example_targets(example: Example) -> np.ndarray:
@@ -139,12 +186,19 @@ def collate(
     targets = np.concatenate([row.targets for row in rows])
     numbers = np.concatenate([row.units for row in rows])
     paired = references is not None
+    firsts = np.cumsum([0, *(len(row.lengths) for row in rows)])
+    parents = [
+        parent if parent < 0 else parent + int(first)
+        for row, first in zip(rows, firsts, strict=False)
+        for parent in row.parents or [-1] * len(row.lengths)
+    ]
     return Batch(
         tokens=torch.from_numpy(np.concatenate([row.ids for row in rows]).astype(np.int64)),
         targets=torch.from_numpy(targets),
         cu_seqlens=torch.from_numpy(np.concatenate([[0], lengths.cumsum()]).astype(np.int32)),
         max_seqlen=int(lengths.max()),
         window=window,
+        parents=tuple(parents) if max(parents) >= 0 else (),
         n_units=len(numbers) if paired else int((targets != IGNORED).sum()),
         reference=torch.from_numpy(references[numbers].ravel()) if paired else None,
     )

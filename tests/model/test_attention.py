@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from opennemo.model import attention
-from opennemo.model.attention import traced_attention, varlen_attention
+from opennemo.model.attention import Forked, Packed, traced_attention, varlen_attention
 
 
 def inputs(n_queries: int, n_keys: int, dtype: torch.dtype, learn: bool) -> list[Tensor]:
@@ -65,3 +65,29 @@ def test_pytorch_finds_the_operation_sound():
     cu_seqlens = torch.tensor([0, 7, 12], dtype=torch.int32)
     arguments = (*inputs(12, 12, torch.float32, True), cu_seqlens, cu_seqlens, None)
     torch.library.opcheck(traced_attention, arguments)
+
+
+@pytest.mark.parametrize("window", [None, 6])
+def test_a_fork_is_the_sequences_that_it_stands_for(window: int | None):
+    """Trunks with branches, one that branches again, and a sequence by itself."""
+    lengths, parents = [9, 4, 1, 7, 3, 5], (-1, 0, 0, -1, 1, -1)
+    bounds = [0, *itertools.accumulate(lengths)]
+    forked = Forked(torch.tensor(bounds).int(), parents, window)
+    paths: list[list[int]] = []
+    for i, parent in enumerate(parents):
+        paths.append((paths[parent] if parent >= 0 else []) + list(range(*bounds[i : i + 2])))
+    learning = inputs(29, 29, torch.float32, True)
+    out = forked(0, *learning)
+    assert torch.equal(out, forked(0, *(x.detach() for x in learning)))
+    expected = torch.empty_like(out)
+    for i, path in enumerate(paths):
+        packed = Packed.of(len(path), window=window)
+        whole = packed(0, *(x[path] for x in learning))
+        own = slice(bounds[i], bounds[i + 1])
+        expected[own] = whole[-lengths[i] :]
+        assert torch.equal(forked.positions[own], packed.positions[-lengths[i] :])
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    found = torch.autograd.grad(out, learning, grad)
+    for a, b in zip(found, torch.autograd.grad(expected, learning, grad), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)

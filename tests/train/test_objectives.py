@@ -10,10 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opennemo.model.attention import Packed
+from opennemo.model.formats import FORMATS
+from opennemo.model.quantization import prepare_qat_
 from opennemo.model.transformer import PRESETS, Transformer
 from opennemo.train import objectives
 from opennemo.train.config import Optim, Preference
-from opennemo.train.conversations import Example, Pair
+from opennemo.train.conversations import Example, Pair, n_shared
 from opennemo.train.objectives import distil, next_token, preference, sequence_log_probs
 from opennemo.train.optim import optimizers, rate
 from opennemo.train.packing import (
@@ -22,6 +24,8 @@ from opennemo.train.packing import (
     ExampleRows,
     collate,
     first_fit,
+    fork,
+    pack,
     step_rows,
 )
 
@@ -103,6 +107,56 @@ def test_preferences_are_those_of_the_paper():
     loss, _ = preference(net, batch, Preference(beta=0.3, length_normalized=True))
     expected = -(0.3 * (per_token[:, 0] - per_token[:, 1])).sigmoid().log().sum()
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
+
+
+def branches(n_prompt: int, lengths: list[int], seed: int) -> list[Example]:
+    """Answers to one prompt."""
+    rng = np.random.default_rng(seed)
+    prompt = rng.integers(0, 320, n_prompt)
+    answers = [rng.integers(0, 320, length) for length in lengths]
+    mask = [np.arange(n_prompt + length) >= n_prompt for length in lengths]
+    ids = [np.concatenate((prompt, answer)).astype(np.uint32) for answer in answers]
+    return [Example(*both) for both in zip(ids, mask, strict=True)]
+
+
+@pytest.mark.parametrize("format", [None, "fp8"])
+def test_answers_that_share_their_prompt_learn_as_separate_ones(format):
+    """Pairs as they are packed, and with the prompt once for each answer: loss and gradients."""
+    net = model()
+    if format:
+        prepare_qat_(net, FORMATS[format], kv=True)
+        net.kv_rounding.largest.fill_(3.0)
+    pairs = [Pair(*branches(n, lengths, n)) for n, lengths in ((30, [5, 9]), (12, [1, 3]))]
+    sides = [side for pair in pairs for side in (pair.chosen, pair.rejected)]
+    settings, reference = Preference(beta=0.3, sft=0.5), np.array([[-9.0, -8.0], [-4.0, -5.0]])
+    row = ExampleRows(pairs, 64, seed=1)[0]
+    assert len(row.ids) == sum(len(e.ids) for e in sides) - 29 - 11
+    forked = collate([row], None, reference)
+    rows = [pack([[side]]) for n in row.units for side in sides[2 * n : 2 * n + 2]]
+    separate = collate([rows[0]._replace(units=row.units), *rows[1:]], None, reference)
+    assert not separate.parents and separate.n_units == forked.n_units == 2
+    found = []
+    for batch in (forked, separate):
+        loss, _ = preference(net, batch, settings)
+        net.zero_grad()
+        loss.backward()
+        found.append((loss.detach(), {n: p.grad.clone() for n, p in net.named_parameters()}))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "shared"),
+    [
+        ([1, 2, 3, 4, 5], [1, 2, 3, 6], 2),  # what is learned begins at the fourth
+        ([1, 2, 3, 4, 5], [1, 9, 3, 4], 1),
+        ([7, 2, 3, 4, 5], [1, 2, 3, 4], 0),
+    ],
+)
+def test_what_is_shared_ends_before_what_is_learned(a, b, shared):
+    both = [Example(np.array(x, np.uint32), np.arange(len(x)) >= 3) for x in (a, b)]
+    assert n_shared(both) == shared and n_shared(both[:1]) == 0
+    learned = [x[x != IGNORED].tolist() for x in fork(both)[1]]
+    assert [x for x in learned if x] == [a[3:], b[3:]]
 
 
 def test_a_student_that_is_its_teacher_has_nothing_to_learn():
