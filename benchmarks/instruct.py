@@ -34,8 +34,9 @@ from opennemo.llm import LLM
 from opennemo.tokenizer.chat import encode_chat, parse_reply
 from opennemo.tokenizer.messages import Message
 from opennemo.train.conversations import Example, read_examples, read_pairs
+from opennemo.train.rewards import exact_calls
 from recipes.tool_data.apis import execute
-from recipes.tool_data.conversations import conversations, exact_calls
+from recipes.tool_data.conversations import conversations
 
 LOSS = "loss in conversation, nats a token"
 MAX_ANSWER = 300  # tokens

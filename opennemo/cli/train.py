@@ -26,7 +26,7 @@ def train(
     ],
     set: Overrides = None,
 ) -> None:
-    """Train a model: from text, on conversations, or on preferences, as a recipe says.
+    """Train a model: from text, conversations, preferences or rewards, as a recipe says.
 
     On several devices or machines: torchrun --nproc-per-node 8 -m opennemo train RECIPE ...
     Ctrl-C and SIGTERM save and stop (exit codes 130 and 143), a second Ctrl-C stops at once; the
@@ -58,7 +58,7 @@ def train(
     _refuse_beyond_memory(settings)
     trainer, caught = None, []
     try:
-        trainer = begin(settings, run, sample=_sampler(settings))
+        trainer = begin(settings, run, sample=_sampler(settings), rollout=_rollouts)
         if trainer.step and not trainer.quiet:
             done = trainer.step == settings.steps
             how = "all of them" if done else f"goes on after step {trainer.step:,}"
@@ -138,6 +138,13 @@ def _refuse_beyond_memory(recipe: Any) -> None:
             f"data.window (it is {data.window:,}) or data.micro_rows ({data.micro_rows}); "
             "`opennemo plan` shows the arithmetic"
         )
+
+
+def _rollouts(tokenizer: Any) -> Any:
+    """What draws answers from a model as it stands."""
+    from opennemo.rollouts import Rollouts
+
+    return Rollouts(tokenizer)
 
 
 def _sampler(recipe: Any) -> Any:

@@ -16,7 +16,10 @@ from opennemo.files import read_json
 from opennemo.train.config import Recipe, to_json
 from opennemo.train.metrics import read_metrics
 
-SHOWN = ("loss", "valid_loss", "valid_bits_per_byte", "accuracy", "valid_accuracy")
+SHOWN = (
+    "loss", "valid_loss", "valid_bits_per_byte", "accuracy", "valid_accuracy", "reward",
+    "valid_reward",
+)  # fmt: skip
 
 
 def write_card(recipe: Recipe, run: Path, folder: Path, *, stored: str = "float32") -> None:
@@ -25,6 +28,7 @@ def write_card(recipe: Recipe, run: Path, folder: Path, *, stored: str = "float3
     facts = {
         "parent": parent or f"none: new weights of the shape {recipe.model.shape}",
         "objective": recipe.objective,
+        **_rewards(recipe),
         "adapter": _adapter(recipe),
         "number format": _format(recipe, stored),
         "steps": f"{recipe.steps:,} of {recipe.data.rows} rows of {recipe.data.window:,} tokens",
@@ -80,11 +84,27 @@ def _data(part: dict[str, Any]) -> list[str]:
             for source in part["sources"]
         ]
     lines = [f"- {name}" for name in part["files"]]
+    if "prompts" in part:
+        return [
+            *lines,
+            f"- {part['prompts']:,} prompts of {part['tokens']:,} tokens, SHA-256 "
+            f"{part['sha256'][:16]}; {len(part['left_out']):,} lines left out",
+        ]
     return [
         *lines,
         f"- {part['conversations']:,} conversations, {part['tokens']:,} tokens, of which "
         f"{part['trained_tokens']:,} are learnt; {len(part['left_out']):,} lines left out",
     ]
+
+
+def _rewards(recipe: Recipe) -> dict[str, str]:
+    if not recipe.draws:
+        return {}
+    drawing, parts = recipe.drawing, recipe.rl.rewards if recipe.objective == "rl" else ()
+    facts = {"answers": f"{drawing.answers} to a prompt, at most {drawing.max_tokens:,} tokens"}
+    return facts | (
+        {"rewards": ", ".join(f"{r.weight:g} {r.name}" for r in parts)} if parts else {}
+    )
 
 
 def _adapter(recipe: Recipe) -> str:

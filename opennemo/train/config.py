@@ -75,7 +75,10 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Source:
-    """A folder of shards that `opennemo tokenize` wrote, or a file of conversations or pairs."""
+    """A folder of shards that `opennemo tokenize` wrote, or a file of conversations or pairs.
+
+    Of conversations to draw answers to, each ends with what is asked, or with a reference answer.
+    """
 
     path: Path  # that folder or file
     weight: Annotated[float, Field(gt=0)] = 1.0  # share of the tokens drawn; of shards alone
@@ -87,8 +90,9 @@ class TrainingData:
 
     train: Annotated[tuple[Source, ...], Field(min_length=1)]  # what is learned from
     valid: tuple[Source, ...] = ()  # what the held-out loss is measured on
-    window: Positive = 1024  # tokens of a row, into which documents or conversations are packed
-    rows: Positive = 8  # of a step, over all ranks
+    # Tokens of a row, into which documents or conversations are packed; of a prompt and one answer.
+    window: Positive = 1024
+    rows: Positive = 8  # of a step, over all ranks; where answers are drawn, prompts
     micro_rows: Positive = 8  # computed at once on a rank; less memory, the same result
     skip_bad: bool = False  # leave out lines that cannot be used, rather than stop
     valid_rows: Positive = 32  # of an evaluation
@@ -148,6 +152,48 @@ class Preference:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class Distil:
+    """Another model's probabilities: of a text's next ids, or of ids that the student drew."""
+
+    teacher: str | None = None  # of the same vocabulary; by default `model.path` as it was
+    on_policy: bool = False  # reverse KL on the student's own answers (arXiv:2306.13649)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Drawing:
+    """Answers that the model draws to learn from, at temperature 1 from the whole vocabulary."""
+
+    answers: Annotated[int, Field(gt=0, le=1024)] = 8  # to each prompt
+    max_tokens: Positive = 256  # of an answer
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Reward:
+    """What an answer is worth: a function of rewards.py, or the user's own, and its weight."""
+
+    name: str  # "module:function" or "file.py:function" for one's own
+    weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
+    pattern: str | None = None  # of `format` alone: the whole answer matches it
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Reinforcement:
+    """GRPO (arXiv:2402.03300) as DAPO (2503.14476) and Dr. GRPO (2503.20783) corrected it.
+
+    A loss is a mean over tokens, gains are not divided by their spread or by lengths, and groups
+    whose answers are all worth the same are left out.
+    """
+
+    rewards: tuple[Reward, ...] = ()
+    updates: Positive = 1  # of a step, among which its prompts are divided
+    epochs: Positive = 1  # how often they are gone through
+    clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2  # how far an update may lower a token ...
+    clip_high: Annotated[float, Field(gt=0)] = 0.28  # ... or raise it, as shares
+    kl: Number = 0.0  # weight of the divergence from the model at first, a token
+    timeout: Annotated[float, Field(gt=0)] = 30.0  # seconds that a reward may take for an answer
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class Saving:
     every: Count = 100  # steps; 0 for the last one alone
     keep: Positive = 2  # checkpoints, the newest
@@ -176,7 +222,9 @@ class Parallel:
 class Recipe:
     """A run, whole."""
 
-    objective: Literal["text", "chat", "preference", "distil"] = "text"  # see docs/training.md
+    objective: Literal["text", "chat", "preference", "distil", "rl"] = (
+        "text"  # see docs/training.md
+    )
     steps: Positive  # of the optimiser
     seed: Count = 0  # of new weights and of the order of the data
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU if there is one
@@ -187,6 +235,9 @@ class Recipe:
     qat: Qat | None = None
     lora: Lora | None = None
     preference: Preference = Preference()
+    distil: Distil = Distil()
+    drawing: Drawing = Drawing()
+    rl: Reinforcement = Reinforcement()
     saving: Saving = Saving()
     evaluation: Evaluation = Evaluation()
     parallel: Parallel = Parallel()
@@ -195,6 +246,28 @@ class Recipe:
     def _can_be_adapted(self) -> Self:
         if self.lora and self.model.path is None:
             raise ValueError("lora adapts a model that is there: give model.path")
+        return self
+
+    @property
+    def draws(self) -> bool:
+        """Whether the model learns from answers that it draws itself."""
+        return self.objective == "rl" or (self.objective == "distil" and self.distil.on_policy)
+
+    @model_validator(mode="after")
+    def _can_draw(self) -> Self:
+        if not self.draws:
+            return self
+        if self.lora and self.lora.dropout:
+            raise ValueError("lora.dropout: must be 0 where the model learns from its own answers")
+        if self.drawing.max_tokens >= self.data.window:
+            raise ValueError("data.window has no room for a prompt beside drawing.max_tokens")
+        if self.objective == "rl":
+            if not self.rl.rewards:
+                raise ValueError("rl.rewards: name at least one, such as [{name = 'exact_call'}]")
+            if self.drawing.answers < 2:
+                raise ValueError("drawing.answers: rl compares answers, so there must be 2 or more")
+            if self.data.rows % self.rl.updates:
+                raise ValueError(f"rl.updates: must divide data.rows, {self.data.rows}")
         return self
 
 

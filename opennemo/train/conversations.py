@@ -24,7 +24,7 @@ import numpy as np
 from opennemo.errors import InvalidRequest
 from opennemo.texts import open_lines
 from opennemo.tokenizer import Tokenizer
-from opennemo.tokenizer.chat import encode_for_training
+from opennemo.tokenizer.chat import encode_chat, encode_for_training
 from opennemo.tokenizer.chat_layouts import LAYOUTS
 from opennemo.tokenizer.messages import Message, Tool
 from opennemo.train.shapes import (
@@ -34,6 +34,7 @@ from opennemo.train.shapes import (
     parse_line,
     preference_of,
     split_at_answers,
+    task_of,
 )
 
 BATCH_BYTES = 1 << 20  # some seconds' work is shared out in pieces of this
@@ -54,6 +55,18 @@ class Pair:
 
     chosen: Example
     rejected: Example
+
+
+@dataclass(frozen=True)
+class Task:
+    """Something to answer, and what a reward needs to judge answers by."""
+
+    ids: list[int]  # (T,) of the prompt
+    messages: list[Message]
+    tools: list[Tool]
+    reference: Message | None  # a good answer
+    row: dict[str, Any]  # the whole line
+    place: str  # file and line
 
 
 def n_shared(examples: Sequence[Example]) -> int:
@@ -159,11 +172,24 @@ def read_pairs(
     return _read(paths, Reader(tokenizer, max_tokens, pairs=True), processes)
 
 
-class Reader:
-    """What turns lines into examples, or into pairs."""
+def read_tasks(
+    paths: Sequence[Path], tokenizer: Tokenizer, *, max_tokens: int, processes: int | None = None
+) -> tuple[list[Task], Report]:
+    """All prompts of some files, each at most `max_tokens` long.
 
-    def __init__(self, tokenizer: Tokenizer, max_tokens: int, *, pairs: bool = False):
-        self.tokenizer, self.max_tokens, self.pairs = tokenizer, max_tokens, pairs
+    Arguments and errors as for `read_examples`.
+    """
+    return _read(paths, Reader(tokenizer, max_tokens, tasks=True), processes)
+
+
+class Reader:
+    """What turns lines into examples, into pairs or into tasks."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, max_tokens: int, *, pairs: bool = False, tasks: bool = False
+    ):
+        self.tokenizer, self.max_tokens = tokenizer, max_tokens
+        self.pairs, self.tasks = pairs, tasks
 
     def read(self, file: str, lines: list[tuple[int, bytes]]) -> tuple[list[Any], Report]:
         units: list[Any] = []
@@ -171,6 +197,9 @@ class Reader:
         for number, line in lines:
             try:
                 row = parse_line(line)
+                if self.tasks:
+                    units.append(self.task(row, report, f"{file}, line {number}"))
+                    continue
                 units += self.pair(row, report) if self.pairs else self.examples(row, report)
             except InvalidRequest as error:
                 report.bad.append(BadLine(file, number, str(error)))
@@ -206,6 +235,15 @@ class Reader:
         self._count(report, row, conversation, sides)
         return [Pair(*sides)]
 
+    def task(self, row: dict[str, Any], report: Report, place: str) -> Task:
+        messages, tools, reference = task_of(row)
+        ids = encode_chat(self.tokenizer, messages, tools)
+        if len(ids) > self.max_tokens:
+            raise InvalidRequest(f"{len(ids):,} tokens, more than the {self.max_tokens:,} allowed")
+        example = Example(np.array(ids, np.uint32), np.zeros(len(ids), bool))
+        self._count(report, row, messages, [example])
+        return Task(ids, messages, tools, reference, row, place)
+
     def _encode(self, messages: list[Message], tools: list[Tool]) -> Example:
         ids, mask = encode_for_training(self.tokenizer, messages, tools)
         if len(ids) > self.max_tokens:
@@ -217,7 +255,7 @@ class Reader:
     ) -> None:
         report.n_conversations += 1
         report.n_turns += len(conversation)
-        report.n_tool_calls += sum(len(m.get("tool_calls", ())) for m in conversation)
+        report.n_tool_calls += sum(len(m.get("tool_calls") or ()) for m in conversation)
         report.n_trained_tokens += sum(int(e.mask.sum()) for e in examples)
         report.lengths += [len(e.ids) for e in examples]
         if isinstance(language := row.get("lang", row.get("language")), str):

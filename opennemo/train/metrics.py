@@ -9,6 +9,7 @@ import json
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,16 @@ from opennemo.errors import InvalidRequest
 from opennemo.files import write_whole
 
 FILE = "metrics.jsonl"
-# What is drawn, one plot each, if the run has it: title, axis, and the series.
+# What is drawn, one plot each, if the run has it: title, axis, and the series, by name or pattern.
 PLOTS = (
     ("loss", "nats", ("loss", "valid_loss")),
     ("bits a byte, held out", "bits", ("valid_bits_per_byte",)),
     ("pairs ranked right", "share", ("accuracy", "valid_accuracy")),
+    ("reward", "", ("reward", "valid_reward")),
+    ("parts of the reward", "", ("reward_*",)),
+    ("parts of the reward, held out", "", ("valid_reward_*",)),
+    ("tokens of an answer", "", ("answer_tokens", "valid_answer_tokens")),
+    ("answers cut off; groups with a spread", "share", ("cut", "spread")),
     ("learning rate", "", ("lr",)),
     ("norm of the gradient", "", ("grad_norm",)),
     ("speed", "tokens/s", ("tokens_per_second",)),
@@ -60,7 +66,7 @@ class Log:
 def note(values: Mapping[str, float]) -> str:
     """What a person wants to see of a step, in one line."""
     shapes = (
-        ("loss", "loss", ".4f"), ("accuracy", "right", ".1%"),
+        ("loss", "loss", ".4f"), ("reward", "reward", ".3f"), ("accuracy", "right", ".1%"),
         ("tokens_per_second", "tok/s", ",.0f"), ("mfu", "MFU", ".0%"),
     )  # fmt: skip
     return "  ".join(
@@ -87,8 +93,11 @@ def plot(runs: Sequence[Path], out: Path) -> None:
         InvalidRequest: a folder holds no run, or the picture is of no known kind.
     """
     records = {run.resolve().name: read_metrics(run) for run in runs}
-    recorded = {key for lines in records.values() for record in lines for key in record}
-    plots = [(title, axis, [k for k in keys if k in recorded]) for title, axis, keys in PLOTS]
+    recorded = dict.fromkeys(key for lines in records.values() for r in lines for key in r)
+    plots = [
+        (title, axis, [k for key in keys for k in recorded if fnmatchcase(k, key)])
+        for title, axis, keys in PLOTS
+    ]
     shown = [plot for plot in plots if plot[2]]
 
     import matplotlib
@@ -111,11 +120,10 @@ def plot(runs: Sequence[Path], out: Path) -> None:
                 points = [(r["step"], r[key]) for r in lines if r.get(key) is not None]
                 if points:
                     dense = len(points) > 60
-                    label = (
-                        name
-                        if len(keys) == 1
-                        else f"{name}, {'held out' if 'valid' in key else 'training'}"
-                    )
+                    part = "held out" if key.startswith("valid_") else "training"
+                    if not all(k.endswith(keys[0]) for k in keys):  # several things, not two sides
+                        part = key.removeprefix("valid_").removeprefix("reward_")
+                    label = name if len(keys) == 1 else f"{name}, {part}"
                     axis.plot(
                         *zip(*points, strict=True), label=label, lw=1, marker="" if dense else "."
                     )

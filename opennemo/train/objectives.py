@@ -1,14 +1,16 @@
-"""What is minimised: the next token, answers alone, or preferences; one function each.
+"""What is minimised: the next token, answers alone, preferences, or drawn answers' lack of reward.
 
 An objective takes a model and a batch and gives the *sum* of the losses over the batch's units
 (targets, or pairs) and sums of what is worth a curve; the trainer divides by the units of the whole
 step, so that parts of a step, and ranks, add up to what one pass would give.
 
 The head is fused with the loss: rows without a target never meet it, and of the others so many at a
-time that memory does not grow with the vocabulary. Sources: DPO (arXiv:2305.18290).
+time that memory does not grow with the vocabulary. Sources: DPO (arXiv:2305.18290), PPO
+(arXiv:1707.06347), GRPO (arXiv:2402.03300), the estimate of its divergence (joschu.net, 2020).
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -17,10 +19,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from opennemo.errors import InvalidRequest
+from opennemo.model.lora import lora_disabled
 from opennemo.model.parallel import Mesh, head_weight, share
 from opennemo.model.quantization import fake_kv
 from opennemo.model.transformer import Transformer
-from opennemo.train.config import Preference
+from opennemo.train.config import Preference, Recipe, Reinforcement
 from opennemo.train.packing import IGNORED, Batch
 
 Objective = Callable[[Transformer, Batch], tuple[Tensor, dict[str, Tensor]]]
@@ -96,10 +99,43 @@ def preference(
     return losses.sum(), metrics
 
 
-def distil(
-    model: Transformer, batch: Batch, teacher: Transformer
+def reinforce(
+    model: Transformer, batch: Batch, settings: Reinforcement, reference: Transformer | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Learn another model's probabilities: KL(teacher || model) at every target (1503.02531)."""
+    """Make drawn answers likelier by their gains, as far as an update may change a token.
+
+    `reference` is the model before it learned; without one that is this model without its adapter.
+    """
+    assert batch.drawn is not None and batch.gains is not None
+    hidden, targets, _ = hidden_of_targets(model, batch)
+    log_probs = -head_losses(model, hidden, targets, reduction="none").float()
+    change = log_probs - batch.drawn
+    ratio = change.exp()
+    clipped = ratio.clamp(1 - settings.clip_low, 1 + settings.clip_high)
+    losses = -torch.minimum(ratio * batch.gains, clipped * batch.gains)
+    metrics = {
+        "clipped": (ratio * batch.gains > clipped * batch.gains).sum(),
+        "change": change.detach().abs().sum(),
+    }
+    if settings.kl:
+        with torch.no_grad(), nullcontext() if reference else lora_disabled(model):
+            first = reference or model
+            hidden, targets, _ = hidden_of_targets(first, batch)
+            before = -head_losses(first, hidden, targets, reduction="none").float()
+        ahead = before - log_probs
+        divergence = ahead.exp() - ahead - 1
+        losses = losses + settings.kl * divergence
+        metrics["kl"] = divergence.detach().sum()
+    return losses.sum(), metrics
+
+
+def distil(
+    model: Transformer, batch: Batch, teacher: Transformer, *, reverse: bool = False
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Learn another model's probabilities: KL(teacher || model) at every target (1503.02531).
+
+    With `reverse` KL(model || teacher), which suits targets that the model drew (2306.13649).
+    """
     hidden, targets, places = hidden_of_targets(model, batch)
     with torch.no_grad():
         wanted = teacher(batch.tokens, batch.attend())[places]
@@ -108,7 +144,8 @@ def distil(
     def divergence(hidden: Tensor, weight: Tensor, wanted: Tensor) -> Tensor:
         ours = F.linear(hidden, weight).float().log_softmax(-1)
         aim = F.linear(wanted, teacher.output.weight).float().log_softmax(-1)
-        return F.kl_div(ours, aim, reduction="sum", log_target=True)
+        pair = (aim, ours) if reverse else (ours, aim)
+        return F.kl_div(*pair, reduction="sum", log_target=True)
 
     weight = head_weight(model)
     parts = [
@@ -119,16 +156,14 @@ def distil(
 
 
 def objective(
-    name: str,
-    settings: Preference,
-    teacher: Transformer | None = None,
-    mesh: Mesh | None = None,
+    recipe: Recipe, teacher: Transformer | None = None, mesh: Mesh | None = None
 ) -> Objective:
-    """The objective that a recipe names.
+    """The objective that a recipe names; `teacher` is a model to learn from, or to stay close to.
 
     Raises:
         InvalidRequest: it needs sequences whole, and the mesh divides them.
     """
+    name = recipe.objective
     if name in ("text", "chat"):
         return partial(next_token, mesh=mesh)
     if mesh is not None and mesh.context.size() * mesh.tensor.size() > 1:
@@ -137,6 +172,8 @@ def objective(
             "tensor_parallel"
         )
     if name == "preference":
-        return partial(preference, settings=settings)
+        return partial(preference, settings=recipe.preference)
+    if name == "rl":
+        return partial(reinforce, settings=recipe.rl, reference=teacher)
     assert teacher is not None
-    return partial(distil, teacher=teacher)
+    return partial(distil, teacher=teacher, reverse=recipe.distil.on_policy)

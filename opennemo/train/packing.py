@@ -54,6 +54,8 @@ class Batch:
     n_units: int  # what the loss is a mean over: targets, or pairs
     parents: tuple[int, ...] = ()  # (S,) as of `Forked`, or none
     reference: Tensor | None = None  # (A,) log-probabilities of answers under the reference model
+    drawn: Tensor | None = None  # (T',) of targets, under the model that drew them
+    gains: Tensor | None = None  # (T',) what each target's answer is worth above its group's mean
 
     def attend(self) -> Packed | Forked:
         if self.parents:

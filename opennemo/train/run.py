@@ -9,6 +9,7 @@
 The same command goes on with a run that was stopped or killed. Models are written once, at the end.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -29,28 +30,36 @@ from opennemo.model.quantization import KVRounding, observers
 from opennemo.model.transformer import Transformer
 from opennemo.tokenizer.saving import save_huggingface
 from opennemo.tokenizer.tekken import Tekken
+from opennemo.tokenizer.tokenizer import Tokenizer
 from opennemo.train.card import write_card
 from opennemo.train.config import Recipe, differences, parse_recipe, to_json
+from opennemo.train.practice import Rollout
 from opennemo.train.setup import Setup, same_data
 from opennemo.train.trainer import Sample, Trainer
 
+MakeRollout = Callable[[Tokenizer], Rollout]
+
 
 def train(
-    recipe: Recipe, run: Path, *, sample: Sample | None = None, quiet: bool = False
-) -> dict[str, Path]:
+    recipe: Recipe, run: Path, *, sample: Sample | None = None,
+    rollout: MakeRollout | None = None, quiet: bool = False,
+) -> dict[str, Path]:  # fmt: skip
     """Begin a run in a folder, or go on with it, and write what comes out; gives those folders.
 
     Raises: as `begin`, `Trainer.train`.
     """
-    trainer = begin(recipe, run, sample=sample, quiet=quiet)
+    trainer = begin(recipe, run, sample=sample, rollout=rollout, quiet=quiet)
     trainer.train()
     return finish(trainer)
 
 
 def begin(
-    recipe: Recipe, run: Path, *, sample: Sample | None = None, quiet: bool = False
-) -> Trainer:
+    recipe: Recipe, run: Path, *, sample: Sample | None = None,
+    rollout: MakeRollout | None = None, quiet: bool = False,
+) -> Trainer:  # fmt: skip
     """The trainer of a run, at its first step or at that of the last checkpoint.
+
+    `rollout` is called with the tokenizer where the model is to draw answers.
 
     Raises:
         InvalidRequest: the folder holds another run, or other files.
@@ -60,7 +69,8 @@ def begin(
     setup = Setup.make(recipe, device)
     if _is_first():
         same_data(run / "data.json", setup.data)
-    return Trainer(recipe, run, setup, device, sample=sample, quiet=quiet)
+    draw = rollout(setup.tokenizer) if rollout is not None and recipe.draws else None
+    return Trainer(recipe, run, setup, device, sample=sample, rollout=draw, quiet=quiet)
 
 
 def finish(trainer: Trainer) -> dict[str, Path]:

@@ -4,6 +4,7 @@ Nothing here trains; the order of things matters, and stands in `Setup.make`: we
 adapters or rounding on top of them, then data that fits the vocabulary.
 """
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -26,9 +27,11 @@ from opennemo.tokenizer.load import open_tokenizer
 from opennemo.tokenizer.rank_files import OWN
 from opennemo.tokenizer.tokenizer import Tokenizer
 from opennemo.train.config import Recipe, Source
-from opennemo.train.conversations import read_examples, read_pairs
+from opennemo.train.conversations import BadLine, read_examples, read_pairs, read_tasks
 from opennemo.train.corpus import Corpus, vocabulary_hash
 from opennemo.train.packing import ExampleRows, PackedRows, TextRows
+from opennemo.train.practice import TaskRows
+from opennemo.train.rewards import Judge
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,11 +39,12 @@ class Setup:
     """A model before its first step, and its data."""
 
     model: Transformer
-    teacher: Transformer | None  # whose probabilities are learnt, with the objective "distil"
+    teacher: Transformer | None  # whose probabilities are learnt, or stayed close to
     tokenizer: Tokenizer
     tokenizer_path: Path
-    train: PackedRows
-    valid: PackedRows | None
+    train: PackedRows | TaskRows
+    valid: PackedRows | TaskRows | None
+    judge: Judge | None  # of answers that the model draws, with the objective "rl"
     token_bytes: np.ndarray  # (V,) bytes of text that each id stands for
     data: dict[str, Any]  # what the rows are made of, for the run's folder
 
@@ -52,6 +56,7 @@ class Setup:
             CheckpointError: a model or a folder of shards cannot be used.
             InvalidRequest: what is named does not fit together.
         """
+        judge = Judge(recipe.rl.rewards, recipe.rl.timeout) if recipe.objective == "rl" else None
         at = None if recipe.model.path is None else locate(recipe.model.path)
         tokenizer_path = at or Path(recipe.model.tokenizer or "")
         if at is None and recipe.model.tokenizer != OWN:
@@ -66,24 +71,22 @@ class Setup:
                 f"{model.config.vocab_size:,} rows for them"
             )
         # Before anything is put on top of the weights.
-        teacher = None
-        if recipe.objective == "distil":
-            if at is None:
-                raise InvalidRequest("objective is distil, which needs a teacher: give model.path")
-            teacher = make_model(recipe, at).to(device).requires_grad_(False).eval()
+        teacher = make_teacher(recipe, at, tokenizer)
+        if teacher is not None:
+            teacher = teacher.to(device).requires_grad_(False).eval()
         change_weights_(model, recipe)
-        train, data = _rows(recipe, recipe.data.train, tokenizer)
+        train, data = _rows(recipe, recipe.data.train, tokenizer, judge)
         valid, valid_data = None, {}
         if recipe.data.valid:
-            valid, valid_data = _rows(recipe, recipe.data.valid, tokenizer)
+            valid, valid_data = _rows(recipe, recipe.data.valid, tokenizer, judge)
         sizes = [len(tokenizer.token_bytes(id)) for id in range(tokenizer.vocab_size)]
         token_bytes = np.zeros(model.config.vocab_size, np.int64)
         token_bytes[: len(sizes)] = sizes
         token_bytes[list(tokenizer.control.values())] = 0  # they stand for no text
         return cls(
             model=model, teacher=teacher, tokenizer=tokenizer,
-            tokenizer_path=tokenizer_path, train=train, valid=valid, token_bytes=token_bytes,
-            data={"train": data, "valid": valid_data},
+            tokenizer_path=tokenizer_path, train=train, valid=valid, judge=judge,
+            token_bytes=token_bytes, data={"train": data, "valid": valid_data},
         )  # fmt: skip
 
 
@@ -129,6 +132,28 @@ def form_of_base(recipe: Recipe, checkpoint: Checkpoint, dtype: torch.dtype | No
     return Form(dtype=dtype, blocks=blocks, head_in_blocks=False)
 
 
+def make_teacher(recipe: Recipe, at: Path | None, tokenizer: Tokenizer) -> Transformer | None:
+    """The model that is learned from, or that reinforcement stays close to; None for neither.
+
+    Raises:
+        InvalidRequest: there must be one and is none, or its vocabulary is another.
+    """
+    if recipe.objective == "rl" and recipe.rl.kl and recipe.lora is None:
+        return make_model(recipe, at)  # at first; with an adapter it is below that
+    if recipe.objective != "distil":
+        return None
+    if recipe.distil.teacher is None:
+        if at is None:
+            raise InvalidRequest(
+                "objective is distil, which needs a teacher: give distil.teacher or model.path"
+            )
+        return make_model(recipe, at)
+    path = locate(recipe.distil.teacher)
+    if not tokenizer.has_vocabulary_of(open_tokenizer(path)):
+        raise InvalidRequest(f"distil.teacher: {path} has another vocabulary than the model")
+    return load(open_checkpoint(path), form=Form(dtype=torch.float32, head_in_blocks=False))
+
+
 def initialise_(model: Transformer, seed: int) -> Transformer:
     """Give a new model its weights: normal with 0.02, and what writes into the residual stream
     less the deeper the model is (GPT-2), the same on any device."""
@@ -161,10 +186,12 @@ def change_weights_(model: Transformer, recipe: Recipe) -> None:
 
 
 def _rows(
-    recipe: Recipe, sources: Sequence[Source], tokenizer: Tokenizer
-) -> tuple[PackedRows, dict[str, Any]]:
+    recipe: Recipe, sources: Sequence[Source], tokenizer: Tokenizer, judge: Judge | None
+) -> tuple[PackedRows | TaskRows, dict[str, Any]]:
     width, seed = recipe.data.window, recipe.seed
     paths = [source.path for source in sources]
+    if recipe.draws:
+        return _tasks(recipe, paths, tokenizer, judge)
     if recipe.objective in ("text", "distil"):
         weights = [source.weight for source in sources]
         corpus = Corpus(
@@ -183,6 +210,29 @@ def _rows(
         "files": [str(path) for path in paths], "conversations": report.n_conversations,
         "tokens": report.n_tokens, "trained_tokens": report.n_trained_tokens, "rows": len(rows),
         "left_out": [str(line) for line in report.bad],
+    }  # fmt: skip
+
+
+def _tasks(
+    recipe: Recipe, paths: Sequence[Path], tokenizer: Tokenizer, judge: Judge | None
+) -> tuple[TaskRows, dict[str, Any]]:
+    room = recipe.data.window - recipe.drawing.max_tokens
+    tasks, report = read_tasks(paths, tokenizer, max_tokens=room)
+    reasons = {task.place: judge and judge.check(task) for task in tasks}
+    for task in tasks:
+        if reason := reasons[task.place]:
+            file, _, line = task.place.rpartition(", line ")
+            report.bad.append(BadLine(file, int(line), reason))
+    if not recipe.data.skip_bad:
+        report.refuse_bad_lines()
+    tasks = [task for task in tasks if not reasons[task.place]]
+    if not tasks:
+        raise InvalidRequest(f"{', '.join(map(str, paths))}: there is nothing to answer")
+    content = [[task.ids, task.reference, task.row] for task in tasks]
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return TaskRows(tasks, recipe.seed), {
+        "files": [str(path) for path in paths], "prompts": len(tasks), "sha256": digest,
+        "tokens": report.n_tokens, "left_out": [str(line) for line in report.bad],
     }  # fmt: skip
 
 

@@ -83,6 +83,29 @@ def conversation_of(row: dict[str, Any]) -> tuple[list[Message], list[Tool]]:
     return messages, _tools(row)
 
 
+def task_of(row: dict[str, Any]) -> tuple[list[Message], list[Tool], Message | None]:
+    """What is asked, the tools, and the reference answer of a line, if there is one.
+
+    Raises:
+        InvalidRequest: the line has no shape that is known.
+    """
+    question = _first(row, QUESTIONS)
+    if question and not any(row.get(k) for k in ("messages", "conversations", *ANSWERS)):
+        messages, tools = _question(row, question), _tools(row)
+        messages += [_message("system", row[k]) for k in ("system", "system_prompt") if row.get(k)]
+    else:
+        messages, tools = conversation_of(row)
+    # What one line calls its system text may come last here, and is laid out first in any case.
+    system = [m for m in messages if m.get("role") in ("system", "developer")]
+    turns = [m for m in messages if m.get("role") not in ("system", "developer")]
+    reference = None
+    while turns and turns[-1].get("role") == "assistant":
+        reference = turns.pop()
+    if not turns or turns[-1].get("role") not in ("user", "tool"):
+        raise InvalidRequest("messages: must hold what is answered, a user or tool message")
+    return [*system, *turns], tools, reference
+
+
 def preference_of(
     row: dict[str, Any],
 ) -> tuple[list[Message], list[Tool], tuple[list[Message], list[Message]]]:

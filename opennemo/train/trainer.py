@@ -6,14 +6,15 @@ state is what a checkpoint holds. So a run that was killed goes on to the very b
 not. The gradient of a step is the sum of its losses over the number of its units, however they are
 divided into passes and over ranks.
 
-It does not know files of models (`run.py`), nor the engine: samples come from a function that the
-caller passes in. It installs no signal handlers either: a command line calls `stop`.
+It does not know files of models (`run.py`), nor the engine: samples, and answers to learn from,
+come from functions that the caller passes in. It installs no signal handlers either: a command line
+calls `stop`.
 """
 
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -31,7 +32,6 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import FSDPModule
 
 from opennemo.errors import InvalidRequest, OpenNemoError
-from opennemo.files import open_whole
 from opennemo.model.parallel import data_rank, make_mesh, shard_
 from opennemo.model.quantization import observers, set_qat_
 from opennemo.model.transformer import Transformer
@@ -39,10 +39,20 @@ from opennemo.progress import Bar, progress
 from opennemo.tokenizer.tokenizer import Tokenizer
 from opennemo.train.checkpoints import Checkpoints
 from opennemo.train.config import Recipe
+from opennemo.train.conversations import Task
 from opennemo.train.metrics import Log, matmul_flops, note
-from opennemo.train.objectives import next_token, objective, sequence_log_probs
+from opennemo.train.objectives import next_token, objective
 from opennemo.train.optim import clip, optimizers, rate, set_rate
-from opennemo.train.packing import IGNORED, Batch, ExampleRows, PackedRows, collate, step_rows
+from opennemo.train.packing import (
+    IGNORED,
+    Batch,
+    ExampleRows,
+    PackedRows,
+    collate,
+    step_rows,
+)
+from opennemo.train.practice import Practice, Rollout, TaskRows
+from opennemo.train.references import kept_log_probs
 from opennemo.train.setup import Setup
 
 Sample = Callable[[Transformer, Tokenizer], list[dict[str, Any]]]
@@ -62,12 +72,13 @@ class Trainer:
 
     def __init__(
         self, recipe: Recipe, run: Path, setup: Setup, device: torch.device, *,
-        sample: Sample | None = None, quiet: bool = False,
+        sample: Sample | None = None, rollout: Rollout | None = None, quiet: bool = False,
     ):  # fmt: skip
         """Continue the run in this folder from its last checkpoint, or begin it.
 
         Args:
             sample: makes answers for the log at evaluations.
+            rollout: draws the answers that are learned from, if the recipe wants any.
         """
         self.recipe, self.run, self.setup, self.sample = recipe, run, setup, sample
         self.rank, self.n_ranks = (
@@ -96,7 +107,13 @@ class Trainer:
             compute_dtype=torch.bfloat16 if device.type == "cuda" else None,
         )  # fmt: skip
         self.quiet = quiet or self.rank > 0
-        self.objective = objective(recipe.objective, recipe.preference, setup.teacher, self.mesh)
+        self.objective = objective(recipe, setup.teacher, self.mesh)
+        self.practice = None
+        if recipe.draws:
+            if rollout is None:
+                raise InvalidRequest(f"objective {recipe.objective}: nothing draws answers")
+            window = self.model.config.sliding_window
+            self.practice = Practice(recipe, setup.tokenizer, rollout, setup.judge, window)
         self.optimizers = optimizers(self.model, recipe.optim)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.seen = np.zeros(self.model.config.vocab_size, bool)  # ids that occurred
@@ -128,13 +145,16 @@ class Trainer:
         skipped_in_a_row = 0
         display = self._progress("Training", self.recipe.steps, self.step)
         with display as bar, ThreadPoolExecutor(1) as loader:
-            coming = loader.submit(self._batches, self.step)
+            coming = loader.submit(self._work, self.step)
             for step in range(self.step, self.recipe.steps):
                 started = time.perf_counter()
-                batches = coming.result()
+                work = coming.result()
                 waited = time.perf_counter() - started
-                coming = loader.submit(self._batches, step + 1)
-                values = self.update(step, batches)
+                coming = loader.submit(self._work, step + 1)
+                if self.practice is None:
+                    batches, values = work, self.update(step, work)
+                else:
+                    batches, values = self.practise(step, work)
                 skipped_in_a_row = skipped_in_a_row + 1 if values["skipped"] else 0
                 self.step = step + 1
                 seconds = time.perf_counter() - started
@@ -165,6 +185,62 @@ class Trainer:
 
     def update(self, step: int, batches: list[Batch]) -> dict[str, float]:
         """One update of the weights; what it was like."""
+        self._begin(step)
+        return self._learn(step, batches)
+
+    def practise(self, step: int, tasks: list[Task]) -> tuple[list[Batch], dict[str, float]]:
+        """Draw answers to tasks and learn from them: the batches, and what the step was like.
+
+        Raises:
+            OpenNemoError: a reward failed, here or on another rank; the state is saved.
+        """
+        assert self.practice is not None
+        self._begin(step)
+        first = step * self.recipe.data.rows + self.data_rank * len(tasks)
+        seeds = [_mix(self.recipe.seed, step, first + i) for i in range(len(tasks))]
+        started = time.perf_counter()
+        practice = self.practice
+        lesson = self._agreed(lambda: practice.draw(self.model, tasks, seeds))
+        seconds = time.perf_counter() - started
+        updates = [self._as_many(batches) for batches in lesson.updates]
+        learned = [self._learn(step, batches) for batches in updates]
+        done = [batch for batches in updates for batch in batches]
+        for batch in done:
+            self.seen[batch.tokens.numpy()] = True
+        every = self.recipe.evaluation.every
+        if step + 1 == self.recipe.steps or (every and (step + 1) % every == 0):
+            self._log_samples(step, lesson.samples)
+        sums = {k: float(self._sum(torch.tensor(v))) for k, v in lesson.values.items()}
+        values = {k: v / self.n_ranks for k, v in sums.items()}
+        for key in dict.fromkeys(key for one in learned for key in one):
+            values[key] = sum(one.get(key, 0.0) for one in learned) / len(learned)
+        skipped = float(all(one["skipped"] for one in learned))
+        return done, values | {"skipped": skipped, "seconds_drawing": seconds}
+
+    def _agreed(self, work: Callable[[], Any]) -> Any:
+        """What a function gives, unless it raises on any rank; then the state is saved first."""
+        error, result = None, None
+        try:
+            result = work()
+        except OpenNemoError as raised:
+            error = raised
+        if self._sum(torch.tensor(float(error is not None))) > 0:
+            if self.checkpoints.latest() != self.step:
+                self.checkpoints.save(self.step, self._state(), wait=True)
+            kept = f"(the run is saved after {self.step:,} steps, and the same command goes on)"
+            raise OpenNemoError(f"{error or 'another rank could not draw answers'} {kept}")
+        return result
+
+    def _as_many(self, batches: list[Batch]) -> list[Batch]:
+        """As many batches as every rank has, for ranks gather weights together."""
+        most = torch.tensor(float(len(batches))).to(self.device)
+        if self.n_ranks > 1:
+            dist.all_reduce(most, dist.ReduceOp.MAX)
+        assert self.practice is not None
+        return batches + [self.practice.filler] * (int(most) - len(batches))
+
+    def _begin(self, step: int) -> None:
+        """Set what a step's computation follows."""
         recipe = self.recipe
         torch.manual_seed(_mix(recipe.seed, step, self.rank))
         if recipe.qat is not None:
@@ -173,20 +249,28 @@ class Trainer:
                 self.model, rounds=share >= recipe.qat.start, observe=share < recipe.qat.freeze
             )
         self.model.train()
+
+    def _learn(self, step: int, batches: list[Batch]) -> dict[str, float]:
+        """Take the gradient of some batches' loss, and one step of the optimizers."""
+        recipe = self.recipe
         # Ranks that divide sequences among them see the same units.
         units = float(self._sum(torch.tensor(float(sum(b.n_units for b in batches)))))
         units *= self.n_data_ranks / self.n_ranks
+        lr = rate(step, recipe.steps, recipe.optim)
+        if not units:  # no group of answers had a spread
+            return {"loss": 0.0, "lr": lr, "grad_norm": 0.0, "skipped": 0.0}
         totals: dict[str, Tensor] = {}
         for batch in batches:
             batch = batch.to(self.device)
             with self._precision():
                 loss, sums = self.objective(self.model, batch)
+            if not batch.n_units:  # another rank's passes are as many
+                loss, sums = 0 * loss, {name: 0 * value for name, value in sums.items()}
             (loss / units).backward()
             for name, value in {"loss": loss, **sums}.items():
                 totals[name] = totals.get(name, 0) + value.detach()
         norm = clip(self.parameters, recipe.optim.clip)
         values = {name: float(self._sum(total)) / units for name, total in totals.items()}
-        lr = rate(step, recipe.steps, recipe.optim)
         skipped = not (math.isfinite(float(norm)) and math.isfinite(values["loss"]))
         if skipped:
             self.n_skipped += 1
@@ -201,9 +285,11 @@ class Trainer:
         return {**values, "lr": lr, "grad_norm": float(norm), "skipped": float(skipped)}
 
     @torch.no_grad()
-    def evaluate(self, rows: PackedRows) -> dict[str, float]:
+    def evaluate(self, rows: PackedRows | TaskRows) -> dict[str, float]:
         """Losses on held-out rows, named `valid_...`."""
         model, recipe = self.model.eval(), self.recipe
+        if isinstance(rows, TaskRows):
+            return self._examine(rows)
         n_rows = min(recipe.data.valid_rows, getattr(rows, "__len__", lambda: 1 << 30)())
         copies = self.n_ranks // self.n_data_ranks  # of each row
         totals: dict[str, float] = {}
@@ -230,16 +316,29 @@ class Trainer:
             values["valid_bits_per_byte"] = totals["loss"] / n_bytes / math.log(2)
         return values
 
+    def _examine(self, rows: TaskRows) -> dict[str, float]:
+        """What the likeliest answers to held-out tasks are worth."""
+        assert self.practice is not None
+        practice, n_rows = self.practice, min(self.recipe.data.valid_rows, len(rows))
+        n_each = max(1, n_rows // self.n_data_ranks)
+        tasks = [rows[self.data_rank + i * self.n_data_ranks] for i in range(n_each)]
+        totals = self._agreed(lambda: practice.examine(self.model, tasks))
+        totals = {k: float(self._sum(torch.tensor(v).double())) for k, v in totals.items()}
+        units = totals.pop("units")
+        return {f"valid_{name}": value / units for name, value in totals.items()}
+
     def unseen(self) -> list[int]:
         """Ids of the vocabulary, control tokens left out, that have not occurred so far."""
         tokenizer = self.setup.tokenizer
         ids = np.flatnonzero(~self.seen[: tokenizer.vocab_size]).tolist()
         return [id for id in ids if id not in tokenizer.control_names]
 
-    def _batches(self, step: int) -> list[Batch]:
-        """What this rank computes in a step, one batch a pass."""
+    def _work(self, step: int) -> Any:
+        """What this rank computes in a step: one batch a pass, or tasks to answer first."""
         data = self.recipe.data
         rows = step_rows(step, data.rows, self.data_rank, self.n_data_ranks)
+        if isinstance(self.setup.train, TaskRows):
+            return [self.setup.train[i] for i in rows]
         size = min(data.micro_rows, len(rows))
         parts = [rows[i : i + size] for i in range(0, len(rows), size)]
         batches = [self._collate(self.setup.train, part) for part in parts]
@@ -251,12 +350,8 @@ class Trainer:
         window = self.model.config.sliding_window
         return collate([rows[i] for i in indices], window, self.references.get(id(rows)))
 
-    @torch.no_grad()
     def _compute_references(self) -> None:
-        """What the model thought, before it learned, of each pair that the run will come to.
-
-        Kept in the run's folder.
-        """
+        """What the model thought of each pair that the run will come to, before it learned."""
         self.model.eval()
         if self.recipe.qat is not None:
             set_qat_(self.model, rounds=False, observe=False)
@@ -269,25 +364,13 @@ class Trainer:
             if not isinstance(rows, ExampleRows):
                 continue
             file = self.run / f"reference-{name}.npy"
-            if file.exists():
-                self.references[id(rows)] = np.load(file, allow_pickle=False)
-                continue
-            if self.step:
+            if self.step and not file.exists():
                 raise OpenNemoError(f"{file} is missing, and the model has changed since")
-            log_probs = np.zeros((len(rows.units), 2), np.float32)
             n_rows = min(len(rows), n_visited)
-            with self._progress("Reference log-probabilities", n_rows) as bar:
-                for index in range(n_rows):
-                    row = rows[index]
-                    batch = collate([row], self.model.config.sliding_window).to(self.device)
-                    with self._precision():
-                        of_row, _ = sequence_log_probs(self.model, batch)
-                    log_probs[row.units] = of_row.float().cpu().numpy().reshape(-1, 2)
-                    bar.update(index + 1)
-            if not self.rank:
-                with open_whole(file) as content:
-                    np.save(content, log_probs)
-            self.references[id(rows)] = log_probs
+            with self._precision(), self._progress("Reference log-probabilities", n_rows) as bar:
+                self.references[id(rows)] = kept_log_probs(
+                    file, self.model, rows, n_rows, writes=not self.rank, show=bar.update
+                )
         self._part_weights()
 
     def _part_weights(self) -> None:
@@ -340,16 +423,21 @@ class Trainer:
         if held_out:
             losses = "  ".join(f"{k.removeprefix('valid_')} {v:.4f}" for k, v in held_out.items())
             bar.say(f"step {self.step:,}  held out: {losses}")
-        if self.sample is not None and not self.rank and self._is_due(self.recipe.evaluation.every):
-            with (self.run / "samples.jsonl").open("a", encoding="utf-8") as file:
-                for answer in self.sample(self.model, self.setup.tokenizer):
-                    file.write(json.dumps({"step": step, **answer}, ensure_ascii=False) + "\n")
+        if self.sample is not None and self._is_due(self.recipe.evaluation.every):
+            self._log_samples(step, self.sample(self.model, self.setup.tokenizer))
         if self.step == self.recipe.steps and (unseen := self.unseen()):
             shown = ", ".join(repr(self.setup.tokenizer.token_bytes(id)) for id in unseen[:5])
             bar.say(
                 f"{len(unseen):,} of {self.setup.tokenizer.vocab_size:,} ids never occurred, so "
                 f"their rows are as they were at first: {shown}{' ...' * (len(unseen) > 5)}"
             )
+
+    def _log_samples(self, step: int, answers: Sequence[dict[str, Any]]) -> None:
+        if self.rank:
+            return
+        with (self.run / "samples.jsonl").open("a", encoding="utf-8") as file:
+            for answer in answers:
+                file.write(json.dumps({"step": step, **answer}, ensure_ascii=False) + "\n")
 
     def _is_due(self, every: int) -> bool:
         return self.step == self.recipe.steps or bool(every and self.step % every == 0)

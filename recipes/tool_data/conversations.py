@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from opennemo.errors import InvalidRequest
-from opennemo.tokenizer.messages import Message, hash_id, json_or_text
+from opennemo.tokenizer.messages import Message, hash_id
 from recipes.tool_data.apis import Api, Split, draw_api, draw_value, execute, join, parts
 
 ENGLISH = 0.8  # share of conversations; the other languages share the rest
@@ -32,20 +32,12 @@ N_TOOLS = {"train": (1, 2, 2, 3), "test": (1, 2, 2, 3, 4)}
 def conversations(split: Split, n: int, seed: int) -> Iterator[dict[str, Any]]:
     """`n` lines of a chat file, each made from its own number, the seed and the split.
 
-    In the split "test" each ends with the message that is to be compared (`exact_calls`).
+    In the split "test" each ends with the message that is to be compared (`train/rewards.py`'s `exact_calls`).
     """
     for i in range(n):
         row = _Conversation(split, random.Random(f"{split} {seed} {i}")).make()
         check(row)
         yield row
-
-
-def exact_calls(reference: Message, reply: Message) -> bool:
-    """Whether a reply calls the same functions with the same arguments, in whatever order.
-
-    A reference without calls asks for a reply without calls. Numbers are equal if their values are.
-    """
-    return _calls(reference) == _calls(reply)
 
 
 def check(row: Mapping[str, Any]) -> None:
@@ -231,21 +223,3 @@ class _Conversation:
 
     def _draw_value(self, api: Api, name: str) -> Any:
         return draw_value(self.rng, self.split, api.argument(name))
-
-
-def _calls(message: Message) -> list[str]:
-    calls = []
-    for call in message.get("tool_calls") or ():
-        name, arguments = call["function"]["name"], call["function"]["arguments"]
-        value = json_or_text(arguments) if isinstance(arguments, str) else arguments
-        calls.append(json.dumps([name, _plain(value)], sort_keys=True))
-    return sorted(calls)
-
-
-def _plain(value: Any) -> Any:
-    """The same with whole numbers as integers: JSON does not tell 2.0 from 2."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    return int(value) if isinstance(value, float) and value.is_integer() else value

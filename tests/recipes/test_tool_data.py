@@ -15,7 +15,7 @@ from opennemo.tokenizer.rank_files import OWN
 from opennemo.train.conversations import read_examples
 from recipes.tool_data.__main__ import main
 from recipes.tool_data.apis import execute, parts
-from recipes.tool_data.conversations import check, conversations, exact_calls
+from recipes.tool_data.conversations import check, conversations
 
 pytest.importorskip("jsonschema", reason="the package jsonschema is not installed")
 TRAIN = list(conversations("train", 400, 0))

@@ -1,0 +1,219 @@
+"""Answers that a model draws to learn from: asked for, judged, and laid out as batches.
+
+A step takes some tasks, has each answered several times by a function that the caller passes in
+(`Rollout`; the trainer does not know the engine), and makes batches of the answers. An answer's
+gain is what it is worth above its group's mean. Seeds follow from the run's seed, the step and the
+task, so answers depend on those and on the weights alone. The prompt of a group is computed once
+(`Forked`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+
+from opennemo.errors import InvalidRequest
+from opennemo.model.positions import Window
+from opennemo.model.quantization import fake_kv, observers
+from opennemo.model.transformer import Transformer
+from opennemo.tokenizer import Tokenizer
+from opennemo.tokenizer.chat import call_syntax, parse_reply, turn_end
+from opennemo.train.config import Recipe
+from opennemo.train.conversations import Example, Task
+from opennemo.train.packing import Batch, collate, pack
+from opennemo.train.rewards import Attempt, Judge
+
+SHOWN = 2  # groups of a step that go into the log of samples
+
+
+class Drawn(NamedTuple):
+    """An answer."""
+
+    ids: list[int]  # with the one that ended it
+    log_probs: list[float]  # of each, under the model that drew it
+    whole: bool  # it ended by itself
+
+
+class Rollout(Protocol):
+    """Draws answers from a model as it stands, which stays as it is."""
+
+    def __call__(
+        self,
+        model: Transformer,
+        prompts: Sequence[list[int]],
+        *,
+        n: int,
+        max_tokens: int,
+        seeds: Sequence[int],
+        greedy: bool = False,
+    ) -> list[list[Drawn]]:
+        """`n` answers to each prompt, at temperature 1 or the likeliest.
+
+        The same arguments and weights give the same answers, bit for bit.
+        """  # fmt: skip
+        ...
+
+
+class TaskRows:
+    """An endless list of tasks, every epoch in a new order; an epoch's length is how many."""
+
+    def __init__(self, tasks: Sequence[Task], seed: int):
+        self.tasks, self.seed = tasks, seed
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+    def __getitem__(self, index: int) -> Task:
+        epoch, place = divmod(index, len(self.tasks))
+        order = np.random.default_rng((self.seed, epoch, len(self))).permutation(len(self))
+        return self.tasks[order[place]]
+
+
+@dataclass
+class Lesson:
+    """What a step's answers came to: batches by update, numbers, and some of the answers."""
+
+    updates: list[list[Batch]] = field(default_factory=list)
+    values: dict[str, float] = field(default_factory=dict)  # means over the answers
+    samples: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Practice:
+    """Draws and judges answers as a recipe says."""
+
+    def __init__(
+        self, recipe: Recipe, tokenizer: Tokenizer, rollout: Rollout, judge: Judge | None,
+        window: Window,
+    ):  # fmt: skip
+        """Without a judge every answer is learned from.
+
+        Raises:
+            InvalidRequest: the model's turns end in a text that is no token.
+        """
+        if isinstance(end := turn_end(tokenizer), str):
+            raise InvalidRequest(
+                f"objective {recipe.objective}: turns of this model end in the text {end!r}, "
+                "which is no token, so that no answer could end"
+            )
+        self.recipe, self.tokenizer, self.rollout = recipe, tokenizer, rollout
+        self.judge, self.window = judge, window
+
+    def draw(self, model: Transformer, tasks: Sequence[Task], seeds: Sequence[int]) -> Lesson:
+        """Answers to tasks, as batches to learn from.
+
+        Raises:
+            OpenNemoError: a reward failed.
+        """
+        drawing, rl = self.recipe.drawing, self.recipe.rl
+        self._find_scales(model, tasks)
+        groups = self.rollout(
+            model, [task.ids for task in tasks], n=drawing.answers, max_tokens=drawing.max_tokens,
+            seeds=seeds,
+        )  # fmt: skip
+        worth = self._judge(tasks, groups)
+        lesson = self._describe(tasks, groups, worth)
+        gains = worth - worth.mean(1, keepdims=True)
+        # Where all answers are worth the same there is nothing to prefer.
+        kept = [i for i in range(len(tasks)) if self.judge is None or np.ptp(worth[i]) > 0]
+        n_updates = rl.updates if self.judge else 1
+        size = self.recipe.data.micro_rows
+        for _ in range(rl.epochs if self.judge else 1):
+            for part in np.array_split(np.arange(len(tasks)), n_updates):
+                chosen = [i for i in part.tolist() if i in kept]
+                lesson.updates.append(
+                    [
+                        self._batch(tasks, groups, gains, chosen[start : start + size])
+                        for start in range(0, len(chosen), size)
+                    ]
+                )
+        # What ranks that must compute as often as others do, but have less to learn from, compute.
+        self.filler = replace(self._batch(tasks, groups, gains, [0]), n_units=0)
+        return lesson
+
+    def examine(self, model: Transformer, tasks: Sequence[Task]) -> dict[str, float]:
+        """Sums over the likeliest answers to tasks of what they are worth, and how many."""
+        n = self.recipe.drawing.max_tokens
+        groups = self.rollout(
+            model, [task.ids for task in tasks], n=1, max_tokens=n, seeds=[0] * len(tasks),
+            greedy=True,
+        )  # fmt: skip
+        values = self._describe(tasks, groups, self._judge(tasks, groups)).values
+        kept = ("reward", "cut", "answer_tokens")
+        found = {k: v * len(tasks) for k, v in values.items() if k.startswith(kept)}
+        return {**found, "units": float(len(tasks))}
+
+    def _find_scales(self, model: Transformer, tasks: Sequence[Task]) -> None:
+        """Let a model that is to round to fixed scales see its inputs before it first answers."""
+        if all(largest.any() for largest in observers(model).values()):
+            return
+        batch = collate([pack([[_example(task.ids, ())] for task in tasks])], self.window)
+        with torch.no_grad():
+            batch = batch.to(model.norm.weight.device)
+            model(batch.tokens, fake_kv(model, batch.attend()))
+
+    def _judge(self, tasks: Sequence[Task], groups: Sequence[Sequence[Drawn]]) -> np.ndarray:
+        """(tasks, answers) what each is worth; its parts are kept for the log."""
+        n = len(groups[0])
+        if self.judge is None:
+            return np.zeros((len(tasks), n))
+        attempts = [
+            self._attempt(t, d) for t, group in zip(tasks, groups, strict=True) for d in group
+        ]
+        self._parts = self.judge(attempts).reshape(len(tasks), n, -1)
+        return self._parts @ self.judge.weights
+
+    def _attempt(self, task: Task, drawn: Drawn) -> Attempt:
+        ids = drawn.ids[:-1] if drawn.whole else drawn.ids
+        reply = parse_reply(self.tokenizer, ids)
+        text = reply.get("content") or ""
+        mark = call_syntax(self.tokenizer).marks[0]
+        begun = mark in text or self.tokenizer.control.get(mark) in ids
+        broken = begun and not reply.get("tool_calls")
+        return Attempt(task=task, reply=reply, text=text, whole=drawn.whole, broken=broken)
+
+    def _describe(
+        self, tasks: Sequence[Task], groups: Sequence[Sequence[Drawn]], worth: np.ndarray
+    ) -> Lesson:
+        drawn = [answer for group in groups for answer in group]
+        values = {
+            "answer_tokens": float(np.mean([len(d.ids) for d in drawn])),
+            "cut": float(np.mean([not d.whole for d in drawn])),
+            "surprise": -float(np.mean([x for d in drawn for x in d.log_probs])),
+        }
+        samples = [
+            {"messages": task.messages, "answer": self.tokenizer.decode(d.ids, show_control=True)}
+            for task, group in list(zip(tasks, groups, strict=True))[:SHOWN]
+            for d in group
+        ]
+        if self.judge is not None:
+            values["reward"] = float(worth.mean())
+            values["spread"] = float((np.ptp(worth, axis=1) > 0).mean())  # share of groups with one
+            for i, name in enumerate(self.judge.names):
+                values[f"reward_{name}"] = float(self._parts[..., i].mean())
+            rows = self._parts.reshape(-1, len(self.judge.names))
+            for sample, row, value in zip(samples, rows, worth.ravel(), strict=False):
+                parts = dict(zip(self.judge.names, row.tolist(), strict=True))
+                sample |= {"reward": float(value), "parts": parts}
+        return Lesson(values=values, samples=samples)
+
+    def _batch(
+        self, tasks: Sequence[Task], groups: Sequence[Sequence[Drawn]], gains: np.ndarray,
+        chosen: Sequence[int],
+    ) -> Batch:  # fmt: skip
+        """Some groups as one batch, with a gain and a log-probability for each target."""
+        row = pack([[_example(tasks[i].ids, d.ids) for d in groups[i]] for i in chosen])
+        answers = [(d, gain) for i in chosen for d, gain in zip(groups[i], gains[i], strict=True)]
+        drawn = [x for d, _ in answers for x in d.log_probs]
+        gained = np.repeat([gain for _, gain in answers], [len(d.ids) for d, _ in answers])
+        return replace(
+            collate([row], self.window),
+            drawn=torch.tensor(drawn, dtype=torch.float32),
+            gains=torch.from_numpy(gained).float(),
+        )
+
+
+def _example(prompt: Sequence[int], answer: Sequence[int]) -> Example:
+    mask = np.arange(len(prompt) + len(answer)) >= len(prompt)
+    return Example(np.array([*prompt, *answer], np.uint32), mask)
