@@ -18,7 +18,7 @@ FLOORS = [
     {"planning"},
     {"reply"},
     {"arguments"},
-    {"llm"},
+    {"llm", "rollouts"},
     {"serve", "terminal"},
     {"batch"},
     {"cluster"},

@@ -130,7 +130,9 @@ def validate_data(
     lengths = ", ".join(
         f"{n:,} ({share} %)" for share, n in zip(shares, report.percentiles(*shares), strict=True)
     )
+    shapes = "; ".join(f"{n:,} {name}" for name, n in report.shapes.most_common())
     rows = {
+        "shapes": shapes,
         "conversations": f"{report.n_conversations:,}",
         "messages": f"{report.n_turns:,}, with {report.n_tool_calls:,} tool calls",
         "tokens": f"{report.n_tokens:,}, to be learned {report.n_trained_tokens:,}",

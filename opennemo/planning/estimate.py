@@ -22,6 +22,7 @@ from opennemo.train.objectives import CHUNK
 # While computing, without and with compilation: what torchtitan reached with Llama 3.1 8B on 8 and
 # on 128 H100s (docs/performance.md there).
 SHARE_OF_PEAK = {False: 0.33, True: 0.39}
+SEQUENCES = 64  # that are drawn side by side; see rollouts.py
 PLAIN = "bf16"  # weights that are not stored in codes
 BLOCKS = "blocks"  # of a GGUF file, of whatever types
 
@@ -133,7 +134,11 @@ class Work:
         self.rows = max(1, data.rows // max(1, self.n_data))  # of a step, on a rank
         self.micro_rows = min(data.micro_rows, self.rows)
         self.passes = -(-self.rows // self.micro_rows)
-        self.tokens = self.micro_rows * data.window // self.cp  # of a pass, on a rank
+        # Of a row; where answers are drawn, a prompt and all answers to it at their longest.
+        drawing, self.width = recipe.drawing, data.window
+        if recipe.draws:
+            self.width += (drawing.answers - 1) * drawing.max_tokens
+        self.tokens = self.micro_rows * self.width // self.cp  # of a pass, on a rank
         c = config
         self.q, self.kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
         self.matrices = {
@@ -212,10 +217,26 @@ def _count_memory(made: Plan, work: Work, stored: str) -> None:
     elif number < 4 and not recipe.lora:
         add("copies in bf16", f"{work.n_weights:,} x 2 B", 2 * work.n_weights)
     _count_activations(add, work)
-    if recipe.objective == "distil":
+    first = recipe.objective == "rl" and recipe.rl.kl and not recipe.lora
+    if recipe.objective == "distil" or first:
         add("teacher", f"{work.n_weights:,} x {number} B", work.n_weights * number)
+    if recipe.draws:
+        _count_drawing(add, work, stored)
     overhead = machines.card.overhead
     add("everything else", "PyTorch, its libraries' buffers, fragments (assumed)", overhead)
+
+
+def _count_drawing(add, work: Work, stored: str) -> None:
+    """The engine that draws answers: the model as it is served, and its cache."""
+    recipe, number = work.recipe, work.machines.card.bytes
+    if stored == PLAIN:
+        # Codes of a model that learns under rounding are fewer bytes; they are made one by one.
+        size = work.n_weights * number
+        add("weights to draw with", f"{work.n_weights:,} x {number} B", size)
+    n = min(SEQUENCES, work.rows * recipe.drawing.answers)
+    of_token = 2 * work.config.n_layers * work.kv * number
+    how = f"{n} answers x {recipe.data.window:,} tokens x {of_token:,} B"
+    add("their keys and values", how, n * recipe.data.window * of_token)
 
 
 def _count_base(add, work: Work, stored: str, over: str) -> None:
@@ -334,11 +355,14 @@ def _count_time(made: Plan, work: Work, share_of_peak: float) -> None:
         # Weights travel while computing goes on, activations while it waits.
         weights, activations = _count_communication(made, work)
         seconds = max(weights, seconds + activations)
-    n_tokens = data.rows * data.window
+    if recipe.draws:
+        n_answers = data.rows * recipe.drawing.answers
+        say("drawing", f"{n_answers:,} answers a step; the time it takes is not counted")
+    n_tokens = data.rows * work.width
     made.tokens_per_second, made.seconds = n_tokens / seconds, recipe.steps * seconds
     say(
         "tokens a second",
-        f"{data.rows:,} rows x {data.window:,} / {seconds:,.2f} s = {made.tokens_per_second:,.0f}, "
+        f"{data.rows:,} rows x {work.width:,} / {seconds:,.2f} s = {made.tokens_per_second:,.0f}, "
         f"{made.tokens_per_second / machines.n_ranks:,.0f} a rank",
     )
     say(

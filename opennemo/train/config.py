@@ -143,12 +143,33 @@ class Lora:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Preference:
-    """Direct preference optimisation (arXiv:2305.18290) and its usual amendments."""
+    """Direct preference optimisation (arXiv:2305.18290), its usual amendments, and its successors.
 
+    "ipo" (arXiv:2310.12036) aims at a margin and "apo-zero" (2408.06266) at answers likelier and
+    less likely than before; "simpo" (2405.14734) and "orpo" (2403.07691) need no model before.
+    """
+
+    loss: Literal["dpo", "ipo", "apo-zero", "simpo", "orpo"] = "dpo"  # of each pair
     beta: Annotated[float, Field(gt=0)] = 0.1  # the larger, the closer to the first model
+    margin: Number = 0.0  # that the chosen answer is to be ahead by; simpo's gamma
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0  # conservative DPO
     sft: Number = 0.0  # weight of the chosen answer's own loss, a token (arXiv:2404.19733)
     length_normalized: bool = False  # compare log-probabilities a token (arXiv:2411.15124)
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> Self:
+        used = {"margin": ("dpo", "simpo"), "label_smoothing": ("dpo", "simpo")}
+        for name, losses in used.items():
+            if getattr(self, name) and self.loss not in losses:
+                raise ValueError(
+                    f"preference.{name}: not of {self.loss}, of {' and '.join(losses)}"
+                )
+        return self
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether answers are compared with what the model thought of them at first."""
+        return self.loss not in ("simpo", "orpo")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

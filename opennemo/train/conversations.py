@@ -33,6 +33,7 @@ from opennemo.train.shapes import (
     conversation_of,
     parse_line,
     preference_of,
+    shape_of,
     split_at_answers,
     task_of,
 )
@@ -100,6 +101,7 @@ class Report:
     Attributes:
         lengths: tokens of each sequence, in order; of a pair there are two.
         bad: lines that gave nothing, in order.
+        shapes: how many lines have which shape.
     """
 
     n_conversations: int = 0
@@ -107,6 +109,7 @@ class Report:
     n_tool_calls: int = 0
     n_trained_tokens: int = 0
     languages: Counter[str] = field(default_factory=Counter)
+    shapes: Counter[str] = field(default_factory=Counter)
     lengths: list[int] = field(default_factory=list)
     bad: list[BadLine] = field(default_factory=list)
 
@@ -126,6 +129,7 @@ class Report:
         self.n_tool_calls += other.n_tool_calls
         self.n_trained_tokens += other.n_trained_tokens
         self.languages += other.languages
+        self.shapes += other.shapes
         self.lengths += other.lengths
         self.bad += other.bad
 
@@ -254,6 +258,7 @@ class Reader:
         self, report: Report, row: dict, conversation: list[Message], examples: list[Example]
     ) -> None:
         report.n_conversations += 1
+        report.shapes[shape_of(row)] += 1
         report.n_turns += len(conversation)
         report.n_tool_calls += sum(len(m.get("tool_calls") or ()) for m in conversation)
         report.n_trained_tokens += sum(int(e.mask.sum()) for e in examples)

@@ -78,23 +78,32 @@ def sequence_log_probs(model: Transformer, batch: Batch) -> tuple[Tensor, Tensor
 def preference(
     model: Transformer, batch: Batch, settings: Preference
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Direct preference optimisation: answers come in pairs, the chosen one first."""
+    """Direct preference optimisation and its kin: answers come in pairs, the chosen one first."""
     assert batch.reference is not None
     log_probs, counts = sequence_log_probs(model, batch)
-    gains = log_probs - batch.reference
-    if settings.length_normalized:
+    gains = log_probs - batch.reference  # which is zero where there is no model before
+    if settings.length_normalized or not settings.has_reference:
         gains = gains / counts
     chosen, rejected = gains.view(-1, 2).unbind(-1)
-    margin = settings.beta * (chosen - rejected)
+    beta, margin = settings.beta, settings.beta * (chosen - rejected)
     smoothing = settings.label_smoothing
-    losses = -(1 - smoothing) * F.logsigmoid(margin) - smoothing * F.logsigmoid(-margin)
+    if settings.loss == "ipo":
+        losses = (chosen - rejected - 1 / (2 * beta)) ** 2
+    elif settings.loss == "apo-zero":
+        losses = 1 - (beta * chosen).sigmoid() + (beta * rejected).sigmoid()
+    elif settings.loss == "orpo":  # of odds, beside the chosen answer's own loss
+        odds = gains - torch.log(-torch.expm1(gains))
+        losses = -beta * F.logsigmoid(odds[::2] - odds[1::2]) - chosen
+    else:
+        ahead = margin - settings.margin
+        losses = -(1 - smoothing) * F.logsigmoid(ahead) - smoothing * F.logsigmoid(-ahead)
     if settings.sft:
         losses = losses - settings.sft * log_probs[::2] / counts[::2]
     metrics = {
         "accuracy": (margin > 0).sum(),
         "margin": margin.detach().sum(),
-        "chosen_reward": settings.beta * chosen.detach().sum(),
-        "rejected_reward": settings.beta * rejected.detach().sum(),
+        "chosen_reward": beta * chosen.detach().sum(),
+        "rejected_reward": beta * rejected.detach().sum(),
     }
     return losses.sum(), metrics
 

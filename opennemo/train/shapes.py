@@ -148,6 +148,45 @@ def preference_of(
     return context, _tools(row), (answers[0], answers[1])
 
 
+# What is asked, and what answers it, as the makers of public sets call it together.
+SHAPES = {
+    ("messages", ""): "messages (OpenAI, mistral-finetune)",
+    ("conversations", ""): "conversations (ShareGPT)",
+    ("instruction", ""): "instruction and output (Alpaca)",
+    ("prompt", ""): "prompt and completion (TRL)",
+    ("", "two conversations"): "two whole conversations (TRL, implicit prompt)",
+    ("prompt", "two conversations"): "a prompt and two whole conversations (UltraFeedback)",
+    ("messages", "two conversations"): "a prompt and two whole conversations (UltraFeedback)",
+    ("prompt", "two texts"): "prompt, chosen and rejected as texts (TRL)",
+    ("prompt", "two messages"): "prompt, chosen and rejected as messages (TRL)",
+    ("question", "two texts"): "a question and two texts (Orca pairs)",
+    ("conversations", "two messages"): "ShareGPT with two answers (LLaMA-Factory)",
+    ("instruction", "two texts"): "Alpaca with two answers (LLaMA-Factory)",
+    ("instruction", "two outputs"): "Alpaca with two outputs (LLaMA-Factory of 2023)",
+    ("", "two transcripts"): "two transcripts (hh-rlhf)",
+}
+
+
+def shape_of(row: dict[str, Any]) -> str:
+    """What shape a good line has, in words, with the public sets that have it where some do."""
+    if "overall_preference" in row:
+        return "two responses and overall_preference (HelpSteer3)"
+    if isinstance(row.get("completions"), list):
+        return "ranked completions (NeMo-RL)"
+    asked = _first(row, ("messages", "conversations", "interactions", "context", *QUESTIONS)) or ""
+    answers = "two outputs" if _is_pair(row.get("output")) else ""
+    for value in (row[keys[0]] for keys in CHOICES if keys[0] in row):
+        if isinstance(value, str):
+            answers = "two transcripts" if TRANSCRIPT.match(value) else "two texts"
+        else:
+            first = value if isinstance(value, dict) else value[0]
+            role = SPEAKERS.get(str(first.get("role", first.get("from"))).lower())
+            answers = "two conversations" if role in ("user", "system") else "two messages"
+    asked = "" if answers == "two transcripts" else asked
+    named = SHAPES.get((asked, answers))
+    return named or " and ".join(filter(None, (asked, answers or _first(row, ANSWERS))))
+
+
 def holds_preference(row: dict[str, Any]) -> bool:
     """Whether a line compares answers."""
     keys = ("chosen", "chosen_response", "completions", "overall_preference")

@@ -363,6 +363,9 @@ class Trainer:
         for name, (rows, n_visited) in named.items():
             if not isinstance(rows, ExampleRows):
                 continue
+            if not self.recipe.preference.has_reference:
+                self.references[id(rows)] = np.zeros((len(rows.units), 2), np.float32)
+                continue
             file = self.run / f"reference-{name}.npy"
             if self.step and not file.exists():
                 raise OpenNemoError(f"{file} is missing, and the model has changed since")

@@ -13,6 +13,7 @@ from opennemo.tokenizer.load import open_tokenizer
 from opennemo.tokenizer.messages import check_tools, normalize
 from opennemo.tokenizer.rank_files import OWN
 from opennemo.train.conversations import read_examples
+from opennemo.train.rewards import exact_calls
 from recipes.tool_data.__main__ import main
 from recipes.tool_data.apis import execute, parts
 from recipes.tool_data.conversations import check, conversations

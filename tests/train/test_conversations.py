@@ -13,7 +13,7 @@ from opennemo.errors import InvalidRequest
 from opennemo.model.hub import locate
 from opennemo.tokenizer import Tokenizer, load_tokenizer
 from opennemo.tokenizer.chat import encode_chat, parse_reply
-from opennemo.train.conversations import Example, read_examples, read_pairs
+from opennemo.train.conversations import Example, read_examples, read_pairs, read_tasks
 
 SHARED = Path(__file__).parents[2] / "../shared/data"
 needs_data = pytest.mark.skipif(not SHARED.exists(), reason="there is no ../shared/data here")
@@ -211,6 +211,51 @@ PREFERENCES = {
 }  # fmt: skip
 
 
+NAMED = {
+    "messages": "messages and two texts",
+    "a prompt and whole conversations": "a prompt and two whole conversations (UltraFeedback)",
+    "the same with the chosen as messages": "a prompt and two whole conversations (UltraFeedback)",
+    "messages with the chosen answer": "messages and two messages",
+    "whole conversations": "two whole conversations (TRL, implicit prompt)",
+    "a prompt of messages": "prompt, chosen and rejected as messages (TRL)",
+    "three texts": "prompt, chosen and rejected as texts (TRL)",
+    "a question": "a question and two texts (Orca pairs)",
+    "responses": "Alpaca with two answers (LLaMA-Factory)",
+    "ShareGPT": "ShareGPT with two answers (LLaMA-Factory)",
+    "Alpaca": "Alpaca with two answers (LLaMA-Factory)",
+    "Alpaca of 2023": "Alpaca with two outputs (LLaMA-Factory of 2023)",
+    "a transcript": "two transcripts (hh-rlhf)",
+    "ranked completions": "ranked completions (NeMo-RL)",
+    "marked responses": "two responses and overall_preference (HelpSteer3)",
+}
+
+
+def test_conversations_are_called_by_their_shape(smollm2, tmp_path):
+    rows = {
+        "messages (OpenAI, mistral-finetune)": {"messages": [U, GOOD]},
+        "conversations (ShareGPT)": {"conversations": [{"from": "human", "value": "2+2?"},
+                                                       {"from": "gpt", "value": "4"}]},
+        "instruction and output (Alpaca)": {"instruction": "2+2?", "output": "4"},
+        "prompt and completion (TRL)": {"prompt": "2+2?", "completion": "4"},
+        "question and answer": {"question": "2+2?", "answer": "4"},
+    }  # fmt: skip
+    path = write(tmp_path / "c.jsonl", *rows.values())
+    _, report = read_examples([path], smollm2, max_tokens=128)
+    assert report.shapes == dict.fromkeys(rows, 1) and not report.bad
+
+
+def test_what_is_asked_may_stand_with_or_without_an_answer(smollm2, tmp_path):
+    rows = [
+        {"messages": [S, U, GOOD]}, {"messages": [S, U]},
+        {"system": "Be exact.", "question": "2+2?", "answer": "4"},
+        {"system": "Be exact.", "prompt": "2+2?"}, {"messages": [S, GOOD]},
+    ]  # fmt: skip
+    tasks, report = read_tasks([write(tmp_path / "t.jsonl", *rows)], smollm2, max_tokens=128)
+    assert [task.ids for task in tasks] == [encode_chat(smollm2, [S, U])] * 4
+    assert [bool(task.reference) for task in tasks] == [True, False, True, False]
+    assert "must hold what is answered" in report.bad[0].reason
+
+
 def test_preferences_of_any_shape_are_the_same_pair(smollm2, tmp_path):
     for name, row in PREFERENCES.items():
         (pair,), report = read_pairs([write(tmp_path / "p.jsonl", row)], smollm2, max_tokens=128)
@@ -218,6 +263,7 @@ def test_preferences_of_any_shape_are_the_same_pair(smollm2, tmp_path):
         sides = [smollm2.decode(learned(side)) for side in (pair.chosen, pair.rejected)]
         assert sides == ["4", "5"] and not report.bad, name
         assert pair.chosen.ids[: len(prompt)].tolist() == prompt, name
+        assert dict(report.shapes) == {NAMED[name]: 1}
     with_system = [
         {"system": "Be exact.", "question": "2+2?", "chosen": "4", "rejected": "5"},
         {"chosen": [S, U, GOOD], "rejected": [S, U, WRONG]},

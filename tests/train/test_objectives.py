@@ -109,6 +109,33 @@ def test_preferences_are_those_of_the_paper():
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_the_other_losses_of_preferences_are_those_of_their_papers():
+    net = model()
+    pairs = [Pair(EXAMPLES[i], EXAMPLES[i + 1]) for i in (0, 2, 4)]
+    with torch.no_grad():
+        policy = torch.tensor([[-plain_loss(net, e) for e in vars(p).values()] for p in pairs])
+    lengths = torch.tensor([[e.mask[1:].sum() for e in vars(p).values()] for p in pairs])
+    before = policy + torch.tensor([[0.5, -0.5], [-1.0, 2.0], [0.0, 0.3]])
+    ahead = (policy - before).diff(dim=-1)[:, 0].neg()
+    mean, chosen = policy / lengths, (policy / lengths)[:, 0]
+    odds = mean - (1 - mean.exp()).log()
+    expected = {
+        "ipo": (ahead - 1 / 0.6).square(),
+        "apo-zero": 1 - (0.3 * (policy - before)[:, 0]).sigmoid()
+        + (0.3 * (policy - before)[:, 1]).sigmoid(),
+        "simpo": -(0.3 * (mean[:, 0] - mean[:, 1]) - 0.2).sigmoid().log(),
+        "orpo": -chosen - 0.3 * (odds[:, 0] - odds[:, 1]).sigmoid().log(),
+    }  # fmt: skip
+    rows = ExampleRows(pairs, 64, seed=1)
+    for loss, losses in expected.items():
+        settings = Preference(loss=loss, beta=0.3, margin=0.2 * (loss == "simpo"))
+        reference = before.numpy() if settings.has_reference else np.zeros((3, 2), np.float32)
+        found, _ = preference(net, batch_of(rows, reference), settings)
+        torch.testing.assert_close(found, losses.sum(), rtol=1e-4, atol=1e-4, msg=loss)
+    with pytest.raises(ValueError, match=r"preference.margin: not of orpo, of dpo and simpo"):
+        Preference(loss="orpo", margin=1.0)
+
+
 def branches(n_prompt: int, lengths: list[int], seed: int) -> list[Example]:
     """Answers to one prompt."""
     rng = np.random.default_rng(seed)
