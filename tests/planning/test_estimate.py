@@ -30,7 +30,7 @@ from opennemo.planning.estimate import BLOCKS, PLAIN, Work, activations, plan, r
 from opennemo.planning.machines import CARDS, GIB, Card, Machines, parse_machines
 from opennemo.tokenizer.patterns import PATTERNS
 from opennemo.tokenizer.tekken import SINGLE_BYTES, Tekken
-from opennemo.train.config import Recipe, parse_recipe
+from opennemo.train.config import Recipe, parse_recipe, read_recipe
 from opennemo.train.setup import make_model
 
 ROOT = Path(__file__).parents[2]
@@ -293,3 +293,17 @@ def test_a_step_of_two_layers_as_wide_as_nemo_takes_the_memory_that_is_planned(c
     arguments = [sys.executable, "-c", MEASURE, json.dumps([1024, checkpointing])]
     done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=True)
     assert int(done.stdout) == pytest.approx(planned, rel=0.1)
+
+
+def test_a_recipe_that_draws_answers_counts_groups_and_their_cache():
+    recipe = read_recipe(ROOT / "recipes" / "nemo-12b-rl.toml")
+    made = plan(recipe, NEMO, on("h100"), stored="int8")
+    assert not made.problems and plan(recipe, NEMO, on("4090"), stored="int8").problems
+    # 64 answers side by side, 40 layers of 8 heads of 128, keys and values in bf16.
+    assert sizes(made)["their keys and values"] == 64 * 2048 * 2 * 40 * 8 * 128 * 2
+    assert "weights to draw with" not in sizes(made)  # the codes that it learns over
+    assert any("32 rows x 5,632" in how for _, how in made.speed)  # 2,048 and 7 x 512 more
+    small = read_recipe(ROOT / "recipes" / "smollm2-tools-rl.toml")
+    shape = replace(NEMO, dim=576, n_layers=30, n_heads=9, n_kv_heads=3, head_dim=64)
+    shape = replace(shape, hidden_dim=1536, vocab_size=49152, tied_embeddings=True)
+    assert "weights to draw with" in sizes(plan(small, shape, CPU))
