@@ -8,7 +8,7 @@ task, so answers depend on those and on the weights alone. The prompt of a group
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -71,13 +71,14 @@ class TaskRows:
         return self.tasks[order[place]]
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class Lesson:
-    """What a step's answers came to: batches by update, numbers, and some of the answers."""
+    """What a step's answers came to."""
 
-    updates: list[list[Batch]] = field(default_factory=list)
-    values: dict[str, float] = field(default_factory=dict)  # means over the answers
-    samples: list[dict[str, Any]] = field(default_factory=list)
+    updates: list[list[Batch]]  # a batch a pass, of each update
+    filler: Batch  # of nothing to learn, for ranks that must make as many passes as others
+    values: dict[str, float]  # means over the answers
+    samples: list[dict[str, Any]]  # some of the answers
 
 
 class Practice:
@@ -99,6 +100,7 @@ class Practice:
             )
         self.recipe, self.tokenizer, self.rollout = recipe, tokenizer, rollout
         self.judge, self.window = judge, window
+        self.weights = judge.weights if judge else np.zeros(0)
 
     def draw(self, model: Transformer, tasks: Sequence[Task], seeds: Sequence[int]) -> Lesson:
         """Answers to tasks, as batches to learn from.
@@ -112,25 +114,26 @@ class Practice:
             model, [task.ids for task in tasks], n=drawing.answers, max_tokens=drawing.max_tokens,
             seeds=seeds,
         )  # fmt: skip
-        worth = self._judge(tasks, groups)
-        lesson = self._describe(tasks, groups, worth)
+        parts = self._judge(tasks, groups)
+        worth = parts @ self.weights
         gains = worth - worth.mean(1, keepdims=True)
         # Where all answers are worth the same there is nothing to prefer.
         kept = [i for i in range(len(tasks)) if self.judge is None or np.ptp(worth[i]) > 0]
-        n_updates = rl.updates if self.judge else 1
+        n_updates, n_epochs = (rl.updates, rl.epochs) if self.judge else (1, 1)
         size = self.recipe.data.micro_rows
-        for _ in range(rl.epochs if self.judge else 1):
-            for part in np.array_split(np.arange(len(tasks)), n_updates):
-                chosen = [i for i in part.tolist() if i in kept]
-                lesson.updates.append(
-                    [
-                        self._batch(tasks, groups, gains, chosen[start : start + size])
-                        for start in range(0, len(chosen), size)
-                    ]
-                )
-        # What ranks that must compute as often as others do, but have less to learn from, compute.
-        self.filler = replace(self._batch(tasks, groups, gains, [0]), n_units=0)
-        return lesson
+        updates = []
+        for part in np.array_split(np.arange(len(tasks)), n_updates):
+            chosen = [i for i in part.tolist() if i in kept]
+            starts = range(0, len(chosen), size)
+            updates.append(
+                [self._batch(tasks, groups, gains, chosen[s : s + size]) for s in starts]
+            )
+        return Lesson(
+            updates=updates * n_epochs,
+            filler=replace(self._batch(tasks, groups, gains, [0]), n_units=0),
+            values=self._describe(groups, parts),
+            samples=self._samples(tasks, groups, parts),
+        )
 
     def examine(self, model: Transformer, tasks: Sequence[Task]) -> dict[str, float]:
         """Sums over the likeliest answers to tasks of what they are worth, and how many."""
@@ -139,7 +142,7 @@ class Practice:
             model, [task.ids for task in tasks], n=1, max_tokens=n, seeds=[0] * len(tasks),
             greedy=True,
         )  # fmt: skip
-        values = self._describe(tasks, groups, self._judge(tasks, groups)).values
+        values = self._describe(groups, self._judge(tasks, groups))
         kept = ("reward", "cut", "answer_tokens")
         found = {k: v * len(tasks) for k, v in values.items() if k.startswith(kept)}
         return {**found, "units": float(len(tasks))}
@@ -154,15 +157,14 @@ class Practice:
             model(batch.tokens, fake_kv(model, batch.attend()))
 
     def _judge(self, tasks: Sequence[Task], groups: Sequence[Sequence[Drawn]]) -> np.ndarray:
-        """(tasks, answers) what each is worth; its parts are kept for the log."""
+        """(tasks, answers, rewards) what each is worth in parts, none without a judge."""
         n = len(groups[0])
         if self.judge is None:
-            return np.zeros((len(tasks), n))
+            return np.zeros((len(tasks), n, 0))
         attempts = [
             self._attempt(t, d) for t, group in zip(tasks, groups, strict=True) for d in group
         ]
-        self._parts = self.judge(attempts).reshape(len(tasks), n, -1)
-        return self._parts @ self.judge.weights
+        return self.judge(attempts).reshape(len(tasks), n, -1)
 
     def _attempt(self, task: Task, drawn: Drawn) -> Attempt:
         ids = drawn.ids[:-1] if drawn.whole else drawn.ids
@@ -173,30 +175,35 @@ class Practice:
         broken = begun and not reply.get("tool_calls")
         return Attempt(task=task, reply=reply, text=text, whole=drawn.whole, broken=broken)
 
-    def _describe(
-        self, tasks: Sequence[Task], groups: Sequence[Sequence[Drawn]], worth: np.ndarray
-    ) -> Lesson:
+    def _describe(self, groups: Sequence[Sequence[Drawn]], parts: np.ndarray) -> dict[str, float]:
+        """Numbers for the record: means over the answers."""
         drawn = [answer for group in groups for answer in group]
         values = {
             "answer_tokens": float(np.mean([len(d.ids) for d in drawn])),
             "cut": float(np.mean([not d.whole for d in drawn])),
             "surprise": -float(np.mean([x for d in drawn for x in d.log_probs])),
         }
-        samples = [
-            {"messages": task.messages, "answer": self.tokenizer.decode(d.ids, show_control=True)}
-            for task, group in list(zip(tasks, groups, strict=True))[:SHOWN]
-            for d in group
-        ]
         if self.judge is not None:
+            worth = parts @ self.weights
             values["reward"] = float(worth.mean())
             values["spread"] = float((np.ptp(worth, axis=1) > 0).mean())  # share of groups with one
-            for i, name in enumerate(self.judge.names):
-                values[f"reward_{name}"] = float(self._parts[..., i].mean())
-            rows = self._parts.reshape(-1, len(self.judge.names))
-            for sample, row, value in zip(samples, rows, worth.ravel(), strict=False):
-                parts = dict(zip(self.judge.names, row.tolist(), strict=True))
-                sample |= {"reward": float(value), "parts": parts}
-        return Lesson(values=values, samples=samples)
+            means = parts.mean((0, 1)).tolist()
+            values |= {f"reward_{n}": x for n, x in zip(self.judge.names, means, strict=True)}
+        return values
+
+    def _samples(
+        self, tasks: Sequence[Task], groups: Sequence[Sequence[Drawn]], parts: np.ndarray
+    ) -> list[dict[str, Any]]:
+        """The answers of some groups, for the log."""
+        found = []
+        for task, group, worth in list(zip(tasks, groups, parts, strict=True))[:SHOWN]:
+            for answer, row in zip(group, worth, strict=True):
+                text = self.tokenizer.decode(answer.ids, show_control=True)
+                found.append({"messages": task.messages, "answer": text})
+                if self.judge is not None:
+                    named = dict(zip(self.judge.names, row.tolist(), strict=True))
+                    found[-1] |= {"reward": float(row @ self.weights), "parts": named}
+        return found
 
     def _batch(
         self, tasks: Sequence[Task], groups: Sequence[Sequence[Drawn]], gains: np.ndarray,

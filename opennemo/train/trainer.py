@@ -134,7 +134,7 @@ class Trainer:
 
         Raises:
             Stopped: `stop` was called; the same run goes on from there another time.
-            OpenNemoError: the gradient is not finite any more.
+            OpenNemoError: the gradient is not finite any more; a reward failed.
         """
         if self.step >= self.recipe.steps:
             return
@@ -163,10 +163,12 @@ class Trainer:
                 share = self.n_data_ranks / self.n_ranks  # of a rank in what its group computes
                 values["mfu"] = self._flops(batches) * share / seconds / peak
                 values["waited_for_data"] = waited / seconds
-                if self._is_due(self.recipe.evaluation.every) and self.setup.valid is not None:
-                    values |= self.evaluate(self.setup.valid)
-                if log is not None:
-                    log.write(step, values)
+                try:
+                    if self._is_due(self.recipe.evaluation.every) and self.setup.valid is not None:
+                        values |= self.evaluate(self.setup.valid)
+                finally:  # the step was made, though a reward may have failed afterwards
+                    if log is not None:
+                        log.write(step, values)
                 bar.update(self.step, note=note(values))
                 if skipped_in_a_row > MAX_SKIPPED:
                     raise OpenNemoError(
@@ -202,7 +204,7 @@ class Trainer:
         practice = self.practice
         lesson = self._agreed(lambda: practice.draw(self.model, tasks, seeds))
         seconds = time.perf_counter() - started
-        updates = [self._as_many(batches) for batches in lesson.updates]
+        updates = [self._as_many(batches, lesson.filler) for batches in lesson.updates]
         learned = [self._learn(step, batches) for batches in updates]
         done = [batch for batches in updates for batch in batches]
         for batch in done:
@@ -231,13 +233,12 @@ class Trainer:
             raise OpenNemoError(f"{error or 'another rank could not draw answers'} {kept}")
         return result
 
-    def _as_many(self, batches: list[Batch]) -> list[Batch]:
+    def _as_many(self, batches: list[Batch], filler: Batch) -> list[Batch]:
         """As many batches as every rank has, for ranks gather weights together."""
         most = torch.tensor(float(len(batches))).to(self.device)
         if self.n_ranks > 1:
             dist.all_reduce(most, dist.ReduceOp.MAX)
-        assert self.practice is not None
-        return batches + [self.practice.filler] * (int(most) - len(batches))
+        return batches + [filler] * (int(most) - len(batches))
 
     def _begin(self, step: int) -> None:
         """Set what a step's computation follows."""

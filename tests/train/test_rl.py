@@ -96,6 +96,7 @@ def test_a_tiny_model_learns_to_emit_the_letter_that_is_rewarded(make_rl, reward
     assert records[0]["reward"] < 0.1 and records[-1]["reward"] > 0.9
     assert records[-1]["valid_reward"] == 1
     assert records[-1][f"reward_{rewards}:wanted"] == records[-1]["reward"]
+    # What each part gave, of two groups a time.
     lines = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").open()]
     assert [line["step"] for line in lines[::16]] == [14, 29]
     assert lines[-1]["answer"].count("z") / 6 == lines[-1]["reward"]
@@ -138,7 +139,8 @@ def test_resumed_is_uninterrupted_bit_for_bit(make_rl, base, tmp_path, case, mon
     monkeypatch.undo()
     assert without_times(run(recipe, tmp_path / "resumed")) == without_times(whole)
     assert_equal(tmp_path / "whole" / "model", tmp_path / "resumed" / "model")
-    assert whole[0]["spread"] > 0 and whole[0]["change"] < (1e-2 if "rl" in CASES[case] else 2e-4)
+    # Of one update the answers are the model's own; of four they are what it was before.
+    assert whole[0]["spread"] > 0 and (whole[0]["change"] > 1e-2) == (case == "plain")
     assert (whole[-1].get("kl", 0) > 0) == (case == "held back")
 
 

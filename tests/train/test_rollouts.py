@@ -7,7 +7,7 @@ import torch
 from opennemo.model.attention import Packed
 from opennemo.model.formats import by_name
 from opennemo.model.lora import add_lora_
-from opennemo.model.quantization import prepare_qat_, quantize_, set_qat_
+from opennemo.model.quantization import observers, prepare_qat_, quantize_, set_qat_
 from opennemo.model.transformer import ModelConfig, Transformer
 from opennemo.rollouts import Rollouts, served
 from opennemo.train.conversations import Example
@@ -48,7 +48,7 @@ def learner(format: str, lora: str | None) -> Transformer:
     if format == "fp8-static":
         with torch.no_grad():  # it sees its inputs once; then scales stay
             model.train()(torch.arange(320), Packed.of(320))
-            model.kv_rounding.largest.fill_(6.0)
+            observers(model)["kv_rounding.largest"].fill_(6.0)
             set_qat_(model, observe=False)
     return model
 
