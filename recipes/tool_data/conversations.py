@@ -32,7 +32,8 @@ N_TOOLS = {"train": (1, 2, 2, 3), "test": (1, 2, 2, 3, 4)}
 def conversations(split: Split, n: int, seed: int) -> Iterator[dict[str, Any]]:
     """`n` lines of a chat file, each made from its own number, the seed and the split.
 
-    In the split "test" each ends with the message that is to be compared (`train/rewards.py`'s `exact_calls`).
+    In the split "test" each ends with the message that is to be compared (`exact_calls` of
+    `opennemo/train/rewards.py`).
     """
     for i in range(n):
         row = _Conversation(split, random.Random(f"{split} {seed} {i}")).make()
