@@ -29,7 +29,8 @@ def run_ranks(n: int, function: Callable[..., Any], *args: Any, timeout: float =
     if str(ROOT) not in sys.path:
         sys.path.insert(0, str(ROOT))  # where the processes look for the function's module
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    older = [name for name in ("tests.older_pytorch",) if name in sys.modules]
+    context.set_forkserver_preload(older + PRELOADED)
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [], []
         for rank in range(n):

@@ -18,19 +18,22 @@ from array import array
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import cycle, islice
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from opennemo.engine.grammar import Matcher
 from opennemo.engine.kv_cache import KVCache
 from opennemo.engine.runner import Runner, Stretch
 from opennemo.engine.sampler import sample
 from opennemo.engine.sequence import Chunk, Prefix, Sequence
 from opennemo.engine.sizes import CPU_KV, CacheSize, EngineConfig, cache_size
 from opennemo.model.transformer import Transformer
+
+if TYPE_CHECKING:  # llguidance is needed where there are grammars alone
+    from opennemo.engine.grammar import Matcher
 
 log = logging.getLogger(__name__)
 LONGEST = 3  # tokens that must stand together again, at most
@@ -253,7 +256,7 @@ def fill_masks(chunks: list[Chunk], vocab_size: int) -> dict[Sequence, list[np.n
     return masks
 
 
-def _mask(matcher: Matcher, vocab_size: int) -> np.ndarray:
+def _mask(matcher: "Matcher", vocab_size: int) -> np.ndarray:
     mask = np.zeros(-(-vocab_size // 32), np.int32)
     matcher.fill(mask)
     return mask

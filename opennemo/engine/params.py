@@ -4,12 +4,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from opennemo.engine.grammar import Grammar
 from opennemo.engine.repetition import Repetition
 from opennemo.errors import InvalidRequest
+
+if TYPE_CHECKING:  # llguidance is needed where there are grammars alone
+    from opennemo.engine.grammar import Grammar
 
 _BOUNDS: dict[str, tuple[float, float]] = {
     "max_tokens": (1, 2**31),
@@ -69,7 +72,7 @@ class SamplingParams:
     seed: int | None = None  # same seed, same answer, whatever else is in the batch
     logprobs: int | None = None  # report the chosen token's, and this many of the likeliest
     prompt_logprobs: int | None = None  # the same for the tokens of the prompt
-    grammar: Grammar | None = None  # the answer follows it to its end; min_tokens gives way
+    grammar: "Grammar | None" = None  # the answer follows it to its end; min_tokens gives way
 
     def __post_init__(self) -> None:
         for name, (low, high) in _BOUNDS.items():

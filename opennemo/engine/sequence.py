@@ -11,12 +11,14 @@ import random
 from array import array
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from opennemo.engine.grammar import Matcher
 from opennemo.engine.params import SamplingParams
 from opennemo.engine.token import TokenCallback, TokenLogprobs
 from opennemo.model.lora import Adapter
+
+if TYPE_CHECKING:  # llguidance is needed where there are grammars alone
+    from opennemo.engine.grammar import Matcher
 
 
 class Target(NamedTuple):
@@ -50,7 +52,7 @@ class Sequence:
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=lambda: [None])
     targets: list[Target] = field(default_factory=list)  # of a score, by place
     scores: list[tuple[float, bool]] = field(default_factory=list)  # of `targets`; is it likeliest?
-    matcher: Matcher | None = None  # where the answer stands in its grammar
+    matcher: "Matcher | None" = None  # where the answer stands in its grammar
     guesses: tuple[int, ...] = ()  # at the tokens that come next; see drafts.py
     n_drafted: int = 0  # tokens that lie in the draft model's cache
     finished: bool = False

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from opennemo.model.fused_attention import fused_attention, fuses_pages
 from opennemo.model.pages import Pages
 from opennemo.model.positions import Window, window_in
 
-FUSED_PAGE_SIZE = 256  # FlashAttention-2 in PyTorch 2.13 takes pages of multiples of this
 MASK = 1 << 24  # numbers of a mask at once, where attention on a CPU needs one
 
 
@@ -123,23 +123,9 @@ def varlen_attention(
     Without a page table k and v are (T, K, H), else pools of pages (P, page_size, K, H).
     With a window each query sees only the last `window` keys, its own included.
     """
-    fits = page_table is None or k.shape[1] % FUSED_PAGE_SIZE == 0
+    fits = page_table is None or fuses_pages(k.shape[1])
     if q.is_cuda and q.dtype != torch.float32 and fits:
-        from torch.nn.attention.varlen import varlen_attn  # imports sympy: 2 s that a CPU saves
-
-        max_k = max_seqlen
-        if page_table is not None:
-            assert context_lens is not None
-            max_k = page_table.shape[1] * k.shape[1]
-            cu_k = F.pad(context_lens.cumsum(0, dtype=torch.int32), (1, 0))
-        return varlen_attn(  # pyright: ignore[reportReturnType]
-            q, k, v, cu_q, cu_k, max_seqlen, max_k,
-            window_size=(-1 if window is None else window - 1, 0), enable_gqa=True,
-            seqused_k=context_lens, block_table=page_table,
-            # With more, FlashAttention-2 leaves rows of all sequences but the first unwritten
-            # (pytorch/pytorch#194167); with one, a row does not depend on the batch either.
-            num_splits=1,
-        )  # fmt: skip
+        return fused_attention(q, k, v, cu_q, cu_k, max_seqlen, context_lens, page_table, window)
     if q.is_cpu and page_table is None and (q.requires_grad or torch.compiler.is_compiling()):
         return traced_attention(q, k, v, cu_q, cu_q if cu_k is None else cu_k, window)[0]
     out = torch.empty_like(q)

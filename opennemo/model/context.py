@@ -14,11 +14,14 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
 from torch import Tensor
-from torch.distributed._functional_collectives import all_gather_single_autograd
 
 from opennemo.model.attention import varlen_attention
 from opennemo.model.positions import Window, window_in
+
+# Before 2.13 PyTorch called it all_gather_tensor_autograd.
+_gather = getattr(funcol, "all_gather_single_autograd", None) or funcol.all_gather_tensor_autograd
 
 
 @dataclass
@@ -61,7 +64,7 @@ class ContextParallel:
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (T / W, N, H), k and v (T / W, K, H) -> (T / W, N, H)."""
         world = self.group.size()
-        kv = all_gather_single_autograd(torch.stack((k, v), 1), 0, self.group)
+        kv = _gather(torch.stack((k, v), 1), 0, self.group)
         front, back = kv.unflatten(0, (world, 2, -1)).unbind(1)
         keys, values = torch.cat((front, back.flip(0))).flatten(0, 1).unbind(1)
         parts = [

@@ -5,13 +5,12 @@ Format: the Hugging Face hub's README.md with YAML in front.
 """
 
 import platform
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard, ModelCardData
 
+from opennemo import __version__
 from opennemo.files import read_json
 from opennemo.train.config import Recipe, to_json
 from opennemo.train.metrics import read_metrics
@@ -24,6 +23,8 @@ SHOWN = (
 
 def write_card(recipe: Recipe, run: Path, folder: Path, *, stored: str = "float32") -> None:
     """Write README.md into a folder that a run made, whose weights are in the format `stored`."""
+    from huggingface_hub import ModelCard, ModelCardData  # training itself does without
+
     records, data, parent = read_metrics(run), read_json(run / "data.json"), recipe.model.path
     facts = {
         "parent": parent or f"none: new weights of the shape {recipe.model.shape}",
@@ -35,7 +36,7 @@ def write_card(recipe: Recipe, run: Path, folder: Path, *, stored: str = "float3
         "seed": str(recipe.seed),
         "steps skipped": f"{sum(r['skipped'] or 0 for r in records):.0f}, for their gradient",
         "hardware": hardware(),
-        "software": f"opennemo {version('opennemo')}, torch {torch.__version__}",
+        "software": f"opennemo {__version__}, torch {torch.__version__}",
         "licence": recipe.licence or "not stated in the recipe",
     }
     front = ModelCardData(

@@ -12,10 +12,11 @@ time that memory does not grow with the vocabulary. Sources: DPO (arXiv:2305.182
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from opennemo.errors import InvalidRequest
@@ -23,8 +24,11 @@ from opennemo.model.lora import lora_disabled
 from opennemo.model.parallel import Mesh, head_weight, share
 from opennemo.model.quantization import fake_kv
 from opennemo.model.transformer import Transformer
-from opennemo.train.config import Preference, Recipe, Reinforcement
+from opennemo.train.fused_losses import fused_losses
 from opennemo.train.packing import IGNORED, Batch
+
+if TYPE_CHECKING:  # pydantic is needed where recipes are read alone
+    from opennemo.train.config import Preference, Recipe, Reinforcement
 
 Objective = Callable[[Transformer, Batch], tuple[Tensor, dict[str, Tensor]]]
 # Rows of logits at once. At 131,072 words 512 rows in float32 are 256 MiB. PyTorch's own choice on
@@ -48,12 +52,11 @@ def head_losses(
     model: Transformer, hidden: Tensor, targets: Tensor, *, reduction: str = "sum"
 ) -> Tensor:
     """Cross-entropy of hidden states (T', D) with their targets (T',), in nats, head included."""
-    options = nn.LinearCrossEntropyOptions(batch_chunk_size=CHUNK)
     weight = head_weight(model)
     if reduction == "sum" and hidden.dtype in (torch.bfloat16, torch.float16):
         # A sum in bf16 has three digits. One by one costs another pass over the head's forward.
         return head_losses(model, hidden, targets, reduction="none").float().sum()
-    return F.linear_cross_entropy(hidden, weight, targets, reduction=reduction, options=options)
+    return fused_losses(hidden, weight, targets, reduction, CHUNK)
 
 
 def next_token(
@@ -76,7 +79,7 @@ def sequence_log_probs(model: Transformer, batch: Batch) -> tuple[Tensor, Tensor
 
 
 def preference(
-    model: Transformer, batch: Batch, settings: Preference
+    model: Transformer, batch: Batch, settings: "Preference"
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Direct preference optimisation and its kin: answers come in pairs, the chosen one first."""
     assert batch.reference is not None
@@ -109,7 +112,10 @@ def preference(
 
 
 def reinforce(
-    model: Transformer, batch: Batch, settings: Reinforcement, reference: Transformer | None = None
+    model: Transformer,
+    batch: Batch,
+    settings: "Reinforcement",
+    reference: Transformer | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Make drawn answers likelier by their gains, as far as an update may change a token.
 
@@ -165,7 +171,7 @@ def distil(
 
 
 def objective(
-    recipe: Recipe, teacher: Transformer | None = None, mesh: Mesh | None = None
+    recipe: "Recipe", teacher: Transformer | None = None, mesh: Mesh | None = None
 ) -> Objective:
     """The objective that a recipe names; `teacher` is a model to learn from, or to stay close to.
 

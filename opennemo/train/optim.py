@@ -7,14 +7,16 @@ one learning rate serve both) the matrices of blocks are its, and the rest is Ad
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from opennemo.train.config import Optim
+if TYPE_CHECKING:  # pydantic is needed where recipes are read alone
+    from opennemo.train.config import Optim
 
 
-def optimizers(model: nn.Module, settings: Optim) -> list[torch.optim.Optimizer]:
+def optimizers(model: nn.Module, settings: "Optim") -> list[torch.optim.Optimizer]:
     """For the parameters of a model that are to learn."""
     decayed, plain, matrices = [], [], []
     for name, parameter in model.named_parameters():
@@ -47,7 +49,7 @@ def optimizers(model: nn.Module, settings: Optim) -> list[torch.optim.Optimizer]
     return chosen
 
 
-def rate(step: int, steps: int, settings: Optim) -> float:
+def rate(step: int, steps: int, settings: "Optim") -> float:
     """The learning rate of a step, counted from 0."""
     warmup = round(settings.warmup * steps)
     if step < warmup:

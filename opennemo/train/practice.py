@@ -9,7 +9,7 @@ task, so answers depend on those and on the weights alone. The prompt of a group
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -20,10 +20,12 @@ from opennemo.model.quantization import fake_kv, observers
 from opennemo.model.transformer import Transformer
 from opennemo.tokenizer import Tokenizer
 from opennemo.tokenizer.chat import call_syntax, parse_reply, turn_end
-from opennemo.train.config import Recipe
 from opennemo.train.conversations import Example, Task
 from opennemo.train.packing import Batch, collate, pack
 from opennemo.train.rewards import Attempt, Judge
+
+if TYPE_CHECKING:  # pydantic is needed where recipes are read alone
+    from opennemo.train.config import Recipe
 
 SHOWN = 2  # groups of a step that go into the log of samples
 
@@ -85,7 +87,7 @@ class Practice:
     """Draws and judges answers as a recipe says."""
 
     def __init__(
-        self, recipe: Recipe, tokenizer: Tokenizer, rollout: Rollout, judge: Judge | None,
+        self, recipe: "Recipe", tokenizer: Tokenizer, rollout: Rollout, judge: Judge | None,
         window: Window,
     ):  # fmt: skip
         """Without a judge every answer is learned from.

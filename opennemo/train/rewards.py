@@ -19,14 +19,16 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from opennemo.errors import InvalidRequest, OpenNemoError
 from opennemo.tokenizer.messages import Message, json_or_text
-from opennemo.train.config import Reward
 from opennemo.train.conversations import Task
+
+if TYPE_CHECKING:  # pydantic is needed where recipes are read alone
+    from opennemo.train.config import Reward
 
 SHOWN = 200  # characters of an answer in an error
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
@@ -183,7 +185,7 @@ CHECKS: dict[str, Callable[[str, Mapping[str, Any]], Any]] = {
 class Judge:
     """The rewards of a run: what answers are worth, part by part."""
 
-    def __init__(self, rewards: Sequence[Reward], timeout: float):
+    def __init__(self, rewards: Sequence["Reward"], timeout: float):
         """`timeout` are the seconds that one answer's reward may take.
 
         Raises:
@@ -267,7 +269,7 @@ def _checked(value: Any) -> float:
     return number
 
 
-def _function(reward: Reward) -> Function:
+def _function(reward: "Reward") -> Function:
     name = reward.name
     if reward.pattern is not None:
         if name != "format":

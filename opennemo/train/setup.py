@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,12 +26,14 @@ from opennemo.model.transformer import Transformer
 from opennemo.tokenizer.load import open_tokenizer
 from opennemo.tokenizer.rank_files import OWN
 from opennemo.tokenizer.tokenizer import Tokenizer
-from opennemo.train.config import Recipe, Source
 from opennemo.train.conversations import BadLine, read_examples, read_pairs, read_tasks
 from opennemo.train.corpus import Corpus, vocabulary_hash
 from opennemo.train.packing import ExampleRows, PackedRows, TextRows
 from opennemo.train.practice import TaskRows
 from opennemo.train.rewards import Judge
+
+if TYPE_CHECKING:  # pydantic is needed where recipes are read alone
+    from opennemo.train.config import Recipe, Source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +51,7 @@ class Setup:
     data: dict[str, Any]  # what the rows are made of, for the run's folder
 
     @classmethod
-    def make(cls, recipe: Recipe, device: torch.device) -> "Setup":
+    def make(cls, recipe: "Recipe", device: torch.device) -> "Setup":
         """Everything that a recipe names; the model still on the CPU, the teacher on the device.
 
         Raises:
@@ -91,7 +93,7 @@ class Setup:
 
 
 def make_model(
-    recipe: Recipe, path: Path | None, dtype: torch.dtype | None = torch.float32
+    recipe: "Recipe", path: Path | None, dtype: torch.dtype | None = torch.float32
 ) -> Transformer:
     """The model as it is before training, on the CPU; None for the type that it is stored in."""
     wanted = {
@@ -120,7 +122,7 @@ def make_model(
     return model
 
 
-def form_of_base(recipe: Recipe, checkpoint: Checkpoint, dtype: torch.dtype | None) -> Form:
+def form_of_base(recipe: "Recipe", checkpoint: Checkpoint, dtype: torch.dtype | None) -> Form:
     """What stored weights become where a recipe's model learns; a `dtype` of None: as stored.
 
     An adapter alone learns over blocks of a GGUF file as they are, but for the head's, which the
@@ -132,7 +134,7 @@ def form_of_base(recipe: Recipe, checkpoint: Checkpoint, dtype: torch.dtype | No
     return Form(dtype=dtype, blocks=blocks, head_in_blocks=False)
 
 
-def make_teacher(recipe: Recipe, at: Path | None, tokenizer: Tokenizer) -> Transformer | None:
+def make_teacher(recipe: "Recipe", at: Path | None, tokenizer: Tokenizer) -> Transformer | None:
     """The model that is learned from, or that reinforcement stays close to; None for neither.
 
     Raises:
@@ -167,7 +169,7 @@ def initialise_(model: Transformer, seed: int) -> Transformer:
     return model
 
 
-def change_weights_(model: Transformer, recipe: Recipe) -> None:
+def change_weights_(model: Transformer, recipe: "Recipe") -> None:
     """Put rounding, and then adapters, on top of the weights, as the recipe says."""
     qat, lora = recipe.qat, recipe.lora
     if qat is not None:
@@ -186,7 +188,7 @@ def change_weights_(model: Transformer, recipe: Recipe) -> None:
 
 
 def _rows(
-    recipe: Recipe, sources: Sequence[Source], tokenizer: Tokenizer, judge: Judge | None
+    recipe: "Recipe", sources: Sequence["Source"], tokenizer: Tokenizer, judge: Judge | None
 ) -> tuple[PackedRows | TaskRows, dict[str, Any]]:
     width, seed = recipe.data.window, recipe.seed
     paths = [source.path for source in sources]
@@ -214,7 +216,7 @@ def _rows(
 
 
 def _tasks(
-    recipe: Recipe, paths: Sequence[Path], tokenizer: Tokenizer, judge: Judge | None
+    recipe: "Recipe", paths: Sequence[Path], tokenizer: Tokenizer, judge: Judge | None
 ) -> tuple[TaskRows, dict[str, Any]]:
     room = recipe.data.window - recipe.drawing.max_tokens
     tasks, report = read_tasks(paths, tokenizer, max_tokens=room)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -38,7 +38,6 @@ from opennemo.model.transformer import Transformer
 from opennemo.progress import Bar, progress
 from opennemo.tokenizer.tokenizer import Tokenizer
 from opennemo.train.checkpoints import Checkpoints
-from opennemo.train.config import Recipe
 from opennemo.train.conversations import Task
 from opennemo.train.metrics import Log, matmul_flops, note
 from opennemo.train.objectives import next_token, objective
@@ -54,6 +53,9 @@ from opennemo.train.packing import (
 from opennemo.train.practice import Practice, Rollout, TaskRows
 from opennemo.train.references import kept_log_probs
 from opennemo.train.setup import Setup
+
+if TYPE_CHECKING:  # pydantic is needed where recipes are read alone
+    from opennemo.train.config import Recipe
 
 Sample = Callable[[Transformer, Tokenizer], list[dict[str, Any]]]
 # How much of a static scale's largest magnitude a step forgets, so that one outlier of the first
@@ -71,7 +73,7 @@ class Trainer:
     """One run: make one, call `train`."""
 
     def __init__(
-        self, recipe: Recipe, run: Path, setup: Setup, device: torch.device, *,
+        self, recipe: "Recipe", run: Path, setup: Setup, device: torch.device, *,
         sample: Sample | None = None, rollout: Rollout | None = None, quiet: bool = False,
     ):  # fmt: skip
         """Continue the run in this folder from its last checkpoint, or begin it.

@@ -1,12 +1,13 @@
 """Attention over pages and over packed sequences equals the definition."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from opennemo.model import attention
+from opennemo.model import attention, fused_attention
 from opennemo.model.attention import Forked, Packed, traced_attention, varlen_attention
 
 
@@ -91,3 +92,42 @@ def test_a_fork_is_the_sequences_that_it_stands_for(window: int | None):
     found = torch.autograd.grad(out, learning, grad)
     for a, b in zip(found, torch.autograd.grad(expected, learning, grad), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("knows_pages", [True, False])
+def test_pytorchs_kernel_is_asked_as_its_version_wants_it(
+    knows_pages: bool, window: int | None, monkeypatch: pytest.MonkeyPatch
+):
+    """What a card would compute, by a stand-in that takes what PyTorch takes, and no more."""
+
+    def older(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int,
+              *, window_size: tuple[int, int]) -> Tensor:  # fmt: skip
+        assert q.shape[1] == k.shape[1] == v.shape[1] and window_size[1] == 0
+        seen = None if window_size[0] < 0 else window_size[0] + 1
+        return varlen_attention(q, k, v, cu_q, cu_k, max_q, window=seen)
+
+    def newer(*inputs: Any, seqused_k: Any, block_table: Any, num_splits: int, enable_gqa: bool,
+              window_size: tuple[int, int]) -> Tensor:  # fmt: skip
+        q, k, v, cu_q, cu_k, max_q, _ = inputs
+        assert enable_gqa and num_splits == 1 and window_size[1] == 0
+        seen = None if window_size[0] < 0 else window_size[0] + 1
+        return varlen_attention(q, k, v, cu_q, cu_k, max_q, seqused_k, block_table, seen)
+
+    kernel = newer if knows_pages else older
+    monkeypatch.setattr(fused_attention, "fused_kernel", lambda: (kernel, knows_pages))
+    q, k, v = inputs(30, 30, torch.float32, False)
+    cu = torch.tensor([0, 10, 11, 30], dtype=torch.int32)
+    found = fused_attention.fused_attention(q, k, v, cu, cu, 19, None, None, window)
+    expected = varlen_attention(q, k, v, cu, cu, 19, window=window)
+    torch.testing.assert_close(found, expected)
+    assert fused_attention.fuses_pages(256) is knows_pages and not fused_attention.fuses_pages(16)
+    if knows_pages:
+        keys, values = torch.randn(2, 3, 256, 2, 16)
+        lengths = torch.tensor([300, 20], dtype=torch.int32)
+        table, cu = torch.tensor([[2, 0], [1, 0]]).int(), torch.tensor([0, 10, 30]).int()
+        found = fused_attention.fused_attention(
+            q, keys, values, cu, None, 20, lengths, table, window
+        )
+        expected = varlen_attention(q, keys, values, cu, None, 20, lengths, table, window)
+        torch.testing.assert_close(found, expected)

@@ -13,7 +13,7 @@ from opennemo.model.attention import Packed
 from opennemo.model.formats import FORMATS
 from opennemo.model.quantization import prepare_qat_
 from opennemo.model.transformer import PRESETS, Transformer
-from opennemo.train import objectives
+from opennemo.train import fused_losses, objectives
 from opennemo.train.config import Optim, Preference
 from opennemo.train.conversations import Example, Pair, n_shared
 from opennemo.train.objectives import distil, next_token, preference, sequence_log_probs
@@ -82,6 +82,20 @@ def test_a_sum_of_losses_in_bf16_is_not_rounded_to_three_digits():
     wanted = F.cross_entropy(net.output(hidden).float(), targets, reduction="sum")
     assert found.dtype == torch.float32
     assert float(found) == pytest.approx(float(wanted), rel=3e-4)
+
+
+@pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="PyTorch before 2.13")
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_losses_in_chunks_are_pytorchs(reduction: str):
+    torch.manual_seed(0)
+    found = []
+    hidden, weight, targets = torch.randn(50, 16), torch.randn(90, 16), torch.randint(90, (50,))
+    for losses in (fused_losses.by_pytorch, fused_losses.by_chunks):
+        leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
+        loss = losses(*leaves, targets, reduction, 7)
+        found.append([loss.detach(), *torch.autograd.grad(loss.sum(), leaves)])
+    for theirs, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_preferences_are_those_of_the_paper():
