@@ -113,7 +113,7 @@ def test_rotated_keys_are_written_as_the_cache_would(dtype: torch.dtype, kv: str
         torch.testing.assert_close(ours.scale, theirs.scale, rtol=1e-2, atol=1e-5)
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("capability", [80, 89, 90, 100, 120])
 def test_every_kernel_compiles_for_a_card(capability: int, tmp_path: Path):
     """The interpreter overlooks what a compiler refuses; compiling needs no card."""
     script = Path(__file__).with_name("compile_kernels.py")
