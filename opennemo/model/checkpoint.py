@@ -66,6 +66,11 @@ class Checkpoint:
         return any(self._blocks_of(name) for name in self.shapes)
 
     @property
+    def unpacked_on_gpu(self) -> bool:
+        """Whether a GPU's kernels multiply with whatever is in blocks."""
+        return all(b.unpacked_on_gpu for n in self.shapes if (b := self._blocks_of(n)))
+
+    @property
     def dtype(self) -> torch.dtype:
         """What the embedding is stored in, which stands for the rest; float32 if in blocks."""
         return self.files.dtypes[layouts.spell(EMBEDDING, self.layout)]
@@ -226,7 +231,11 @@ def load(
         format, (module, _, kind) = checkpoint.runs_in(name, form), name.rpartition(".")
         if format.in_codes:
             shape = checkpoint.shapes.get(name, checkpoint.shapes[EMBEDDING])
-            tensors = {n: t.to(device) for n, t in checkpoint.read_in(name, format).items()}
+            tied = config.tied_embeddings and name == HEAD
+            if tied and getattr(model.tok_embeddings, "format", None) is format:
+                tensors = dict(model.tok_embeddings.named_buffers())  # in memory once
+            else:
+                tensors = {n: t.to(device) for n, t in checkpoint.read_in(name, format).items()}
             stored: nn.Module = QuantizedLinear(format, shape, tensors)
             if name == EMBEDDING:
                 stored = QuantizedEmbedding(format, shape, tensors, form.dtype or checkpoint.dtype)

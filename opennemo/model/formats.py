@@ -188,6 +188,7 @@ class Format:
     uses: tuple[Use, ...] = ()
     kernel: CpuFormat | None = None  # None: a CPU computes it in PyTorch, as it is defined here
     tensor_cores: bool = False  # whether its product is that of a GPU's FP8 units
+    unpacked_on_gpu: bool = False  # whether a GPU's kernel multiplies with such weights
     fused_kv: bool = False  # whether the GPU's kernels write and read such keys and values
     mistral: Mapping[str, str] | None = None  # "quantization" in Mistral's params.json
     # How config.json may say it besides compressed-tensors' way, which follows from the roundings.
@@ -305,10 +306,11 @@ _ROWS = (
     Format(
         name="int8", weights=_int8("row"), inputs=_int8(32), kv=_int8("row"),
         uses=("load", "train", "store", "cache"), kernel=CpuFormat.INT8, fused_kv=True,
+        unpacked_on_gpu=True,
     ),
     Format(
         name="int4", weights=Int4(dtype=torch.uint8, limit=8, share=32),
-        uses=("load", "train", "store"), kernel=CpuFormat.INT4,
+        uses=("load", "train", "store"), kernel=CpuFormat.INT4, unpacked_on_gpu=True,
     ),
     # FP8 as other engines compute it: scales of largest / 448, for inputs too.
     Format(
@@ -327,6 +329,8 @@ BLOCKS: dict[str, BlockFormat] = {
     name: BlockFormat(
         name=name, weights=BlockRounding(dtype=torch.uint8, type=name), inputs=_int8(32),
         uses=("load", "train") if name == "q4_k" else ("train",), kernel=CpuFormat[name.upper()],
+        # Types of two and three bits, and those that look their codes up, are not for a GPU yet.
+        unpacked_on_gpu=name[:2] in ("q4", "q5", "q6", "q8"),
     )
     for name in blocks.TYPES
 }  # fmt: skip

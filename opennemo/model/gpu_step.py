@@ -10,20 +10,23 @@ The definition is `TorchStep`; tests hold the two together, the kernels in Trito
 CPU, the graphs on a GPU alone.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from opennemo.kernels import gpu
+from opennemo.kernels import gpu, packed_weights
+from opennemo.kernels.packed_weights import PackedMatrix
 from opennemo.kernels.paged_attention import paged_attention
+from opennemo.kernels.paged_prefill import paged_prefill
 from opennemo.model.attention import Paged
 from opennemo.model.formats import FORMATS
+from opennemo.model.fused_attention import fuses_pages
 from opennemo.model.pages import Pages
 from opennemo.model.positions import query_scale, window_in
-from opennemo.model.quantization import QuantizedLinear
+from opennemo.model.quantization import QuantizedEmbedding, QuantizedLinear
 from opennemo.model.torch_step import TorchStep
 from opennemo.model.transformer import Block, Transformer, rotary
 
@@ -33,12 +36,14 @@ BATCHES = (1, 2, 4, 8, *range(16, 257, 16))
 class Product:
     """Linear layers that see the same input, as one product; their weights become views of it.
 
-    Float weights go to PyTorch's product, FP8 to the tensor cores where the card has them. All else
-    (int8 in groups, int4) is computed as it is defined, from weights brought back at each use.
+    Float weights go to PyTorch's product, FP8 to the tensor cores where the card has them. Codes of
+    four to eight bits are unpacked as they are multiplied, each matrix by itself. All else is
+    computed as it is defined, from weights brought back at each use.
     """
 
     def __init__(self, *linears: nn.Module):
-        self.linears, self.rounding, self.weight, self.scale = linears, None, None, None
+        self.rounding, self.weight, self.scale = None, None, None
+        self.each = [_product(linear) for linear in linears]
         first = linears[0]
         if all(type(linear) is nn.Linear for linear in linears):
             self.weight = _fuse([linear.get_parameter("weight") for linear in linears])
@@ -57,7 +62,7 @@ class Product:
     def __call__(self, rows: gpu.RoundedRows, dtype: torch.dtype) -> Tensor:
         """Rows (T, D), rounded by `self.rounding` -> (T, O), the layers' outputs side by side."""
         if self.weight is None:
-            return torch.cat([linear(rows.values) for linear in self.linears], -1)
+            return torch.cat([product(rows.values) for product in self.each], -1)
         if self.scale is None:
             return F.linear(rows.values, self.weight)
         return gpu.fp8_linear(rows, self.weight, self.scale, dtype)
@@ -95,6 +100,7 @@ class GpuStep:
         self.model = model
         self.layers = [FusedLayer.of(block) for block in model.layers]
         self.head = Product(model.output)
+        self._embed = _embedding(model.tok_embeddings)
         self._definition = TorchStep(model)
         self._pages: Pages | None = None  # those that the graphs were recorded with
         self._inputs: tuple[Tensor, Paged] | None = None  # where graphs read, for the largest batch
@@ -107,6 +113,8 @@ class GpuStep:
         without_fp8 = pages.codes.dtype == gpu.FP8 and not gpu.multiplies_fp8(tokens.device)
         if without_fp8 or not FORMATS[pages.format].fused_kv:
             return self._definition(tokens, attend, rows)
+        if not tokens.is_cuda:  # in Triton's interpreter, which has no graphs
+            return self.logits(self.hidden(tokens, attend)[rows])
         with torch.cuda.device(tokens.device):
             if attend.max_seqlen == 1 and len(tokens) <= BATCHES[-1]:
                 hidden = self._replay(*self.padded(tokens, attend))
@@ -120,7 +128,7 @@ class GpuStep:
         # The kernel turns queries and keys alike; queries may be scaled by position besides.
         rope = rotary(attend.positions, config)[:, -1:].contiguous()
         far = config.query_scaling and query_scale(attend.positions, config.query_scaling)
-        x, update = self.model.tok_embeddings(tokens), None
+        x, update = self._embed(tokens), None
         for i, layer in enumerate(self.layers):
             rows = gpu.norm(x, update, layer.attention_norm, config.norm_eps, layer.qkv.rounding)
             scale = None if pages.scale is None else pages.scale[i]
@@ -129,15 +137,7 @@ class GpuStep:
             )
             if far is not None:
                 q = (q * far).type_as(q)
-            if attend.max_seqlen == 1:
-                keys, values = pages.codes[i]
-                seen = paged_attention(
-                    q, keys, values, attend.page_table, attend.context_lens,
-                    *((None, None) if scale is None else scale),
-                    window=window_in(attend.window, i),
-                )  # fmt: skip
-            else:
-                seen = attend.attention(i, q)
+            seen = _attention(i, q, attend)
             update = layer.out(gpu.round_rows(seen.flatten(1), layer.out.rounding), x.dtype)
             rows = gpu.norm(x, update, layer.ffn_norm, config.norm_eps, layer.up.rounding)
             rows = gpu.swiglu(layer.up(rows, x.dtype), layer.down.rounding)
@@ -212,6 +212,47 @@ class GpuStep:
         graph, hidden = self._graphs[size]
         graph.replay()
         return hidden
+
+
+def _attention(layer: int, q: Tensor, attend: Paged) -> Tensor:
+    """Queries (T, N, H) to what a layer's pages hold: the kernel that this step calls for."""
+    pages, window = attend.pages, window_in(attend.window, layer)
+    keys, values = pages.codes[layer]
+    k_scale, v_scale = (None, None) if pages.scale is None else pages.scale[layer]
+    table, lengths = attend.page_table, attend.context_lens
+    if attend.max_seqlen == 1:
+        return paged_attention(q, keys, values, table, lengths, k_scale, v_scale, window)
+    fused = q.is_cuda and q.dtype == keys.dtype != torch.float32 and fuses_pages(keys.shape[1])
+    if fused:
+        return attend.attention(layer, q)
+    return paged_prefill(
+        q, keys, values, table, lengths, attend.cu_seqlens, attend.max_seqlen, k_scale, v_scale,
+        window,
+    )  # fmt: skip
+
+
+def _product(linear: nn.Module) -> Callable[[Tensor], Tensor]:
+    """x (T, D) -> (T, O), from packed weights if there is a kernel for them."""
+    if not isinstance(linear, QuantizedLinear) or (packed := _packed(linear)) is None:
+        return linear
+    rounds = linear.format.inputs is not None
+    return lambda x: packed_weights.multiply(x, packed, rounds_inputs=rounds)
+
+
+def _embedding(embedding: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Tokens (T,) -> (T, D). What stands in a graph must not copy constants from the CPU."""
+    if not isinstance(embedding, QuantizedEmbedding) or (packed := _packed(embedding)) is None:
+        return embedding
+    return lambda tokens: packed_weights.unpack(packed, embedding.dtype, tokens)
+
+
+def _packed(stored: QuantizedEmbedding | QuantizedLinear) -> PackedMatrix | None:
+    format, width = stored.format, stored.in_features
+    if not format.unpacked_on_gpu or not packed_weights.serves(format.name, width):
+        return None
+    tensors = stored.tensors
+    scales = tensors["scale"].float() if "scale" in tensors else None
+    return PackedMatrix(format.name, tensors["weight"], scales, width)
 
 
 def _fits_tensor_cores(linear: nn.Module) -> bool:

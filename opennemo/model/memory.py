@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -58,7 +59,8 @@ def forms(checkpoint: Checkpoint, device: str, *, ranks: bool = False) -> dict[s
     """
     on_cpu, shapes = device == "cpu", checkpoint.shapes
     short = checkpoint.dtype == torch.bfloat16 and not ranks
-    blocks = on_cpu and checkpoint.in_blocks and not ranks
+    multiplied = on_cpu or (find_spec("triton") and checkpoint.unpacked_on_gpu)
+    blocks = bool(multiplied and checkpoint.in_blocks and not ranks)
     rest = torch.bfloat16 if short or not on_cpu else torch.float32
     best = ("bf16", "fp32") if short or not on_cpu else ("fp32", "bf16")
     # A quarter of a small model's time is its head. Codes of 8 bits cost it next to nothing

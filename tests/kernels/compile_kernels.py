@@ -2,7 +2,8 @@
 
     python tests/kernels/compile_kernels.py 90
 
-Also holds decode attention to what its speed rests on: loads that run ahead, and tensor cores.
+Also holds attention to what its speed rests on, loads that run ahead and tensor cores, and every
+kernel to the memory that a multiprocessor shares.
 """
 
 import sys
@@ -13,13 +14,15 @@ import triton.language as tl  # pyright: ignore[reportMissingImports]
 from triton.backends.compiler import GPUTarget  # pyright: ignore[reportMissingImports]
 from triton.compiler import ASTSource  # pyright: ignore[reportMissingImports]
 
-from opennemo.kernels import gpu, paged_attention
+from opennemo.kernels import gpu, packed_weights, paged_attention, paged_prefill
 
 CAPABILITY = int(sys.argv[1])
+# Bytes that one program may share: the CUDA programming guide's table of compute capabilities.
+SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 CACHES = {"*bf16": 0, "*fp8e4nv": 1, "*i8": 2}  # as the kernels count them
 
 
-def build(kernel: Any, warps: int, constants: dict, **kinds: str) -> Any:
+def build(kernel: Any, warps: int, constants: dict, stages: Any = 3, **kinds: str) -> Any:
     """`kinds` are those of the arguments that are not constants, in Triton's words."""
     signature = {
         name: "constexpr" if name in constants else kinds[name] for name in kernel.arg_names
@@ -31,7 +34,10 @@ def build(kernel: Any, warps: int, constants: dict, **kinds: str) -> Any:
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     target = GPUTarget("cuda", CAPABILITY, 32)
-    return triton.compile(source, target=target, options={"num_warps": warps})
+    options = {"num_warps": warps, "num_stages": stages}
+    built = triton.compile(source, target=target, options=options)
+    assert built.metadata.shared <= 1024 * SHARED[CAPABILITY], kernel
+    return built
 
 
 def attention(kv: str, scales: int, window: int) -> None:
@@ -49,6 +55,43 @@ def attention(kv: str, scales: int, window: int) -> None:
     )  # fmt: skip
     assert "cp.async" in built.asm["ptx"], "keys and values are not loaded ahead"
     assert "mma" in built.asm["ptx"], "the tensor cores are not used"
+
+
+def prefill(kv: str, scales: int, window: int, dtype: str = "*bf16") -> None:
+    constants: dict = {
+        "WINDOW": window, "PAGE_SIZE": 16, "KV_HEADS": 8, "GROUP": 4, "ROWS": paged_prefill.ROWS,
+        "BLOCK": paged_prefill.BLOCK // (2 if dtype == "*fp32" else 1), "SCALES": scales,
+        "HEAD_DIM": 128, "WIDTH": 128,
+    }  # fmt: skip
+    if not scales:
+        constants |= {"k_scale": None, "v_scale": None}
+    built = build(
+        paged_prefill._prefill, 4, constants, 2, q=dtype, k_pages=kv, v_pages=kv, k_scale="*fp32",
+        v_scale="*fp32", page_table="*i32", context_lens="*i32", cu_seqlens="*i32", out=dtype,
+        table_stride="i32", log2_scale="fp32",
+    )  # fmt: skip
+    if dtype == "*bf16":
+        assert "cp.async" in built.asm["ptx"], "keys and values are not loaded ahead"
+        assert "mma" in built.asm["ptx"], "the tensor cores are not used"
+
+
+def packed(type: str) -> None:
+    kind = packed_weights.PACKINGS[type]
+    constants: dict = {
+        "TYPE": type, "BYTES": kind.n_bytes, "SIZE": kind.size, "OUT": packed_weights.ROWS_OUT,
+    }  # fmt: skip
+    if not type.startswith("int"):
+        constants["scales"] = None
+    sizes = dict.fromkeys(("row_bytes", "D", "n_scales", "O", "n_tokens", "n_rows"), "i32")
+    common = {"data": "*u8", "scales": "*fp32", "out": "*bf16", **sizes}
+    for tokens in (16, packed_weights.FEW) if type == "q4_k" else (16,):
+        built = build(
+            packed_weights._multiply, 4,
+            constants | {"ROUNDS": type != "int4", "TOKENS": tokens}, 2, x="*bf16", **common,
+        )  # fmt: skip
+        assert "mma" in built.asm["ptx"], "the tensor cores are not used"
+    for indices in ({}, {"indices": None}) if type == "q4_k" else ({"indices": None},):
+        build(packed_weights._unpack, 4, constants | indices, indices="*i32", **common)
 
 
 def rows(out: str, own_scale: bool) -> None:
@@ -73,6 +116,7 @@ def main() -> None:
         if kv == "*fp8e4nv" and not fp8:
             continue
         attention(kv, scales, 0)
+        prefill(kv, scales, 4096)
         constants: dict = {"HEADS": 32, "KV_HEADS": 8, "HALF": 64, "WIDTH": 64, "CACHE": scales}
         build(
             gpu._rotate_and_write, 1, constants | ({} if scales else {"scale": None}),
@@ -80,6 +124,12 @@ def main() -> None:
             slots_in_pool="i32",
         )  # fmt: skip
     attention("*bf16", 0, 4096)
+    prefill("*bf16", 0, 0)
+    prefill("*fp32", 0, 0, "*fp32")
+    # Types differ in how bits are laid out, not in what a card must be able to do.
+    for type in packed_weights.PACKINGS if CAPABILITY == 90 else ("q4_k", "q6_k", "int4"):
+        packed(type)
+    build(packed_weights._round_groups, 4, {}, x="*bf16", out="*bf16", D="i32")
     build(
         paged_attention._combine, 4,
         {"WINDOW": 0, "HEADS": 32, "HEAD_DIM": 128, "WIDTH": 128, "SPLITS": paged_attention.SPLITS},

@@ -14,12 +14,13 @@ from gguf import GGMLQuantizationType as Type
 from transformers import AutoModelForCausalLM
 
 from opennemo.errors import CheckpointError
-from opennemo.model import layouts
+from opennemo.model import layouts, memory
 from opennemo.model.attention import Packed
-from opennemo.model.checkpoint import Form, load
+from opennemo.model.checkpoint import Form, load, open_checkpoint
 from opennemo.model.companions import read_generation_config
 from opennemo.model.formats import BLOCKS
 from opennemo.model.gguf import CHUNK, FORMATS, GGUF, PLAIN, RARE
+from opennemo.model.memory import STORED, Needs, automatic, forms
 from opennemo.model.quantization import QuantizedEmbedding, QuantizedLinear
 from opennemo.model.transformer import ModelConfig, Transformer
 
@@ -210,6 +211,21 @@ def test_rarer_types_are_rounded_to_eight_bits_and_say_so(type, tmp_path):
             step = (groups.abs().amax(-1, keepdim=True) / 127).half().float()
             nearest = (groups / step).round().clamp(-127, 127) * step
             assert error <= 1.001 * (groups - nearest).square().sum()
+
+
+def test_a_gpu_keeps_the_blocks_that_its_kernels_unpack(tmp_path, monkeypatch):
+    for type in (Type.Q4_K, Type.Q2_K):
+        write(tmp_path / f"{type.name}.gguf", CONFIG, type)
+    served, other = (open_checkpoint(tmp_path / f"{n}.gguf") for n in ("Q4_K", "Q2_K"))
+    monkeypatch.setattr(memory, "find_spec", lambda name: None)  # without Triton nothing unpacks
+    assert STORED not in forms(served, "cuda")
+    monkeypatch.setattr(memory, "find_spec", lambda name: object())
+    assert STORED not in forms(other, "cuda") and STORED in forms(other, "cpu")
+    made = forms(served, "cuda")
+    assert automatic(made, "cuda")[0] == STORED and made[STORED].dtype == torch.bfloat16
+    n_weights = sum(w.numel() for w in Transformer(CONFIG).parameters() if w.dim() == 2)
+    norms = 2 * (2 * CONFIG.n_layers + 1) * CONFIG.dim
+    assert Needs.of(served, made[STORED], "cuda").weights == n_weights * 144 // 256 + norms
 
 
 def split(path: Path, n: int) -> list[Path]:

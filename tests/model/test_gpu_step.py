@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from opennemo.engine import EngineConfig, LocalEngine, SamplingParams, Token
-from opennemo.model.attention import FUSED_PAGE_SIZE, Paged
-from opennemo.model.formats import FORMATS
+from opennemo.model.attention import Paged
+from opennemo.model.formats import BLOCKS, by_name
+from opennemo.model.fused_attention import FUSED_PAGE_SIZE
 from opennemo.model.pages import Pages
 from opennemo.model.positions import QueryScaling, RopeScaling, Window
-from opennemo.model.quantization import quantize_
+from opennemo.model.quantization import QuantizedEmbedding, quantize_
 from opennemo.model.torch_step import TorchStep
 from opennemo.model.transformer import ModelConfig, Transformer
 
@@ -56,8 +57,8 @@ def model(format: str = "fp32", dtype: torch.dtype = torch.float32) -> Transform
         parameter.mul_(2) if parameter.dim() == 2 else parameter.uniform_(0.5, 1.5)
     if format != "fp32":
         largest = {path: 4.0 for path, _ in net.named_modules()}
-        head = None if FORMATS[format].static else FORMATS[format]
-        quantize_(net, FORMATS[format], largest, head)
+        head = None if by_name(format).static else by_name(format)
+        quantize_(net, by_name(format), largest, head)
     for parameter in net.parameters():
         parameter.data = parameter.to(dtype)
     return net.to(DEVICE)
@@ -124,6 +125,28 @@ def test_equals_the_definition(format: str, kv: str):
     # Weights that were laid together are still the model's own.
     again = TorchStep(net)(*theirs.inputs(PORTIONS[0]))
     assert torch.equal(again, expected[0])
+
+
+@pytest.mark.parametrize(("format", "kv"), [("q4_0", "fp32"), ("q5_1", "int8")])
+def test_a_model_in_blocks_equals_the_definition_its_embedding_too(format: str, kv: str):
+    net, table = model(format), BLOCKS["q8_0"]
+    tensors = table.quantize(net.tok_embeddings.weight.cpu())
+    tensors = {name: tensor.to(DEVICE) for name, tensor in tensors.items()}
+    shape = net.tok_embeddings.weight.shape
+    net.tok_embeddings = QuantizedEmbedding(table, shape, tensors, torch.float32)  # pyright: ignore
+    ours, theirs, step = Requests(kv), Requests(kv), GpuStep(net)
+    assert step.head.weight is None and step.head.each[0] is not net.output
+    for portions in PORTIONS:
+        expected = TorchStep(net)(*theirs.inputs(portions))
+        close(eager(step, *ours.inputs(portions)), expected, 3e-2)
+
+
+def test_pages_of_any_size_and_steps_that_mix_prompts_and_tokens():
+    net = model()
+    ours, theirs, step = Requests(page_size=7), Requests(page_size=7), GpuStep(net)
+    for portions in [PORTIONS[0], [(0, 9, 10), (3, 0, 30), (1, 1, 2), (2, 40, 45)]]:
+        expected = TorchStep(net)(*theirs.inputs(portions))
+        close(step(*ours.inputs(portions)), expected, 1e-5)
 
 
 def test_a_sliding_window_equals_the_definition():
