@@ -90,7 +90,7 @@ class LocalEngine(Loop):
         self._store = open_store(config, identity, lambda: [r.pages for r in self._runners])
         self.cache = KVCache(size.n_pages, size.page_size, config.prefix_caching, self._store)
         self.scheduler = Scheduler(
-            self.cache, config.max_batched_tokens, config.max_sequences,
+            self.cache, config.step_tokens(self.runner.device.type), config.max_sequences,
             max_rows=max(config.max_sequences, MAX_LOGITS // self.vocab_size),
         )  # fmt: skip
         self.adapters: dict[str, Adapter] = {}

@@ -99,10 +99,10 @@ def _penalise(logits: Tensor, prefixes: list[Prefix]) -> Tensor:
         counts = torch.zeros_like(logits)
         for sequence, rows in rows_of.items():  # what its prefixes share is counted once
             ids = sequence.tokens[sequence.n_prompt if start is None else start :]
-            counts[rows] = torch.bincount(
-                torch.tensor(ids, dtype=torch.int64, device=logits.device),
-                minlength=logits.shape[1],
-            ).float()
+            index = torch.tensor(ids, dtype=torch.int64, device=logits.device)
+            # Not bincount, for which a GPU would have to wait: it looks for the largest first.
+            ones = counts.new_ones(len(ids))
+            counts[rows] = counts.new_zeros(logits.shape[1]).index_add_(0, index, ones)
         for row, prefix in enumerate(prefixes):
             for guess in prefix.guesses:
                 counts[row, guess] += 1
@@ -138,7 +138,11 @@ def _draw(logits: Tensor, prefixes: list[Prefix]) -> Tensor:
         top, ids = probs[few].topk(min(HEAD, logits.shape[-1]))
         chosen, complete = _pick(top / total, ids, uniform[few], [params[i] for i in few])
         tokens[few] = chosen
-        rest += [i for i, done in zip(few, complete.tolist(), strict=True) if not done]
+        # Asking makes the host wait for a GPU; the head holds any choice of fewer than it has.
+        unsure = [j for j, i in enumerate(few) if not 0 < params[i].top_k < HEAD]
+        if unsure:
+            done = complete[unsure].tolist()
+            rest += [few[j] for j, is_done in zip(unsure, done, strict=True) if not is_done]
     if rest:
         tokens[rest] = _pick_among_all(probs[rest], uniform[rest], [params[i] for i in rest])
     return tokens

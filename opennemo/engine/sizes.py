@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from opennemo.errors import InvalidRequest
-from opennemo.model.attention import FUSED_PAGE_SIZE
 from opennemo.model.checkpoint import Checkpoint, Form
 from opennemo.model.formats import SCALED_KV, plain
+from opennemo.model.fused_attention import FUSED_PAGE_SIZE
 from opennemo.model.memory import (
     STORED,
     USABLE,
@@ -29,6 +29,8 @@ from opennemo.model.transformer import ModelConfig, Transformer
 from opennemo.progress import size
 
 PAGE_SIZE = 16  # tokens, on a CPU
+# Tokens of a step: on a GPU a prompt's products are bound by arithmetic from some hundreds on.
+STEP_TOKENS = {"cpu": 512, "cuda": 2048}
 # There it takes no more time than float32 or bf16, and less with many sequences (docs/log.md).
 CPU_KV = "int8"
 MORE_PAGES = 64  # than one sequence of the longest context takes
@@ -48,7 +50,7 @@ class EngineConfig:
     # on a GPU, or where an engine is made around a model that was loaded before.
     kv_format: str | None = None
     kv_scale: float | None = None  # for fp8 where the model brings none
-    max_batched_tokens: int = 512  # computed in one step
+    max_batched_tokens: int | None = None  # computed in one step; None: 512 on a CPU, else 2,048
     max_sequences: int = 64  # that run at the same time
     max_queued: int = 1024  # that wait; one more is refused
     prefix_caching: bool = True
@@ -63,6 +65,10 @@ class EngineConfig:
     # then there twice.
     keep_model: bool = False
     tensor_parallel_size: int = 1  # ranks that share every layer
+
+    def step_tokens(self, device: str) -> int:
+        """Tokens that are computed in one step, at most, on "cpu" or "cuda"."""
+        return self.max_batched_tokens or STEP_TOKENS[device]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +167,9 @@ def fits(
     index = place.index if on_cpu or place.index is not None else torch.cuda.current_device()
     room = int(USABLE * memory["cpu" if on_cpu else f"cuda:{index}"])
     share = 1 if on_cpu else config.tensor_parallel_size  # CPU ranks share its memory
-    step = activations(model, config.max_batched_tokens, config.max_sequences) if on_cpu else 0
+    step = 0
+    if on_cpu:
+        step = activations(model, config.step_tokens(device), config.max_sequences)
     page_size = config.page_size or (PAGE_SIZE if on_cpu else FUSED_PAGE_SIZE)
     longest = _longest(model, config)
     wanted = config.n_pages or -(-longest // page_size) + MORE_PAGES

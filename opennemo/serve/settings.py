@@ -152,7 +152,10 @@ class Settings(BaseSettings):
 
     max_model_len: int | None = Field(None, ge=1, le=2**31, description="Tokens of context.")
     max_num_seqs: int = Field(64, ge=1, le=4096, description="Answers computed side by side.")
-    max_num_batched_tokens: int = Field(512, ge=1, le=2**20, description="Tokens in one step.")
+    max_num_batched_tokens: int | None = Field(
+        None, ge=1, le=2**20,
+        description="Tokens in one step; by default 512 on a CPU and 2,048 on a GPU.",
+    )  # fmt: skip
     max_num_queued_reqs: int = Field(1024, ge=1, le=2**20, description="One more gets a 503.")
     block_size: int | None = Field(None, ge=1, le=1024, description="Tokens in a page of KV cache.")
     kv_cache_dtype: Annotated[str, AfterValidator(_one_of(_kv_dtypes))] = Field(

@@ -2,6 +2,7 @@
 
 from copy import deepcopy
 
+import numpy as np
 import pytest
 import torch
 
@@ -129,3 +130,25 @@ def test_a_sum_searched_in_two_steps_finds_the_definitions_token(n_tokens):
         assert row[token] > 0
         low, high = row[:token].sum(), row[: token + 1].sum()
         assert low - 1e-9 <= share * row.sum() <= high + 1e-9
+
+
+def test_nothing_waits_for_a_gpu_between_a_step_and_its_tokens():
+    """On the meta device there are no numbers: whoever asks for one raises an error."""
+    cases = [
+        SamplingParams(temperature=0), SamplingParams(temperature=0.7, seed=1),
+        SamplingParams(temperature=1, top_k=50, top_p=0.9, min_p=0.01),
+        SamplingParams(temperature=1, min_p=0.1, repetition_penalty=1.1, presence_penalty=0.5),
+        SamplingParams(temperature=0, frequency_penalty=1, logit_bias={5: 2.0}, min_tokens=9),
+        SamplingParams(temperature=0, bad_words=((9,),), allowed_ids=frozenset((3, 4, 9))),
+    ]  # fmt: skip
+    prefixes = [
+        Prefix(Sequence(i, [1, 2, 3], params, print, 9), (4,) * (i % 2))
+        for i, params in enumerate(cases)
+    ]
+    logits = torch.empty(len(cases), 2000, device="meta")
+    masks = {1: np.ones(63, np.int32), 4: np.ones(63, np.int32)}
+    tokens = sample(logits, prefixes, frozenset([EOS]), masks)
+    assert tokens.is_meta and tokens.shape == (len(cases),)
+    with pytest.raises(Exception, match=r"(?i)meta"):  # such a question is noticed
+        params = SamplingParams(temperature=1, top_p=0.9)
+        sample(logits[:1], [Prefix(Sequence(0, [1], params, print, 9))], frozenset())

@@ -96,3 +96,9 @@ def test_formats_that_are_named_are_taken(nemo, monkeypatch):
     for name in ("fp8", "int4", "q4_k", "bf16"):
         assert fit_in(nemo, 64, monkeypatch, name)[0].name == name
     assert fit_in(nemo, 64, monkeypatch, kv_format="bf16")[0].kv_format == "bf16"
+
+
+def test_a_step_has_more_tokens_on_a_gpu_unless_it_is_said():
+    assert [EngineConfig().step_tokens(device) for device in ("cpu", "cuda")] == [512, 2048]
+    asked = EngineConfig(max_batched_tokens=7)
+    assert [asked.step_tokens(device) for device in ("cpu", "cuda")] == [7, 7]
