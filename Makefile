@@ -13,13 +13,13 @@ TORCH_INSTALL = printf 'triton<0\n' | $(BIN)/pip install -q --retries 1 -c /dev/
 	--extra-index-url https://download.pytorch.org/whl/cpu 'torch==2.13.0' 2> .venv/torch.log \
 	|| { cat .venv/torch.log >&2; exit 1; }
 else
-TORCH_INSTALL = $(BIN)/pip install -q 'torch>=2.13,<2.15'
+TORCH_INSTALL = $(BIN)/pip install -q 'torch>=2.11,<2.15'
 endif
 
 # What the chat page shows markdown with, out of npm packages that web/package-lock.json pins.
 VENDOR := opennemo/serve/web/vendor
 
-.PHONY: help chat serve test browser wheel release docs slow chaos soak clients check audit fix lock locked bench figure2 clean
+.PHONY: help chat serve test browser wheel release docs slow chaos soak clients check audit fix lock locked bench gpu figure2 clean
 
 help:
 	@sed -n 's/^\([a-z0-9]*\):.*## /\1\t/p' Makefile
@@ -97,7 +97,7 @@ fix: .venv/installed-dev ## mend what lint and format can mend
 # Left to those who ask: the 12B model, which writes 13 GB, what takes half an hour, and instruct.py,
 # which needs a model that was adapted.
 BENCHMARKS = $(filter-out %_worker.py %/measure.py %/nemo12b.py %/qat.py %/memory.py %/evaluation.py \
-	%/instruct.py,$(wildcard benchmarks/*.py))
+	%/instruct.py %/gpu_check.py,$(wildcard benchmarks/*.py))
 bench: .venv/installed-dev ## the benchmarks, ours and the peers in turns
 	for file in $(BENCHMARKS); do $(BIN)/python $$file || exit 1; done
 
@@ -120,6 +120,11 @@ locked: .venv/python ## an environment out of requirements.lock alone, each file
 	$(BIN)/pip install -q --require-hashes --no-deps -r requirements.lock
 	$(BIN)/pip install -q --no-deps --no-build-isolation -e .
 	@touch .venv/installed .venv/installed-serve .venv/installed-dev
+
+# No network, and no environment of its own: on a machine with a card it takes what is there.
+gpu: ## all that an NVIDIA GPU must show, at most 9 minutes, into OUT=folder (DRY=1 rehearses on a CPU)
+	$(firstword $(wildcard $(BIN)/python) $(PYTHON)) benchmarks/gpu_check.py \
+		$(if $(OUT),--out $(OUT)) $(if $(DRY),--dry)
 
 figure2: .venv/installed-figure2 ## measure and draw the announcement's Figure 2 anew, into docs/
 	$(BIN)/python benchmarks/compression.py --out docs

@@ -1,6 +1,7 @@
 """A 12B model on one NVIDIA GPU: steps of Mistral NeMo's exact shape, with random weights.
 
-    python benchmarks/gpu.py [--formats bf16 fp8] [--rounds N] [--no-peer] [--json FILE]
+    python benchmarks/gpu.py [--formats bf16 fp8 q4_k] [--rounds N] [--no-peer] [--quick]
+                             [--json FILE]
 
 Real weights would take no other time than random ones, so they are made on the card. A case is a
 step that decodes 1, 8, 32 or 128 sequences with 1,024 tokens behind each, one over a prompt of
@@ -8,7 +9,8 @@ step that decodes 1, 8, 32 or 128 sequences with 1,024 tokens behind each, one o
 card allows, and against transformers (bf16, SDPA, its default cache) on the very same weights in
 the same run. No program can be faster than the roofline: the bytes that a step must read over the
 bandwidth, or its products over the tensor cores' rate, whichever is more, both measured here.
-What does not fit the card is left out and named. Without a GPU there is nothing to do.
+What does not fit the card is left out and named. Without a GPU there is nothing to do, but for
+`--toy`: a tiny model in Triton's interpreter (TRITON_INTERPRET=1) shows that all of this runs.
 """
 
 import argparse
@@ -28,12 +30,13 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.functional import ScalingType, scaled_mm
 
-from opennemo.model.attention import FUSED_PAGE_SIZE, Paged
+from opennemo.model.attention import Paged
 from opennemo.model.checkpoint import empty_model
-from opennemo.model.formats import FORMATS
+from opennemo.model.formats import BLOCKS, FORMATS
+from opennemo.model.fused_attention import FUSED_PAGE_SIZE
 from opennemo.model.layouts import spell
 from opennemo.model.pages import Pages
-from opennemo.model.quantization import quantize_
+from opennemo.model.quantization import QuantizedLinear, quantize_, replace_module
 from opennemo.model.step import Step, compile_step
 from opennemo.model.transformer import PRESETS, ModelConfig, Transformer
 
@@ -44,7 +47,7 @@ class Case(NamedTuple):
     context: int  # tokens each sequence has behind it
     tokens: int = 1  # new ones of each, in one step
     kv: str = "bf16"
-    formats: tuple[str, ...] = ("bf16", "fp8")
+    formats: tuple[str, ...] = ("bf16", "fp8", "q4_k")
 
 
 CASES = [
@@ -52,8 +55,15 @@ CASES = [
     Case("prefill 2048", 1, 0, 2048),
     Case("decode 1 at 128k, fp8 KV", 1, 131_071, kv="fp8", formats=("fp8",)),
 ]
+QUICK = ("decode 1", "decode 32", "prefill 2048", "decode 1 at 128k, fp8 KV")
+TOY = ModelConfig(
+    dim=256, n_layers=1, n_heads=4, n_kv_heads=2, head_dim=64, hidden_dim=256, vocab_size=320,
+    max_position_embeddings=1024,
+)  # fmt: skip
 GOALS = {"decode 1": 0.85}  # of the roofline
-FP8_GOAL = 1.7  # times bf16, decoding one sequence
+TO_BF16 = {"fp8": 1.7, "q4_k": 2.5}  # times bf16, decoding one sequence
+# Where float16 scales lie in a block, which random bytes must not make huge.
+SCALES = {"q4_k": slice(0, 4), "q6_k": slice(208, 210)}
 
 
 class Card(NamedTuple):
@@ -76,6 +86,23 @@ def random_model(config: ModelConfig, device: str) -> Transformer:
         parameter = nn.Parameter(weight, requires_grad=False)
         net.get_submodule(path).register_parameter(kind, parameter)
     return net
+
+
+def put_in_blocks_(net: Transformer) -> None:
+    """Random codes for weights: matrices in Q4_K and the head in Q6_K, as in files of Q4_K_M."""
+    linears = [
+        name for name, m in net.named_modules() if isinstance(m, (nn.Linear, QuantizedLinear))
+    ]
+    for name in linears:
+        type, old = "q6_k" if name == "output" else "q4_k", net.get_submodule(name)
+        assert isinstance(old, nn.Linear | QuantizedLinear)
+        shape, device = (old.out_features, old.in_features), net.norm.weight.device
+        size = BLOCKS[type].weights.row_bytes(old.in_features)
+        rows = torch.randint(0, 256, (shape[0], int(size)), dtype=torch.uint8, device=device)
+        n_bytes = int(BLOCKS[type].weights.row_bytes(256))
+        scales = rows.view(shape[0], -1, n_bytes)[:, :, SCALES[type]].view(torch.float16)
+        scales.fill_(shape[1] ** -0.5 / 256)
+        replace_module(net, name, QuantizedLinear(BLOCKS[type], shape, {"weight": rows}))
 
 
 def inputs_of(case: Case, config: ModelConfig, device: str) -> tuple[Tensor, Paged, Tensor]:
@@ -157,14 +184,14 @@ def peer_step(peer: nn.Module, case: Case, config: ModelConfig) -> Callable[[], 
 
 def seconds(run: Callable[[], object], rounds: int) -> float:
     """Of a step and the wait for its end, the median; what runs only once is done before."""
-    times = []
-    for _ in range(rounds + 3):
+    times, first = [], 3 if torch.cuda.is_available() else 0  # at toy size nothing is warmed up
+    for _ in range(rounds + first):
         start = time.perf_counter()
         run()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    return statistics.median(times[3:])
+    return statistics.median(times[first:])
 
 
 def measure_card(device: str, size: int = 8192, n_bytes: int = 1 << 32) -> Card:
@@ -194,9 +221,9 @@ def roofline(net: Transformer, case: Case, format: str, card: Card) -> float:
     width = config.n_kv_heads * config.head_dim
     read += 2 * config.n_layers * width * kv_bytes * case.sequences * case.context
     in_blocks = sum(
-        t.numel()
-        for name, t in state.items()
-        if name.startswith("layers") and name.endswith("weight")
+        linear.out_features * linear.in_features
+        for linear in net.layers.modules()
+        if isinstance(linear, (nn.Linear, QuantizedLinear))
     )
     n_new = case.sequences * case.tokens
     # A new token sees all before the step, and half of the step's own.
@@ -216,7 +243,7 @@ def measure(
     rounds: int, device: str,
 ) -> list[Row]:  # fmt: skip
     """Every case in one format; `peers` are the peer's tokens a second by case."""
-    rows, step = [], compile_step(net)
+    rows, step = [], compiled(net)
     for case in cases:
         if format not in case.formats:
             continue
@@ -240,6 +267,14 @@ def measure(
             )  # fmt: skip
             print(f"  {name}: {rows[-1].ratio:.2f}", file=sys.stderr)
     return rows
+
+
+def compiled(net: Transformer) -> Step:
+    if net.norm.weight.is_cuda:
+        return compile_step(net)
+    from opennemo.model.gpu_step import GpuStep
+
+    return GpuStep(net)
 
 
 def our_seconds(step: Step, net: Transformer, case: Case, rounds: int, device: str) -> float:
@@ -269,18 +304,20 @@ def fitting(name: str, run: Callable[[], float]) -> float | None:
         torch.cuda.empty_cache()
 
 
-def fp8_to_bf16(rows: list[Row]) -> list[Row]:
-    """How much faster FP8 decodes one sequence than bf16."""
+def to_bf16(rows: list[Row]) -> list[Row]:
+    """How much faster other formats decode one sequence than bf16."""
     ours = {row.name: row.ours for row in rows}
-    fast, slow = (ours.get(f"{format}, decode 1, to roofline") for format in ("fp8", "bf16"))
-    if not fast or not slow:
-        return []
-    return [
-        Row(
-            name="fp8, decode 1, to bf16", ours=fast, peer=slow, peer_name="bf16 here",
-            ratio=fast / slow, goal=FP8_GOAL,
-        )
-    ]  # fmt: skip
+    slow, found = ours.get("bf16, decode 1, to roofline"), []
+    for format, goal in TO_BF16.items():
+        if (fast := ours.get(f"{format}, decode 1, to roofline")) and slow:
+            name = f"{format}, decode 1, to bf16"
+            found.append(
+                Row(
+                    name=name, ours=fast, peer=slow, peer_name="bf16 here", ratio=fast / slow,
+                    goal=goal,
+                )
+            )  # fmt: skip
+    return found
 
 
 def show(title: str, rows: list[Row]) -> None:
@@ -295,27 +332,47 @@ def show(title: str, rows: list[Row]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--formats", nargs="+", default=["bf16", "fp8"], choices=["bf16", "fp8"])
+    formats = ["bf16", "fp8", "q4_k"]  # the others are made of bf16, or of random codes
+    parser.add_argument("--formats", nargs="+", default=formats, choices=formats)
     parser.add_argument("--rounds", type=int, default=20, help="steps that a median is taken of")
     parser.add_argument("--no-peer", action="store_true", help="leave transformers out")
+    parser.add_argument("--quick", action="store_true", help="fewer cases, 5 rounds, no peer")
+    parser.add_argument("--toy", action="store_true", help="a tiny model, here, without a GPU")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() and not options.toy:
         print("benchmarks/gpu.py needs an NVIDIA GPU, and there is none here")
         return
-    device, config = "cuda", PRESETS["mistral-nemo-12b"]
-    card = measure_card(device)
+    device, config, cases = "cuda", PRESETS["mistral-nemo-12b"], CASES
+    rounds, peer, room = options.rounds, not options.no_peer, {}
+    if options.quick:
+        cases, rounds, peer = [c for c in CASES if c.name in QUICK], 5, False
+    if options.toy:
+        device, config, rounds, peer = "cpu", TOY, 1, False
+        cases = [
+            c._replace(
+                sequences=min(c.sequences, 2), context=min(c.context, 9), tokens=min(c.tokens, 9)
+            )
+            for c in cases
+        ]
+        room = {"size": 64, "n_bytes": 1 << 20}
+    card = measure_card(device, **room)
     rates = ", ".join(f"{rate / 1e12:.0f} TFLOP/s in {f}" for f, rate in card.products.items())
-    title = f"{torch.cuda.get_device_name()}, {datetime.now(UTC):%Y-%m-%d}: "
-    title += f"{card.bandwidth / 1e9:.0f} GB/s, {rates}"
+    name = "a CPU, at toy size" if options.toy else torch.cuda.get_device_name()
+    title = f"{name}, {datetime.now(UTC):%Y-%m-%d}: {card.bandwidth / 1e9:.0f} GB/s, {rates}"
     print(title, file=sys.stderr)
     net, rows = random_model(config, device), []
-    peers = {} if options.no_peer else peer_speeds(net, CASES, options.rounds)
-    for format in sorted(options.formats):  # bf16 before FP8, which is made of it
+    if options.toy:  # the interpreter knows no products in bf16
+        net.float()
+    peers = peer_speeds(net, cases, rounds) if peer else {}
+    for format in (f for f in formats if f in options.formats):
         if format == "fp8":
             quantize_(net, FORMATS["fp8"])
-        rows += measure(net, format, CASES, card, peers, options.rounds, device)
-    rows += fp8_to_bf16(rows)
+        if format == "q4_k":
+            put_in_blocks_(net)
+        rows += measure(net, format, cases, card, peers, rounds, device)
+        write_rows(rows, options.json)  # what is there is kept if the time is up
+    rows += to_bf16(rows)
     show(title, rows)
     write_rows(rows, options.json)
 
