@@ -144,11 +144,11 @@ def _draw(logits: Tensor, prefixes: list[Prefix]) -> Tensor:
             done = complete[unsure].tolist()
             rest += [few[j] for j, is_done in zip(unsure, done, strict=True) if not is_done]
     if rest:
-        tokens[rest] = _pick_among_all(probs[rest], uniform[rest], [params[i] for i in rest])
+        tokens[rest] = pick_among_all(probs[rest], uniform[rest], [params[i] for i in rest])
     return tokens
 
 
-def _pick_among_all(probs: Tensor, uniform: Tensor, params: list[SamplingParams]) -> Tensor:
+def pick_among_all(probs: Tensor, uniform: Tensor, params: list[SamplingParams]) -> Tensor:
     """Choose from weights (S, V), the likeliest 1, in the vocabulary's order -> ids (S,)."""
     for row, p in zip(probs, params, strict=True):
         least = p.min_p

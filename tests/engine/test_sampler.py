@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from opennemo.engine import EngineConfig, LocalEngine, SamplingParams
-from opennemo.engine.sampler import _pick_among_all, sample
+from opennemo.engine.sampler import pick_among_all, sample
 from opennemo.engine.sequence import Prefix, Sequence
 from opennemo.model.attention import Packed
 from tests.engine.stepping import answers, prompts, run
@@ -125,7 +125,7 @@ def test_a_sum_searched_in_two_steps_finds_the_definitions_token(n_tokens):
     weights[:, 2] += 1e-3
     uniform = torch.rand(64, dtype=torch.float64, generator=generator)
     uniform[:3] = torch.tensor([0.0, 1.0, 0.5])
-    found = _pick_among_all(weights.clone(), uniform, [SamplingParams(temperature=1.0)] * 64)
+    found = pick_among_all(weights.clone(), uniform, [SamplingParams(temperature=1.0)] * 64)
     for row, share, token in zip(weights.double(), uniform, found, strict=True):
         assert row[token] > 0
         low, high = row[:token].sum(), row[: token + 1].sum()
