@@ -9,6 +9,7 @@ not know what the texts are for.
 import gzip
 import io
 import json
+import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,12 @@ PACKED = (".gz", ".zst")
 LANGUAGE_KEYS = ("language", "lang", "iso")
 LICENCE_KEYS = ("licence", "license")
 MAX_LINE = 64 << 20  # bytes; a longer line is taken for several
+CODE = "code"  # what the language of source code begins with, which has one layout
+LAYOUTS = ("document", "paragraph", "sentence")
+PARAGRAPH_END = re.compile(r"\r?\n\s*\n")
+SENTENCE_END = re.compile(
+    r"\s*[\r\n]\s*|(?<=[.!?\u2026\u061f\u0964])\s+|(?<=[\u3002\uff01\uff1f])\s*"
+)
 EXCERPT = 1 << 20  # bytes of a excerpt; so much of a text file is one text
 
 
@@ -107,6 +114,19 @@ class Texts:
                         yield text.language or name, text.text
                 report(before + n_read)
             before += size
+
+
+def lay_out(text: str, layout: str) -> list[str]:
+    """A text in one of the `LAYOUTS`: as it is, paragraph by paragraph, or sentence by sentence.
+
+    Lines of a paragraph are joined by spaces. A sentence ends at a line break, or at a mark such as
+    "." and the space that follows it.
+    """
+    if layout == "document":
+        return [text]
+    if layout == "paragraph":
+        return [" ".join(p.split()) for p in PARAGRAPH_END.split(text) if not p.isspace() and p]
+    return [sentence for sentence in SENTENCE_END.split(text) if sentence]
 
 
 def excerpts(file: Path | str) -> Iterator[tuple[Excerpt, int]]:

@@ -33,6 +33,7 @@ def learn_merges(
     given: Sequence[bytes],
     encode: Callable[[str], Sequence[int]] | None = None,
     report: Stages | None = None,
+    most_words: int | None = None,
 ) -> list[bytes]:
     """Up to `n_tokens` tokens that BPE makes of the words, in order; fewer if no pair is left.
 
@@ -40,12 +41,12 @@ def learn_merges(
         words: each with how often it counts; the counts together stay below 2**62.
         given: the tokens to begin with, the single bytes in order or more.
         encode: how `given` spells a word, as ranks; by default in single bytes.
+        most_words: that a token may hold, as `bytes.split` counts them; by default any number.
     """
     tokens, made, seen = list(given), [], set(given)
     begin, end, weight = _lay_out(words, given, encode)
     while len(made) < n_tokens:
-        lengths = np.array([len(token) for token in tokens], np.int32)
-        floor, places, heap = _note_pairs(begin, weight, lengths, n_tokens - len(made))
+        floor, places, heap = _note_pairs(begin, weight, tokens, n_tokens - len(made), most_words)
         if not heap:
             break
         while heap and len(made) < n_tokens:
@@ -85,6 +86,8 @@ def learn_merges(
                     pair, where = (new, symbol ^ RIGHT), at[some - len(at)]
                 else:
                     pair, where = (symbol, new), at[some] - len(tokens[symbol])
+                if most_words and len((tokens[pair[0]] + tokens[pair[1]]).split()) > most_words:
+                    continue
                 places[pair] = where
                 heapq.heappush(heap, (-count, pair))
             if report and len(made) % 512 == 0:
@@ -105,7 +108,7 @@ def _lay_out(
         end = begin.copy()
     else:
         spelled = chain.from_iterable((*encode(word), EDGE) for word in words)
-        symbols = np.array([EDGE, *spelled], np.int32)
+        symbols = np.fromiter(chain([EDGE], spelled), np.int32)
         lengths = np.array([*map(len, given), 1], np.int32)[symbols]  # an edge takes one cell
         ends = lengths.cumsum()
         begin = np.full(ends[-1], DEAD, np.int32)
@@ -117,9 +120,14 @@ def _lay_out(
 
 
 def _note_pairs(
-    begin: np.ndarray, weight: np.ndarray, lengths: np.ndarray, n_wanted: int
+    begin: np.ndarray,
+    weight: np.ndarray,
+    tokens: Sequence[bytes],
+    n_wanted: int,
+    most_words: int | None,
 ) -> tuple[int, dict[tuple[int, int], np.ndarray], list[tuple[int, tuple[int, int]]]]:
     """The floor, where every pair is that is not below it, and a heap of (-count, pair)."""
+    lengths = np.array([len(token) for token in tokens], np.int32)
     for_symbol, for_cell = len(lengths).bit_length(), len(begin).bit_length()
     starts = (begin >= 0).nonzero()[0]
     pairs = begin[starts].astype(np.int64)
@@ -143,17 +151,30 @@ def _note_pairs(
     first = _where_new(pairs)
     counts = np.add.reduceat(weight[starts], first)
     last = np.append(first[1:], len(pairs))
+    mask = (1 << for_symbol) - 1
+    if most_words:
+        allowed = _n_words(tokens, pairs[first] >> for_symbol, pairs[first] & mask) <= most_words
+        first, last, counts = first[allowed], last[allowed], counts[allowed]
+        if not len(first):
+            return 0, {}, []
     floor = max(1, int(counts.max()) // FLOORS)
     if (n_enough := int(ENOUGH * n_wanted)) < len(counts):
         floor = max(floor, int(np.partition(counts, -n_enough)[-n_enough]))
     noted = counts >= floor
-    mask = (1 << for_symbol) - 1
     keys = [(pair >> for_symbol, pair & mask) for pair in pairs[first[noted]].tolist()]
     spans = zip(first[noted].tolist(), last[noted].tolist(), strict=True)
     places = {key: starts[i:j].copy() for key, (i, j) in zip(keys, spans, strict=True)}
     heap = list(zip((-counts[noted]).tolist(), keys, strict=True))
     heapq.heapify(heap)
     return floor, places, heap
+
+
+def _n_words(tokens: Sequence[bytes], left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """How many words the union of each pair of tokens holds."""
+    n_words = np.array([len(token.split()) for token in tokens], np.int32)
+    begins = np.array([not token[:1].isspace() for token in tokens])
+    ends = np.array([not token[-1:].isspace() for token in tokens])
+    return n_words[left] + n_words[right] - (ends[left] & begins[right])
 
 
 def _where_new(values: np.ndarray) -> np.ndarray:

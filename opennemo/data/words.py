@@ -8,18 +8,20 @@ It does not know what a token is. Sampling by temperature: arXiv:1907.05019. Pru
 and Motwani, "Approximate Frequency Counts over Data Streams" (2002).
 """
 
+import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Protocol, TypeVar
 
 import regex  # comes with tiktoken; reads \p{...} as the Rust libraries do
 
 from opennemo.data.workers import in_order
 from opennemo.errors import InvalidRequest
 from opennemo.progress import Stages
-from opennemo.texts import Texts
+from opennemo.texts import CODE, Texts, lay_out
 from opennemo.tokenizer.patterns import PATTERNS
 from opennemo.tokenizer.tokenizer import repair_surrogates
 
@@ -29,6 +31,19 @@ CUT = re.compile(r" (?=\S)")
 BATCH_CHARS = 4 << 20  # characters that a process counts at a time
 MAX_WORD_CHARS = 1_000  # a longer word, such as an image in base64, teaches nothing
 MAX_WEIGHED_BYTES = 1 << 30  # that all words together count as
+AnyCounts = TypeVar("AnyCounts", bound="Counts")
+
+
+class Counts(Protocol):
+    """How often words occur, by language, in bounded memory; see WordCounts for the attributes."""
+
+    words: dict[str, Counter[str]]
+    n_bytes: Counter[str]
+    n_broken: int
+
+    def add(self, words: Mapping[str, Counter[str]]) -> None:
+        """Add what occurs in a batch of texts."""
+        ...
 
 
 @dataclass
@@ -36,28 +51,90 @@ class WordCounts:
     """How often each word occurs, by language.
 
     Attributes:
+        max_words: distinct words that are kept, in all languages together.
         n_bytes: of text, by language, in UTF-8.
         missed: by language, the most that any count may be too low because rare words were
             dropped to stay within `max_words`; a language that is not in it is counted exactly.
         n_broken: lines left out because they could not be read.
     """
 
+    max_words: int
     words: dict[str, Counter[str]] = field(default_factory=dict)
     n_bytes: Counter[str] = field(default_factory=Counter)
     missed: Counter[str] = field(default_factory=Counter)
     n_broken: int = 0
 
-    def add(self, words: Mapping[str, Counter[str]], max_words: int) -> None:
+    def add(self, words: Mapping[str, Counter[str]]) -> None:
         """Add counts; then drop the rarest words of the languages that have most of them."""
         for language, counts in words.items():
             self.words.setdefault(language, Counter()).update(counts)
-        while sum(map(len, self.words.values())) > max_words:
+        while sum(map(len, self.words.values())) > self.max_words:
             language = max(self.words, key=lambda name: len(self.words[name]))
             counts = self.words[language]
             threshold = sorted(counts.values())[len(counts) // 2]
             frequent = {word: n for word, n in counts.items() if n > threshold}
             self.words[language] = Counter(frequent)
             self.missed[language] += threshold
+
+    def record(self) -> dict:
+        """How many words were counted, and how exactly."""
+        return {
+            "distinct_words": sum(map(len, self.words.values())),
+            "counts_too_low_by_at_most": dict(sorted(self.missed.items())),
+        }
+
+
+@dataclass
+class PhraseCounts:
+    """A sample of phrases, of which hardly any occurs twice, with how often each counts.
+
+    A phrase that occurs *n* times is kept with probability *n* / *t* and then counts *t* times, where
+    *t* is a power of two of its language: what any run of words counts is right on average. All that
+    occurs more often than that is kept and counted exactly. Chance is a hash of the phrase, so the
+    same texts give the same sample.
+
+    Attributes:
+        max_bytes: of all phrases that are kept.
+        levels: by language, the logarithm of *t*; a language that is not in it is complete.
+    """
+
+    max_bytes: int
+    words: dict[str, Counter[str]] = field(default_factory=dict)
+    n_bytes: Counter[str] = field(default_factory=Counter)
+    levels: Counter[str] = field(default_factory=Counter)
+    sizes: Counter[str] = field(default_factory=Counter)
+    n_broken: int = 0
+
+    def add(self, words: Mapping[str, Counter[str]]) -> None:
+        """Add counts; then halve the samples that are largest until all have room."""
+        for language, counts in words.items():
+            known = self.words.setdefault(language, Counter())
+            self._add(language, known, counts)
+        while self.sizes.total() > self.max_bytes:
+            language = max(self.sizes, key=lambda name: self.sizes[name])
+            self.levels[language] += 1
+            before, self.words[language], self.sizes[language] = self.words[language], Counter(), 0
+            self._add(language, self.words[language], before)
+
+    def record(self) -> dict:
+        """How many phrases were kept, and of which languages not all."""
+        one_of = {language: 1 << level for language, level in sorted(self.levels.items())}
+        return {"phrases": sum(map(len, self.words.values())), "one_phrase_kept_of": one_of}
+
+    def _add(self, language: str, known: Counter[str], counts: Mapping[str, int]) -> None:
+        level = self.levels[language]
+        salt, least = bytes([level]), 1 << level
+        for phrase, n in counts.items():
+            if phrase not in known:
+                data = phrase.encode()
+                if n < least and _chance(data, salt) % least >= n:
+                    continue
+                self.sizes[language] += len(data)
+            known[phrase] = known[phrase] + n if phrase in known else max(n, least)
+
+
+def _chance(data: bytes, salt: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8, salt=salt).digest(), "big")
 
 
 def compiled(pattern: str) -> regex.Pattern[str]:
@@ -82,14 +159,29 @@ def compiled(pattern: str) -> regex.Pattern[str]:
 
 
 def count_words(
-    texts: Texts, pattern: str, max_words: int, *, processes: int = 1, report: Stages | None = None
-) -> WordCounts:
-    """Split all texts into words and count them; more processes change nothing but the time."""
-    result = WordCounts()
+    texts: Texts,
+    pattern: str,
+    result: AnyCounts,
+    *,
+    layouts: Sequence[str] = ("document",),
+    processes: int = 1,
+    report: Stages | None = None,
+) -> AnyCounts:
+    """Split all texts, in each of the layouts, into words, and count them into `result`.
+
+    More processes change nothing but the time.
+    """
     say = report or (lambda stage, done, total: None)
-    batches = _batches(texts, result.n_bytes, lambda n: say("Counting words", n, texts.n_bytes))
-    for words in in_order(partial(_count, pattern), batches, processes):
-        result.add(words, max_words)
+    what = "Counting words" if isinstance(result, WordCounts) else "Counting phrases"
+    read = texts.read(lambda n: say(what, n, texts.n_bytes))
+    laid_out = (
+        (language, part)
+        for language, text in read
+        for layout in (layouts if not language.startswith(CODE) else ("document",))
+        for part in lay_out(text, layout)
+    )
+    for words in in_order(partial(_count, pattern), _batches(laid_out, result.n_bytes), processes):
+        result.add(words)
     result.n_broken = texts.n_broken
     if not any(result.words.values()):
         raise InvalidRequest(f"no text to learn from ({result.n_broken:,} lines were unreadable)")
@@ -97,10 +189,10 @@ def count_words(
 
 
 def _batches(
-    texts: Texts, n_bytes: Counter[str], report: Callable[[int], None]
+    texts: Iterable[tuple[str, str]], n_bytes: Counter[str]
 ) -> Iterator[list[tuple[str, str]]]:
     batch, size = [], 0
-    for language, text in texts.read(report):
+    for language, text in texts:
         try:
             n_bytes[language] += len(text.encode())
         except UnicodeEncodeError:  # JSON can say "\\ud800"
@@ -141,7 +233,7 @@ def _by_count(counts: Mapping[str, int]) -> dict[int, list[str]]:
 
 
 def weigh(
-    counts: WordCounts, temperature: float = 1.0, weights: Mapping[str, float] | None = None
+    counts: Counts, temperature: float = 1.0, weights: Mapping[str, float] | None = None
 ) -> dict[str, int]:
     """The words of all languages, each with how often it is to count.
 

@@ -20,6 +20,18 @@ PATTERNS = {
     "qwen2": _WORDS_AND.replace("NUMBER", r"\p{N}"),
     "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
 }
+# Between these a vocabulary with superwords does not split at spaces: a piece is what stands on a line
+# up to the end of a sentence or a digit, with the line's indentation before it and its end after it. It
+# begins and ends where a piece of the first pattern does, and looks nowhere ahead within the piece, so
+# that regular expression engines without backtracking read it in one pass.
+_ENDS = ".!?\u2026\u3002\uff01\uff1f\u0964\u061f"  # of sentences, in any script
+_PART = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_WORD}|[^\r\n\p{{L}}\p{{N}}]?{_NAME}| ?[^\s\p{{L}}\p{{N}}{_ENDS}]+"
+)
+_REST = rf"\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_BLANK}"
+SUPERWORDS = {
+    "tekken": rf"[^\S\r\n]*(?:{_PART})+(?: ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|\s*[\r\n]+| )?|{_REST}",
+}
 # A file of ranks does not say how it splits text; its number of ranks gives it away.
 PATTERN_OF_RANKS = {50_256: "gpt2", 100_256: "llama3", 128_000: "llama3", 199_998: "o200k"}
 PATTERN_OF_RANKS |= {200_000: "o200k"}  # Llama 4
