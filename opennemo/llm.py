@@ -31,6 +31,7 @@ from opennemo.arguments import (
 from opennemo.engine import Engine, EngineConfig, LocalEngine, SamplingParams
 from opennemo.engine.grammar import GrammarCompiler, Kind
 from opennemo.engine.lark import ANY_TEXT, Thinking
+from opennemo.engine.params import Healing
 from opennemo.engine.ranks import Ranks
 from opennemo.engine.scoring import Pair, Score
 from opennemo.engine.sizes import Fit, announcement, fit
@@ -66,6 +67,7 @@ __all__ = ["LLM", "Reply", "TextStream"]
 # NeMo's model card asks for it: "requires smaller temperatures". A model without settings of
 # sampling is answered greedily, which suits the small one that `make chat` brings.
 NEMO_TEMPERATURE = 0.3
+TAKEN_BACK = 8  # tokens at a prompt's end, at most: more than a superword has words
 SLICE = 16 * 1024  # characters that are encoded at once to see whether a text can fit at all
 
 
@@ -310,14 +312,21 @@ class LLM:
         adapter: str | None = None,
         n: int = 1,
         salt: bytes = b"",
+        heal: bool = False,
         **sampling: Any,
     ) -> Reply:
         check_names("complete", sampling, option_names(self._complete))
+        ids, known = self.encode(prompt) if isinstance(prompt, str) else prompt, b""
         if (format := answer_format(format, json_schema)) is not None:
+            if heal:
+                raise InvalidRequest("heal: an answer that begins in the prompt follows no format")
             sampling["grammar"] = self.grammars.compile(*format)
-        ids = self.encode(prompt) if isinstance(prompt, str) else prompt
+        if heal:
+            n_ids = min(self.tokenizer.vocab_size, self.engine.vocab_size)
+            ids, sampling["healing"], known = _take_back(self.tokenizer, ids, n_ids)
         chosen = replace(params or self.defaults, **sampling)
-        return self._submit(ids, chosen, stop_strings(stop), None, adapter, n, salt)
+        stops = stop_strings(stop)
+        return self._submit(ids, chosen, stops, None, adapter, n, salt, known=known)
 
     def score(
         self, pairs: Many[Pair], on_score: Callable[[int, Score], None] | None = None
@@ -382,8 +391,9 @@ class LLM:
         n: int,
         salt: bytes,
         thinking: tuple[str, str] | None = None,
+        known: bytes = b"",
     ) -> Reply:
-        reply = Reply(self.tokenizer, self.engine, ids, n, stop, calls, thinking)
+        reply = Reply(self.tokenizer, self.engine, ids, n, stop, calls, thinking, known)
         reply.id = self.engine.submit(ids, params, reply.listen, n=n, adapter=adapter, salt=salt)
         return reply
 
@@ -405,6 +415,28 @@ def answer_all(
     with LLM("", tokenizer, engine, SamplingParams(temperature=0.0)) as llm:
         replies = [llm.chat(m, tools=tools or None, **sampling) for m, tools in conversations]
         return [reply.message for reply in replies]
+
+
+def _take_back(
+    tokenizer: Tokenizer, ids: list[int], n_ids: int
+) -> tuple[list[int], Healing | None, bytes]:
+    """A prompt without its last tokens, how an answer may spell them, and their bytes.
+
+    As many are taken back as one token can begin with, `TAKEN_BACK` at most.
+    """
+    ways: list[tuple[bytes, frozenset[int]]] = []
+    known = b""
+    for last in reversed(ids[1:][-TAKEN_BACK:]):
+        if not (data := tokenizer.token_bytes(last)):  # a control token, which nothing reaches over
+            break
+        known = data + known
+        starts = (id for id in range(n_ids) if tokenizer.token_bytes(id).startswith(known))
+        ways.append((known, frozenset(starts)))
+    n = max((i for i, (_, starts) in enumerate(ways, 1) if starts), default=0)
+    if not n or (n == 1 and len(ways[0][1]) == 1):
+        return ids, None, b""
+    ends = tuple(starts for _, starts in reversed(ways[:n]))
+    return ids[:-n], Healing(tuple(ids[-n:-1]), ends), ways[n - 1][0]
 
 
 def _share(

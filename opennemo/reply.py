@@ -84,6 +84,7 @@ class Reply:
         stop: tuple[str, ...],
         calls: CallSyntax | None,
         thinking: tuple[str, str] | None = None,
+        known: bytes = b"",
     ):
         self.id = 0  # the engine's, once it is submitted
         self.prompt_ids = prompt_ids
@@ -92,7 +93,8 @@ class Reply:
         self.not_held: tuple[str, ...] = ()  # of tools' schemas: what is left to the model
         self._begun = thinking is not None and is_thinking(tokenizer, prompt_ids)
         self._texts = [
-            TextStream(tokenizer, stop, calls, thinking, begun=self._begun) for _ in range(n)
+            TextStream(tokenizer, stop, calls, thinking, begun=self._begun, known=known)
+            for _ in range(n)
         ]
         self._parsers = [CallParser(calls, f"{key}/{i}") for i in range(n)] if calls else []
         self._tokenizer, self._engine = tokenizer, engine
@@ -256,10 +258,11 @@ class TextStream:
         thinking: tuple[str, str] | None = None,
         *,
         begun: bool = False,
+        known: bytes = b"",
     ):
         self.stopped: str | None = None  # by this stop string
         self._stop = tuple(s for s in stop if s)
-        self._channels = Channels(tokenizer, calls, thinking, begun=begun)
+        self._channels = Channels(tokenizer, calls, thinking, begun=begun, known=known)
         self._held = ""
 
     @property

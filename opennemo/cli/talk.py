@@ -140,6 +140,7 @@ def generate(
         if adapter is not None:
             llm.load_adapter("own", adapter)
         asked = {"stop": tuple(stop or ()), "adapter": adapter and "own"}
+        asked["heal"] = llm.tokenizer.has_superwords
         for piece in llm.complete(text or "", **asked, **sampling):
             print(piece, end="", flush=True)
         print()

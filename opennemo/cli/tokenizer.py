@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -13,6 +13,7 @@ app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Look at, compare and learn vocabularies."
 )
 TEXTS = "JSON lines (text, language), text files or folders, .gz or .zst too."
+Layout = Literal["document", "paragraph", "sentence"]
 TokenizerFile = Annotated[
     str,
     typer.Argument(
@@ -43,30 +44,45 @@ def compare(
     reference: Annotated[
         str | None, typer.Option(help="Compare the others with this one; by default the first.")
     ] = None,
+    layout: Annotated[
+        list[Layout] | None,
+        typer.Option(help="How texts are written, repeatable; by default as they are."),
+    ] = None,
     csv: Annotated[Path | None, typer.Option(help="Write the rows here as CSV.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write everything here as JSON.")] = None,
     plot: Annotated[
         list[Path] | None, typer.Option(help="Draw the ratios here: .png, .svg, .pdf.")
     ] = None,
 ) -> None:
-    """Count the tokens that tokenizers need for the same texts, by language."""
+    """Count the tokens that tokenizers need for the same texts, by language.
+
+    Lines of a paragraph are joined by spaces, and of a sentence none follow. Only documents have
+    tokens for line breaks, so tokenizers may compare otherwise in each layout.
+    """
+    import json as formats
+
     from rich.console import Console
 
+    from opennemo.data.compression import as_csv, open_all
     from opennemo.data.compression import compare as measure
-    from opennemo.data.compression import open_all
     from opennemo.texts import Texts
 
     check_place(csv, json, *(plot or ()))
     if plot:
         need("--plot", "matplotlib", "train")
     opened = open_all(tokenizers)
-    result = measure(opened, Texts(texts).read(lambda n: None), reference or next(iter(opened)))
-    Console().print(result.table())
+    reference = reference or next(iter(opened))
+    results = [measure(opened, Texts(texts), reference, each) for each in layout or ["document"]]
+    for each in results:
+        Console().print(each.table())
     if csv:
-        csv.write_text(result.csv(), "utf-8")
+        csv.write_text(as_csv([row for each in results for row in each.rows()]), "utf-8")
     if json:
-        json.write_text(result.json(), "utf-8")
+        contents = {each.layout: each.content() for each in results}
+        content = contents if len(contents) > 1 else results[0].content()
+        json.write_text(formats.dumps(content), "utf-8")
     if plot:
+        result = results[0]
         shown = sorted(result.languages, key=lambda c: -result.n_bytes[c])[:13]
         result.plot(plot, {language: language for language in sorted(shown)})
 
@@ -80,6 +96,15 @@ def train(
     ] = None,
     temperature: Annotated[
         float | None, typer.Option(help="Above 1, small languages count for more.")
+    ] = None,
+    superwords: Annotated[
+        bool, typer.Option("--superwords", help="Merge across spaces in a second stage.")
+    ] = False,
+    transition: Annotated[
+        int | None, typer.Option(help="Ids when superwords begin; by default 11 of 16.")
+    ] = None,
+    max_words: Annotated[
+        int | None, typer.Option(help="The most words in a superword; 4 by default.")
     ] = None,
     settings: Annotated[
         Path | None, typer.Option(help="A TOML file of settings, as in recipes/.")
@@ -95,7 +120,11 @@ def train(
     from opennemo.texts import Texts
     from opennemo.tokenizer.tekken import Tekken
 
-    wanted = make_settings(settings, **given(vocab_size=vocab_size, temperature=temperature))
+    changes = given(
+        vocab_size=vocab_size, temperature=temperature, superwords=superwords or None,
+        transition=transition, token_words=max_words,
+    )  # fmt: skip
+    wanted = make_settings(settings, **changes)
     with stages("share") as report:
         base = Tekken.load(extend) if extend else None
         trained = learn(Texts(corpus), wanted, base=base, processes=processes, report=report)

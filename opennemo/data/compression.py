@@ -9,16 +9,17 @@ It does not know where texts come from (texts.py), nor how a tokenizer works.
 
 import csv
 import io
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
 from opennemo.errors import InvalidRequest
+from opennemo.texts import CODE, lay_out
 from opennemo.tokenizer.load import open_tokenizer
 from opennemo.tokenizer.tokenizer import Tokenizer
 
@@ -34,12 +35,14 @@ class Comparison:
         reference: name of the tokenizer that the others are compared with.
         n_tokens: name -> language -> tokens.
         n_bytes, n_chars: language -> size of its texts.
+        layout: in which the texts were written.
     """
 
     reference: str
     n_tokens: Mapping[str, Counter[str]]
     n_bytes: Counter[str]
     n_chars: Counter[str]
+    layout: str = "document"
 
     @property
     def languages(self) -> list[str]:
@@ -62,6 +65,7 @@ class Comparison:
         return [
             {
                 "language": language,
+                "layout": self.layout,
                 "tokenizer": name,
                 "tokens": tokens[language],
                 "bytes_a_token": round(self.n_bytes[language] / max(1, tokens[language]), 4),
@@ -72,27 +76,18 @@ class Comparison:
             for name, tokens in self.n_tokens.items()
         ]
 
-    def csv(self) -> str:
-        """The rows as CSV with a header."""
-        out = io.StringIO()
-        writer = csv.DictWriter(out, self.rows()[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows())
-        return out.getvalue()
-
-    def json(self) -> str:
-        """The rows, and what follows from them, as JSON."""
+    def content(self) -> dict[str, Any]:
+        """The rows, and what follows from them, for JSON."""
         others = [name for name in self.n_tokens if name != self.reference]
         won = {name: {"won": self.won(name), "of": len(self.languages)} for name in others}
         worst = {name: self.worst(name) for name in others}
-        return json.dumps(
-            {"reference": self.reference, "won": won, "worst": worst, "rows": self.rows()}
-        )
+        return {"reference": self.reference, "won": won, "worst": worst, "rows": self.rows()}
 
     def table(self, languages: Sequence[str] | None = None) -> Table:
         """A row for each language: the reference's tokens and bytes a token, the others' ratios."""
         others = [name for name in self.n_tokens if name != self.reference]
         title = f"Tokens for one token of {self.reference}"
+        title += f", {self.layout} by {self.layout}" if self.layout != "document" else ""
         table = Table(title=title, caption=self.summary(), caption_justify="left")
         table.add_column("language")
         for column in ("tokens", "bytes/token", "chars/token", *others):
@@ -174,6 +169,15 @@ class Comparison:
                 figure.savefig(file, dpi=120, metadata={"Date": None} if svg else None)
 
 
+def as_csv(rows: Sequence[Mapping[str, str | int | float]]) -> str:
+    """The rows as CSV with a header."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
+
+
 def open_all(specs: Sequence[str]) -> dict[str, Tokenizer]:
     """Tokenizers from `PATH` or `NAME=PATH`; without a name they are called after the path.
 
@@ -193,9 +197,12 @@ def open_all(specs: Sequence[str]) -> dict[str, Tokenizer]:
 
 
 def compare(
-    tokenizers: Mapping[str, Tokenizer], texts: Iterable[tuple[str, str]], reference: str
+    tokenizers: Mapping[str, Tokenizer],
+    texts: Iterable[tuple[str, str]],
+    reference: str,
+    layout: str = "document",
 ) -> Comparison:
-    """Count the tokens of (language, text) pairs with every tokenizer.
+    """Count the tokens of (language, text) pairs, in one of the LAYOUTS, with every tokenizer.
 
     Raises:
         InvalidRequest: the reference is not among the tokenizers, or there is no text.
@@ -206,11 +213,12 @@ def compare(
     n_bytes, n_chars = Counter[str](), Counter[str]()
     for tokenizer in tokenizers.values():
         tokenizer.expect_corpus()
-    for language, text in texts:
+    for language, whole in texts:
+        parts = lay_out(whole, "document" if language.startswith(CODE) else layout)
         for name, tokenizer in tokenizers.items():
-            n_tokens[name][language] += len(tokenizer.encode(text))
-        n_bytes[language] += len(text.encode("utf-8", "replace"))
-        n_chars[language] += len(text)
+            n_tokens[name][language] += sum(map(len, map(tokenizer.encode, parts)))
+        n_bytes[language] += sum(len(part.encode("utf-8", "replace")) for part in parts)
+        n_chars[language] += sum(map(len, parts))
     if not n_chars.total():
         raise InvalidRequest("there is no text to compare on")
-    return Comparison(reference, n_tokens, n_bytes, n_chars)
+    return Comparison(reference, n_tokens, n_bytes, n_chars, layout)

@@ -38,7 +38,7 @@ class VocabularySettings(BaseModel):
             they are, a higher one gives small languages more.
         weights: factors on top of that, by language; that of "*" is for all others.
         max_words: distinct words held in memory, about 0.6 kB each while merges are learned.
-        layouts: how texts are written when words are counted, each text in each of these ways.
+        layouts: how texts are written when words are counted, the texts of a language in turns.
         superwords: learn the later tokens across spaces; the pattern then splits less.
         transition: ids when that begins, by default 11 of 16.
         token_words: the most words that a superword may hold.
@@ -131,7 +131,7 @@ def train(
 ) -> Trained:
     """Learn a vocabulary, or with `base` extend one: its ids, pattern and control tokens stay.
 
-    Superwords are learned as an extension of a vocabulary of words, whose pattern is replaced first.
+    Superwords extend a vocabulary of words, whose pattern is replaced first.
 
     Raises:
         InvalidRequest: settings that cannot be met, or texts that are unreadable or too small.
@@ -168,7 +168,10 @@ def _learn(
             f"{settings.vocab_size:,} is not more"
         )
     across = pattern in SUPERWORDS.values()
-    counts = PhraseCounts(settings.sample_bytes) if across else WordCounts(settings.max_words)
+    if across:
+        counts = PhraseCounts(settings.sample_bytes, settings.weights)
+    else:
+        counts = WordCounts(max_words=settings.max_words)
     counting = {"layouts": settings.layouts, "processes": processes, "report": report}
     count_words(texts, pattern, counts, **counting)
     words = weigh(counts, settings.temperature, settings.weights)

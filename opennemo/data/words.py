@@ -58,11 +58,11 @@ class WordCounts:
         n_broken: lines left out because they could not be read.
     """
 
-    max_words: int
     words: dict[str, Counter[str]] = field(default_factory=dict)
     n_bytes: Counter[str] = field(default_factory=Counter)
     missed: Counter[str] = field(default_factory=Counter)
     n_broken: int = 0
+    max_words: int = 10_000_000
 
     def add(self, words: Mapping[str, Counter[str]]) -> None:
         """Add counts; then drop the rarest words of the languages that have most of them."""
@@ -88,17 +88,20 @@ class WordCounts:
 class PhraseCounts:
     """A sample of phrases, of which hardly any occurs twice, with how often each counts.
 
-    A phrase that occurs *n* times is kept with probability *n* / *t* and then counts *t* times, where
-    *t* is a power of two of its language: what any run of words counts is right on average. All that
-    occurs more often than that is kept and counted exactly. Chance is a hash of the phrase, so the
-    same texts give the same sample.
+    A phrase that occurs *n* times is kept with probability *n* / *t* and then counts *t* times,
+    where *t* is a power of two of its language, so that what any run of words counts is right on
+    average. What occurs more often than that is kept and counted. Chance is a hash of the phrase,
+    so the same texts give the same sample.
 
     Attributes:
-        max_bytes: of all phrases that are kept.
+        max_bytes: of all phrases that are kept. A language's share is in proportion to the square
+            root of what its texts count, so that neither large nor small ones lack phrases.
+        weights: factors of languages, as in `weigh`.
         levels: by language, the logarithm of *t*; a language that is not in it is complete.
     """
 
     max_bytes: int
+    weights: Mapping[str, float] = field(default_factory=dict)
     words: dict[str, Counter[str]] = field(default_factory=dict)
     n_bytes: Counter[str] = field(default_factory=Counter)
     levels: Counter[str] = field(default_factory=Counter)
@@ -106,15 +109,19 @@ class PhraseCounts:
     n_broken: int = 0
 
     def add(self, words: Mapping[str, Counter[str]]) -> None:
-        """Add counts; then halve the samples that are largest until all have room."""
+        """Add counts; then halve the samples that are too large until all have room."""
         for language, counts in words.items():
             known = self.words.setdefault(language, Counter())
             self._add(language, known, counts)
         while self.sizes.total() > self.max_bytes:
-            language = max(self.sizes, key=lambda name: self.sizes[name])
+            language = max(self.sizes, key=self._excess)
             self.levels[language] += 1
             before, self.words[language], self.sizes[language] = self.words[language], Counter(), 0
             self._add(language, self.words[language], before)
+
+    def _excess(self, language: str) -> float:
+        due = self.n_bytes[language] * self.weights.get(language, self.weights.get("*", 1.0))
+        return self.sizes[language] ** 2 / max(due, 1e-9)
 
     def record(self) -> dict:
         """How many phrases were kept, and of which languages not all."""
@@ -167,25 +174,34 @@ def count_words(
     processes: int = 1,
     report: Stages | None = None,
 ) -> AnyCounts:
-    """Split all texts, in each of the layouts, into words, and count them into `result`.
+    """Split all texts, written in the layouts in turn, into words, and count them into `result`.
 
     More processes change nothing but the time.
     """
     say = report or (lambda stage, done, total: None)
     what = "Counting words" if isinstance(result, WordCounts) else "Counting phrases"
     read = texts.read(lambda n: say(what, n, texts.n_bytes))
-    laid_out = (
-        (language, part)
-        for language, text in read
-        for layout in (layouts if not language.startswith(CODE) else ("document",))
-        for part in lay_out(text, layout)
-    )
+    laid_out = _in_turns(read, layouts)
     for words in in_order(partial(_count, pattern), _batches(laid_out, result.n_bytes), processes):
         result.add(words)
     result.n_broken = texts.n_broken
     if not any(result.words.values()):
         raise InvalidRequest(f"no text to learn from ({result.n_broken:,} lines were unreadable)")
     return result
+
+
+def _in_turns(
+    texts: Iterable[tuple[str, str]], layouts: Sequence[str]
+) -> Iterator[tuple[str, str]]:
+    """The texts of each language in the layouts in turn; source code stays as it is."""
+    n_texts = Counter[str]()
+    for language, text in texts:
+        layout = layouts[n_texts[language] % len(layouts)]
+        n_texts[language] += 1
+        if language.startswith(CODE):
+            yield language, text
+        else:
+            yield from ((language, part) for part in lay_out(text, layout))
 
 
 def _batches(

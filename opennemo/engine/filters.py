@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from opennemo.engine.params import SamplingParams
+from opennemo.engine.sequence import Prefix
 
 IMPOSSIBLE = -1e8  # what a request forbids is below it, and finite
 LONGEST_REPEAT = 64  # tokens; the penalty is beyond any logit long before
@@ -69,3 +70,27 @@ def penalise_repeats_(row: Tensor, params: SamplingParams, tokens: Sequence[int]
         if n >= params.dry_allowed_length and token not in params.dry_breakers:
             power = min(n - params.dry_allowed_length, LONGEST_REPEAT)
             row[token] -= min(params.dry_multiplier * params.dry_base**power, 1e9)
+
+
+def heal_(logits: Tensor, prefixes: list[Prefix]) -> None:
+    """Let answers spell the ends of their prompts first; changes their rows of logits (S, V).
+
+    To stay on the path is as likely as its next token and, behind it, all ways to go on together.
+    So rows are looked at from the last to the first of a sequence, and each adds the probability of
+    the rows behind to that token. (A row that is not in this step counts as certain.)
+    """
+    behind: dict[int, tuple[int, Tensor]] = {}  # by sequence: the place, and its log-probability
+    for row, prefix in zip(reversed(logits.unbind()), reversed(prefixes), strict=True):
+        healing = prefix.params.healing
+        if healing is None or (ahead := healing.ahead(prefix.answer)) is None:
+            continue
+        place, scale = len(healing.path) - len(ahead), prefix.params.temperature or 1.0
+        total = (row / scale).logsumexp(-1)
+        ids = torch.tensor([*healing.ends[place], *ahead[:1]], device=row.device)
+        kept = row[ids]
+        row.fill_(-torch.inf)
+        row[ids] = kept
+        after, logprob = behind.get(id(prefix.sequence), (-1, total))
+        if after == place + 1:
+            row[ahead[0]] += scale * logprob
+        behind[id(prefix.sequence)] = place, (row / scale).logsumexp(-1) - total

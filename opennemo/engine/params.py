@@ -37,6 +37,29 @@ _BOUNDS: dict[str, tuple[float, float]] = {
 }
 
 
+@dataclass(frozen=True)
+class Healing:
+    """How an answer may spell the last tokens of a prompt again, which were taken back.
+
+    The prompt's end may lie within a token that the model would have written. So the answer follows
+    `path`, the tokens as they were, for as long as it likes, and leaves it by a token that begins
+    with all that is left to spell. What it writes then is as likely as if the model had been asked
+    for any text that begins with the prompt.
+
+    Attributes:
+        path: the tokens that were taken back, without the last one.
+        ends: by which tokens the answer may leave at each place of the path, and at its end.
+    """
+
+    path: tuple[int, ...]
+    ends: tuple[frozenset[int], ...]
+
+    def ahead(self, answer: list[int]) -> tuple[int, ...] | None:
+        """What is left of the path; None once the answer has left it."""
+        n = len(answer)
+        return self.path[n:] if n <= len(self.path) and self.path[:n] == (*answer,) else None
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How to choose tokens. The defaults are greedy, without limits but the model's own.
@@ -72,6 +95,7 @@ class SamplingParams:
     seed: int | None = None  # same seed, same answer, whatever else is in the batch
     logprobs: int | None = None  # report the chosen token's, and this many of the likeliest
     prompt_logprobs: int | None = None  # the same for the tokens of the prompt
+    healing: Healing | None = None  # first of all the answer spells the prompt's end
     grammar: "Grammar | None" = None  # the answer follows it to its end; min_tokens gives way
 
     def __post_init__(self) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opennemo.engine.filters import narrow_, penalise_repeats_
+from opennemo.engine.filters import heal_, narrow_, penalise_repeats_
 from opennemo.engine.params import SamplingParams
 from opennemo.engine.sequence import Prefix, Sequence
 from opennemo.engine.token import TokenLogprobs
@@ -40,6 +40,8 @@ def sample(
         allowed = (bits[:, :, None] >> places & 1).flatten(1)[:, : logits.shape[1]].bool()
         rows = list(masks)
         logits[rows] = logits[rows].masked_fill(~allowed, -torch.inf)
+    if any(prefix.params.healing for prefix in prefixes):
+        heal_(logits, prefixes)
     penalised = [i for i, p in enumerate(prefixes) if p.params.penalises]
     if penalised:
         logits[penalised] = _penalise(logits[penalised], [prefixes[i] for i in penalised])

@@ -96,8 +96,10 @@ class Scheduler:
     def _chunk(self, sequence: Sequence, budget: int, rows: int, n_guesses: int = 0) -> Chunk:
         n_rowless = max(0, sequence.first_row - sequence.n_computed)
         n_new = min(sequence.n_pending, budget, n_rowless + rows)
-        guesses = sequence.guesses if sequence.n_pending == 1 else ()
-        return Chunk(sequence, n_new, guesses[:n_guesses])
+        guesses = sequence.guesses[:n_guesses] if sequence.n_pending == 1 else ()
+        if n_new == sequence.n_pending and (respelled := sequence.respelled):
+            guesses = respelled[: min(budget - n_new, rows - 1)]  # one step weighs all ways to end
+        return Chunk(sequence, n_new, guesses)
 
     def _preempt(self, sequence: Sequence) -> None:
         self.n_preemptions += 1

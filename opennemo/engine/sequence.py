@@ -84,6 +84,12 @@ class Sequence:
         return len(self.tokens) - self.n_prompt
 
     @property
+    def respelled(self) -> tuple[int, ...]:
+        """Tokens of the prompt's end that the answer may spell as they were; see Healing."""
+        healing = self.params.healing
+        return healing.ahead(self.tokens[self.n_prompt :]) or () if healing else ()
+
+    @property
     def first_row(self) -> int:
         """Place of the first token after which logits are wanted."""
         if self.max_tokens == 0:

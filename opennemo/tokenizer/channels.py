@@ -24,6 +24,7 @@ class Channels:
         calls: how calls are written; None: calls are not parsed.
         thinking: the marks around thinking.
         begun: the prompt already opened the thinking.
+        known: bytes that the first ids spell and that are left out.
 
     >>> channels = Channels(tokenizer, thinking=("<think>", "</think>"))
     >>> [piece for id in tokenizer.encode("<think>Hm.</think>Yes.") for piece in channels.push(id)]
@@ -37,6 +38,7 @@ class Channels:
         thinking: tuple[str, str] | None = None,
         *,
         begun: bool = False,
+        known: bytes = b"",
     ):
         self.channel: Channel = "thinking" if begun else "text"
         self._calls, self._thinking = calls, thinking or ("", "")
@@ -49,7 +51,7 @@ class Channels:
         )
         # The first text of its channel; white space beside tags is not part of it.
         self._is_first, self._trims = True, begun and self._thinking[0][:1] == "<"
-        self._tokenizer, self._stream, self._held = tokenizer, tokenizer.stream(), ""
+        self._tokenizer, self._stream, self._held = tokenizer, tokenizer.stream(known), ""
 
     def push(self, id: int) -> list[Piece]:
         """What this id completes; text that may be the beginning of a mark is held back."""

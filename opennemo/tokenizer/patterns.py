@@ -20,10 +20,9 @@ PATTERNS = {
     "qwen2": _WORDS_AND.replace("NUMBER", r"\p{N}"),
     "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
 }
-# Between these a vocabulary with superwords does not split at spaces: a piece is what stands on a line
-# up to the end of a sentence or a digit, with the line's indentation before it and its end after it. It
-# begins and ends where a piece of the first pattern does, and looks nowhere ahead within the piece, so
-# that regular expression engines without backtracking read it in one pass.
+# A vocabulary with superwords splits less than the pattern of its words: a piece is what stands on a
+# line up to a digit or the end of a sentence, with the indentation before it and the line break
+# behind it. Nothing in the piece looks ahead, so engines without backtracking read it in one pass.
 _ENDS = ".!?\u2026\u3002\uff01\uff1f\u0964\u061f"  # of sentences, in any script
 _PART = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_WORD}|[^\r\n\p{{L}}\p{{N}}]?{_NAME}| ?[^\s\p{{L}}\p{{N}}{_ENDS}]+"

@@ -9,6 +9,7 @@ that a user types can forge a turn. How conversations are laid out is chat.py's 
 import codecs
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -60,6 +61,11 @@ class Tokenizer(ABC):
             raise IndexError(f"{id} is no token id")
         return self._bytes[id]
 
+    @cached_property
+    def has_superwords(self) -> bool:
+        """Whether any token holds more than one word, with the space between."""
+        return any(len(token.split()) > 1 for token in self._bytes)
+
     def has_vocabulary_of(self, other: "Tokenizer") -> bool:
         """Whether every id stands for the same in both."""
         if (self.vocab_size, dict(self.control)) != (other.vocab_size, dict(other.control)):
@@ -76,9 +82,9 @@ class Tokenizer(ABC):
         text = data.decode("utf-8", errors="replace")
         return text[1:] if self.dummy_prefix and text.startswith(" ") else text
 
-    def stream(self) -> "StreamDecoder":
-        """A decoder for ids that arrive one at a time."""
-        return StreamDecoder(self)
+    def stream(self, known: bytes = b"") -> "StreamDecoder":
+        """A decoder for ids that arrive one at a time, and begin with bytes that are `known`."""
+        return StreamDecoder(self, known)
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -95,21 +101,25 @@ class Tokenizer(ABC):
 class StreamDecoder:
     """Turns ids into text as they come, holding back bytes until they are whole characters.
 
-    The pieces joined, with `flush()` last, equal `Tokenizer.decode` of all the ids.
+    The pieces joined, with `flush()` last, equal `Tokenizer.decode` of all the ids. Bytes that are
+    `known` have been shown before: as many are left out at the beginning.
 
     >>> stream = tokenizer.stream()
     >>> [stream.push(id) for id in tokenizer.encode("né 🦙")] + [stream.flush()]
     ['n', 'é', ' ', '', '🦙', '']
     """
 
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, known: bytes = b""):
+        self._tokenizer, self._n_known = tokenizer, len(known)
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._drop_space = tokenizer.dummy_prefix
+        self._drop_space = tokenizer.dummy_prefix and not known
 
     def push(self, id: int) -> str:
         """The characters that this id completes, often none."""
-        return self._clean(self._utf8.decode(self._tokenizer.token_bytes(id)))
+        data = self._tokenizer.token_bytes(id)
+        new = data[self._n_known :]
+        self._n_known -= len(data) - len(new)
+        return self._clean(self._utf8.decode(new))
 
     def flush(self) -> str:
         """What is left at the end: U+FFFD if the last character never became whole."""

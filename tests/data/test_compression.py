@@ -9,7 +9,7 @@ import mistral_common
 import pytest
 from rich.console import Console
 
-from opennemo.data.compression import Comparison, compare, open_all
+from opennemo.data.compression import Comparison, as_csv, compare, open_all
 from opennemo.errors import InvalidRequest
 from opennemo.texts import Texts
 from opennemo.tokenizer.patterns import PATTERNS
@@ -44,18 +44,29 @@ def test_the_arithmetic(comparison: Comparison):
     assert comparison.worst("bytes", 2) == ["el", "fr"]
 
 
+def test_texts_are_measured_in_the_layout_that_is_asked_for(english: Tekken):
+    texts = [("en", "the\nthe. the\n\nthe"), ("code-x", "the\nthe")]
+    tokens = {
+        layout: compare({"e": english}, texts, "e", layout).n_tokens["e"]
+        for layout in ("document", "paragraph", "sentence")
+    }
+    # the|\n|the|.| the|\n|\n|the and the| the|.| the, the and the, the|., the, the
+    assert [counts["en"] for counts in tokens.values()] == [8, 5, 5]
+    assert {counts["code-x"] for counts in tokens.values()} == {3}
+
+
 def test_a_tie_is_not_won(english: Tekken):
     assert compare({"a": english, "b": english}, TEXTS, "a").won("b") == 0
 
 
 def test_numbers_come_out_as_csv_and_json(comparison: Comparison):
-    rows = list(csv.DictReader(io.StringIO(comparison.csv())))
+    rows = list(csv.DictReader(io.StringIO(as_csv(comparison.rows()))))
     assert [row["language"] for row in rows] == ["el", "el", "en", "en", "fr", "fr"]
     assert rows[3] == {
-        "language": "en", "tokenizer": "bytes", "tokens": "26", "bytes_a_token": "1.0",
+        "language": "en", "layout": "document", "tokenizer": "bytes", "tokens": "26", "bytes_a_token": "1.0",
         "chars_a_token": "1.0", "ratio": "2.0",
     }  # fmt: skip
-    content = json.loads(comparison.json())
+    content = json.loads(json.dumps(comparison.content()))
     assert content["won"] == {"bytes": {"won": 3, "of": 3}}
     assert len(content["rows"]) == 6
 

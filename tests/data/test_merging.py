@@ -90,3 +90,18 @@ def test_going_on_is_like_never_having_stopped():
     ranks = {token: rank for rank, token in enumerate(known)}
     spell = lambda word: [ranks[part] for part in merge(word.encode(), ranks)]  # noqa: E731
     assert learn_merges(words, 110, known, spell) == made[90:]
+
+
+@given(
+    st.dictionaries(st.text("ab  ", min_size=1, max_size=14), st.integers(1, 9), max_size=20),
+    st.integers(2, 3),
+    st.integers(2, 30),
+)
+def test_no_token_holds_more_words_than_it_may(words: dict[str, int], most: int, floors: int):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(merging, "FLOORS", floors)
+        made = learn_merges(words, 300, SINGLE_BYTES, most_words=most)
+    assert all(len(token.split()) <= most for token in made)
+    # Whole words that may stay together are a token each, for there is room for all.
+    whole = {word.encode() for word in words if len(word) > 1}
+    assert {word for word in whole if len(word.split()) <= most} <= set(made)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from opennemo.engine import EngineConfig, LocalEngine, SamplingParams
+from opennemo.engine.params import Healing
 from opennemo.engine.sampler import pick_among_all, sample
 from opennemo.engine.sequence import Prefix, Sequence
 from opennemo.model.attention import Packed
@@ -32,6 +33,47 @@ def test_sampling_follows_the_softmax(model):
     chi2 = ((counts - 4000 * probs) ** 2 / (4000 * probs))[likely].sum()
     n = int(likely.sum())
     assert n > 20 and chi2 < n + 4 * (2 * n) ** 0.5
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 0.3])
+def test_a_prompt_that_is_spelled_again_is_as_likely_as_the_model_finds_it(model, temperature):
+    """3,000 ways to spell a prompt's end against the product of the model's own probabilities."""
+    prompt = [5, 17, 200]
+
+    def probs(ids: tuple[int, ...]) -> torch.Tensor:
+        tokens = torch.tensor([*prompt, *ids])
+        with torch.inference_mode():
+            hidden = model(tokens, Packed.of(len(tokens)))[-1]
+        return (model.output(hidden) / temperature).softmax(-1)
+
+    expected, path, ends, reach = {}, (), [], 1.0
+    for _ in range(3):
+        row = probs(path)
+        goes_on, *ids = row.topk(4).indices.tolist()
+        ends.append(frozenset(ids))
+        expected |= {(*path, id): reach * float(row[id]) for id in ids}
+        reach, path = reach * float(row[goes_on]), (*path, goes_on)
+    healing = Healing(path[:2], tuple(ends))
+    engine = LocalEngine(deepcopy(model), [], EngineConfig(max_queued=5000))
+    asked = {"temperature": temperature, "max_tokens": 4, "healing": healing}
+    requests = [(prompt, SamplingParams(seed=i, **asked)) for i in range(3000)]
+    counts = dict.fromkeys(expected, 0)
+    for events in run(engine, requests):
+        ids = [event.id for event in events]
+        counts[next(key for key in expected if (*ids[: len(key)],) == key)] += 1
+    total = sum(expected.values())
+    due = {key: 3000 * value / total for key, value in expected.items()}
+    assert sum(n > 30 for n in due.values()) >= 5
+    chi2 = sum((counts[key] - due[key]) ** 2 / due[key] for key in due if due[key] > 5)
+    assert chi2 < 8 + 4 * 16**0.5
+
+
+def test_a_prompt_is_spelled_again_in_small_steps_too(model):
+    prompt, healing = prompts(1)[0][:9], Healing((40, 60), (frozenset(), frozenset(), frozenset({7})))
+    for config in (EngineConfig(max_batched_tokens=4), EngineConfig(max_batched_tokens=9)):
+        engine = LocalEngine(deepcopy(model), [], config)
+        events = run(engine, [(prompt, SamplingParams(max_tokens=5, healing=healing))])[0]
+        assert [event.id for event in events][:3] == [40, 60, 7] and len(events) == 5
 
 
 def test_logprobs_and_prompt_logprobs_are_the_models(model):
