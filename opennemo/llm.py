@@ -232,6 +232,8 @@ class LLM:
         """Continue a text, after BOS, or ids exactly as given; or each of a list, side by side.
 
         `params` and `options` (json_schema, format, stop, adapter, n, salt) are those of `chat`.
+        With `heal=True` the model may write the prompt's last tokens in another way, so that it
+        does not matter where in a superword the prompt ends; a format excludes it.
         """
         if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):
             return answer_each(prompt, lambda one: self._complete(one, params, **options))

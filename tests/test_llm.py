@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from collections import Counter
 from typing import Any
 
 import pydantic
@@ -13,7 +14,9 @@ from opennemo.errors import CheckpointError, ContextTooLong, InvalidRequest
 from opennemo.llm import LLM
 from opennemo.model.checkpoint import save
 from opennemo.model.transformer import PRESETS, Transformer
+from opennemo.tokenizer.patterns import SUPERWORDS
 from opennemo.tokenizer.tekken import SINGLE_BYTES, Tekken
+from tests.tiny import weights, write
 
 BYTES = Tekken(r"(?s:.)", SINGLE_BYTES, n_special=64)  # one token a byte
 
@@ -165,3 +168,62 @@ def test_the_names_that_people_import_are_there():
     assert {"LLM", "SamplingParams", "OpenNemoError"} <= set(opennemo.__all__)
     with pytest.raises(AttributeError, match="no attribute 'Model'"):
         opennemo.Model  # noqa: B018
+
+
+SUPERWORD_TOKENS = (
+    *(b"of", b" of", b"th", b"the", b" the", b" of the", b"is", b" this", b" of this"),
+    *(b"wo", b"wor", b"worl", b"world", b" world", b" of the world", b" war"),
+)
+
+
+@pytest.fixture(scope="module")
+def superwords(tmp_path_factory):
+    """A model that writes " of" and what may follow it, after an "x", in several ways."""
+    tokens = [*SINGLE_BYTES, *SUPERWORD_TOKENS]
+    tokenizer = Tekken(SUPERWORDS["tekken"], tokens, n_special=64)
+    id_of = {token: 64 + rank for rank, token in enumerate(tokens)}
+    following = {
+        b"x": (b" of the world", b" of the world", b" of the", b" of this", b" of"),
+        b" of": (b" world", b" this"),
+        b" of the": (b" war",),
+    }
+    pairs = [(id_of[a], id_of[b]) for a, several in following.items() for b in several]
+    pairs += [(id_of[token], 2) for token in (b" of the world", b" war", b" of this", b" world")]
+    folder = write(tmp_path_factory.mktemp("superwords"), weights(64 + len(tokens), pairs))
+    tokenizer.save(folder / "tekken.json")
+    with LLM.load(str(folder)) as llm:
+        yield llm
+
+
+def test_it_does_not_matter_where_in_a_superword_a_prompt_ends(superwords):
+    whole = "x of the world"
+    assert superwords.complete("x", temperature=0).text == " of the world"
+    for end in range(2, len(whole) + 1):
+        prompt = whole[:end]
+        assert superwords.complete(prompt, temperature=0, heal=True).text == whole[end:]
+    plain = [superwords.complete(whole[:end], temperature=0, max_tokens=4).text for end in (3, 8)]
+    assert plain != [whole[3:], whole[8:]]
+    with pytest.raises(InvalidRequest, match="heal: "):
+        superwords.complete("x of", heal=True, format=("regex", "a"))
+
+
+def test_what_follows_a_healed_prompt_is_as_likely_as_it_was_without_it(superwords):
+    """What begins with the longer prompt is distributed alike after the shorter one."""
+    sampling = {"temperature": 30.0, "top_k": 40, "max_tokens": 4, "heal": True}
+    counts = []
+    for prompt in ("x of", "x of t"):
+        replies = [superwords.complete(prompt, n=16, seed=s, **sampling) for s in range(60)]
+        texts = [prompt + answer.text for r in replies for answer in r.finish().answers]
+        begun = [text[: len("x of the wo")] for text in texts if text.startswith("x of t")]
+        counts.append(Counter(begun))
+    common = [text for text in counts[0] if counts[0][text] + counts[1][text] > 30]
+    assert len(common) >= 2, counts
+    shares = [c.total() / sum(map(Counter.total, counts)) for c in counts]
+    chi2 = 0.0
+    for text in common:
+        both = counts[0][text] + counts[1][text]
+        chi2 += sum(
+            (c[text] - both * s) ** 2 / (both * s) for c, s in zip(counts, shares, strict=True)
+        )
+    n = len(common)
+    assert chi2 < n + 4 * (2 * n) ** 0.5

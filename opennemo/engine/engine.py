@@ -132,6 +132,7 @@ def check_request(
         "stop_ids": params.stop_ids,
         "allowed_ids": params.allowed_ids or (),
         "bad_words": itertools.chain(*params.bad_words),
+        "healing": params.healing.ids if params.healing else (),
     }
     for name, ids in named.items():
         if any(not 0 <= id < vocab_size for id in ids):

@@ -54,6 +54,11 @@ class Healing:
     path: tuple[int, ...]
     ends: tuple[frozenset[int], ...]
 
+    @property
+    def ids(self) -> frozenset[int]:
+        """All tokens that are in it."""
+        return frozenset(self.path).union(*self.ends)
+
     def ahead(self, answer: list[int]) -> tuple[int, ...] | None:
         """What is left of the path; None once the answer has left it."""
         n = len(answer)

@@ -13,7 +13,7 @@ import os
 from abc import abstractmethod
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import accumulate, groupby
 from typing import TYPE_CHECKING, Any
@@ -79,7 +79,7 @@ class CorpusTokenizer(Tokenizer):
         except (ImportError, ValueError, AttributeError, OSError):
             return
         text = " ".join([*self.plain_tokens, probe() * 8])
-        with _one_thread():
+        with _one_thread(), suppress(ValueError):  # its regular expressions may fail on a text
             if library and _encode(library, [text])[0].tolist() == self.encode_prompt(text):
                 self.fastokens = library
 

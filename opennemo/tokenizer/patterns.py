@@ -20,16 +20,17 @@ PATTERNS = {
     "qwen2": _WORDS_AND.replace("NUMBER", r"\p{N}"),
     "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
 }
-# A vocabulary with superwords splits less than the pattern of its words: a piece is what stands on a
-# line up to a digit or the end of a sentence, with the indentation before it and the line break
-# behind it. Nothing in the piece looks ahead, so engines without backtracking read it in one pass.
+# A vocabulary with superwords splits less than the pattern of its words: a piece is what stands on
+# a line up to a digit or the end of a sentence, with the indentation before it and the line break
+# behind it. The repetition is possessive (++), which changes no match: without it PCRE2 runs out of
+# stack on a long line.
 _ENDS = ".!?\u2026\u3002\uff01\uff1f\u0964\u061f"  # of sentences, in any script
 _PART = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_WORD}|[^\r\n\p{{L}}\p{{N}}]?{_NAME}| ?[^\s\p{{L}}\p{{N}}{_ENDS}]+"
 )
 _REST = rf"\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_BLANK}"
 SUPERWORDS = {
-    "tekken": rf"[^\S\r\n]*(?:{_PART})+(?: ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|\s*[\r\n]+| )?|{_REST}",
+    "tekken": rf"[^\S\r\n]*(?:{_PART})++(?: ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|\s*[\r\n]+| )?|{_REST}",
 }
 # A file of ranks does not say how it splits text; its number of ranks gives it away.
 PATTERN_OF_RANKS = {50_256: "gpt2", 100_256: "llama3", 128_000: "llama3", 199_998: "o200k"}

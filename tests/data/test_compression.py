@@ -63,8 +63,8 @@ def test_numbers_come_out_as_csv_and_json(comparison: Comparison):
     rows = list(csv.DictReader(io.StringIO(as_csv(comparison.rows()))))
     assert [row["language"] for row in rows] == ["el", "el", "en", "en", "fr", "fr"]
     assert rows[3] == {
-        "language": "en", "layout": "document", "tokenizer": "bytes", "tokens": "26", "bytes_a_token": "1.0",
-        "chars_a_token": "1.0", "ratio": "2.0",
+        "language": "en", "layout": "document", "tokenizer": "bytes", "tokens": "26",
+        "bytes_a_token": "1.0", "chars_a_token": "1.0", "ratio": "2.0",
     }  # fmt: skip
     content = json.loads(json.dumps(comparison.content()))
     assert content["won"] == {"bytes": {"won": 3, "of": 3}}

@@ -1,10 +1,12 @@
 """A vocabulary is learned as BPE defines it, reproducibly, and other libraries read it."""
 
+import importlib.util
 import json
 import re
 from pathlib import Path
 
 import pytest
+import tiktoken
 import tokenizers
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
@@ -15,12 +17,21 @@ from opennemo.data.vocabulary import (
 )
 from opennemo.errors import InvalidRequest
 from opennemo.texts import Texts
-from opennemo.tokenizer.bpe import merge
+from opennemo.tokenizer.bpe import encode_plainly, merge
 from opennemo.tokenizer.patterns import PATTERNS
 from opennemo.tokenizer.tekken import Tekken
+from tests.tokenizer.conftest import SENTENCES, random_texts
 
 GREEK = "Όλοι οι άνθρωποι γεννιούνται ελεύθεροι και ίσοι στα δικαιώματα. "  # noqa: RUF001
 SETTINGS = VocabularySettings(vocab_size=2000)
+SUPERWORD_SETTINGS = VocabularySettings(
+    vocab_size=2400,
+    superwords=True,
+    transition=2000,
+    token_words=3,
+    sample_bytes=200_000,
+    layouts=("document", "paragraph", "sentence"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +112,10 @@ def test_extending_keeps_the_ids_and_learns_the_new_language(tekken: Tekken, tmp
         ({"pattern": "[a-z]+"}, "would lose"),
         ({"vocab_size": 900_000}, "the texts are too small"),
         ({"max_words": 3}, "max_words is 3: Input should be greater than or equal to 1000"),
+        ({"superwords": True, "pattern": "gpt2"}, "superwords are known for the pattern tekken"),
+        ({"superwords": True, "transition": 131_072}, "transition must be from 1,257 to 131,071"),
+        ({"token_words": 1}, "token_words is 1: Input should be greater than or equal to 2"),
+        ({"layouts": ("page",)}, "layouts.0 is 'page'"),
     ],
 )
 def test_settings_that_cannot_be_met_get_one_clear_line(
@@ -142,3 +157,51 @@ def test_an_empty_corpus_is_an_error(tmp_path: Path):
 def test_extending_needs_a_larger_vocabulary(corpus: Texts, tekken: Tekken):
     with pytest.raises(InvalidRequest, match="has 2,000 ids already"):
         train(corpus, SETTINGS, base=tekken)
+
+
+def test_superwords_extend_a_vocabulary_of_words(corpus: Texts, tmp_path: Path):
+    for folder, processes in (("one", 1), ("two", 2)):
+        trained = train(corpus, SUPERWORD_SETTINGS, processes=processes)
+        trained.save(tmp_path / folder)
+    for name in ("tekken.json", "tokenizer.json", "training.json"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    words = SUPERWORD_SETTINGS.model_copy(update={"superwords": False, "vocab_size": 2000})
+    first, both = train(corpus, words).tokenizer, trained.tokenizer
+    assert both.tokens[: len(first.tokens)] == first.tokens and both.vocab_size == 2400
+    assert both.has_superwords and not first.has_superwords
+    n_words = [len(token.split()) for token in both.tokens]
+    assert max(n_words) == 3 and sum(n > 1 for n in n_words) > 100
+    ranks = {token: rank for rank, token in enumerate(both.tokens)}
+    assert all(merge(token, ranks) == [token] for token in both.tokens)
+    n_tokens = [sum(len(each.encode(text)) for _, text in corpus) for each in (first, both)]
+    assert n_tokens[1] < 0.9 * n_tokens[0]
+
+
+def test_other_libraries_make_the_same_ids_of_superwords(corpus: Texts, tmp_path: Path):
+    trained = train(corpus, SUPERWORD_SETTINGS)
+    trained.save(tmp_path)
+    ours = Tekken.load(tmp_path / "tekken.json")
+    mistral = Tekkenizer.from_file(str(tmp_path / "tekken.json"))
+    hugging_face = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    ranks = {token: rank for rank, token in enumerate(ours.tokens)}
+    openai = tiktoken.Encoding(
+        "superwords", pat_str=ours.pattern, mergeable_ranks=ranks, special_tokens={}
+    )
+    line = "and so the words of a line went on and on without a mark at its end " * 600
+    texts = [*(text for _, text in corpus), *SENTENCES, *random_texts(400, seed=3), line, line * 9]
+    expected = [ours.encode_prompt(text) for text in texts]
+    assert [mistral.encode(text, bos=False, eos=False) for text in texts] == expected
+    assert [[id + 1000 for id in openai.encode_ordinary(text)] for text in texts] == expected
+    theirs = [hugging_face.encode(text, add_special_tokens=False).ids for text in texts]
+    assert theirs == expected
+    assert [ids.tolist() for ids in ours.encode_batch(texts)] == expected
+    if importlib.util.find_spec("fastokens"):
+        assert ours.fastokens is not None
+    for text, ids in zip(texts[-420:-2], expected[-420:-2], strict=True):
+        plain = encode_plainly(text, ours.pattern, ranks)
+        assert [id - 1000 for id in ids] == plain and ours.decode(ids) == text
+
+
+def test_superwords_are_not_added_to_a_vocabulary_that_exists(corpus: Texts, tekken: Tekken):
+    with pytest.raises(InvalidRequest, match="superwords change the pattern"):
+        train(corpus, SUPERWORD_SETTINGS, base=tekken)

@@ -69,7 +69,10 @@ def test_a_prompt_that_is_spelled_again_is_as_likely_as_the_model_finds_it(model
 
 
 def test_a_prompt_is_spelled_again_in_small_steps_too(model):
-    prompt, healing = prompts(1)[0][:9], Healing((40, 60), (frozenset(), frozenset(), frozenset({7})))
+    prompt, healing = (
+        prompts(1)[0][:9],
+        Healing((40, 60), (frozenset(), frozenset(), frozenset({7}))),
+    )
     for config in (EngineConfig(max_batched_tokens=4), EngineConfig(max_batched_tokens=9)):
         engine = LocalEngine(deepcopy(model), [], config)
         events = run(engine, [(prompt, SamplingParams(max_tokens=5, healing=healing))])[0]
