@@ -15,6 +15,7 @@ import gettext
 import json
 import os
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -32,6 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 from opennemo.texts import Texts
+from opennemo.tokenizer.patterns import SUPERWORDS
 from opennemo.tokenizer.saving import save_huggingface
 from opennemo.tokenizer.tekken import Tekken
 
@@ -250,6 +252,28 @@ def measure_moments(rows: list[dict], encoders: dict[str, Encode], kinds: dict) 
             rows.append(row(f"a million: {name}, {when}", seconds, [1.0], "limit", "s", 1.0))
 
 
+def measure_superwords(rows: list[dict], kinds: dict) -> None:
+    """Processor time where a piece is a sentence, or a million bytes without a mark to split at."""
+    ours = Tekken(SUPERWORDS["tekken"], Tekken.load(NEMO).tokens)
+    ours.expect_corpus()
+    ranks = {token: rank for rank, token in enumerate(ours.tokens)}
+    theirs = tiktoken.Encoding(
+        "superwords", pat_str=ours.pattern, mergeable_ranks=ranks, special_tokens={}
+    )
+    english = " ".join(text for chunk in kinds["english"] for text in chunk)
+    words = re.findall("[A-Za-z]+", english)
+    endless = " ".join(words * (1 + 1_000_000 // len(" ".join(words))))[:1_000_000]
+    cases = {"english": english, "a million bytes of words without a mark": endless}
+    for name, text in cases.items():
+        speeds: dict[str, list[float]] = {"ours": [], "tiktoken": []}
+        for _ in range(3):
+            for peer, encode in (("ours", ours.encode), ("tiktoken", theirs.encode_ordinary)):
+                start = time.process_time()
+                encode(text)
+                speeds[peer].append(n_bytes(text) / (time.process_time() - start) / 1e6)
+        rows.append(row(f"superwords, {name}", *speeds.values(), "tiktoken", "MB/s", 1.0))
+
+
 def row(
     name: str, ours: list[float], peer: list[float], peer_name: str, unit: str, goal: float | None
 ) -> dict:
@@ -285,6 +309,7 @@ def main() -> None:
     tried = encoders()
     measure_speed(rows, tried, kinds)
     measure_moments(rows, tried, kinds)
+    measure_superwords(rows, kinds)
     measure_bulk(rows, kinds, 1 if options.quick else 3)
     table = Table("", "ours", "peer", "", "ratio", "goal")
     for each in rows:

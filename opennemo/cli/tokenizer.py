@@ -2,18 +2,17 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
-from opennemo.cli.options import check_place, given, need, read_text, tokenizer_path
+from opennemo.cli.options import check_place, given, need, one_of, read_text, tokenizer_path
 from opennemo.progress import stages
 
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Look at, compare and learn vocabularies."
 )
 TEXTS = "JSON lines (text, language), text files or folders, .gz or .zst too."
-Layout = Literal["document", "paragraph", "sentence"]
 TokenizerFile = Annotated[
     str,
     typer.Argument(
@@ -45,8 +44,10 @@ def compare(
         str | None, typer.Option(help="Compare the others with this one; by default the first.")
     ] = None,
     layout: Annotated[
-        list[Layout] | None,
-        typer.Option(help="How texts are written, repeatable; by default as they are."),
+        list[str] | None,
+        typer.Option(
+            help="document (as texts are, the default), paragraph or sentence; repeatable."
+        ),
     ] = None,
     csv: Annotated[Path | None, typer.Option(help="Write the rows here as CSV.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write everything here as JSON.")] = None,
@@ -65,14 +66,15 @@ def compare(
 
     from opennemo.data.compression import as_csv, open_all
     from opennemo.data.compression import compare as measure
-    from opennemo.texts import Texts
+    from opennemo.texts import LAYOUTS, Texts
 
     check_place(csv, json, *(plot or ()))
     if plot:
         need("--plot", "matplotlib", "train")
     opened = open_all(tokenizers)
     reference = reference or next(iter(opened))
-    results = [measure(opened, Texts(texts), reference, each) for each in layout or ["document"]]
+    layouts = [one_of("--layout", each, LAYOUTS) for each in layout or LAYOUTS[:1]]
+    results = [measure(opened, Texts(texts), reference, each) for each in layouts]
     for each in results:
         Console().print(each.table())
     if csv:

@@ -42,6 +42,7 @@ class VocabularySettings(BaseModel):
         superwords: learn the later tokens across spaces; the pattern then splits less.
         transition: ids when that begins, by default 11 of 16.
         token_words: the most words that a superword may hold.
+        superword_weights: in place of `weights` while superwords are learned; by default the same.
         sample_bytes: of different phrases that are kept to learn superwords from, each about 40
             bytes of memory.
     """
@@ -54,12 +55,13 @@ class VocabularySettings(BaseModel):
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     weights: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = {}
     max_words: Annotated[int, Field(ge=1000)] = 10_000_000
-    layouts: Annotated[
-        tuple[Literal["document", "paragraph", "sentence"], ...], Field(min_length=1)
-    ] = ("document",)
+    layouts: Annotated[list[Literal["document", "paragraph", "sentence"]], Field(min_length=1)] = [
+        "document"
+    ]
     superwords: bool = False
     transition: int | None = None
     token_words: Annotated[int, Field(ge=2)] = 4
+    superword_weights: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = {}
     sample_bytes: Annotated[int, Field(ge=10_000)] = 80_000_000
 
     @model_validator(mode="after")
@@ -168,13 +170,15 @@ def _learn(
             f"{settings.vocab_size:,} is not more"
         )
     across = pattern in SUPERWORDS.values()
+    weights = settings.weights
     if across:
-        counts = PhraseCounts(settings.sample_bytes, settings.weights)
+        weights = settings.superword_weights or weights
+        counts = PhraseCounts(settings.sample_bytes, weights)
     else:
         counts = WordCounts(max_words=settings.max_words)
     counting = {"layouts": settings.layouts, "processes": processes, "report": report}
     count_words(texts, pattern, counts, **counting)
-    words = weigh(counts, settings.temperature, settings.weights)
+    words = weigh(counts, settings.temperature, weights)
     spell = base and (lambda word: [id - n_special for id in base.encode(word)])
     if base and across:
         base.expect_corpus()

@@ -96,7 +96,7 @@ class PhraseCounts:
     Attributes:
         max_bytes: of all phrases that are kept. A language's share is in proportion to the square
             root of what its texts count, so that neither large nor small ones lack phrases.
-        weights: factors of languages, as in `weigh`.
+        weights: factors of languages, as in `weigh`; those of 0 are not kept.
         levels: by language, the logarithm of *t*; a language that is not in it is complete.
     """
 
@@ -112,7 +112,8 @@ class PhraseCounts:
         """Add counts; then halve the samples that are too large until all have room."""
         for language, counts in words.items():
             known = self.words.setdefault(language, Counter())
-            self._add(language, known, counts)
+            if self._weight(language):
+                self._add(language, known, counts)
         while self.sizes.total() > self.max_bytes:
             language = max(self.sizes, key=self._excess)
             self.levels[language] += 1
@@ -120,8 +121,10 @@ class PhraseCounts:
             self._add(language, self.words[language], before)
 
     def _excess(self, language: str) -> float:
-        due = self.n_bytes[language] * self.weights.get(language, self.weights.get("*", 1.0))
-        return self.sizes[language] ** 2 / max(due, 1e-9)
+        return self.sizes[language] ** 2 / (self.n_bytes[language] * self._weight(language))
+
+    def _weight(self, language: str) -> float:
+        return self.weights.get(language, self.weights.get("*", 1.0))
 
     def record(self) -> dict:
         """How many phrases were kept, and of which languages not all."""

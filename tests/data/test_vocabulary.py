@@ -30,7 +30,7 @@ SUPERWORD_SETTINGS = VocabularySettings(
     transition=2000,
     token_words=3,
     sample_bytes=200_000,
-    layouts=("document", "paragraph", "sentence"),
+    layouts=["document", "paragraph", "sentence"],
 )
 
 
@@ -115,7 +115,7 @@ def test_extending_keeps_the_ids_and_learns_the_new_language(tekken: Tekken, tmp
         ({"superwords": True, "pattern": "gpt2"}, "superwords are known for the pattern tekken"),
         ({"superwords": True, "transition": 131_072}, "transition must be from 1,257 to 131,071"),
         ({"token_words": 1}, "token_words is 1: Input should be greater than or equal to 2"),
-        ({"layouts": ("page",)}, "layouts.0 is 'page'"),
+        ({"layouts": ["page"]}, "layouts.0 is 'page'"),
     ],
 )
 def test_settings_that_cannot_be_met_get_one_clear_line(
@@ -189,6 +189,7 @@ def test_other_libraries_make_the_same_ids_of_superwords(corpus: Texts, tmp_path
     )
     line = "and so the words of a line went on and on without a mark at its end " * 600
     texts = [*(text for _, text in corpus), *SENTENCES, *random_texts(400, seed=3), line, line * 9]
+    texts = [text for text in texts if not any(name in text for name in ours.control)]
     expected = [ours.encode_prompt(text) for text in texts]
     assert [mistral.encode(text, bos=False, eos=False) for text in texts] == expected
     assert [[id + 1000 for id in openai.encode_ordinary(text)] for text in texts] == expected
@@ -197,7 +198,7 @@ def test_other_libraries_make_the_same_ids_of_superwords(corpus: Texts, tmp_path
     assert [ids.tolist() for ids in ours.encode_batch(texts)] == expected
     if importlib.util.find_spec("fastokens"):
         assert ours.fastokens is not None
-    for text, ids in zip(texts[-420:-2], expected[-420:-2], strict=True):
+    for text, ids in zip(texts[-200:-2], expected[-200:-2], strict=True):
         plain = encode_plainly(text, ours.pattern, ranks)
         assert [id - 1000 for id in ids] == plain and ours.decode(ids) == text
 
