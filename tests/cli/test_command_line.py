@@ -1,5 +1,6 @@
 """Errors and help of every command: one line, and no import of torch."""
 
+import json
 import os
 import subprocess
 import sys
@@ -32,6 +33,19 @@ from tests.hollow import write_hollow
             "allowed are cpu, cu",
         ),
         (["generate", "smollm2-135m-instruct", "Hi", "--device", "cuda:99"], b"", "PyTorch"),
+        (
+            [
+                "tokenizer",
+                "compare",
+                "opennemo-tekken-32k",
+                "--texts",
+                "{tmp}/bad.txt",
+                "--layout",
+                "page",
+            ],
+            b"",
+            "allowed are document, paragraph, sentence",
+        ),
         (["inform"], b"", "(see `opennemo --help`)"),
         (["info"], b"", "Missing argument 'model' (see `opennemo info --help`)"),
         (["chat", "--seed", "one"], b"", "Invalid value for '--seed'"),
@@ -73,3 +87,20 @@ def test_info_shows_what_is_stored_what_fits_and_how_fast(tmp_path):
     assert "stored      363 tensors in bfloat16 (22.8 GiB)" in lines
     assert any("int8" in line and "12.0 GiB" in line for line in lines)
     assert "tokens/s at most" in done.stdout and "GB/s" in done.stdout
+
+
+def test_superwords_are_learned_shown_and_compared_in_layouts(tmp_path):
+    text = "It is one of the things that have to be said of the things that are to come.\n"
+    (tmp_path / "en.txt").write_text(text * 40, encoding="utf-8")
+    options = ("--vocab-size", "1296", "--superwords", "--transition", "1284", "--max-words", "3")
+    done = opennemo("tokenizer", "train", f"{tmp_path}/en.txt", *options, "-o", f"{tmp_path}/own")
+    assert done.returncode == 0, done.stderr
+    assert b"Counting phrases" in done.stderr and b"1,296 ids" in done.stdout
+    done = opennemo("tokenizer", "show", f"{tmp_path}/own/tekken.json", "of the things")
+    assert b"of the tokens are superwords" in done.stdout, done.stderr
+    layouts = ("--layout", "sentence", "--layout", "document", "--json", f"{tmp_path}/out.json")
+    tokenizers = (f"own={tmp_path}/own", "old=opennemo-tekken-32k")
+    done = opennemo("tokenizer", "compare", *tokenizers, "--texts", f"{tmp_path}/en.txt", *layouts)
+    assert done.returncode == 0, done.stderr
+    assert b"sentence by sentence" in done.stdout
+    assert json.loads((tmp_path / "out.json").read_text()).keys() == {"sentence", "document"}
