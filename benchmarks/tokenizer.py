@@ -262,11 +262,18 @@ def measure_superwords(rows: list[dict], kinds: dict) -> None:
     )
     english = " ".join(text for chunk in kinds["english"] for text in chunk)
     words = re.findall("[A-Za-z]+", english)
-    endless = " ".join(words * (1 + 1_000_000 // len(" ".join(words))))[:1_000_000]
-    cases = {"english": english, "a million bytes of words without a mark": endless}
-    for name, text in cases.items():
+
+    def fresh(i: int) -> dict[str, str]:
+        """Texts that were not seen before."""
+        shuffled = random.Random(i).sample(words, len(words))
+        endless = " ".join(shuffled * (1 + 1_000_000 // len(" ".join(words))))[:1_000_000]
+        part = english[i * len(english) // 3 : (i + 1) * len(english) // 3]
+        return {"english": part, "a million bytes of words without a mark": endless}
+
+    for name in fresh(0):
         speeds: dict[str, list[float]] = {"ours": [], "tiktoken": []}
-        for _ in range(3):
+        for i in range(3):
+            text = fresh(i)[name]
             for peer, encode in (("ours", ours.encode), ("tiktoken", theirs.encode_ordinary)):
                 start = time.process_time()
                 encode(text)
