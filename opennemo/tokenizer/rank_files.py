@@ -14,7 +14,7 @@ from pathlib import Path
 
 from opennemo.errors import CheckpointError
 from opennemo.tokenizer.bpe import BytePairTokenizer
-from opennemo.tokenizer.patterns import PATTERN_OF_RANKS, PATTERNS
+from opennemo.tokenizer.patterns import PATTERN_OF_RANKS, PATTERNS, SUPERWORDS
 from opennemo.tokenizer.tekken import Tekken
 
 OWN = "opennemo-tekken-32k"
@@ -43,9 +43,12 @@ class RankFile(BytePairTokenizer):
 
 
 def own_tokenizer() -> Tekken:
-    """The vocabulary that comes with OpenNemo: 32,768 ids, learned from 773 languages and code."""
+    """The vocabulary that comes with OpenNemo: 32,768 ids, the last of them superwords.
+
+    Learned from 773 languages and code.
+    """
     packed = files("opennemo.tokenizer").joinpath("data", f"{OWN}.tiktoken.gz").read_bytes()
-    return Tekken(PATTERNS["tekken"], _read(gzip.decompress(packed)))
+    return Tekken(SUPERWORDS["tekken"], _read(gzip.decompress(packed)))
 
 
 def pack(tokens: Sequence[bytes]) -> bytes:

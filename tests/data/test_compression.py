@@ -11,7 +11,7 @@ from rich.console import Console
 
 from opennemo.data.compression import Comparison, as_csv, compare, open_all
 from opennemo.errors import InvalidRequest
-from opennemo.texts import Texts
+from opennemo.texts import LAYOUTS, Texts
 from opennemo.tokenizer.patterns import PATTERNS
 from opennemo.tokenizer.rank_files import OWN
 from opennemo.tokenizer.tekken import SINGLE_BYTES, Tekken
@@ -109,12 +109,13 @@ def test_tokenizers_have_names(english: Tekken, tmp_path: Path):
         open_all([str(tmp_path / "small"), str(tmp_path / "small" / "tekken.json")])
 
 
-def test_it_is_no_worse_than_sentencepiece_on_the_held_out_text():
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_it_is_no_worse_than_sentencepiece_on_the_held_out_text(layout: str):
     news = Path(__file__).parents[2].parent / "shared/data/tokenizer-heldout/news.jsonl.gz"
     if not news.exists():
         pytest.skip("the held-out news are not beside this checkout")
     data = Path(mistral_common.__file__).parent / "data"
     tokenizers = open_all([f"own={OWN}", f"v3={data}/mistral_instruct_tokenizer_240323.model.v3"])
-    result = compare(tokenizers, Texts([news]), "own")
+    result = compare(tokenizers, Texts([news]), "own", layout)
     assert result.won("v3") == len(result.languages) == 75
     assert all(result.ratio("v3", language) > 1.5 for language in ("hi", "ar", "ko"))
