@@ -142,9 +142,11 @@ def test_settings_come_from_a_file(tmp_path: Path):
             make_settings(file)
 
 
-@pytest.mark.parametrize("size", [32_768, 131_072])
-def test_the_recipes_are_valid(size: int):
-    file = Path(__file__).parents[2] / "recipes" / f"opennemo-tekken-{size >> 10}k.toml"
+@pytest.mark.parametrize(
+    ("name", "size"), [("32k", 32_768), ("128k", 131_072), ("s-131k", 131_072)]
+)
+def test_the_recipes_are_valid(name: str, size: int):
+    file = Path(__file__).parents[2] / "recipes" / f"opennemo-tekken-{name}.toml"
     assert make_settings(file).vocab_size == size
 
 
