@@ -20,8 +20,8 @@ from opennemo.engine.engine import MAX_ANSWERS
 from opennemo.engine.sizes import PAGE_SIZE
 from opennemo.engine.token import Token
 from opennemo.errors import OpenNemoError
-from opennemo.model.attention import FUSED_PAGE_SIZE
 from opennemo.model.formats import SCALED_KV, plain
+from opennemo.model.fused_attention import FUSED_PAGE_SIZE
 from opennemo.model.lora import Adapter, LoRALinear, RoundedLoRA
 from opennemo.model.quantization import (
     KVRounding,
