@@ -86,7 +86,8 @@ class Rollouts:
             kv_format=own.name if scale is None else SCALED_KV, max_sequences=SEQUENCES,
             max_queued=len(prompts) * n + 1,
             n_draft_tokens=0,  # how many are guessed depends on measured times
-            adapters=True,  # weights that the trainer shares are not to be let go of
+            adapters=adapter is not None,
+            keep_model=True,  # weights are the trainer's
         )  # fmt: skip
         engine = LocalEngine(made, self.eos_ids, config, scale, n_tokens=self.n_tokens)
         if adapter is not None:
