@@ -94,7 +94,7 @@ def sharing(model: Transformer, n: int, rounds: int) -> Row:
 @torch.no_grad()
 def differences(path: Path, format: str, n: int, max_tokens: int) -> tuple[Tensor, Tensor]:
     """Of log-probabilities (T',): engine against trainer, and trainer in float32 and float64."""
-    model = load(open_checkpoint(path), form=Form(dtype=torch.float32, tables=False))
+    model = load(open_checkpoint(path), form=Form(dtype=torch.float32))
     if format != "fp32":
         prepare_qat_(model, by_name(format))
     tokenizer = load_tokenizer(path)
