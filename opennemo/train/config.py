@@ -193,7 +193,7 @@ class Reward:
     """What an answer is worth: a function of rewards.py, or the user's own, and its weight."""
 
     name: str  # "module:function" or "file.py:function" for one's own
-    weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
+    weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0  # in the sum
     pattern: str | None = None  # of `format` alone: the whole answer matches it
 
 
@@ -205,7 +205,7 @@ class Reinforcement:
     whose answers are all worth the same are left out.
     """
 
-    rewards: tuple[Reward, ...] = ()
+    rewards: tuple[Reward, ...] = ()  # what is summed
     updates: Positive = 1  # of a step, among which its prompts are divided
     epochs: Positive = 1  # how often they are gone through
     clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2  # how far an update may lower a token ...
