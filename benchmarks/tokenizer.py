@@ -278,7 +278,8 @@ def measure_superwords(rows: list[dict], kinds: dict) -> None:
                 start = time.process_time()
                 encode(text)
                 speeds[peer].append(n_bytes(text) / (time.process_time() - start) / 1e6)
-        rows.append(row(f"superwords, {name}", *speeds.values(), "tiktoken", "MB/s", 1.0))
+        found = speeds["ours"], speeds["tiktoken"]
+        rows.append(row(f"superwords, {name}", *found, "tiktoken", "MB/s", 1.0))
 
 
 def row(

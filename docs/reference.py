@@ -178,7 +178,7 @@ def metrics() -> str:
 
 def every_metric() -> list[Any]:
     """Families of a server whose engine is idle."""
-    server = Metrics("model")
+    server = Metrics("model", n_requests=1)
     server.watch(_Idle())  # pyright: ignore[reportArgumentType]
     return list(server.registry.collect())
 

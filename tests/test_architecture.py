@@ -61,7 +61,7 @@ SPINE = [
     "serve/protocols/chat",
     "serve/app",
 ]
-SPINE_BUDGET = 7_300
+SPINE_BUDGET = 7_350
 # What the spine does not need, directly or through others.
 WINGS = {"batch", "cli", "cluster", "data", "evals", "planning", "terminal"}
 # Lines of Python in the package. It falls; raise it only in the commit that needs it, saying why.

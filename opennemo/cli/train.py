@@ -129,8 +129,9 @@ def _refuse_beyond_memory(recipe: Any) -> None:
     machine = this_machine(device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if recipe.model.path is not None:  # fetched now, if it is on the hub
         recipe = replace(recipe, model=replace(recipe.model, path=str(locate(recipe.model.path))))
-    config, stored = resolve_shape(recipe, None, None)
-    made, room = plan(recipe, config, machine, stored=stored), machine.card.memory
+    base = resolve_shape(recipe, None, None)
+    made = plan(recipe, base.config, machine, stored=base.stored, in_blocks=base.in_blocks)
+    room = machine.card.memory
     if made.total > room:
         data = recipe.data
         raise InvalidRequest(

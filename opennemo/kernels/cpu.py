@@ -154,7 +154,8 @@ def fit(
     load_library(instructions or available_instructions()[0]).blocks_fit(
         ctypes.byref(search), n_groups, weights.data_ptr(), importance.data_ptr(), to
     )
-    return codes, *units, *(part.view(n_blocks, -1) for part in of_groups)
+    scales, minima = (part.view(n_blocks, -1) for part in of_groups)
+    return codes, units[0], units[1], scales, minima
 
 
 @dataclass(frozen=True, kw_only=True)

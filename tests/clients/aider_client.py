@@ -1,6 +1,5 @@
-"""aider, which edits files by what a model writes: python aider_client.py URL KEY MODEL."""
-
 # type: ignore  (runs where other versions of its packages are installed)
+"""aider, which edits files by what a model writes: python aider_client.py URL KEY MODEL."""
 
 import os
 import subprocess

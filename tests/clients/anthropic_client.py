@@ -1,6 +1,5 @@
-"""Anthropic's Python client: python anthropic_client.py URL KEY MODEL."""
-
 # type: ignore  (runs where other versions of its packages are installed)
+"""Anthropic's Python client: python anthropic_client.py URL KEY MODEL."""
 
 import sys
 

@@ -1,6 +1,5 @@
-"""Instructor, over OpenAI's client: python instructor_client.py URL KEY MODEL."""
-
 # type: ignore  (runs where other versions of its packages are installed)
+"""Instructor, over OpenAI's client: python instructor_client.py URL KEY MODEL."""
 
 import sys
 

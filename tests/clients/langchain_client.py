@@ -1,6 +1,5 @@
-"""LangChain's classes for OpenAI and Mistral: python langchain_client.py URL KEY MODEL."""
-
 # type: ignore  (runs where other versions of its packages are installed)
+"""LangChain's classes for OpenAI and Mistral: python langchain_client.py URL KEY MODEL."""
 
 import sys
 

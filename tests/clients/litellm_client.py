@@ -1,6 +1,5 @@
-"""LiteLLM with three of its providers: python litellm_client.py URL KEY MODEL."""
-
 # type: ignore  (runs where other versions of its packages are installed)
+"""LiteLLM with three of its providers: python litellm_client.py URL KEY MODEL."""
 
 import json
 import os

@@ -1,6 +1,5 @@
-"""LlamaIndex: python llama_index_client.py URL KEY MODEL."""
-
 # type: ignore  (runs where other versions of its packages are installed)
+"""LlamaIndex: python llama_index_client.py URL KEY MODEL."""
 
 import asyncio
 import sys

@@ -1,6 +1,5 @@
-"""`llm`, a command line: python llm_client.py URL KEY MODEL."""
-
 # type: ignore  (runs where other versions of its packages are installed)
+"""`llm`, a command line: python llm_client.py URL KEY MODEL."""
 
 import json
 import os

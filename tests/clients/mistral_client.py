@@ -1,6 +1,5 @@
-"""Mistral's Python client, 1.x and 3.x: python mistral_client.py URL KEY MODEL."""
-
 # type: ignore  (runs where other versions of its packages are installed)
+"""Mistral's Python client, 1.x and 3.x: python mistral_client.py URL KEY MODEL."""
 
 import json
 import sys

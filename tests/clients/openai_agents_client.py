@@ -1,6 +1,5 @@
-"""OpenAI's Agents SDK: python openai_agents_client.py URL KEY MODEL."""
-
 # type: ignore  (runs where other versions of its packages are installed)
+"""OpenAI's Agents SDK: python openai_agents_client.py URL KEY MODEL."""
 
 import asyncio
 import sys

@@ -1,6 +1,5 @@
-"""OpenAI's Python client: python openai_client.py URL KEY MODEL."""
-
 # type: ignore  (runs where other versions of its packages are installed)
+"""OpenAI's Python client: python openai_client.py URL KEY MODEL."""
 
 import json
 import sys

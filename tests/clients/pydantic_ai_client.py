@@ -1,6 +1,5 @@
-"""Pydantic AI with its models of four protocols: python pydantic_ai_client.py URL KEY MODEL."""
-
 # type: ignore  (runs where other versions of its packages are installed)
+"""Pydantic AI with its models of four protocols: python pydantic_ai_client.py URL KEY MODEL."""
 
 import asyncio
 import sys

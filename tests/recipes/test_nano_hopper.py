@@ -28,7 +28,7 @@ BYTES = Tekken(r"(?s:.)", SINGLE_BYTES, n_special=64)
 
 def test_it_fits_into_25_minutes_and_eight_pieces():
     recipe = read_recipe(RECIPE)
-    config, stored = resolve_shape(recipe, None, None)
+    config, stored, _ = resolve_shape(recipe, None, None)
     machines = parse_machines("1xh200", 1)
     machines = replace(machines, card=replace(machines.card, flops=790e12))  # measured elsewhere
     made = plan(recipe, config, machines, stored=stored, share_of_peak=0.4)

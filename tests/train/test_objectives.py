@@ -1,6 +1,7 @@
 """Losses equal what they are defined to be, whatever is packed with them."""
 
 import math
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -92,7 +93,7 @@ def test_losses_in_chunks_are_pytorchs(reduction: str):
     hidden, weight, targets = torch.randn(50, 16), torch.randn(90, 16), torch.randint(90, (50,))
     for losses in (fused_losses.by_pytorch, fused_losses.by_chunks):
         leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
-        loss = losses(*leaves, targets, reduction, 7)
+        loss = losses(leaves[0], leaves[1], targets, reduction, 7)
         found.append([loss.detach(), *torch.autograd.grad(loss.sum(), leaves)])
     for theirs, ours in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs)
@@ -142,7 +143,7 @@ def test_the_other_losses_of_preferences_are_those_of_their_papers():
     }  # fmt: skip
     rows = ExampleRows(pairs, 64, seed=1)
     for loss, losses in expected.items():
-        settings = Preference(loss=loss, beta=0.3, margin=0.2 * (loss == "simpo"))
+        settings = Preference(loss=cast(Any, loss), beta=0.3, margin=0.2 * (loss == "simpo"))
         reference = before.numpy() if settings.has_reference else np.zeros((3, 2), np.float32)
         found, _ = preference(net, batch_of(rows, reference), settings)
         torch.testing.assert_close(found, losses.sum(), rtol=1e-4, atol=1e-4, msg=loss)
@@ -166,7 +167,7 @@ def test_answers_that_share_their_prompt_learn_as_separate_ones(format):
     net = model()
     if format:
         prepare_qat_(net, FORMATS[format], kv=True)
-        net.kv_rounding.largest.fill_(3.0)
+        cast(Any, net.kv_rounding).largest.fill_(3.0)
     pairs = [Pair(*branches(n, lengths, n)) for n, lengths in ((30, [5, 9]), (12, [1, 3]))]
     sides = [side for pair in pairs for side in (pair.chosen, pair.rejected)]
     settings, reference = Preference(beta=0.3, sft=0.5), np.array([[-9.0, -8.0], [-4.0, -5.0]])
@@ -181,7 +182,9 @@ def test_answers_that_share_their_prompt_learn_as_separate_ones(format):
         loss, _ = preference(net, batch, settings)
         net.zero_grad()
         loss.backward()
-        found.append((loss.detach(), {n: p.grad.clone() for n, p in net.named_parameters()}))
+        found.append(
+            (loss.detach(), {n: cast(Any, p.grad).clone() for n, p in net.named_parameters()})
+        )
     torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-5)
 
 
