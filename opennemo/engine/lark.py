@@ -134,9 +134,9 @@ def _in_any_order(i: int, schema: Any) -> list[str] | None:
     """Rules `args_i` of an object whose properties come as the model likes, each once at most.
 
     A JSON schema says nothing of order, and models put first what was said first: held to the
-    schema's order, one that had learnt so made an eighth fewer exact calls (docs/log.md). The
-    properties that are there are bits of a rule's parameter. None where the schema says more than
-    which properties there are and which must be.
+    schema's order, one that had learned so made an eighth fewer exact calls
+    (docs/results/training.md). The properties that are there are bits of a rule's parameter. None
+    where the schema says more than which properties there are and which must be.
     """
     plain = {"type", "properties", "required", "title", "description", "additionalProperties"}
     if not isinstance(schema, dict) or not schema.keys() <= plain:

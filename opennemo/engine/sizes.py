@@ -31,7 +31,7 @@ from opennemo.progress import size
 PAGE_SIZE = 16  # tokens, on a CPU
 # Tokens of a step: on a GPU a prompt's products are bound by arithmetic from some hundreds on.
 STEP_TOKENS = {"cpu": 512, "cuda": 2048}
-# There it takes no more time than float32 or bf16, and less with many sequences (docs/log.md).
+# No slower than float32 or bf16, and faster with many sequences (docs/results/cpu.md).
 CPU_KV = "int8"
 MORE_PAGES = 64  # than one sequence of the longest context takes
 # A form that leaves less context than this is passed over where another leaves more ...

@@ -64,7 +64,7 @@ def forms(checkpoint: Checkpoint, device: str, *, ranks: bool = False) -> dict[s
     rest = torch.bfloat16 if short or not on_cpu else torch.float32
     best = ("bf16", "fp32") if short or not on_cpu else ("fp32", "bf16")
     # A quarter of a small model's time is its head. Codes of 8 bits cost it next to nothing
-    # (docs/log.md), and it is what llama.cpp does, too; folders keep it whole for others.
+    # (docs/results/quantisation.md), and llama.cpp does the same; folders keep it whole for others.
     head = FORMATS["int8"] if on_cpu else None
     made = {}
     if checkpoint.format or blocks:

@@ -6,7 +6,7 @@ are supported, those whose tokens spell bytes in GPT-2's alphabet (NeMo, Llama 3
 SentencePiece's with `▁` for a space and `<0x0A>` for a byte (Mistral 7B, Llama 2).
 
 The `tokenizers` library encodes prompts, a CorpusEncoder corpora and very long texts, for the same
-ids in a ninth of the time (docs/log.md).
+ids in a ninth of the time (docs/results/tokenizer.md).
 
 Format: the `tokenizers` library; files beside it: `PreTrainedTokenizerBase` of transformers.
 """
