@@ -3,7 +3,7 @@
 A line is a request that did not come over the network: it goes through the application like any
 other, so that a batch answers whatever a route answers, errors included. Lines are OpenAI's batch
 format; Mistral's, which have a `custom_id` and a `body` alone, are read, too. Where lines come from
-and where answers are kept is not known here: offline.py has files, batches.py a database.
+and where answers are kept is not known here: offline.py has files, worker.py a database.
 """
 
 import asyncio
