@@ -1,4 +1,4 @@
-"""What a Python caller may pass to `LLM`, brought to one form or refused in one line."""
+"""Arguments of `LLM` for Python callers, brought to one form or refused in one line."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,7 +19,7 @@ Adapters = Mapping[str, Path | str] | Iterable[Path | str]
 
 
 def answer_each(prompts: Iterable[Any], answer: Callable[[Any], Reply]) -> list[Reply]:
-    """A reply to each; if one prompt is refused, the others are not answered either."""
+    """A reply to each prompt; if one is refused, the others are cancelled."""
     replies: list[Reply] = []
     try:
         for prompt in prompts:
@@ -27,7 +27,7 @@ def answer_each(prompts: Iterable[Any], answer: Callable[[Any], Reply]) -> list[
                 try:
                     replies.append(answer(prompt))
                     break
-                except Overloaded:  # the queue is full: the first that is under way makes room
+                except Overloaded:  # the queue is full: wait for the first reply under way
                     if not (waiting := [reply for reply in replies if not reply.finished]):
                         raise
                     waiting[0].finish()
@@ -56,7 +56,7 @@ def torch_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def answer_format(format: Any, json_schema: Any) -> tuple[Kind, str] | None:
-    """The grammar that an answer follows, out of both ways to ask for one."""
+    """The grammar that an answer follows, from either of two ways to ask for one."""
     if json_schema is not None:
         if format is not None:
             raise InvalidRequest("format and json_schema: give one of the two")
@@ -77,7 +77,7 @@ def stop_strings(stop: str | Iterable[str]) -> tuple[str, ...]:
 
 
 def option_names(method: Callable[..., Any]) -> list[str]:
-    """What a method may be given by name, fields of SamplingParams with it."""
+    """Names of the options of a method, and of the fields of SamplingParams."""
     parameters = signature(method).parameters.values()
     own = [one.name for one in parameters if one.kind == one.KEYWORD_ONLY]
     return [*own, *(field.name for field in fields(SamplingParams))]
@@ -133,7 +133,7 @@ def _tool_name(tool: Any) -> str:
 
 
 def _closed(schema: Any) -> Any:
-    """A pydantic model's schema, whose objects have no properties but those that it names."""
+    """A pydantic model's schema, whose objects have only the properties that it names."""
     if isinstance(schema, list):
         return [_closed(one) for one in schema]
     if not isinstance(schema, dict):

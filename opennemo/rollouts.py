@@ -1,9 +1,9 @@
 """Answers of a model that is learning, drawn by the engine in the arithmetic that will serve it.
 
-`served` makes of a model in training what would be loaded after its export, without a file: where
-it learns as if rounded, codes; an adapter over frozen codes stays an adapter beside them; any other
-is folded in. Weights that do not change are shared, not copied. So log-probabilities of what is
-drawn are those that the trainer computes, but for the order of additions.
+`served` turns a model in training into what would be loaded after its export, without a file.
+Layers that learn as if rounded become codes. An adapter over frozen codes stays beside them; any
+other is folded in. Weights that do not change are shared, not copied. So the log-probabilities of
+the answers are those that the trainer computes, except for the order of additions.
 
 The trainer takes a `Rollouts` as a function and knows no engine.
 """
@@ -36,11 +36,11 @@ from opennemo.tokenizer.chat import turn_end
 from opennemo.train.practice import Drawn
 
 ADAPTER = "learning"
-SEQUENCES = 64  # that are drawn side by side
+SEQUENCES = 64  # drawn side by side
 
 
 class Rollouts:
-    """A `Rollout`: an engine around the model as it stands, for as long as it answers."""
+    """A `Rollout`: each call makes an engine around the model, and closes it after the answers."""
 
     def __init__(self, tokenizer: Tokenizer):
         end = turn_end(tokenizer)
@@ -64,7 +64,7 @@ class Rollouts:
                         prompt, params, drawn.listener(i, first), n=min(MAX_ANSWERS, n - first),
                         adapter=ADAPTER if engine.adapters else None,
                     )  # fmt: skip
-            # Without a thread: what stands in a step then depends on the requests alone.
+            # Without a thread: what a step computes then depends on the requests alone.
             while engine.step():
                 drawn.check()
             drawn.check()
@@ -96,7 +96,7 @@ class Rollouts:
 
 
 class _Answers:
-    """What comes of requests that are under way."""
+    """Answers to requests that are under way."""
 
     def __init__(self, n_prompts: int, n: int):
         self.groups = [[Drawn([], [], False) for _ in range(n)] for _ in range(n_prompts)]
@@ -122,7 +122,7 @@ class _Answers:
 
 @contextmanager
 def gathered(model: Transformer) -> Iterator[None]:
-    """Within this context each rank holds the weights whole that ranks share otherwise."""
+    """Within this context each rank holds the whole weights, which ranks otherwise share."""
     parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
     try:
         for part in parts:
@@ -135,7 +135,7 @@ def gathered(model: Transformer) -> Iterator[None]:
 
 @torch.no_grad()
 def served(model: Transformer) -> tuple[Transformer, Adapter | None]:
-    """The model as it would be served now, and an adapter to go beside it if there is one."""
+    """The model as it would be served now, and the adapter beside it if there is one."""
     with torch.device("meta"):
         made = Transformer(model.config)
     beside: dict[str, tuple[Tensor, Tensor]] = {}

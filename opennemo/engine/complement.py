@@ -1,10 +1,10 @@
 """The complement of a JSON schema: a schema of the values that it refuses.
 
-The compiler has no `not`, so `not`, `if` and `oneOf` are said by it: what a keyword refuses is a
-value of its type that fails it (`maximum: 3` refuses numbers above 3 and nothing else), and what a
-schema refuses is what one of its keywords refuses. Where no schema says it exactly, the complement
-is smaller, so that what is generated is valid: fractions count as integers, for instance. It is
-never larger.
+The compiler has no `not`, so `not`, `if` and `oneOf` are expressed by complements. A keyword
+refuses the values of its type that fail it (`maximum: 3` refuses numbers above 3 and nothing else),
+and a schema refuses what one of its keywords refuses. Where no schema expresses this exactly, the
+complement is smaller, so that what is generated is valid: fractions count as integers, for
+instance. It is never larger.
 """
 
 import itertools
@@ -32,7 +32,7 @@ OPPOSITE_BOUNDS = {
     "maximum": "exclusiveMinimum", "exclusiveMaximum": "minimum",
 }  # fmt: skip
 SIZES = {"Length": "string", "Items": "array", "Properties": "object"}
-BESIDE = {"then", "else", "minContains", "maxContains"}  # said with `if` and `contains`
+BESIDE = {"then", "else", "minContains", "maxContains"}  # read with `if` and `contains`
 
 
 def complement(schema: Any, resolve: Callable[[str], Any], lossy: list[str] | None = None) -> Any:
@@ -40,10 +40,10 @@ def complement(schema: Any, resolve: Callable[[str], Any], lossy: list[str] | No
 
     Args:
         resolve: the schema that a `$ref` names.
-        lossy: keywords that cannot be said are added to it, and what they refuse is left out.
+        lossy: gets the keywords that cannot be expressed; what they refuse is left out.
 
     Raises:
-        InexpressibleError: no schema that can be compiled says it, or only a very large one.
+        InexpressibleError: no schema that can be compiled means it, or only a very large one.
     """
     return _Complement(resolve, lossy).of(schema, ())
 
@@ -216,7 +216,7 @@ def _other_values(values: list[Any]) -> Any:
 
 
 def _pattern_without(strings: set[str]) -> str:
-    """A regular expression of every string but these: each leaves one of their beginnings."""
+    """A regular expression of all other strings: each departs from these after a prefix."""
     beginnings: dict[str, set[str]] = {"": set()}  # and the letters that follow them
     for string in strings:
         for i, letter in enumerate(string):

@@ -1,4 +1,4 @@
-"""JSON Schema's words and values, as the files that rewrite schemas share them."""
+"""JSON Schema's keywords and values, shared by the files that rewrite schemas."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +16,7 @@ TYPES = ("null", "boolean", "object", "array", "number", "integer", "string")
 
 
 class InexpressibleError(ValueError):
-    """Nothing that the compiler knows says the same."""
+    """No schema that the compiler understands means the same."""
 
 
 def as_list(value: Any) -> list[Any]:
@@ -28,7 +28,7 @@ def is_number(value: Any) -> bool:
 
 
 def is_of(value: Any, kind: Any) -> bool:
-    """Whether a value has a type; any value has one that is unknown."""
+    """Whether a value is of a type; of an unknown type every value is."""
     return {
         "null": value is None,
         "boolean": isinstance(value, bool),
@@ -51,7 +51,7 @@ def each(
     change: Callable[[Any, str], Any],
     named: tuple[str, ...] = (*NAMED, *DEFINITIONS),
 ) -> Schema:
-    """A copy with each schema inside it changed, which `change` gets with its path."""
+    """A copy in which `change`, called with a schema and its path, replaces each inner schema."""
     new = dict(schema)
     for name in ONE:
         if name in new:

@@ -18,12 +18,12 @@ OneOf = Callable[[list[Any], str], tuple[Any, list[Any]] | None]
 def mend(
     schema: Schema, error_of: Callable[[Any], str], say_one_of: OneOf
 ) -> tuple[Schema, list[str], str]:
-    """A schema that can be compiled -> it, paths of what it lacks, the compiler's last words.
+    """A schema without what cannot be compiled, the paths of that, the compiler's last error.
 
     Args:
         error_of: why a schema cannot be compiled, "" if it can.
-        say_one_of: what stands for the branches of a `oneOf` at a path, and parts of it each of
-            which must be possible.
+        say_one_of: gives a schema in place of the branches of a `oneOf` at a path, and its parts,
+            each of which must compile.
     """
     mending = _Mending(error_of, say_one_of)
     return mending.mend_root(schema), mending.gaps, mending.why
@@ -51,7 +51,7 @@ class _Mending:
     def mend(self, schema: Any, path: str) -> Any:
         """A schema without the smallest parts that cannot be compiled."""
         if not (isinstance(schema, dict) and self._try(schema)):
-            return schema  # of false the schema around it decides
+            return schema  # the schema around it decides what becomes of false
         new = each(schema, path, self.mend, NAMED if path == "" else (*NAMED, *DEFINITIONS))
         if not (error := self._try(new)):
             return new
@@ -72,7 +72,7 @@ class _Mending:
         return {} if path else definitions
 
     def _without_one_of(self, schema: Schema, branches: Any, path: str) -> Schema | None:
-        """The schema with the same said by other keywords, if that can be compiled."""
+        """The schema with other keywords in place of `oneOf`, if that can be compiled."""
         said = self._say_one_of(branches, path)
         if said is None or any(self._try(part) for part in said[1]):
             return None
@@ -86,7 +86,7 @@ class _Mending:
             return "too many parts of it cannot be compiled"
         part = {**self._definitions, **schema} if isinstance(schema, dict) else schema
         error = self._error_of(part)
-        if "too large" in error:  # which the compiler finds out late
+        if "too large" in error:  # the compiler finds this out late
             self._n_trials += MAX_TRIALS // 20
         return error
 
@@ -104,7 +104,7 @@ def _definitions(schema: Schema) -> Schema:
 
 
 def _innermost_first(definitions: Any, prefix: str) -> list[str]:
-    """Names of definitions, each behind those that it refers to."""
+    """Names of definitions, each after those that it refers to."""
     if not isinstance(definitions, dict):
         return []
     pattern = re.compile(f'"{re.escape(prefix)}([^"/]*)')

@@ -1,4 +1,4 @@
-"""When an answer only repeats itself."""
+"""Detects that an answer only repeats itself."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -17,7 +17,7 @@ class Repetition:
 
     max_pattern_size: int  # tokens of the longest pattern that is looked for
     min_pattern_size: int = 1
-    min_count: int = 2  # how often it must stand at the end, one behind the other
+    min_count: int = 2  # how often it must stand at the end, in a row
 
     def __post_init__(self) -> None:
         bounds = {"max_pattern_size": (1, 2048), "min_count": (2, 2**20)}

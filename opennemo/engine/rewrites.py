@@ -1,8 +1,8 @@
-"""Keywords of JSON Schema that the compiler lacks, said by those that it has.
+"""Keywords of JSON Schema that the compiler lacks, expressed by those that it has.
 
 Each function takes a schema with the keyword, removes it, and returns a schema that must hold as
-well. Where several values satisfy a keyword in too many ways, fewer are allowed: a list's
-`contains` is met among its first items, for instance. What is generated is valid in any case.
+well. Where a keyword can be satisfied in too many ways, fewer are allowed: a list's `contains` is
+met among its first items, for instance. What is generated is valid in any case.
 """
 
 import itertools
@@ -51,7 +51,7 @@ def choose(schema: Schema, complement: Complement) -> Any:
 
 
 def only_one(branches: list[Any], complement: Complement) -> list[Any]:
-    """Instead of `oneOf`: schemas, one of which must hold."""
+    """Instead of `oneOf`: schemas of which one must hold."""
     if len(branches) ** 2 > MAX_SHAPES:
         raise InexpressibleError
     refused = [complement(branch) for branch in branches]
@@ -94,10 +94,10 @@ def _places(n: int, length: int) -> Iterable[tuple[int, ...]]:
 
 
 class Uniqueness:
-    """`uniqueItems`, where few values may stand in a list: it is one of so many lists."""
+    """`uniqueItems`, where a list may hold few values: all such lists are written out."""
 
     def __init__(self) -> None:
-        self._n_lists = 0  # that are written out
+        self._n_lists = 0  # written out so far
 
     def __call__(self, schema: Schema, _: Complement) -> Any:
         schema.pop("uniqueItems")
@@ -154,7 +154,7 @@ def name(schema: Schema, _: Complement) -> Any:
     else:
         pattern = _pattern_of(names)
         if properties and value not in (True, False, {}):
-            raise InexpressibleError  # names that are listed may match, and are of another kind
+            raise InexpressibleError  # a listed name may match the pattern, and have another schema
         kept = {k: v for k, v in properties.items() if _matches(pattern, k)}
         schema["properties"] = kept
         if value is not False:
@@ -184,17 +184,17 @@ def _matches(pattern: str, name: str) -> bool:
 
 
 class Closing:
-    """`unevaluatedProperties` and `unevaluatedItems`: what no other keyword has looked at.
+    """`unevaluatedProperties` and `unevaluatedItems`: what no other keyword has evaluated.
 
-    What a schema's branches look at is seen where they are this schema's own; what is only looked
-    at deeper inside counts as unevaluated.
+    What the schema's own branches evaluate counts; what is evaluated only deeper inside counts as
+    unevaluated.
     """
 
     def __init__(self, kind: str, resolve: Callable[[str], Any]):
         self._kind, self._resolve = kind, resolve
 
     def __call__(self, schema: Schema, complement: Complement) -> Any:
-        """A schema that closes what `schema` describes, which loses the keyword."""
+        """A schema that closes what `schema` describes; removes the keyword from `schema`."""
         value = schema.pop(f"unevaluated{self._kind}")
         for keyword in ("anyOf", "oneOf"):
             if isinstance(branches := schema.get(keyword), list):
@@ -209,7 +209,7 @@ class Closing:
         return self._rest([schema], value)
 
     def _rest(self, schemas: list[Any], value: Any) -> Any:
-        """What holds for all that these schemas, all of which hold, do not look at."""
+        """What holds for everything that none of these schemas, all of which hold, evaluates."""
         parts = [part for schema in schemas for part in self._parts(schema, ())]
         if self._kind == "Items":
             if any({"items", "unevaluatedItems"} & part.keys() for part in parts):
@@ -225,7 +225,7 @@ class Closing:
         return rest
 
     def _parts(self, schema: Any, inside: tuple[str, ...]) -> list[Schema]:
-        """The schema and those that hold whenever it does."""
+        """The schema, and those that hold whenever it does."""
         if not isinstance(schema, dict):
             return []
         parts = [schema]

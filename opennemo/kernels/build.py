@@ -1,4 +1,4 @@
-"""The native kernel as a shared library: out of the wheel, or compiled on the machine that runs it.
+"""The native kernel as a shared library: from the wheel, or compiled on the machine that runs it.
 
 `cpu.cpp` is built once for each set of instructions, under a name made of its text, its flags and
 those instructions. A wheel brings all of them in `prebuilt/`, and no compiler is needed. Elsewhere
@@ -29,7 +29,7 @@ INSTRUCTIONS = {
     "neon": ({"asimddp"}, ["-march=armv8.2-a+dotprod"]),
     "portable": (set(), []),
 }  # fmt: skip
-# Of a wheel: what its processors may have. On others a compiler is needed.
+# What a wheel for a machine holds. On other machines a compiler is needed.
 OF_MACHINE = {
     "x86_64": ["avx512", "avxvnni", "avx2", "portable"],
     "aarch64": ["neon", "portable"],
@@ -42,7 +42,7 @@ PREBUILT = Path(__file__).with_name("prebuilt")
 
 
 class CompilerMissing(Exception):
-    """There is no C++ compiler, or it does not understand the source; says which."""
+    """There is no C++ compiler, or it failed; the message says which."""
 
 
 @cache
@@ -71,18 +71,18 @@ def build(instructions: str) -> Path:
 
 
 def library_path(name: str) -> Path:
-    """Where a library of this name is, or may be written: the user's cache, if that can be."""
+    """Where a library of this name is or may be written: the user's cache, if it is writable."""
     with suppress(OSError, RuntimeError):  # RuntimeError: there is no home
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "opennemo"
         if not (folder / name).exists():
             folder.mkdir(parents=True, exist_ok=True)
         if (folder / name).exists() or os.access(folder, os.W_OK):
             return folder / name
-    with suppress(OSError, AttributeError):  # AttributeError: Windows has no such ids
+    with suppress(OSError, AttributeError):  # AttributeError: Windows has no user ids
         folder = Path(tempfile.gettempdir()) / f"opennemo-{os.getuid()}"
         folder.mkdir(mode=0o700, exist_ok=True)
         about = folder.stat()
-        # What lies there is run, so nobody else may have put it there.
+        # The library is run, so nobody else may have put it there.
         if about.st_uid == os.getuid() and not about.st_mode & 0o077:
             return folder / name
     return Path(tempfile.mkdtemp(prefix="opennemo-")) / name

@@ -23,7 +23,7 @@ from torch import Tensor
 
 FEW = 64  # rows up to which weights are unpacked in registers
 PART = 2**26  # weights that are unpacked at a time
-ROWS_OUT = 16  # rows of a matrix, of one program
+ROWS_OUT = 16  # rows of a matrix for each program
 
 
 class Packing(NamedTuple):
@@ -116,10 +116,10 @@ def _tile(
     data, scales, row, chunk, row_bytes, D, n_scales,
     TYPE: tl.constexpr, BYTES: tl.constexpr, SIZE: tl.constexpr, OUT: tl.constexpr,
 ):  # fmt: skip
-    """256 weights of each of some rows (OUT,), (OUT, 256) in float32; zeros behind a row's end."""
+    """256 weights of each of the rows `row` (OUT,): (OUT, 256) float32, zeros after a row's end."""
     GROUPS: tl.constexpr = 256 // SIZE
     g, s = tl.arange(0, GROUPS), tl.arange(0, SIZE)
-    # Behind the row's end its first group is read, and left out.
+    # After the row's end the first group is read instead, and masked.
     inside = chunk * 256 + g * SIZE < D
     start = row.to(tl.int64)[:, None] * row_bytes
     if TYPE == "q4_k" or TYPE == "q5_k" or TYPE == "q6_k":

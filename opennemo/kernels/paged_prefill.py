@@ -2,8 +2,8 @@
 
 A program takes some tokens of one sequence and the query heads that share a key head: all of them
 read the same keys once. Keys come in blocks whose borders do not depend on where a step's tokens
-begin, and a block that a row does not see changes nothing of it. So a row's bits depend neither on
-the batch nor on how a prompt was divided into steps. Prompts, parts of them, drafts and single
+begin, and a block that a row does not see does not change that row. So a row's bits depend neither
+on the batch nor on how a prompt was divided into steps. Prompts, parts of them, drafts and single
 tokens may stand in one step.
 
 What it must compute is defined by attention.Paged. It knows nothing of models. In Triton; its
@@ -20,7 +20,7 @@ import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
-ROWS = 64  # tokens times query heads of a program
+ROWS = 64  # tokens times query heads in a program
 BLOCK = 64  # keys at a time, of 16 bits or less
 
 
@@ -81,7 +81,7 @@ def _prefill(
         query = tl.load(q + at, mask=inside, other=0.0)
         if SCALES == 1:
             log2_scale *= tl.load(k_scale)
-        own = length - n_new + token  # the place of a row's token, the last that it sees
+        own = length - n_new + token  # the position of a row's token, the last that it sees
         begin = tl.maximum(length - n_new + first - WINDOW + 1, 0) // BLOCK * BLOCK if WINDOW else 0
         end = tl.minimum(length - n_new + first + TOKENS, length)
         largest = tl.full([ROWS], float("-inf"), tl.float32)

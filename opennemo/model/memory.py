@@ -27,7 +27,7 @@ from opennemo.progress import size
 USABLE = 0.9
 STORED = "stored"  # the form of a model that stays in the codes it is stored in
 # What weights that do not fit are rounded to, best first.
-# `int4` is for a model whose widths no block fits, and for a GPU, which multiplies no blocks.
+# `int4` is for a model whose widths no block fits, and for a GPU, where nothing becomes blocks.
 ROUNDED = {"cpu": ("int8", "q4_k", "int4"), "cuda": ("fp8", "int4")}
 
 

@@ -6,7 +6,7 @@ TIES keeps the largest changes of each and those that agree in sign with their s
 random ones and scales them up.
 
 A matrix of each model is mapped as it is stored and read some rows at a time, so that a merge needs
-memory for one matrix of each model and for the result, whatever the models have.
+memory for one matrix of each model and for the result, however large the models are.
 
 Sources: model soups (arXiv:2203.05482), SLERP (Shoemake 1985), task arithmetic (arXiv:2212.04089),
 TIES (arXiv:2306.01708), DARE (arXiv:2311.03099), and mergekit's parameters (arXiv:2403.13257).
@@ -65,7 +65,7 @@ class Mixing:
         """The same with a weight and a density for each of so many models, or of those `chosen`.
 
         Raises:
-            InvalidRequest: a number is out of bounds, does not belong to the method, or there are
+            InvalidRequest: a number is out of bounds or does not belong to the method, or there are
                 not as many as models.
         """
         if self.method not in METHODS:
@@ -115,7 +115,8 @@ def merge_models(
 ) -> None:
     """Write the merge of some models as a folder in a layout, or as a GGUF file.
 
-    A base among the models is no model of its own. Folders get a card that says how they were made.
+    A base that is also among the models does not count as one of them. Folders get a card that says
+    how they were made.
 
     Args:
         base: what the models of ties and dare were made of.
@@ -126,7 +127,7 @@ def merge_models(
         say: called with a line where something is worth knowing.
 
     Raises:
-        InvalidRequest: a setting of the method is missing, or makes no sense.
+        InvalidRequest: a setting of the method is missing or invalid.
         CheckpointError: as for `convert`; or models differ in shape, in what they compute or in
             their vocabulary; the first five tensors or settings are named.
     """
@@ -177,7 +178,7 @@ def merged(
 
     Args:
         mixing: with a number for each model (`for_models`).
-        name: of the weight, which dare's random numbers follow from.
+        name: of the weight; dare's random numbers follow from it.
         base: the weight of the base, for ties and dare.
     """
     out, at = torch.empty(given[0].shape, dtype=dtype), 0
@@ -283,7 +284,7 @@ def _nth_largest(model: Tensor, base: Tensor, n: int) -> tuple[float, int]:
 
 
 def _dare(mixing: Mixing, name: str, flat: Sequence[Tensor]) -> Step:
-    """Each change with the probability of the density, over that; then task arithmetic."""
+    """Each change, kept with the probability `density` and divided by it; then task arithmetic."""
     streams = [_random(f"{mixing.seed}/{i}/{name}") for i in range(len(flat) - 1)]
     total = sum(mixing.weights) if mixing.normalize else 1.0
 
@@ -362,7 +363,7 @@ def _card(
     title: str, mixing: Mixing, paths: Sequence[Path], base: Path | None, first: Path,
     dtype: torch.dtype,
 ) -> str:  # fmt: skip
-    """The model card: of what and how a merge was made, with the same in mergekit's form."""
+    """The model card: from what and how a merge was made, also in mergekit's form."""
     from huggingface_hub import ModelCardData
 
     of_each = {"linear": ("weights",), "ties": ("weights", "densities"),

@@ -1,8 +1,8 @@
-"""Answers that a model draws to learn from: asked for, judged, and laid out as batches.
+"""Answers that a model draws to learn from: drawn, judged, and laid out as batches.
 
 A step takes some tasks, has each answered several times by a function that the caller passes in
 (`Rollout`; the trainer does not know the engine), and makes batches of the answers. An answer's
-gain is what it is worth above its group's mean. Seeds follow from the run's seed, the step and the
+gain is its reward minus the mean of its group. Seeds follow from the run's seed, the step and the
 task, so answers depend on those and on the weights alone. The prompt of a group is computed once
 (`Forked`).
 """
@@ -39,7 +39,7 @@ class Drawn(NamedTuple):
 
 
 class Rollout(Protocol):
-    """Draws answers from a model as it stands, which stays as it is."""
+    """Draws answers from a model with its present weights, and does not change it."""
 
     def __call__(
         self,
@@ -59,7 +59,7 @@ class Rollout(Protocol):
 
 
 class TaskRows:
-    """An endless list of tasks, every epoch in a new order; an epoch's length is how many."""
+    """An endless list of tasks, every epoch in a new order; its length is that of an epoch."""
 
     def __init__(self, tasks: Sequence[Task], seed: int):
         self.tasks, self.seed = tasks, seed
@@ -75,10 +75,10 @@ class TaskRows:
 
 @dataclass(frozen=True, kw_only=True)
 class Lesson:
-    """What a step's answers came to."""
+    """What a step makes of its answers."""
 
-    updates: list[list[Batch]]  # a batch a pass, of each update
-    filler: Batch  # of nothing to learn, for ranks that must make as many passes as others
+    updates: list[list[Batch]]  # for each update its batches, one for each pass
+    filler: Batch  # nothing to learn, for ranks that must make as many passes as others
     values: dict[str, float]  # means over the answers
     samples: list[dict[str, Any]]  # some of the answers
 
@@ -138,7 +138,7 @@ class Practice:
         )
 
     def examine(self, model: Transformer, tasks: Sequence[Task]) -> dict[str, float]:
-        """Sums over the likeliest answers to tasks of what they are worth, and how many."""
+        """Sums of the rewards of the likeliest answers to tasks, and the number of tasks."""
         n = self.recipe.drawing.max_tokens
         groups = self.rollout(
             model, [task.ids for task in tasks], n=1, max_tokens=n, seeds=[0] * len(tasks),
@@ -150,7 +150,7 @@ class Practice:
         return {**found, "units": float(len(tasks))}
 
     def _find_scales(self, model: Transformer, tasks: Sequence[Task]) -> None:
-        """Let a model that is to round to fixed scales see its inputs before it first answers."""
+        """Measure the inputs of a model with fixed scales before its first answers."""
         if all(largest.any() for largest in observers(model).values()):
             return
         batch = collate([pack([[_example(task.ids, ())] for task in tasks])], self.window)
@@ -159,7 +159,7 @@ class Practice:
             model(batch.tokens, fake_kv(model, batch.attend()))
 
     def _judge(self, tasks: Sequence[Task], groups: Sequence[Sequence[Drawn]]) -> np.ndarray:
-        """(tasks, answers, rewards) what each is worth in parts, none without a judge."""
+        """The rewards (tasks, answers, rewards) of each answer; without a judge there are none."""
         n = len(groups[0])
         if self.judge is None:
             return np.zeros((len(tasks), n, 0))
@@ -188,7 +188,7 @@ class Practice:
         if self.judge is not None:
             worth = parts @ self.weights
             values["reward"] = float(worth.mean())
-            values["spread"] = float((np.ptp(worth, axis=1) > 0).mean())  # share of groups with one
+            values["spread"] = float((np.ptp(worth, axis=1) > 0).mean())  # share of groups
             means = parts.mean((0, 1)).tolist()
             values |= {f"reward_{n}": x for n, x in zip(self.judge.names, means, strict=True)}
         return values

@@ -3,8 +3,8 @@
 A reward is a function of an `Attempt` that returns a number; `rl.rewards` names several, whose
 weighted sum is what reinforcement learning raises. Those here compare calls, numbers and forms by a
 program; a user's own is `module:function` or `file.py:function`. Rewards are called on a thread, so
-that one that never returns ends the run with an error instead of stopping it, and whatever a reward
-does wrong names the answer that it did it to.
+that one that never returns ends the run with an error instead of blocking it. An error names the
+answer that the reward was called with.
 
 Sources of the checks: GSM8K's `####` (arXiv:2110.14168), IFEval (arXiv:2311.07911).
 """
@@ -49,13 +49,13 @@ Function = Callable[[Attempt], Any]
 
 
 def exact_call(attempt: Attempt) -> float:
-    """Whether it calls what the reference calls, with the same arguments, in whatever order."""
+    """Whether it calls what the reference calls, with the same arguments, in any order."""
     assert attempt.task.reference is not None
     return float(exact_calls(attempt.task.reference, attempt.reply))
 
 
 def exact_calls(reference: Message, reply: Message) -> bool:
-    """Whether a reply calls the same functions with the same arguments, in whatever order.
+    """Whether a reply calls the same functions with the same arguments, in any order.
 
     A reference without calls asks for a reply without calls. Numbers are equal if their values are.
     """
@@ -63,9 +63,9 @@ def exact_calls(reference: Message, reply: Message) -> bool:
 
 
 def schema(attempt: Attempt) -> float:
-    """Whether its calls are to tools there are, with arguments that their schemas allow.
+    """Whether its calls are to declared tools, with arguments that their schemas allow.
 
-    Of a line with a `schema`, whether the text is JSON which that allows.
+    For a line with a `schema`: whether the text is JSON that this schema allows.
     """
     import jsonschema
 
@@ -104,7 +104,7 @@ def instructions(attempt: Attempt) -> float:
 
 
 def form(attempt: Attempt, pattern: str | None = None) -> float:
-    """Whether it says something, ends by itself, breaks off no call, and matches the pattern."""
+    """Whether it is not empty, ends by itself, has no incomplete call, and matches the pattern."""
     speaks = bool(attempt.text.strip() or attempt.reply.get("tool_calls"))
     matches = pattern is None or re.fullmatch(pattern, attempt.text.strip(), re.DOTALL)
     return float(speaks and attempt.whole and not attempt.broken and bool(matches))
@@ -189,7 +189,7 @@ class Judge:
         """`timeout` are the seconds that one answer's reward may take.
 
         Raises:
-            InvalidRequest: there is no such reward, or it cannot be imported; the name is given.
+            InvalidRequest: there is no such reward, or it cannot be imported; the error names it.
         """
         self.names = [reward.name for reward in rewards]
         if len({*self.names}) < len(self.names):
@@ -199,7 +199,7 @@ class Judge:
         self._functions = [_function(reward) for reward in rewards]
 
     def check(self, task: Task) -> str | None:
-        """Why no answer to a task could be judged; None where one can."""
+        """Why answers to a task cannot be judged; None if they can."""
         if {"exact_call", "number"} & {*self.names} and task.reference is None:
             return "there is no reference answer, which exact_call and number compare with"
         if "number" in self.names and _number(_reference_text(task)) is None:
@@ -214,10 +214,10 @@ class Judge:
         return None
 
     def __call__(self, attempts: Sequence[Attempt]) -> np.ndarray:
-        """(attempts, rewards) what each is worth, before weights.
+        """The rewards (attempts, rewards) of each attempt, before they are weighted.
 
         Raises:
-            OpenNemoError: a reward failed; it, the line and the answer are named.
+            OpenNemoError: a reward failed; the error names it, the line and the answer.
         """
         values: list[float] = []
         results: queue.Queue[Any] = queue.Queue()
@@ -231,7 +231,7 @@ class Judge:
                     results.put(error)
                     return
 
-        # A daemon: one that hangs does not keep the process from ending.
+        # A daemon thread: if it hangs, the process can still end.
         threading.Thread(target=work, name="opennemo-rewards", daemon=True).start()
         for i in range(len(calls)):
             try:
@@ -255,7 +255,7 @@ class Judge:
 
 
 class _NoNumber(ValueError):
-    """A reward returned something else."""
+    """A reward returned something that is not a finite number."""
 
 
 def _checked(value: Any) -> float:
@@ -319,7 +319,7 @@ def _calls(message: Message) -> list[str]:
 
 
 def _plain(value: Any) -> Any:
-    """The same with whole numbers as integers: JSON does not tell 2.0 from 2."""
+    """The same with whole numbers as integers: JSON does not distinguish 2.0 from 2."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list):
