@@ -243,9 +243,7 @@ class Parallel:
 class Recipe:
     """A run, whole."""
 
-    objective: Literal["text", "chat", "preference", "distil", "rl"] = (
-        "text"  # see docs/training.md
-    )
+    objective: Literal["text", "chat", "preference", "distil", "rl"] = "text"  # docs/training.md
     steps: Positive  # of the optimiser
     seed: Count = 0  # of new weights and of the order of the data
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU if there is one
