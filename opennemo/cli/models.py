@@ -130,8 +130,8 @@ def quantize(
     format: Annotated[
         str,
         typer.Option(
-            help="A folder in {store} (a static one needs --calibrate; int8 is for OpenNemo alone, "
-            "w8a8 is what others read; int4 loses far more than q4_k_m), or a GGUF file in {gguf}."
+            help="A folder in {store} (a static one needs --calibrate; vLLM cannot read int8; w8a8 "
+            "is its int8; int4 loses far more than q4_k_m), or a GGUF file in {gguf}."
         ),
     ] = "fp8",
     to: Annotated[

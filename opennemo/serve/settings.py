@@ -161,7 +161,7 @@ class Settings(BaseSettings):
     kv_cache_dtype: Annotated[str, AfterValidator(_one_of(_kv_dtypes))] = Field(
         "auto",
         description=f"Of the KV cache: {', '.join(_kv_dtypes())}; auto is {SCALED_KV} where the "
-        "model brings scales, else dtype.",
+        "model brings scales, else int8 on a CPU and 16 bits on a GPU.",
     )
     kv_scale: float | None = Field(
         None,
