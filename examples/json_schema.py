@@ -8,7 +8,7 @@ from opennemo import LLM
 
 
 class Ticket(BaseModel):
-    """What a support team wants to know of a letter."""
+    """What a support team wants to know about a letter."""
 
     subject: str = Field(max_length=80)
     urgency: Literal["low", "normal", "high"]

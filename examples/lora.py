@@ -1,4 +1,4 @@
-"""Teach a model something of one's own with a LoRA, and serve both: python examples/lora.py [STEPS]
+"""Teach a model facts of your own with a LoRA, and ask both: python examples/lora.py [STEPS]
 
 Needs the extra `train`. Writes runs/example-lora.
 """

@@ -9,7 +9,7 @@ import sys
 from openai import OpenAI
 
 base_url = sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1:8000/v1"
-key = os.environ.get("OPENAI_API_KEY", "none")  # which matters only with serve --api-key
+key = os.environ.get("OPENAI_API_KEY", "none")  # matters only with serve --api-key
 client = OpenAI(base_url=base_url, api_key=key)
 model = client.models.list().data[0].id
 
