@@ -8,6 +8,7 @@ The engine sees only `Grammar.start()` and what `Matcher` offers.
 """
 
 import json
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
@@ -38,11 +39,18 @@ Kind = Literal["json_object", "json_schema", "regex", "choice", "lark", "grammar
 
 MAX_SOURCE = 64 * 1024  # characters of a grammar
 MAX_SCHEMA = 256 * 1024  # of a JSON schema, whose descriptions count, too
+MAX_SECONDS = 0.6  # of a thread's computing, to find out what of a schema can be held
+MAX_TOOLS_SECONDS = 2.0  # of all tools of a request; compiling what is held takes as long again
 MAX_RULES = 500  # of llama.cpp's grammars: translating takes the square of their number
 KEPT = 256  # compiled grammars, least recently used first out
 MAX_KEPT = 16 * 1024 * 1024  # characters of them together
+TOO_LONG = "it takes too long to compile"
 # Objects of thousands of optional properties need more than llguidance's 2,000 items in a row.
 LIMITS = LLParserLimits(max_items_in_row=20_000, verbose_errors=False)
+
+
+class _TakesTooLong(Exception):
+    """The time to find out what can be held of a schema is over."""
 
 
 class Matcher:
@@ -184,14 +192,17 @@ class GrammarCompiler:
                 )
             self.compile(*format)  # says what is wrong with it
             text = self.fit(format[1] or '{"type": "object"}').schema
-        held, gaps, strict = [], [], required
+        held, gaps, strict, started = [], [], required, time.thread_time()
         for tool in tools:
             function = tool["function"]
             must = required or function.get("strict") is True
             strict |= must
             parameters = to_json(function.get("parameters") or {})
             small = len(parameters) <= MAX_SOURCE // 4  # many of them may be kept
-            fitted = (self._kept_arguments if small else self._fit_arguments)(parameters)
+            if time.thread_time() - started > MAX_TOOLS_SECONDS:
+                fitted = FittedSchema(dict(ANY_OBJECT), ("parameters",), TOO_LONG)
+            else:
+                fitted = (self._kept_arguments if small else self._fit_arguments)(parameters)
             if fitted.gaps and must:
                 why = "tool_choice" if required else "strict"
                 what = f"tools: {function['name']!r}: {unheld(fitted)}; {why} asks for it"
@@ -240,14 +251,28 @@ class GrammarCompiler:
         if len(source) > MAX_SCHEMA:
             why = f"it has {len(source):,} characters, allowed are {MAX_SCHEMA:,}"
             return FittedSchema({}, ("the schema",), why)
-        return fit(json.loads(source), lambda part: self._error_of_part(json.dumps(part)))
+        started = time.thread_time()
+
+        def error_of(part: Any) -> str:
+            error = self._error_of_part(json.dumps(part))
+            if time.thread_time() - started > MAX_SECONDS:
+                raise _TakesTooLong
+            return error
+
+        try:
+            return fit(json.loads(source), error_of)
+        except _TakesTooLong:
+            return FittedSchema({}, ("the schema",), TOO_LONG)
 
     def _error_of(self, schema: str) -> str:
+        started = time.thread_time()
         try:
             grammar = LLMatcher.grammar_from_json_schema(schema)
-            return _first_line(LLMatcher.validate_grammar(grammar, self._vocabulary, limits=LIMITS))
-        except ValueError as error:
-            return _first_line(str(error))
+            error = LLMatcher.validate_grammar(grammar, self._vocabulary, limits=LIMITS)
+        except ValueError as raised:
+            error = str(raised)
+        # Kept, so that asking again changes nothing.
+        return TOO_LONG if time.thread_time() - started > MAX_SECONDS else _first_line(error)
 
     def _compile(self, kind: Kind, source: str = "") -> Grammar:
         """Compile a grammar.

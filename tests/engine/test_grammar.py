@@ -414,3 +414,23 @@ def test_a_grammar_in_lark_does_not_begin_within_thinking(compiler):
     compiler.compile_after_thinking("lark", 'start: "a"', Thinking(*marks))
     with pytest.raises(InvalidRequest, match="the lark would begin within thinking"):
         compiler.compile_after_thinking("lark", 'start: "a"', Thinking(*marks, begun=True))
+
+
+def test_schemas_that_take_long_are_refused_by_name(monkeypatch):
+    compiler = GrammarCompiler(TOKENS, CONTROL, eos_id=2)
+    pairs = [{"required": [f"p{i}", f"q{i}"]} for i in range(4)]
+    names = {name: {"type": "string"} for pair in pairs for name in pair["required"]}
+    schema = {"type": "object", "properties": names, "not": {"anyOf": pairs}}
+    monkeypatch.setattr("opennemo.engine.grammar.MAX_SECONDS", 0.0)
+    with pytest.raises(InvalidRequest, match="the schema cannot be held .*: it takes too long"):
+        compiler.compile("json_schema", json.dumps(schema))
+    monkeypatch.setattr("opennemo.engine.grammar.MAX_TOOLS_SECONDS", 0.0)
+    tools = [tool_of(schema), tool_of({"type": "object", "properties": {}})]
+    _, left_out = compiler.compile_calls(ARRAY, tools, required=False)
+    assert len(left_out) == 2 and all(place.endswith(": parameters") for place in left_out), (
+        left_out
+    )
+    with pytest.raises(InvalidRequest, match="takes too long to compile; tool_choice asks for it"):
+        compiler.compile_calls(ARRAY, tools, required=True)
+    monkeypatch.undo()
+    compiler.compile("json_schema", json.dumps(schema | {"minProperties": 0}))
