@@ -39,11 +39,21 @@ def answer_each(prompts: Iterable[Any], answer: Callable[[Any], Reply]) -> list[
 
 
 def adapter_folders(adapters: Adapters) -> dict[str, Path | str]:
+    """Folders by the adapters' names. Raises: InvalidRequest, two have one name."""
     if isinstance(adapters, Mapping):
         return {str(name): folder for name, folder in adapters.items()}
     if isinstance(adapters, str | Path | bool):
         raise InvalidRequest(f"adapters: {adapters!r} is not a list of folders")
-    return {Path(folder).resolve().name: folder for folder in adapters}
+    named: dict[str, Path | str] = {}
+    for folder in adapters:
+        name = Path(folder).resolve().name
+        if name in named:
+            raise InvalidRequest(
+                f"adapters: {named[name]} and {folder} would both be {name!r}; give names, as in "
+                '{"NAME": FOLDER}'
+            )
+        named[name] = folder
+    return named
 
 
 def torch_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

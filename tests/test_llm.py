@@ -155,6 +155,7 @@ def test_misuse_is_one_line_that_says_what_is_allowed(tmp_path):
         ({"max_contxt": 5}, "LLM.load: there is no max_contxt; did you mean max_context?"),
         ({"dtype": "fp8"}, "dtype: 'fp8' is not one of auto, bfloat16, float16, float32"),
         ({"adapters": "folder"}, "adapters: 'folder' is not a list of folders"),
+        ({"adapters": ["a/adapter", "b/adapter"]}, "a/adapter and b/adapter would both be"),
         ({"format": "q9"}, "format 'q9': allowed are auto"),
     ):
         with pytest.raises(InvalidRequest, match=message):
