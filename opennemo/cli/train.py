@@ -55,9 +55,9 @@ def train(
         if on_gpu:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         dist.init_process_group("nccl" if on_gpu else "gloo")
-    _refuse_beyond_memory(settings)
     trainer, caught = None, []
     try:
+        _refuse_beyond_memory(settings)
         trainer = begin(settings, run, sample=_sampler(settings), rollout=_rollouts)
         if trainer.step and not trainer.quiet:
             done = trainer.step == settings.steps
@@ -126,7 +126,8 @@ def _refuse_beyond_memory(recipe: Any) -> None:
     from opennemo.progress import size
 
     device = open_device(None if recipe.device == "auto" else recipe.device).partition(":")[0]
-    machine = this_machine(device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    machine = this_machine(device, here, int(os.environ.get("WORLD_SIZE", "1")) // here)
     if recipe.model.path is not None:  # fetched now, if it is on the hub
         recipe = replace(recipe, model=replace(recipe.model, path=str(locate(recipe.model.path))))
     base = resolve_shape(recipe, None, None)

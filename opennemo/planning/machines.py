@@ -58,16 +58,22 @@ class Machines:
         return self.gpus * self.nodes
 
 
-def this_machine(device: str, ranks: int = 1) -> Machines:
-    """What is free here for each of so many ranks on "cpu" or "cuda"; speeds are not measured."""
-    from opennemo.model.memory import available_memory
+def this_machine(device: str, ranks: int = 1, nodes: int = 1) -> Machines:
+    """What is free here for each of so many ranks on "cpu" or "cuda"; speeds are not measured.
 
-    free = available_memory()
+    Other nodes and GPUs are as these are.
+    """
     if device == "cpu":
-        card = Card(memory=free["cpu"] / ranks, flops=1, **CPU)
+        from opennemo.model.memory import available_memory
+
+        memory, kind = available_memory()["cpu"] / ranks, CPU
     else:
-        card = Card(memory=min(free[name] for name in free if name != "cpu"), flops=1)
-    return Machines(device, card, ranks, 1)
+        import torch
+
+        # This process's own GPU alone: to ask another takes some hundred MB of it.
+        memory, kind = torch.cuda.mem_get_info()[0], {}
+    card = Card(memory=memory, flops=1, link=1, network=1, **kind)
+    return Machines(device, card, ranks, nodes)
 
 
 def parse_machines(gpus: str, nodes: int) -> Machines:
