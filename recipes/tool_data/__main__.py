@@ -10,6 +10,7 @@ line ends with the message that a model's answer is compared with.
 import argparse
 import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from recipes.tool_data.conversations import conversations
@@ -22,6 +23,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--split", choices=("train", "test"), default="train")
     args = parser.parse_args()
+    if find_spec("jsonschema") is None:
+        sys.exit("jsonschema is missing: calls are checked with it; pip install -e '.[train]'")
     try:
         with args.output.open("x", encoding="utf-8") as file:
             for row in conversations(args.split, args.n, args.seed):

@@ -195,3 +195,11 @@ def test_the_program_writes_a_chat_file(tmp_path: Path, monkeypatch: pytest.Monk
         run(tools)
     with pytest.raises(SystemExit, match="2"):
         run(tmp_path / "x", "--split", "both")
+
+
+def test_a_missing_package_is_named_in_one_line(monkeypatch, tmp_path):
+    monkeypatch.setattr("recipes.tool_data.__main__.find_spec", lambda _: None)
+    monkeypatch.setattr(sys, "argv", ["tool_data", str(tmp_path / "chats.jsonl")])
+    with pytest.raises(SystemExit, match="^jsonschema is missing: .*$"):
+        main()
+    assert not (tmp_path / "chats.jsonl").exists()
