@@ -104,11 +104,12 @@ async def _on_invalid(request: Request, error: Exception) -> Response:
     detail = [{"type": e["type"], "loc": list(e["loc"]), "msg": e["msg"]} for e in errors[:20]]
     first = detail[0]
     where = ".".join(str(part) for part in first["loc"][1:])
-    status = 400 if first["type"] == "json_invalid" else 422
     message = f"{where}: {first['msg']}" if where else first["msg"]
-    return error_response(
-        Refusal(status, message, param=where or None, detail=detail), request.url.path
+    is_json = first["type"] != "json_invalid"  # else `where` is a place in the text, and no field
+    refused = Refusal(
+        422 if is_json else 400, message, param=(where or None) if is_json else None, detail=detail
     )
+    return error_response(refused, request.url.path)
 
 
 async def _on_http(request: Request, error: Exception) -> Response:
