@@ -224,6 +224,9 @@ class Service:
         if ignored:
             names = [n for n in ignored if n.isascii() and n.isidentifier()][:20]
             generation.headers["x-ignored-params"] = ", ".join(names)
+        room = llm.engine.max_context - reply.n_prompt_tokens
+        if (body.longest or 0) > room:
+            generation.headers["x-max-tokens"] = str(room)
         if reply.not_held:
             text = ", ".join(reply.not_held).encode("ascii", "replace").decode()
             generation.headers["x-not-held"] = "".join(filter(str.isprintable, text))[:1000]

@@ -260,3 +260,20 @@ def test_every_stream_says_usage_where_its_clients_look(http):
         assert isinstance(end[name], int)
     total = whole["input_tokens"] + whole["cache_read_input_tokens"]
     assert end["input_tokens"] + end["cache_read_input_tokens"] == total
+
+
+def test_a_body_that_is_no_json_names_no_field(http):
+    """`param` was the place in the text at which it ends to be JSON."""
+    answer = http.post(CHAT, content=b'{"model": ', headers={"content-type": "application/json"})
+    assert answer.status_code == 400
+    assert answer.json()["param"] is None and answer.json()["error"]["param"] is None
+
+
+def test_more_tokens_than_there_is_room_for_are_reported(http, server):
+    """Clients send large numbers by default: others refuse them, or cut them without a word."""
+    room = server.llm.engine.max_context - 3
+    body = {"model": "tiny", "prompt": [70] * 3}
+    for n, header in ((room, None), (room + 1, str(room))):
+        answer = http.post("/v1/completions", json={**body, "max_tokens": n, "stop": ["\x00"]})
+        assert answer.status_code == 200, answer.text
+        assert answer.headers.get("x-max-tokens") == header

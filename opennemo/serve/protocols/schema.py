@@ -108,10 +108,16 @@ class Body(BaseModel):
         """Fields beyond those of the class that this model takes."""
         return frozenset()
 
+    @property
+    def longest(self) -> int | None:
+        """How many tokens an answer may have, by whichever field says it."""
+        given = [n for name in MAXIMA if (n := getattr(self, name, None)) is not None]
+        return given[0] if given else None
+
     def n_expected(self, llm: LLM) -> int:
         """An estimate of the tokens that the request may use: its prompt, and answers in full."""
-        given = [n for name in MAXIMA if (n := getattr(self, name, None)) is not None]
-        longest = min([*given[:1], llm.engine.max_context])
+        most = llm.engine.max_context
+        longest = most if self.longest is None else min(self.longest, most)
         prompt = sum(_n_tokens(getattr(self, name, None)) for name in PROMPTS)
         return prompt + longest * (getattr(self, "n", None) or 1)
 
