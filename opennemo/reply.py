@@ -207,7 +207,7 @@ class Reply:
 
     @property
     def finish_reason(self) -> str | None:
-        """ "stop", "length" or "cancelled" once the (first) answer has ended."""
+        """ "stop", "length", "repetition" or "cancelled" once the (first) answer has ended."""
         return self.answers[0].finish_reason
 
     @property
