@@ -160,8 +160,8 @@ class Settings(BaseSettings):
     block_size: int | None = Field(None, ge=1, le=1024, description="Tokens in a page of KV cache.")
     kv_cache_dtype: Annotated[str, AfterValidator(_one_of(_kv_dtypes))] = Field(
         "auto",
-        description=f"Of the KV cache: {', '.join(_kv_dtypes())}; auto is {SCALED_KV} where the "
-        "model brings scales, else int8 on a CPU and 16 bits on a GPU.",
+        description=f"Number format of the KV cache: auto, {', '.join(names('cache'))}. auto is "
+        f"{SCALED_KV} where the model brings scales, else int8 on a CPU and dtype on a GPU.",
     )
     kv_scale: float | None = Field(
         None,

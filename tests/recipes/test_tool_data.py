@@ -200,6 +200,6 @@ def test_the_program_writes_a_chat_file(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_missing_package_is_named_in_one_line(monkeypatch, tmp_path):
     monkeypatch.setattr("recipes.tool_data.__main__.find_spec", lambda _: None)
     monkeypatch.setattr(sys, "argv", ["tool_data", str(tmp_path / "chats.jsonl")])
-    with pytest.raises(SystemExit, match="^jsonschema is missing: .*$"):
+    with pytest.raises(SystemExit, match=r"^jsonschema is missing: .*$"):
         main()
     assert not (tmp_path / "chats.jsonl").exists()
