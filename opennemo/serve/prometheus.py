@@ -111,7 +111,7 @@ class Metrics:
         self._generated.labels(name).inc(generation.n_output_tokens)
         for answer in generation.answers:
             reason = "abort" if generation.failure else answer.finish_reason
-            complete = reason in ("stop", "length", "tool_calls")
+            complete = reason in ("stop", "length", "repetition", "tool_calls")
             self._finished.labels(name, reason if complete else "abort").inc()
             (self._good if complete else self._bad).labels(name).inc()
         if generation.first_token_at is not None:

@@ -217,6 +217,7 @@ def test_an_answer_that_repeats_itself_ends_by_vllm_s_field(http):
     text = {"model": BODY["model"], "prompt": "Hi", **few, "repetition_detection": detection}
     (choice,) = http.post("/v1/completions", json=text).json()["choices"]
     assert choice["text"] == "a" * 10 and choice["stop_reason"] == "repetition_detected"
+    assert 'finished_reason="repetition",model_name=' in http.get("/metrics").text  # no failure
     off = {**body, "repetition_detection": {"max_pattern_size": 0}}
     (choice,) = http.post(CHAT, json=off).json()["choices"]
     assert len(choice["message"]["content"]) == 40 and choice["stop_reason"] is None
