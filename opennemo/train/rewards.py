@@ -205,7 +205,10 @@ class Judge:
         if "number" in self.names and _number(_reference_text(task)) is None:
             return "the reference answer holds no number"
         if "instructions" in self.names:
-            asked = list(_instructions(task))
+            try:
+                asked = list(_instructions(task))
+            except (TypeError, ValueError, AttributeError):
+                return "instruction_id_list and kwargs are not a list of names and one of objects"
             if not asked:
                 return "there is no instruction_id_list, which the reward instructions checks"
             for id, _ in asked:

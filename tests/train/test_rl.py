@@ -413,6 +413,9 @@ def test_every_instruction_is_checked():
         judge = Judge([Reward(name="instructions")], 10)
         assert judge([attempt(good, **rows), attempt(bad, **rows)]).ravel().tolist() == [1, 0], id
     assert "cannot be checked" in (judge.check(attempt(instruction_id_list=["x:y"]).task) or "")
+    for values in ([{}, {}], [1], 1):
+        row = {"instruction_id_list": [id], "kwargs": values}
+        assert "one of objects" in (judge.check(attempt(**row).task) or ""), values
 
 
 def test_kills_cost_nothing(make_rl, rewards, tmp_path):
