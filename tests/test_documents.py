@@ -3,8 +3,10 @@
 import importlib.util
 import os
 import re
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
@@ -110,12 +112,19 @@ def run_blocks(page: Path, scratch: Path) -> None:
         if where == "repository":
             text = f"ln -sfn {ROOT}/* . && {text}"
         program = {"sh": ["bash", "-euo", "pipefail", "-c"], "python": [sys.executable, "-c"]}[kind]
-        done = subprocess.run(
-            [*program, text], cwd=folder, env=environment, capture_output=True, text=True,
-            timeout=1200, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
-        assert done.stdout or list(folder.iterdir()), f"{text} left nothing behind"
+        said = scratch / "said"
+        with said.open("w") as output:
+            process = subprocess.Popen(
+                [*program, text], cwd=folder, env=environment, stdout=output, stderr=output,
+                start_new_session=True,
+            )  # fmt: skip
+        try:
+            code = process.wait(600)
+        finally:  # what a block left running ends with it
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        assert code == 0, f"{text}\n{said.read_text()}"
+        assert said.stat().st_size or list(folder.iterdir()), f"{text} left nothing behind"
 
 
 def commands(scratch: Path) -> Path:

@@ -170,6 +170,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
         from opennemo.model.gguf import GGUF  # takes 1 s to import, and most models are folders
 
         layout, where, files = "gguf", path, GGUF(path)
+        if (kind := files.settings.get("general.type", "model")) != "model":
+            raise CheckpointError(
+                f"{path}: holds {layouts.short(kind)}, not a model; an adapter is merged or served "
+                "as the folder that it was made of"
+            )
         settings = files.settings
     else:
         layout = _layout_of(path)

@@ -87,9 +87,6 @@ class GGUF:
                 if name in self._entries:
                     raise CheckpointError(f"{part}: tensor {short(name)} is in another file, too")
                 self._entries[name] = entry._replace(part=i)
-        if (kind := self.settings.get("general.type", "model")) != "model":
-            raise CheckpointError(f"{path}: holds {short(kind)}, not a model; an adapter is merged "
-                "or served as the folder that it was made of")  # fmt: skip
         self.settings.pop("split.count", None)
         self.shapes = {name: entry.shape for name, entry in self._entries.items()}
         # Numbers in blocks become float32, unless they stay in codes.

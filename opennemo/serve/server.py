@@ -34,10 +34,11 @@ class Server(uvicorn.Server):
             self.should_exit = self.force_exit = True
             return
         self.service.draining = True
-        log.info("draining", signal=signal.Signals(sig).name, n_active=len(self.service.active))
-        asyncio.get_event_loop().call_soon_threadsafe(self._begin_drain)
+        # The signal may have come within a line of log, whose lock this thread then holds.
+        asyncio.get_event_loop().call_soon_threadsafe(self._begin_drain, sig)
 
-    def _begin_drain(self) -> None:
+    def _begin_drain(self, sig: int) -> None:
+        log.info("draining", signal=signal.Signals(sig).name, n_active=len(self.service.active))
         self._drain = asyncio.ensure_future(self._drain_and_stop())
 
     async def _drain_and_stop(self) -> None:

@@ -48,7 +48,7 @@ def pages_in(folder: Path) -> list[Path]:
 
 @pytest.mark.parametrize("kv", ["fp32", "bf16", "int8", "fp8"])
 def test_after_a_restart_a_prompt_is_there_and_its_logits_are_the_same(tmp_path, kv):
-    formats = {"kv_format": kv, "kv_scale": 2**-7}
+    formats = {"kv_format": kv, "kv_scale": 2**-7 if kv == "fp8" else None}
     with engine_over(None, **formats) as engine:
         want, _ = answer(engine)
     with engine_over(tmp_path / "a" / "b", **formats) as engine:

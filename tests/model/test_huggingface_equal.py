@@ -108,7 +108,8 @@ def their_logits(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
 def assert_equal(model: Transformer, theirs: PreTrainedModel, n_tokens: int = 100) -> None:
     tokens = torch.randint(model.config.vocab_size, (n_tokens,))
     expected = their_logits(theirs, tokens)
-    torch.testing.assert_close(our_logits(model, tokens), expected, atol=1e-4, rtol=1e-4)
+    # Sums of float32 in another order: 1.1e-4 was seen with AVX2, of logits up to 1.
+    torch.testing.assert_close(our_logits(model, tokens), expected, atol=1.5e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -13,9 +13,11 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import httpx2
 import pytest
+import uvicorn
 
 CHAT = "/v1/chat/completions"
 BODY = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}
@@ -401,3 +403,24 @@ def test_tokens_a_minute_count_what_is_under_way(running, tiny_llm, more):
         for prompt in ("a" * 40, ["a" * 40] * 3):  # each prompt of a list counts once
             assert http.post(path, json={**parts, "prompt": prompt}).status_code == 200
         assert len(expected) == 4 and len({*expected}) == 1
+
+
+def test_a_signal_within_a_line_of_log_still_drains(monkeypatch):
+    """The handler runs on the thread that may hold the log's lock, so it writes nothing itself."""
+    from opennemo.serve import server as module
+
+    async def drain() -> None:
+        await asyncio.sleep(0)
+
+    lines: list[str] = []
+    monkeypatch.setattr(module, "log", SimpleNamespace(info=lambda event, **_: lines.append(event)))
+    server = module.Server(uvicorn.Config(lambda: None))
+    server.service = SimpleNamespace(draining=False, active=(), drain=drain)  # pyright: ignore
+
+    async def interrupted() -> None:
+        server.handle_exit(signal.SIGTERM, None)
+        assert server.service.draining and lines == []
+        await asyncio.sleep(0.1)
+
+    asyncio.run(interrupted())
+    assert lines == ["draining"] and server.should_exit
