@@ -43,9 +43,11 @@ def share(part: str, whole: str) -> str:
 PANELS = [
     Panel(title="Answers", unit="short", queries={
         "being computed": gauge("requests_running"), "waiting": gauge("requests_waiting"),
+        "at most": gauge("requests_max"),
     }),
     Panel(title="Requests that ended", unit="reqps", queries={
         "{{finished_reason}}": rate_by("requests_finished", "finished_reason"),
+        "succeeded": rate("requests_succeeded"), "failed": rate("requests_failed"),
     }),
     Panel(title="Requests turned down", unit="reqps", queries={
         "{{status}}": rate_by("requests_rejected", "status"),

@@ -134,7 +134,7 @@ def test_whatever_asks_for_a_form_gets_it(http, fields, pattern):
         {"guided_json": 5}, {"guided_choice": "red"}, {"guided_regex": "("}, {"nvext": 3},
         {"nvext": {"guided_what": "x"}}, {"grammar": 'root ::= "a'}, {"grammar": "[" * 3000},
         {"grammar": 'other ::= "a"'}, {"structural_tag": "{}"}, {"guided_whitespace_pattern": " "},
-        {"guided_regex": "a", "regex": "b"}, {"json_schema": {"type": "array", "contains": {}}},
+        {"guided_regex": "a", "regex": "b"}, {"json_schema": {"uniqueItems": True}},
         {"response_format": {"type": "text"}, "guided_json": {"uniqueItems": True}},
         {"response_format": {"type": "regex"}}, {"response_format": {"type": "structural_tag"}},
     ],
@@ -152,10 +152,13 @@ def test_the_forms_of_other_protocols_hold_too(http):
         assert re.fullmatch(JSON, answer.json()["content"][0]["text"])
     wrong = {"type": "json_schema", "schema": {"uniqueItems": True}}
     assert http.post("/v1/messages", json={**body, "output_format": wrong}).status_code == 400
-    tool = {"name": "f", "strict": True, "input_schema": {"type": "object", "not": {"minimum": 1}}}
+    tags = {"type": "array", "items": {"type": "string"}, "uniqueItems": True}
+    schema = {"type": "object", "properties": {"tags": tags}}
+    tool = {"name": "f", "strict": True, "input_schema": schema}
     refused = http.post("/v1/messages", json={**body, "tools": [tool]})
     assert (
-        refused.status_code == 400 and "'f': parameters.not" in refused.json()["error"]["message"]
+        refused.status_code == 400
+        and "'f': parameters.properties.tags.uniqueItems" in refused.json()["error"]["message"]
     )
     body = {"model": "tiny", "input": "Hi", "max_output_tokens": 40, "guided_json": SCHEMA}
     answer = http.post("/v1/responses", json=body).json()
