@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import select
 import subprocess
 import sys
@@ -52,7 +53,7 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self.end, text.encode())
 
-    def expect(self, text: str, seconds: float = 600) -> str:
+    def expect(self, text: str, seconds: float = 60) -> str:
         """Read until this is shown -> what was shown before it, since the last time."""
         ends = time.monotonic() + seconds
         while text not in self.shown:
@@ -60,6 +61,7 @@ class Terminal:
             assert ready, f"{text!r} did not come: {self.shown!r}"
             try:
                 self.shown += os.read(self.end, 65536).decode(errors="replace")
+                self.shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", self.shown)  # colours and modes
             except OSError:  # it has ended
                 raise AssertionError(f"{text!r} did not come: {self.shown!r}") from None
         before, _, self.shown = self.shown.partition(text)
