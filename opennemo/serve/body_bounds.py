@@ -14,16 +14,15 @@ QUOTE, COMMA, LIST, OBJECT = b'",[{'
 class ValueCounter:
     """Counts the values of a JSON text that comes in chunks; it does not validate the text.
 
-    A text that is not UTF-8 counts as too many.
+    `has_nul` says whether it holds a NUL byte, as UTF-16 and UTF-32 do.
     """
 
     def __init__(self) -> None:
-        self.n_values = 0
+        self.n_values, self.has_nul = 0, False
         self._in_string, self._rest = False, b""
 
     def feed(self, chunk: bytes) -> None:
-        if b"\0" in chunk:  # UTF-16 or UTF-32, whose bytes mean something else
-            self.n_values = MAX_VALUES + 1
+        self.has_nul |= b"\0" in chunk
         data, self._rest = self._rest + chunk, b""
         n_escapes = len(data) - len(data.rstrip(b"\\"))
         if n_escapes % 2:  # what it escapes comes with the next chunk

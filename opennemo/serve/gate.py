@@ -146,14 +146,18 @@ class Gate:
             n_bytes += len(data)
             if values is not None:
                 values.feed(data)
-            what = f"{most:,} bytes" if n_bytes > most else ""
-            if values is not None and values.n_values > MAX_VALUES:
-                what = what or f"{MAX_VALUES:,} values"
-            while what and message.get("more_body") and n_bytes <= DRAINED * most:
+            wrong = None
+            if n_bytes > most:
+                wrong = 413, f"a body may have {most:,} bytes"
+            elif values is not None and values.n_values > MAX_VALUES:
+                wrong = 413, f"a body may have {MAX_VALUES:,} values"
+            elif values is not None and values.has_nul:
+                wrong = 400, "the body holds a NUL byte: JSON is read in UTF-8"
+            while wrong and message.get("more_body") and n_bytes <= DRAINED * most:
                 message = await receive()
                 n_bytes += len(message.get("body", b""))
-            if what:  # a class that FastAPI passes on as it is
-                raise HTTPException(413, f"a body may have {what}")
+            if wrong:  # a class that FastAPI passes on as it is
+                raise HTTPException(*wrong)
             return message
 
         if length.isdigit() and most < int(length[:20]) <= DRAINED * most:
