@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 # What no part but the command line, the server, evaluation and the preparation of texts needs.
 APART = [
@@ -66,6 +68,7 @@ def test_recipes_need_pydantic_besides():
     imports("opennemo.train.config", "opennemo.train.run", "training", "memory", without=APART)
 
 
+@pytest.mark.slow
 def test_older_pytorch_gives_the_same():
     """The very tests of what has a fallback, where PyTorch is as old as 2.11."""
     done = subprocess.run(

@@ -36,6 +36,7 @@ def test_a_conversation_goes_on_from_what_is_cached(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_streams_come_in_pieces_and_are_stopped(tmp_path):
     said = run("streaming", tmp_path)
     assert "(cancelled)" in said and "A: " in said and "B: " in said
@@ -47,11 +48,13 @@ def test_answers_follow_a_schema_and_a_regular_expression(tmp_path):
     assert re.search(r"^ 1[78]\d\d$", said, re.M)
 
 
+@pytest.mark.slow
 def test_calls_are_run_and_answered(tmp_path):
     said = run("tools", tmp_path)
     assert 'days_between({"start": "' in said and " -> " in said
 
 
+@pytest.mark.slow
 def test_many_prompts_are_answered_and_their_tokens_weighed(tmp_path):
     said = run("batch", tmp_path)
     assert said.count(": ") >= 11 and "tokens in" in said and said.count("nats, rank 1") == 3
@@ -64,6 +67,7 @@ def test_a_vocabulary_is_learned_and_used(tmp_path):
     assert (tmp_path / "runs/example-vocabulary/tekken.json").exists()
 
 
+@pytest.mark.slow
 def test_a_text_and_choices_are_scored_in_two_formats(tmp_path):
     said = run("evaluation", tmp_path, str(ROOT / "CONTRIBUTING.md"))
     assert said.count("perplexity") == 2 and said.count("largest planet is") == 2
