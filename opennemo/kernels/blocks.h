@@ -1,4 +1,4 @@
-// Products with weights as GGUF files hold them: rows of blocks of codes, read in place.
+// Products with weights as GGUF files hold them, in blocks of codes.
 //
 // In every type of block a weight is `scale * code - min`, where 32 or 16 weights share scale and
 // min. Inputs are int8 codes that share a scale by 32. So the part of a product that one group
@@ -6,22 +6,23 @@
 //     x_scale * (scale * sum(code * x) - min * sum(x)),
 // where the first sum is of integers and exact, and the second is known once for a token.
 //
-// 256 weights of a row are a `Span`, unpacked alike for all types. Two loops take spans. `rows_in_place`
-// multiplies each row of weights as soon as it is unpacked, for a token or two: it reads at the speed
-// of memory. `tile_of` multiplies a `Tile` of 32 rows, unpacked and transposed once, by many tokens.
+// A file's rows are laid out anew, in as many bits: a panel has 32 rows, and each vector holds the
+// codes of as many of them, so that the sums of a product need not be gathered from their lanes.
+// Along K, 256 weights of a row are a span, and 8 spans are a chunk. What a chunk holds is in the
+// order in which it is read: group 0 of each span, group 1 of each, to group 7.
 //
-// Both add in the same order, so a token's result has the same bits in any batch. Along K, 8 spans
-// are a chunk. Group i of each span of a chunk adds to sum i; the 8 sums of a chunk are added to the
-// result from the first to the last. In a group of 32 that has two scales, the first 16 come first.
+// That is also the order of additions, so a token's result has the same bits in any batch: group i of
+// each span of a chunk adds to sum i; the 8 sums of a chunk are added to the result from the first to
+// the last. In a group of 32 that has two scales, the first 16 come first.
 //
-// Layouts: ggml-common.h and the dequantisation in the `gguf` package, which tests compare with.
+// Layouts of blocks: ggml-common.h and the dequantisation in the `gguf` package, which tests compare
+// with.
 
 #include <tuple>
 
 constexpr int SPAN = 256, LANES = 8, CHUNK = 8;  // weights and groups of a span, spans of a chunk
-constexpr int FEW = 4;                           // tokens that `rows_in_place` takes
 constexpr int LOW = 6;                           // tokens in a tile: sums and totals fit in registers
-constexpr int AHEAD = 1024;                      // bytes that it fetches ahead
+constexpr int AHEAD = 2048;                      // bytes that are fetched ahead
 
 #define INLINE inline __attribute__((always_inline))
 
@@ -124,48 +125,6 @@ template <int BITS> static inline __m256i pairs(__m256i w, __m256i x) {
 static inline i8x widened(__m256i x) { return (i8x)_mm256_madd_epi16(x, _mm256_set1_epi16(1)); }
 #endif
 
-// 32 codes times 32 inputs, added by fours.
-template <int BITS> static inline i8x dot32(b32 w, const int8_t* x) {
-  i8x inputs = *(const i8x_any*)x;
-#if defined(PAIRS)
-  return widened(pairs<BITS>((__m256i)w, (__m256i)inputs));
-#else
-  return dot4((i8x){}, (i8x)w, inputs);
-#endif
-}
-
-// Eight results of `dot32`: the sums of their lower and their upper 16 inputs.
-template <int BITS> static inline void add_up(const i8x d[8], i8x& lower, i8x& upper) {
-#if defined(__AVX2__)
-  // [a0 .. a3 b0 .. b3] in 16 bits, where sums of four products of up to 6 bits still fit, and of
-  // eight of up to 5: two instructions where an addition of neighbours takes three or four.
-  const __m256i one = _mm256_set1_epi16(1);
-  auto packed = [&](__m256i a, __m256i b) { return _mm256_madd_epi16(_mm256_packs_epi32(a, b), one); };
-  auto first = [&](__m256i a, __m256i b) {
-    if constexpr (BITS <= 6) return packed(a, b);
-    else return _mm256_add_epi32(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
-  };
-  auto second = [&](__m256i a, __m256i b) {
-    if constexpr (BITS <= 5) return packed(a, b);
-    if constexpr (BITS == 8) return _mm256_add_epi32(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b));
-    __m256i even = (__m256i)_mm256_shuffle_ps((__m256)a, (__m256)b, 0x88);
-    return _mm256_add_epi32(even, (__m256i)_mm256_shuffle_ps((__m256)a, (__m256)b, 0xDD));
-  };
-  __m256i four[2];
-  for (int i = 0; i < 2; i++) {
-    const __m256i* x = (const __m256i*)d + 4 * i;
-    four[i] = second(first(x[0], x[1]), first(x[2], x[3]));
-  }
-  lower = (i8x)_mm256_permute2x128_si256(four[0], four[1], 0x20);
-  upper = (i8x)_mm256_permute2x128_si256(four[0], four[1], 0x31);
-#else
-  for (int i = 0; i < 8; i++) {
-    lower[i] = d[i][0] + d[i][1] + d[i][2] + d[i][3];
-    upper[i] = d[i][4] + d[i][5] + d[i][6] + d[i][7];
-  }
-#endif
-}
-
 // ---- inputs -----------------------------------------------------------------------------------
 
 struct Input {  // 256 inputs of a token; what lies beyond the last one is zero
@@ -200,216 +159,124 @@ static void round_inputs(const float* x, int n, Input* to) {
 
 struct Span {  // of one row
   b32 codes[LANES];
-  f8x scale[2], min[2];  // by group; [1] are those of the second 16, where they have their own
+  // Scales, then minima. Of a group: float16 numbers, or small ones for its halves, times `unit`.
+  uint16_t number[2][LANES];
+  int8_t small[2][2][LANES];
+  uint16_t unit[2];  // float16
 };
 
 static inline b32 bytes32(const void* p) { return *(const b32_any*)p; }
 static inline b32 right(b32 x, int bits) { return (b32)((s16)x >> bits); }  // into the next byte, too:
 static inline b32 left(b32 x, int bits) { return (b32)((s16)x << bits); }   // mask what comes out
-static inline uint16_t word(const uint8_t* p) {
-  uint16_t x;
-  std::memcpy(&x, p, 2);
+template <class I = uint16_t> static inline I word(const uint8_t* p) {
+  I x;
+  std::memcpy(&x, p, sizeof x);
   return x;
 }
-static inline uint32_t dword(const uint8_t* p) {
-  uint32_t x;
-  std::memcpy(&x, p, 4);
-  return x;
-}
-
-// Eight bytes as numbers, the lowest first.
-static inline f8x unsigned8(uint64_t x) {
-#if defined(__AVX2__)
-  return (f8x)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(x)));
-#else
-  f8x y;
-  for (int i = 0; i < 8; i++) y[i] = (float)(x >> 8 * i & 255);
-  return y;
-#endif
-}
-
-static inline f8x from_float16(const uint16_t* h) {
-#if defined(__F16C__)
-  return (f8x)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)h));
-#else
-  i8x bits;
-  for (int i = 0; i < 8; i++) bits[i] = h[i];
-  return (f8x)((i8x)((f8x)((bits & 0x7FFF) << 13) * 0x1p112f) | (bits & 0x8000) << 16);
-#endif
-}
-static inline float from_float16(uint16_t h) {
-#if defined(__F16C__)
-  return _cvtsh_ss(h);
-#else
-  const uint16_t one[8] = {h};
-  return from_float16(one)[0];
-#endif
-}
+static inline uint32_t dword(const uint8_t* p) { return word<uint32_t>(p); }
 
 // 16 bytes: their lower halves, then their upper halves.
 static inline b32 nibbles(const uint8_t* p) {
-#if defined(__AVX2__)
-  __m128i x = _mm_loadu_si128((const __m128i*)p);
-  __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(x), _mm_srli_epi16(x, 4), 1);
-  return (b32)both & 15;
-#else
   b32 y;
   for (int i = 0; i < 16; i++) y[i] = p[i] & 15, y[16 + i] = p[i] >> 4;
   return y;
-#endif
 }
 
 // Bit i of x as byte i, 0 or 16.
 static inline b32 fifth_bits(uint32_t x) {
-#if defined(__AVX2__)
-  const __m256i byte = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
-  const __m256i bit = _mm256_set1_epi64x((long long)0x8040201008040201);
-  __m256i spread = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(x), byte), bit);
-  return (b32)_mm256_and_si256(_mm256_cmpeq_epi8(spread, bit), _mm256_set1_epi8(16));
-#else
   b32 y;
   for (int i = 0; i < 32; i++) y[i] = (x >> i & 1) << 4;
   return y;
-#endif
 }
 
-// The numbers that the codes of IQ4_NL and IQ4_XS stand for.
-static inline b32 looked_up(b32 codes) {
-  alignas(16) static const int8_t VALUES[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
-                                                1, 13, 25, 38, 53, 69, 89, 113};
-#if defined(__AVX2__)
-  __m256i table = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i*)VALUES));
-  return (b32)_mm256_shuffle_epi8(table, (__m256i)codes) ^ (uint8_t)BIAS8;
-#elif defined(__aarch64__)
-  union Two { b32 whole; uint8x16_t half[2]; } x{codes};
-  for (int i = 0; i < 2; i++) x.half[i] = vqtbl1q_u8(vreinterpretq_u8_s8(vld1q_s8(VALUES)), x.half[i]);
-  return x.whole ^ (uint8_t)BIAS8;
-#else
-  for (int i = 0; i < 32; i++) codes[i] = VALUES[codes[i]] ^ BIAS8;
-  return codes;
-#endif
-}
-
-// The scales and minima of Q4_K and Q5_K, of six bits each, times the block's own.
-static inline void six_bits(const uint8_t* p, f8x& scale, f8x& min) {
-#if defined(__AVX2__)
-  const __m128i x = _mm_loadu_si128((const __m128i*)p);  // d and dmin, and three times four bytes: a b c
-  const __m128i low_mask = _mm_setr_epi32(0x3F3F3F3F, 0x0F0F0F0F, 0x3F3F3F3F, 0x0F0F0F0F);
-  __m128i low = _mm_srlv_epi32(_mm_shuffle_epi32(x, _MM_SHUFFLE(3, 2, 3, 1)),
-                               _mm_setr_epi32(0, 0, 0, 4));  // a c b c
-  __m128i high = _mm_srli_epi32(_mm_shuffle_epi32(x, _MM_SHUFFLE(2, 2, 1, 1)), 2);  // a a b b
-  high = _mm_and_si128(high, _mm_setr_epi32(0, 0x30303030, 0, 0x30303030));
-  const __m128i both = _mm_or_si128(_mm_and_si128(low, low_mask), high);
-  const __m128 d = _mm_cvtph_ps(x);
-  scale = (f8x)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(both)) * (f8x)_mm256_broadcastss_ps(d);
-  min = (f8x)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_unpackhi_epi64(both, both)));
-  min *= (f8x)_mm256_broadcastss_ps(_mm_movehdup_ps(d));
-#else
-  uint32_t a = dword(p + 4), b = dword(p + 8), c = dword(p + 12);
-  uint32_t upper_scales = (c & 0x0F0F0F0F) | (a >> 2 & 0x30303030);
-  uint32_t upper_mins = (c >> 4 & 0x0F0F0F0F) | (b >> 2 & 0x30303030);
-  scale = unsigned8((a & 0x3F3F3F3F) | (uint64_t)upper_scales << 32) * from_float16(word(p));
-  min = unsigned8((b & 0x3F3F3F3F) | (uint64_t)upper_mins << 32) * from_float16(word(p + 2));
-#endif
-}
-
-// Every second byte of 16, beginning with the first or the second.
-static inline uint64_t every_second(const uint8_t* p, int first) {
-  uint64_t x = 0;
-  for (int i = 0; i < 8; i++) x |= (uint64_t)p[2 * i + first] << 8 * i;
-  return x;
+// The scales and minima of Q4_K and Q5_K, of six bits each.
+static inline void six_bits(const uint8_t* p, Span& to) {
+  to.unit[0] = word(p), to.unit[1] = word(p + 2);
+  const uint32_t a = dword(p + 4), b = dword(p + 8), c = dword(p + 12);
+  const uint32_t parts[2][2] = {
+    {a & 0x3F3F3F3F, (c & 0x0F0F0F0F) | (a >> 2 & 0x30303030)},
+    {b & 0x3F3F3F3F, (c >> 4 & 0x0F0F0F0F) | (b >> 2 & 0x30303030)},
+  };
+  for (int i = 0; i < 2; i++) std::memcpy(to.small[i][0], parts[i], LANES);
 }
 
 // A type of block: how many weights in how many bytes, bits of a code, whether 16 weights share a
-// scale (else 32), and how 256 weights become a span. Bytes that are zero must give scale and min zero.
+// scale (else 32), and how 256 weights become a span. A min is the scale times MIN, or a number of
+// its own. Bytes that are zero must give scale and min zero.
 struct Of32 {
   static constexpr int WEIGHTS = 32;
-  static constexpr bool HALVES = false;
-  // Float16 numbers at the same place of eight blocks.
-  static INLINE f8x numbers(const uint8_t* p, int bytes) {
-    auto at = [&](int i) { return (short)word(p + i * bytes); };
-#if defined(__F16C__)  // in registers: what was written in small pieces is read back late
-    return (f8x)_mm256_cvtph_ps(_mm_setr_epi16(at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7)));
-#else
-    uint16_t x[8];
-    for (int i = 0; i < 8; i++) x[i] = at(i);
-    return from_float16(x);
-#endif
-  }
+  static constexpr bool HALVES = false, OWN_MIN = false, LOOKED_UP = false;
 };
-struct Of256 {
+struct Of256 : Of32 {
   static constexpr int WEIGHTS = 256;
-  static constexpr bool HALVES = false;
 };
 
 struct Q4_0 : Of32 {
-  static constexpr int BYTES = 18, BITS = 4;
-  static INLINE void unpack(const uint8_t* p, Span& to) {
-    to.scale[0] = numbers(p, BYTES), to.min[0] = to.scale[0] * 8.f;
-    for (int i = 0; i < 8; i++) to.codes[i] = nibbles(p + i * BYTES + 2);
+  static constexpr int BYTES = 18, BITS = 4, MIN = 8;
+  static void unpack(const uint8_t* p, Span& to) {
+    for (int i = 0; i < 8; i++, p += BYTES) to.number[0][i] = word(p), to.codes[i] = nibbles(p + 2);
   }
 };
 struct Q4_1 : Of32 {
-  static constexpr int BYTES = 20, BITS = 4;
-  static INLINE void unpack(const uint8_t* p, Span& to) {
-    to.scale[0] = numbers(p, BYTES), to.min[0] = -numbers(p + 2, BYTES);
-    for (int i = 0; i < 8; i++) to.codes[i] = nibbles(p + i * BYTES + 4);
+  static constexpr int BYTES = 20, BITS = 4, MIN = -1;
+  static constexpr bool OWN_MIN = true;
+  static void unpack(const uint8_t* p, Span& to) {
+    for (int i = 0; i < 8; i++, p += BYTES) {
+      to.number[0][i] = word(p), to.number[1][i] = word(p + 2);
+      to.codes[i] = nibbles(p + 4);
+    }
   }
 };
 struct Q5_0 : Of32 {
-  static constexpr int BYTES = 22, BITS = 5;
-  static INLINE void unpack(const uint8_t* p, Span& to) {
-    to.scale[0] = numbers(p, BYTES), to.min[0] = to.scale[0] * 16.f;
-    for (int i = 0; i < 8; i++, p += BYTES) to.codes[i] = nibbles(p + 6) | fifth_bits(dword(p + 2));
+  static constexpr int BYTES = 22, BITS = 5, MIN = 16;
+  static void unpack(const uint8_t* p, Span& to) {
+    for (int i = 0; i < 8; i++, p += BYTES) {
+      to.number[0][i] = word(p);
+      to.codes[i] = nibbles(p + 6) | fifth_bits(dword(p + 2));
+    }
   }
 };
 struct Q5_1 : Of32 {
-  static constexpr int BYTES = 24, BITS = 5;
-  static INLINE void unpack(const uint8_t* p, Span& to) {
-    to.scale[0] = numbers(p, BYTES), to.min[0] = -numbers(p + 2, BYTES);
-    for (int i = 0; i < 8; i++, p += BYTES) to.codes[i] = nibbles(p + 8) | fifth_bits(dword(p + 4));
+  static constexpr int BYTES = 24, BITS = 5, MIN = -1;
+  static constexpr bool OWN_MIN = true;
+  static void unpack(const uint8_t* p, Span& to) {
+    for (int i = 0; i < 8; i++, p += BYTES) {
+      to.number[0][i] = word(p), to.number[1][i] = word(p + 2);
+      to.codes[i] = nibbles(p + 8) | fifth_bits(dword(p + 4));
+    }
   }
 };
 struct Q8_0 : Of32 {
-  static constexpr int BYTES = 34, BITS = 8;
-  static INLINE void unpack(const uint8_t* p, Span& to) {
-    to.scale[0] = numbers(p, BYTES), to.min[0] = to.scale[0] * (float)BIAS8;
-    for (int i = 0; i < 8; i++) to.codes[i] = bytes32(p + i * BYTES + 2) ^ (uint8_t)BIAS8;
+  static constexpr int BYTES = 34, BITS = 8, MIN = BIAS8;
+  static void unpack(const uint8_t* p, Span& to) {
+    for (int i = 0; i < 8; i++, p += BYTES)
+      to.number[0][i] = word(p), to.codes[i] = bytes32(p + 2) ^ (uint8_t)BIAS8;
   }
 };
 struct IQ4_NL : Of32 {
-  static constexpr int BYTES = 18, BITS = 8;
-  static INLINE void unpack(const uint8_t* p, Span& to) {
-    to.scale[0] = numbers(p, BYTES), to.min[0] = to.scale[0] * (float)BIAS8;
-    for (int i = 0; i < 8; i++) to.codes[i] = looked_up(nibbles(p + i * BYTES + 2));
-  }
+  static constexpr int BYTES = 18, BITS = 8, MIN = BIAS8;
+  static constexpr bool LOOKED_UP = true;
+  static void unpack(const uint8_t* p, Span& to) { Q4_0::unpack(p, to); }
 };
 
 struct Q2_K : Of256 {
-  static constexpr int BYTES = 84, BITS = 2;
-  static constexpr bool HALVES = true;
-  static INLINE void unpack(const uint8_t* p, Span& to) {
-    float d = from_float16(word(p + 80)), dmin = from_float16(word(p + 82));
-    for (int half = 0; half < 2; half++) {
-      uint64_t x = every_second(p, half), low = 0x0F0F0F0F0F0F0F0F;
-      to.scale[half] = unsigned8(x & low) * d, to.min[half] = unsigned8(x >> 4 & low) * dmin;
-    }
+  static constexpr int BYTES = 84, BITS = 2, MIN = 1;
+  static constexpr bool HALVES = true, OWN_MIN = true;
+  static void unpack(const uint8_t* p, Span& to) {
+    to.unit[0] = word(p + 80), to.unit[1] = word(p + 82);
+    for (int i = 0; i < 16; i++)
+      to.small[0][i % 2][i / 2] = p[i] & 15, to.small[1][i % 2][i / 2] = p[i] >> 4;
     for (int i = 0; i < 8; i++) to.codes[i] = right(bytes32(p + 16 + i / 4 * 32), 2 * (i % 4)) & 3;
   }
 };
 struct Q3_K : Of256 {
-  static constexpr int BYTES = 110, BITS = 3;
+  static constexpr int BYTES = 110, BITS = 3, MIN = 4;
   static constexpr bool HALVES = true;
-  static INLINE void unpack(const uint8_t* p, Span& to) {
-    uint32_t a = dword(p + 96), b = dword(p + 100), c = dword(p + 104);
-    uint32_t scales[4] = {
-      (a & 0x0F0F0F0F) | (c << 4 & 0x30303030), (b & 0x0F0F0F0F) | (c << 2 & 0x30303030),
-      (a >> 4 & 0x0F0F0F0F) | (c & 0x30303030), (b >> 4 & 0x0F0F0F0F) | (c >> 2 & 0x30303030),
-    };
-    float d = from_float16(word(p + 108));
-    for (int half = 0; half < 2; half++) {
-      to.scale[half] = (unsigned8(every_second((const uint8_t*)scales, half)) - 32.f) * d;
-      to.min[half] = to.scale[half] * 4.f;
+  static void unpack(const uint8_t* p, Span& to) {
+    to.unit[0] = word(p + 108);
+    for (int i = 0; i < 16; i++) {
+      const int low = p[96 + i % 8] >> i / 8 * 4 & 15, high = p[104 + i % 4] >> i / 4 * 2 & 3;
+      to.small[0][i % 2][i / 2] = (low | high << 4) - 32;
     }
     b32 high = bytes32(p);
     for (int i = 0; i < 8; i++) {
@@ -419,9 +286,10 @@ struct Q3_K : Of256 {
   }
 };
 struct Q4_K : Of256 {
-  static constexpr int BYTES = 144, BITS = 4;
-  static INLINE void unpack(const uint8_t* p, Span& to) {
-    six_bits(p, to.scale[0], to.min[0]);
+  static constexpr int BYTES = 144, BITS = 4, MIN = 1;
+  static constexpr bool OWN_MIN = true;
+  static void unpack(const uint8_t* p, Span& to) {
+    six_bits(p, to);
     for (int i = 0; i < 8; i += 2) {
       b32 x = bytes32(p + 16 + 16 * i);
       to.codes[i] = x & 15, to.codes[i + 1] = right(x, 4) & 15;
@@ -429,9 +297,10 @@ struct Q4_K : Of256 {
   }
 };
 struct Q5_K : Of256 {
-  static constexpr int BYTES = 176, BITS = 5;
-  static INLINE void unpack(const uint8_t* p, Span& to) {
-    six_bits(p, to.scale[0], to.min[0]);
+  static constexpr int BYTES = 176, BITS = 5, MIN = 1;
+  static constexpr bool OWN_MIN = true;
+  static void unpack(const uint8_t* p, Span& to) {
+    six_bits(p, to);
     b32 high = bytes32(p + 16);
     for (int i = 0; i < 8; i += 2) {
       b32 x = bytes32(p + 48 + 16 * i);
@@ -441,14 +310,11 @@ struct Q5_K : Of256 {
   }
 };
 struct Q6_K : Of256 {
-  static constexpr int BYTES = 210, BITS = 6;
+  static constexpr int BYTES = 210, BITS = 6, MIN = 32;
   static constexpr bool HALVES = true;
-  static INLINE void unpack(const uint8_t* p, Span& to) {
-    float d = from_float16(word(p + 208));
-    for (int half = 0; half < 2; half++) {  // signed bytes: the sign flipped, 128 more
-      to.scale[half] = (unsigned8(every_second(p + 192, half) ^ 0x8080808080808080) - 128.f) * d;
-      to.min[half] = to.scale[half] * 32.f;
-    }
+  static void unpack(const uint8_t* p, Span& to) {
+    to.unit[0] = word(p + 208);
+    for (int i = 0; i < 16; i++) to.small[0][i % 2][i / 2] = (int8_t)p[192 + i];
     for (int i = 0; i < 8; i++) {
       const uint8_t* low = p + i / 4 * 64 + i % 2 * 32;
       b32 high = right(bytes32(p + 128 + i / 4 * 32), 2 * (i % 4)) & 3;
@@ -457,17 +323,21 @@ struct Q6_K : Of256 {
   }
 };
 struct IQ4_XS : Of256 {
-  static constexpr int BYTES = 136, BITS = 8;
-  static INLINE void unpack(const uint8_t* p, Span& to) {
-    float d = from_float16(word(p));
-    uint32_t high = word(p + 2), low = dword(p + 4);
-    uint64_t scales = 0;
-    for (int i = 0; i < 8; i++)
-      scales |= (uint64_t)((low >> 4 * i & 15) | (high >> 2 * i & 3) << 4) << 8 * i;
-    to.scale[0] = (unsigned8(scales) - 32.f) * d, to.min[0] = to.scale[0] * (float)BIAS8;
-    for (int i = 0; i < 8; i++) to.codes[i] = looked_up(nibbles(p + 8 + 16 * i));
+  static constexpr int BYTES = 136, BITS = 8, MIN = BIAS8;
+  static constexpr bool LOOKED_UP = true;
+  static void unpack(const uint8_t* p, Span& to) {
+    to.unit[0] = word(p);
+    const uint32_t high = word(p + 2), low = dword(p + 4);
+    for (int i = 0; i < 8; i++) {
+      to.small[0][0][i] = ((low >> 4 * i & 15) | (high >> 2 * i & 3) << 4) - 32;
+      to.codes[i] = nibbles(p + 8 + 16 * i);
+    }
   }
 };
+
+// The numbers that the codes of IQ4_NL and IQ4_XS stand for.
+alignas(16) static const int8_t VALUES[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
+                                              1, 13, 25, 38, 53, 69, 89, 113};
 
 // Numbered as in cpu.py, from FIRST_BLOCKS on.
 typedef std::tuple<Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS> Blocks;
@@ -483,13 +353,23 @@ template <class F> static inline void with_blocks(int format, F f) {
 template <class T> constexpr int SPAN_BYTES = SPAN / T::WEIGHTS * T::BYTES;
 
 // The span at p of a row that has n_groups from there on.
-template <class T> static INLINE void unpack_span(const uint8_t* p, int n_groups, Span& to) {
+template <class T> static void unpack_span(const uint8_t* p, int n_groups, Span& to) {
   uint8_t rest[SPAN_BYTES<T>];
   if (T::WEIGHTS < SPAN && n_groups < LANES) {
     std::memset(rest, 0, sizeof rest);
     std::memcpy(rest, p, n_groups * T::BYTES), p = rest;
   }
   T::unpack(p, to);
+}
+
+static inline float from_float16(uint16_t h) {
+#if defined(__F16C__)
+  return _cvtsh_ss(h);
+#else
+  union { uint32_t bits; float x; } u{(uint32_t)(h & 0x7FFF) << 13};
+  u.x *= 0x1p112f, u.bits |= (uint32_t)(h & 0x8000) << 16;
+  return u.x;
+#endif
 }
 
 // One row of weights as numbers.
@@ -501,183 +381,261 @@ template <class T> static void row_of_blocks(const uint8_t* row, int n, float* t
     const uint8_t* codes = (const uint8_t*)span.codes;
     for (int i = 0; i < std::min(SPAN, n - k); i += PART) {
       const int half = i / PART % (GROUP / PART), lane = i / GROUP;
-      const float scale = span.scale[half][lane], min = span.min[half][lane];
+      auto number = [&](int which) {
+        return T::WEIGHTS == GROUP ? from_float16(span.number[which][lane])
+                                   : span.small[which][half][lane] * from_float16(span.unit[which]);
+      };
+      const float scale = number(0), min = (T::OWN_MIN ? number(1) : scale) * T::MIN;
       for (int j = i; j < i + PART; j += W) {
         vf code;
-        for (int v = 0; v < W; v++)
-          code[v] = T::BITS == 8 && !BIAS8 ? (int8_t)codes[j + v] : codes[j + v];
+        for (int v = 0; v < W; v++) {
+          const uint8_t c = codes[j + v];
+          code[v] = T::LOOKED_UP ? VALUES[c] + BIAS8 : T::BITS == 8 && !BIAS8 ? (int8_t)c : c;
+        }
         store(to + k + j, code * scale - splat(min));
       }
     }
   }
 }
 
-// ---- products, row by row ------------------------------------------------------------------------
+// ---- panels -----------------------------------------------------------------------------------
 
-// Tokens x (M, n_spans), x_stride apart, times n_rows of weights -> y (M, n_rows), COLS apart.
-template <class T, int M>
-static void rows_in_place(const uint8_t* w, size_t row_bytes, int n_rows, int n_groups,
-                          const Input* x, size_t x_stride, float* y) {
-  for (int r = 0; r < n_rows; r++, w += row_bytes) {
-    float result[M] = {};
-    const uint8_t* p = w;
-    const Input* inputs = x;
-    for (int left = n_groups; left > 0;) {
-      f8x total[M] = {};
-      for (int s = 0; s < CHUNK && left > 0; s++, left -= LANES, p += SPAN_BYTES<T>, inputs++) {
-        for (int i = 0; i < SPAN_BYTES<T>; i += 64) __builtin_prefetch(p + AHEAD + i);
+// Bits of the codes of four weights as they lie in a vector of int32, by planes: halves of a byte for
+// two fours, then pairs of bits for four of them, then single bits for eight, then whole bytes.
+template <class T> struct Planes {
+  static constexpr int STORED = T::LOOKED_UP ? 4 : T::BITS;
+  static constexpr int FOURS = STORED & 4 ? 4 : 0, PAIRS_OF_BITS = STORED & 2 ? 2 : 0;
+  static constexpr int ONES = STORED & 1, BYTES = STORED == 8 ? 8 : 0;
+  static constexpr int ROWS = FOURS + PAIRS_OF_BITS + ONES + BYTES;  // of int32[COLS]
+  static constexpr int LOW_BITS = FOURS ? 4 : PAIRS_OF_BITS ? 2 : 0;  // below those of the next plane
+  static constexpr int N = T::HALVES ? 2 : 1, KINDS = T::OWN_MIN ? 2 : 1;
+  static constexpr int NUMBER = T::WEIGHTS == GROUP ? 2 : 1;  // bytes of a scale
+  static constexpr int RECORD = ROWS * 4 * COLS + KINDS * N * NUMBER * COLS;  // bytes of a group
+  static constexpr int UNITS = T::WEIGHTS == GROUP ? 0 : KINDS * 2 * COLS;    // of a span
+};
+
+static inline int spans_of(int n_groups) { return (n_groups + LANES - 1) / LANES; }
+
+template <class T> static size_t panel_of_blocks(int n_groups) {
+  return (size_t)n_groups * Planes<T>::RECORD + (size_t)spans_of(n_groups) * Planes<T>::UNITS;
+}
+
+// n_rows <= 32 of blocks -> a panel.
+template <class T>
+static void pack_blocks(const uint8_t* w, size_t row_bytes, int n_rows, int n_groups, uint8_t* to) {
+  typedef Planes<T> P;
+  for (int chunk = 0; chunk < n_groups; chunk += CHUNK * LANES) {
+    const int n = std::min(n_groups - chunk, CHUNK * LANES), n_spans = spans_of(n);
+    uint8_t* records = to + n_spans * P::UNITS;
+    for (int r = 0; r < COLS; r++) {  // the last panel repeats its last row, for results not used
+      const uint8_t* p = w + std::min(r, n_rows - 1) * row_bytes + chunk / LANES * SPAN_BYTES<T>;
+      for (int s = 0; s < n_spans; s++, p += SPAN_BYTES<T>) {
         Span span;
-        unpack_span<T>(p, left, span);
-        for (int m = 0; m < M; m++) {
-          const Input& in = inputs[m * x_stride];
-          i8x products[8], lower, upper;
-          for (int i = 0; i < 8; i++) products[i] = dot32<T::BITS>(span.codes[i], in.codes + GROUP * i);
-          add_up<T::BITS>(products, lower, upper);
-          auto add = [&](i8x sums, int half, const float* x_sum) {
-            total[m] = term(total[m], __builtin_convertvector(sums, f8x), span.scale[half],
-                            span.min[half], *(const f8x_any*)x_sum, *(const f8x_any*)in.scale);
-          };
-          if constexpr (T::HALVES) add(lower, 0, in.half_sum[0]), add(upper, 1, in.half_sum[1]);
-          else add(lower + upper, 0, in.sum);
+        unpack_span<T>(p, n - s * LANES, span);
+        if constexpr (P::UNITS > 0)
+          for (int i = 0; i < P::KINDS; i++) ((uint16_t*)(to + s * P::UNITS))[i * COLS + r] = span.unit[i];
+        for (int lane = 0, before = 0; lane < LANES && s * LANES + lane < n; lane++) {
+          // Groups `lane` of earlier spans, and all groups of earlier lanes, lie before.
+          uint8_t* record = records + (size_t)(before + s) * P::RECORD;
+          before += (n - lane + LANES - 1) / LANES;
+          uint32_t* plane = (uint32_t*)record + r;
+          uint32_t quad[8];
+          std::memcpy(quad, &span.codes[lane], sizeof quad);
+          if constexpr (P::FOURS > 0)
+            for (int i = 0; i < 8; i += 2, plane += COLS) {
+              const uint64_t two = word<uint64_t>((const uint8_t*)(quad + i)) & 0x0F0F0F0F0F0F0F0F;
+              *plane = (uint32_t)(two | two >> 28);
+            }
+          constexpr int PAIR = P::FOURS ? 4 : 0;
+          if constexpr (P::PAIRS_OF_BITS > 0)
+            for (int i = 0; i < 8; i += 4, plane += COLS) {
+              *plane = 0;
+              for (int j = 0; j < 4; j++) *plane |= (quad[i + j] >> PAIR & 0x03030303) << 2 * j;
+            }
+          if constexpr (P::ONES > 0) {
+            *plane = 0;
+            for (int j = 0; j < 8; j++) *plane |= (quad[j] >> P::LOW_BITS & 0x01010101) << j;
+          }
+          if constexpr (P::BYTES > 0)
+            for (int i = 0; i < 8; i++, plane += COLS) *plane = quad[i];
+          uint8_t* numbers = record + P::ROWS * 4 * COLS;
+          for (int i = 0; i < P::KINDS; i++)
+            for (int half = 0; half < P::N; half++, numbers += P::NUMBER * COLS)
+              if constexpr (P::NUMBER == 2) ((uint16_t*)numbers)[r] = span.number[i][lane];
+              else ((int8_t*)numbers)[r] = span.small[i][half][lane];
         }
       }
-      for (int m = 0; m < M; m++)
-        for (int lane = 0; lane < LANES; lane++) result[m] += total[m][lane];
     }
-    for (int m = 0; m < M; m++) y[m * COLS + r] = result[m];
+    to = records + (size_t)n * P::RECORD;
   }
 }
 
-// ---- products, tile by tile -----------------------------------------------------------------------
-
-struct Tile {  // a chunk of 32 rows of weights: fours of codes, and scales and minima by group
-  alignas(64) int32_t codes[CHUNK][SPAN / 4][COLS];
-  float scale[CHUNK][2 * LANES][COLS], min[CHUNK][2 * LANES][COLS];
-};
-
-template <class T>
-static void fill(const uint8_t* w, size_t row_bytes, int n_rows, int chunk, int n_groups, Tile& to) {
-  // The next chunk is fetched meanwhile, into the second-level cache: of these rows, or of the next.
-  const int end = std::min(n_groups, chunk + CHUNK * LANES);
-  const size_t ahead = end < n_groups ? CHUNK * SPAN_BYTES<T>
-                                      : COLS * row_bytes - chunk / LANES * SPAN_BYTES<T>;
-  for (int r0 = 0; r0 < COLS; r0 += 8)
-    for (int g = chunk; g < end; g += LANES) {
-      Span spans[8];
-      const float *codes[8], *scale[8], *min[8];
-      for (int j = 0; j < 8; j++) {  // the last panel repeats its last row, for results that are not used
-        const uint8_t* p = w + std::min(r0 + j, n_rows - 1) * row_bytes + g / LANES * SPAN_BYTES<T>;
-        for (int i = 0; i < SPAN_BYTES<T>; i += 64) __builtin_prefetch(p + ahead + i, 0, 2);
-        unpack_span<T>(p, n_groups - g, spans[j]);
-        codes[j] = (const float*)spans[j].codes;
-        scale[j] = (const float*)spans[j].scale, min[j] = (const float*)spans[j].min;
-      }
-      const int s = (g - chunk) / LANES, n = T::HALVES ? 2 * LANES : LANES;
-      transpose8(codes, SPAN / 4, (float*)to.codes[s][0] + r0);
-      transpose8(scale, n, to.scale[s][0] + r0), transpose8(min, n, to.min[s][0] + r0);
-    }
+// W small numbers, and W float16 ones. GCC 12 would convert the first one by one.
+static INLINE vf small_numbers(const int8_t* p) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#else
+  vf y;
+#if defined(__AVX2__)
+  for (int i = 0; i < W; i += 8)
+    ((f8x*)&y)[i / 8] = (f8x)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(p + i))));
+#else
+  for (int i = 0; i < W; i++) y[i] = p[i];
+#endif
+  return y;
+#endif
+}
+static INLINE vf float16_numbers(const uint16_t* p) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#else
+  vf y;
+#if defined(__F16C__)
+  for (int i = 0; i < W; i += 8) ((f8x*)&y)[i / 8] = (f8x)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + i)));
+#else
+  for (int i = 0; i < W; i++) y[i] = from_float16(p[i]);
+#endif
+  return y;
+#endif
 }
 
-// sums (M, VN vectors) of QUADS times four products; x points to the inputs of the first token.
-template <int BITS, int QUADS, int M, int VN>
-static inline void products(const int32_t* w, const int8_t* x, size_t x_stride, vi sums[M][VN]) {
-  auto input = [&](int m, int q) {
-    int32_t four;
-    std::memcpy(&four, x + m * x_stride + 4 * q, 4);
-    return splat(four);
-  };
+static INLINE vi looked_up(vi codes) {
+#if defined(__AVX512BW__)
+  const __m512i table = _mm512_broadcast_i32x4(_mm_load_si128((const __m128i*)VALUES));
+  return (vi)_mm512_shuffle_epi8(table, (__m512i)codes) ^ (int)(0x01010101u * BIAS8);
+#else
+  union Parts { vi whole; b32 half[(sizeof(vi) + 31) / 32]; uint8_t byte[sizeof(vi)]; } x{codes};
+#if defined(__AVX2__)
+  const __m256i table = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i*)VALUES));
+  for (b32& half : x.half) half = (b32)_mm256_shuffle_epi8(table, (__m256i)half);
+#elif defined(__aarch64__)
+  for (size_t i = 0; i < sizeof(vi); i += 16)
+    vst1q_u8(x.byte + i, vqtbl1q_u8(vreinterpretq_u8_s8(vld1q_s8(VALUES)), vld1q_u8(x.byte + i)));
+#else
+  for (uint8_t& byte : x.byte) byte = VALUES[byte];
+#endif
+  return x.whole ^ (int)(0x01010101u * BIAS8);
+#endif
+}
+
+// The codes of the four weights q of W rows.
+template <class T> static INLINE vi quad(const int32_t* plane, int q) {
+  typedef Planes<T> P;
+  vi code = {};
+  if constexpr (P::BYTES > 0) return load(plane + q * COLS);
+  if constexpr (P::FOURS > 0) {
+    code = load(plane + q / 2 * COLS), plane += P::FOURS * COLS;
+    code = (q % 2 ? code >> 4 : code) & 0x0F0F0F0F;
+  }
+  // Bits at `from` of each byte come to `to`.
+  auto moved = [](vi x, int from, int to) { return from > to ? x >> (from - to) : x << (to - from); };
+  constexpr int PAIR = P::FOURS ? 4 : 0;
+  if constexpr (P::PAIRS_OF_BITS > 0) {
+    code |= moved(load(plane + q / 4 * COLS), q % 4 * 2, PAIR) & (0x03030303 << PAIR);
+    plane += P::PAIRS_OF_BITS * COLS;
+  }
+  if constexpr (P::ONES > 0) code |= moved(load(plane), q, P::LOW_BITS) & (0x01010101 << P::LOW_BITS);
+  if constexpr (T::LOOKED_UP) code = looked_up(code);
+  return code;
+}
+
+// sums (M, VN vectors) of the products of QUADS times four codes, from q0 on, with four inputs each.
+template <class T, int QUADS, int M, int VN>
+static INLINE void products(const int32_t* planes, int q0, const int8_t* x, size_t x_stride,
+                            vi sums[M][VN]) {
+  auto input = [&](int m, int q) { return splat(word<int32_t>((const uint8_t*)x + m * x_stride + 4 * q)); };
 #if defined(PAIRS)
-  constexpr int STEP = std::min(QUADS, BEFORE_WIDENING<BITS>);
+  constexpr int STEP = std::min(QUADS, BEFORE_WIDENING<T::BITS>);
 #pragma GCC unroll 8
-  for (int q0 = 0; q0 < QUADS; q0 += STEP) {
+  for (int from = 0; from < QUADS; from += STEP) {
     __m256i part[M][VN];
 #pragma GCC unroll 8
-    for (int q = q0; q < q0 + STEP; q++) {
+    for (int i = from; i < from + STEP; i++) {
       __m256i b[VN];
-      for (int v = 0; v < VN; v++) b[v] = (__m256i)load(w + q * COLS + v * W);
+      for (int v = 0; v < VN; v++) b[v] = (__m256i)quad<T>(planes + v * W, q0 + i);
       for (int m = 0; m < M; m++) {
-        __m256i a = (__m256i)input(m, q);
+        __m256i a = (__m256i)input(m, q0 + i);
         for (int v = 0; v < VN; v++) {
-          __m256i p = pairs<BITS>(b[v], a);
-          part[m][v] = q == q0 ? p : _mm256_add_epi16(part[m][v], p);
+          __m256i p = pairs<T::BITS>(b[v], a);
+          part[m][v] = i == from ? p : _mm256_add_epi16(part[m][v], p);
         }
       }
     }
     for (int m = 0; m < M; m++)
       for (int v = 0; v < VN; v++)
-        sums[m][v] = q0 ? sums[m][v] + (vi)widened(part[m][v]) : (vi)widened(part[m][v]);
+        sums[m][v] = from ? sums[m][v] + (vi)widened(part[m][v]) : (vi)widened(part[m][v]);
   }
 #else
   for (int m = 0; m < M; m++)
     for (int v = 0; v < VN; v++) sums[m][v] = (vi){};
 #pragma GCC unroll 8
-  for (int q = 0; q < QUADS; q++) {
+  for (int i = 0; i < QUADS; i++) {
     vi b[VN];
-    for (int v = 0; v < VN; v++) b[v] = load(w + q * COLS + v * W);
+    for (int v = 0; v < VN; v++) b[v] = quad<T>(planes + v * W, q0 + i);
     for (int m = 0; m < M; m++) {
-      vi a = input(m, q);
+      vi a = input(m, q0 + i);
       for (int v = 0; v < VN; v++) sums[m][v] = dot4(sums[m][v], b[v], a);
     }
   }
 #endif
 }
 
-// y (M, W * VN) += tokens x (M, spans) times VN vectors of rows of a tile.
-template <int BITS, bool HALVES, int M, int VN>
-static inline void tile_of(const Tile& w, int v0, int n_groups, const Input* x, size_t x_stride, float* y) {
-  constexpr int N = HALVES ? 2 : 1, QUADS = GROUP / 4 / N;
+// y (M, W * VN) += tokens x (M, spans) times VN vectors of rows of a chunk of a panel.
+template <class T, int M, int VN>
+static void tile_of(const uint8_t* chunk, int v0, int n_groups, const Input* x, size_t x_stride, float* y) {
+  typedef Planes<T> P;
+  constexpr int QUADS = GROUP / 4 / P::N;
+  const uint8_t* record = chunk + spans_of(n_groups) * P::UNITS;
   for (int lane = 0; lane < std::min(LANES, n_groups); lane++) {
     vf total[M][VN] = {};
-    for (int s = 0; s * LANES + lane < n_groups; s++)
+    for (int s = 0; s * LANES + lane < n_groups; s++, record += P::RECORD) {
+      for (int i = 0; i < P::RECORD; i += 64) __builtin_prefetch(record + AHEAD + i);
+      const uint8_t* numbers = record + P::ROWS * 4 * COLS;
+      auto number = [&](int kind, int half, int v) {
+        const int at = (kind * P::N + half) * COLS + (v0 + v) * W;
+        if constexpr (P::NUMBER == 2) return float16_numbers((const uint16_t*)numbers + at);
+        else {
+          const uint16_t* unit = (const uint16_t*)(chunk + s * P::UNITS) + kind * COLS + (v0 + v) * W;
+          return small_numbers((const int8_t*)numbers + at) * float16_numbers(unit);
+        }
+      };
 #pragma GCC unroll 2
-      for (int half = 0; half < N; half++) {
-        const int quad = 8 * lane + QUADS * half;
+      for (int half = 0; half < P::N; half++) {
         vi sums[M][VN];
-        products<BITS, QUADS, M, VN>(w.codes[s][quad] + v0 * W, x[s].codes + 4 * quad,
-                                     x_stride * sizeof(Input), sums);
+        products<T, QUADS, M, VN>((const int32_t*)record + v0 * W, QUADS * half, x[s].codes + GROUP * lane,
+                                  x_stride * sizeof(Input), sums);
         vf scale[VN], min[VN];
         for (int v = 0; v < VN; v++) {
-          scale[v] = load(w.scale[s][LANES * half + lane] + (v0 + v) * W);
-          min[v] = load(w.min[s][LANES * half + lane] + (v0 + v) * W);
+          scale[v] = number(0, half, v);
+          min[v] = (T::OWN_MIN ? number(1, half, v) : scale[v]) * (float)T::MIN;
         }
         for (int m = 0; m < M; m++) {
           const Input& in = x[m * x_stride + s];
-          vf x_sum = splat(HALVES ? in.half_sum[half][lane] : in.sum[lane]), x_scale = splat(in.scale[lane]);
+          vf x_sum = splat(T::HALVES ? in.half_sum[half][lane] : in.sum[lane]), x_scale = splat(in.scale[lane]);
           for (int v = 0; v < VN; v++)
             total[m][v] = term(total[m][v], to_float(sums[m][v]), scale[v], min[v], x_sum, x_scale);
         }
       }
+    }
     for (int m = 0; m < M; m++)
       for (int v = 0; v < VN; v++)
         store(y + m * COLS + v * W, load(y + m * COLS + v * W) + total[m][v]);
   }
 }
 
-// Tokens x (M, spans) times n_rows <= 32 of weights -> y (M, 32).
+// Tokens x (M, spans) times a panel -> y (M, 32).
 template <class T>
-static void multiply_blocks(const uint8_t* w, size_t row_bytes, int n_rows, int n_groups,
-                            const Input* x, int M, float* y, Tile& tile) {
-  const size_t x_stride = (n_groups + LANES - 1) / LANES;
-  if (M <= FEW) {
-    with_rows<FEW>(M, [&](auto m) {
-      rows_in_place<T, m>(w, row_bytes, n_rows, n_groups, x, x_stride, y);
-    });
-    return;
-  }
-  // Types that are multiplied alike share one tile's code.
-#if defined(PAIRS)
-  constexpr int BITS = std::max(T::BITS, 4);
-#else
-  constexpr int BITS = 8;
-#endif
+static void multiply_blocks(const uint8_t* panel, int n_groups, const Input* x, int M, float* y) {
+  typedef Planes<T> P;
+  const size_t x_stride = spans_of(n_groups);
   zero(y, M * COLS);
   for (int chunk = 0; chunk < n_groups; chunk += CHUNK * LANES) {
-    fill<T>(w, row_bytes, n_rows, chunk, n_groups, tile);
-    in_tiles<LOW>(M, [&](int m, auto n) {
-      for (int v = 0; v < V; v += ACROSS<n>)
-        tile_of<BITS, T::HALVES, n, ACROSS<n>>(
-            tile, v, std::min(n_groups - chunk, CHUNK * LANES),
-            x + m * x_stride + chunk / LANES, x_stride, y + m * COLS + v * W);
+    const int n = std::min(n_groups - chunk, CHUNK * LANES);
+    in_tiles<LOW>(M, [&](int m, auto height) {
+      for (int v = 0; v < V; v += ACROSS<height>)
+        tile_of<T, height, ACROSS<height>>(panel, v, n, x + m * x_stride + chunk / LANES, x_stride,
+                                           y + m * COLS + v * W);
     });
+    panel += (size_t)n * P::RECORD + spans_of(n) * P::UNITS;
   }
 }

@@ -407,6 +407,11 @@ struct Matrix {
 
   void shape(Format f, int n_rows, int n_cols, Arena& arena) {
     format = f, rows = n_rows, cols = n_cols, panels = padded(n_rows, COLS) / COLS;
+    if (in_blocks()) {
+      with_blocks(f, [&](auto type) { panel_bytes = panel_of_blocks<decltype(type)>(cols / GROUP); });
+      data = arena.take(panel_bytes * panels);
+      return;
+    }
     const size_t half_bytes[] = {8, 4, 2, 2, 1};
     panel_bytes = half_bytes[f] * depth() * COLS / 2;
     data = arena.take(panel_bytes * panels);
@@ -420,7 +425,20 @@ struct Matrix {
     stored = codes, row_bytes = bytes;
   }
 
-  // Put one row of codes, as PyTorch holds them, in its place.
+  // Put the rows of one panel, row_bytes apart as PyTorch holds them, in their places.
+  void pack_panel(int p, const uint8_t* codes, size_t bytes, const float* row_scale, int scales_per_row) {
+    const int first = p * COLS, end = std::min(rows, first + COLS);
+    if (in_blocks()) {
+      with_blocks(format, [&](auto type) {
+        pack_blocks<decltype(type)>(codes + first * bytes, bytes, end - first, cols / GROUP,
+                                    data + p * panel_bytes);
+      });
+    } else {
+      for (int r = first; r < end; r++) pack(r, codes + r * bytes, row_scale + (size_t)r * scales_per_row);
+    }
+  }
+
+  // Put one row of codes in its place.
   void pack(int row, const void* codes, const float* row_scale) {
     uint8_t* to = data + row / COLS * panel_bytes;
     int lane = row % COLS, byte = lane % 8 * 4 + lane / 8;
@@ -684,7 +702,6 @@ enum { WQ, WK, WV, WO, W1, W3, W2, PER_LAYER };
 
 struct Scratch {  // of one thread
   alignas(64) float y[2][TALL * COLS], unpacked[DEPTH * COLS], weights[BLOCK * COLS];
-  Tile tile;
   std::vector<float> q, keys, values, widened, out;
 };
 
@@ -710,9 +727,7 @@ struct Model {
                Scratch& s) {
     if (a.in_blocks()) {
       with_blocks(a.format, [&](auto type) {
-        multiply_blocks<decltype(type)>(
-            a.stored + (size_t)p * COLS * a.row_bytes, a.row_bytes, std::min(COLS, a.rows - p * COLS),
-            a.cols / GROUP, inputs.spans_of(a.cols, first), M, y, s.tile);
+        multiply_blocks<decltype(type)>(a.panel(p), a.cols / GROUP, inputs.spans_of(a.cols, first), M, y);
       });
     } else if (a.format == INT8) {
       int n_groups = a.depth() / GROUP;
@@ -1133,17 +1148,8 @@ void matrix_pack(Model* m, int index, const uint8_t* codes, int64_t row_bytes, c
                  int scales_per_row) {
   Matrix& a = m->matrices[index];
   m->pool.run([&](int) {
-    m->pool.share(a.panels, [&](int p) {
-      for (int r = p * COLS; r < std::min(a.rows, (p + 1) * COLS); r++)
-        a.pack(r, codes + r * row_bytes, scale + (size_t)r * scales_per_row);
-    });
+    m->pool.share(a.panels, [&](int p) { a.pack_panel(p, codes, row_bytes, scale, scales_per_row); });
   });
-}
-
-// Rows of blocks, which the caller keeps as long as the model.
-void matrix_refer(Model* m, int index, int format, int rows, int cols, const uint8_t* codes,
-                  int64_t row_bytes) {
-  m->matrices[index].refer((Format)format, rows, cols, codes, row_bytes);
 }
 
 // One matrix of a model by itself: x (T, cols), which fp8 rounds in place, -> y (T, rows).
@@ -1164,8 +1170,16 @@ void blocks_multiply(int format, int rows, int cols, const uint8_t* codes, int64
   Shape shape{};
   shape.n_threads = n_threads;
   Model m(shape);
-  m.matrices[0].refer((Format)format, rows, cols, codes, row_bytes);
+  m.matrices[0].shape((Format)format, rows, cols, m.arena);
+  matrix_pack(&m, 0, codes, row_bytes, nullptr, 0);
   model_multiply(&m, 0, const_cast<float*>(x), T, y);  // nothing rounds in place for blocks
+}
+
+// Bytes of a panel of 32 rows of blocks.
+int64_t blocks_panel(int format, int cols) {
+  int64_t n_bytes = 0;
+  with_blocks(format, [&](auto type) { n_bytes = panel_of_blocks<decltype(type)>(cols / GROUP); });
+  return n_bytes;
 }
 
 // Rows of blocks as numbers (rows, cols).

@@ -39,8 +39,8 @@ class CpuFormat(enum.IntEnum):
     IQ4_XS = 16
 
     @property
-    def in_place(self) -> bool:
-        """Whether rows of weights are read where they are, not packed."""
+    def in_blocks(self) -> bool:
+        """Whether a row of weights is GGUF's blocks, which have their scales among the codes."""
         return self >= CpuFormat.Q4_0
 
 
@@ -98,7 +98,7 @@ def multiply(
     Raises:
         CompilerMissing: the kernel cannot be built here.
     """
-    assert weights.format.in_place and x.shape[-1] == weights.columns
+    assert weights.format.in_blocks and x.shape[-1] == weights.columns
     x, codes = x.float().contiguous(), weights.codes.contiguous()
     y = torch.empty(len(x), len(codes))
     load_library(instructions or available_instructions()[0]).blocks_multiply(
@@ -192,13 +192,13 @@ def _load(instructions: str) -> ctypes.CDLL | CompilerMissing:
     library.model_free.argtypes = [pointer]
     library.matrix_shape.argtypes = [pointer, *[number] * 4, ctypes.c_float, *[number] * 2]
     library.matrix_pack.argtypes = [pointer, number, pointer, ctypes.c_int64, pointer, number]
-    library.matrix_refer.argtypes = [pointer, *[number] * 4, pointer, ctypes.c_int64]
     library.blocks_multiply.argtypes = [
         *[number] * 3, pointer, ctypes.c_int64, pointer, number, pointer, number,
     ]  # fmt: skip
     library.blocks_rows.argtypes = [
         *[number] * 3, pointer, ctypes.c_int64, pointer, number,
     ]  # fmt: skip
+    library.blocks_panel.restype = ctypes.c_int64
     library.blocks_fit.argtypes = [pointer, ctypes.c_int64, pointer, pointer, pointer]
     library.model_multiply.argtypes = [pointer, number, pointer, number, pointer]
     library.model_step.argtypes = [pointer, pointer]
@@ -214,7 +214,7 @@ class CpuModel:
         self, shape: Shape, frequencies: Tensor, embedding: Weights, norm: Tensor,
         layers: Iterable[LayerWeights], head: Weights, instructions: str | None = None,
     ):  # fmt: skip
-        """Pack the weights; the embedding and blocks are kept and read in place.
+        """Pack the weights; the embedding is kept and read in place.
 
         `frequencies` (H/2,) float64 are the angles of one position. A layer is read only when its
         turn comes, so `layers` may make them as it is walked.
@@ -222,7 +222,7 @@ class CpuModel:
         Raises:
             CompilerMissing: the kernel cannot be built here.
         """
-        assert embedding.format in (CpuFormat.FP32, CpuFormat.BF16) or embedding.format.in_place
+        assert embedding.format in (CpuFormat.FP32, CpuFormat.BF16) or embedding.format.in_blocks
         self._library = load_library(instructions or available_instructions()[0])
         self._shape = shape
         self._kept: list[Tensor] = []  # what the kernel reads in place
@@ -314,12 +314,6 @@ class CpuModel:
             raise ValueError("layers that share an input must share its format and scale")
         for index, weights in enumerate(matrices, first):
             n_rows = len(weights.codes)
-            if weights.format.in_place:
-                at, format, row_bytes = self._keep(weights)
-                self._library.matrix_refer(
-                    self._model, index, format, n_rows, weights.columns, at, row_bytes
-                )
-                continue
             codes = weights.codes.detach().contiguous()
             scale = weights.scale.float().expand(n_rows, -1).contiguous()
             self._library.matrix_shape(

@@ -2,7 +2,7 @@
 
 In every type of block a weight is `scale * code - min`, and 16 or 32 weights share scale and min:
 one family, whatever the bits. A row of weights is a row of bytes. This is the definition that the
-CPU kernel (kernels/blocks.h), which reads the rows where they are, is tested against. Which codes
+CPU kernel (kernels/blocks.h), which lays the rows out anew, is tested against. Which codes
 and scales stand for given weights is block_scales.py's business.
 
 Layouts: ggml-common.h of ggml; tests compare with `gguf.dequantize`.
@@ -43,6 +43,7 @@ class BlockType:
     unpack: Callable[[Tensor], Codes]
     pack: Callable[[Tensor, Scaled], Sequence[Tensor]]
     grid: Grid
+    in_panels: int = 0  # bytes in the CPU kernel's panels, where small scales take a byte each
 
     def row_bytes(self, width: int) -> int:
         """Bytes of a row of weights, whose width must be whole blocks."""
@@ -314,14 +315,14 @@ TYPES = {
     "q5_1": BlockType(32, 24, _q5_1, _as_q5_1, Grid(32, 0, 31, has_min=True, free_min=True)),
     # -128 is left out: its magnitude is not an int8, which some kernels rely on.
     "q8_0": BlockType(32, 34, _q8_0, _as_q8_0, Grid(32, -127, 127)),
-    "q2_k": BlockType(256, 84, _q2_k, _as_q2_k, Grid(16, 0, 3, has_min=True, units=(0, 15))),
-    "q3_k": BlockType(256, 110, _q3_k, _as_q3_k, Grid(16, -4, 3, units=(-32, 31))),
-    "q4_k": BlockType(256, 144, _q4_k, _as_q4_k, Grid(32, 0, 15, has_min=True, units=(0, 63))),
-    "q5_k": BlockType(256, 176, _q5_k, _as_q5_k, Grid(32, 0, 31, has_min=True, units=(0, 63))),
+    "q2_k": BlockType(256, 84, _q2_k, _as_q2_k, Grid(16, 0, 3, has_min=True, units=(0, 15)), 100),
+    "q3_k": BlockType(256, 110, _q3_k, _as_q3_k, Grid(16, -4, 3, units=(-32, 31)), 114),
+    "q4_k": BlockType(256, 144, _q4_k, _as_q4_k, Grid(32, 0, 15, has_min=True, units=(0, 63)), 148),
+    "q5_k": BlockType(256, 176, _q5_k, _as_q5_k, Grid(32, 0, 31, has_min=True, units=(0, 63)), 180),
     "q6_k": BlockType(256, 210, _q6_k, _as_q6_k, Grid(16, -32, 31, units=(-128, 127))),
     "iq4_nl": BlockType(32, 18, _iq4_nl, _as_q4_0, Grid(32, -127, 113, table=IQ4)),
     "iq4_xs": BlockType(
-        256, 136, _iq4_xs, _as_iq4_xs, Grid(32, -127, 113, table=IQ4, units=(-32, 31))
+        256, 136, _iq4_xs, _as_iq4_xs, Grid(32, -127, 113, table=IQ4, units=(-32, 31)), 138
     ),
 }
 NARROWER = {

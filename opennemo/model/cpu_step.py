@@ -50,7 +50,8 @@ class NativeStep:
             _weights(model.output),
             instructions,
         )
-        if release and not (config.tied_embeddings and isinstance(model.output, nn.Linear)):
+        own = [t.data_ptr() for t in model.tok_embeddings.state_dict().values()]
+        if release and not any(t.data_ptr() in own for t in model.output.state_dict().values()):
             _empty(model.output)
 
     def __call__(self, tokens: Tensor, attend: Paged, rows: Tensor) -> Tensor:
@@ -145,9 +146,6 @@ def _layers(model: Transformer, release: bool) -> Iterator[cpu.LayerWeights]:
 
 
 def _empty(linear: nn.Module) -> None:
-    format = _format_of(linear)
-    if format is None or format.in_place:
-        return  # the kernel reads what it has
     for tensor in (*linear.parameters(), *linear.buffers()):
         forget_pages(tensor)
         tensor.data = tensor.new_empty(0)

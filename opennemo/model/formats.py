@@ -212,6 +212,14 @@ class Format:
         """Of a stored matrix, but for what belongs to it as a whole."""
         return round(rows * self.weights.row_bytes(columns))
 
+    def packed_bytes(self, rows: int, columns: int) -> int:
+        """Of the same as the CPU kernel lays it out."""
+        n_bytes = self.nbytes(rows, columns)
+        if not isinstance(self.weights, BlockRounding):
+            return n_bytes
+        kind = blocks.TYPES[self.weights.type]
+        return n_bytes // kind.n_bytes * (kind.in_panels or kind.n_bytes)
+
     def quantize(self, weight: Tensor, scale: Tensor | None = None) -> dict[str, Tensor]:
         """A matrix (O, D) -> the tensors that stand for it; `scale` if it is not its own."""
         codes, used = self.weights.quantize(weight, scale)

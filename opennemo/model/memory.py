@@ -104,16 +104,17 @@ class Needs:
         layers: Counter[str] = Counter()  # bytes that are packed together, by layer or name
         for name, shape in (shapes | ({HEAD: shapes[EMBEDDING]} if tied else {})).items():
             format = checkpoint.runs_in(name, form)
-            n_bytes = format.nbytes(math.prod(shape[:-1]), shape[-1])
-            in_place = format.kernel is not None and format.kernel.in_place
-            packed = on_cpu and len(shape) == 2 and name != EMBEDDING and not in_place
+            packed = on_cpu and len(shape) == 2 and name != EMBEDDING
+            bytes_of = format.packed_bytes if packed else format.nbytes
+            n_bytes = bytes_of(math.prod(shape[:-1]), shape[-1])
             if not (name == HEAD and tied) or packed:
                 weights += n_bytes
             if name != EMBEDDING:
                 read += n_bytes
             # A matrix is read as it is stored, or dequantised, before it has its form.
             number = max(checkpoint.dtype.itemsize, checkpoint.files.bytes_to_decode)
-            stays = in_place and not (form.format and is_stored_in_codes(name))
+            in_blocks = format.kernel is not None and format.kernel.in_blocks
+            stays = in_blocks and not (form.format and is_stored_in_codes(name))
             largest = max(largest, number * math.prod(shape) * (not stays))
             of_layer = name.split(".")[1] if name.startswith("layers.") else name
             layers[of_layer] += n_bytes * packed

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from opennemo.kernels import cpu
 from opennemo.model.blocks import TYPES, decode, dequantize
-from opennemo.model.formats import FORMATS
+from opennemo.model.formats import BLOCKS, FORMATS
 from tests.blocks import random_blocks
 
 INPUTS = FORMATS["int8"].inputs
@@ -45,6 +45,13 @@ def test_rows_as_numbers_equal_the_definition(type: str, instructions: str):
         found = cpu.dequantize(cpu.CpuFormat[type.upper()], rows, width, instructions)
         # The kernel subtracts the minimum without rounding before.
         assert torch.allclose(found, dequantize(type, rows), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("type", TYPES)
+def test_a_panel_takes_what_memory_is_planned_with(type: str):
+    library = cpu.load_library(cpu.available_instructions()[0])
+    planned = BLOCKS[type].packed_bytes(32, 2048)
+    assert library.blocks_panel(cpu.CpuFormat[type.upper()], 2048) == planned
 
 
 @pytest.mark.parametrize("type", TYPES)
