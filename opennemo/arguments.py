@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from inspect import signature
 from pathlib import Path
 from typing import Any, get_args
@@ -11,7 +11,7 @@ import torch
 
 from opennemo.engine import SamplingParams
 from opennemo.engine.grammar import Kind
-from opennemo.errors import InvalidRequest, Overloaded
+from opennemo.errors import InvalidRequest, Overloaded, check_names
 from opennemo.reply import Reply
 from opennemo.tokenizer.messages import Tool
 
@@ -65,41 +65,66 @@ def torch_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return None if dtype == "auto" else getattr(torch, dtype)
 
 
-def answer_format(format: Any, json_schema: Any) -> tuple[Kind, str] | None:
-    """The grammar that an answer follows, from either of two ways to ask for one."""
-    if json_schema is not None:
-        if format is not None:
-            raise InvalidRequest("format and json_schema: give one of the two")
-        if hasattr(json_schema, "model_json_schema"):  # a pydantic model
-            json_schema = _closed(json_schema.model_json_schema())
-        if not isinstance(json_schema, dict | bool):
-            raise InvalidRequest(f"json_schema: {json_schema!r} is no schema and no pydantic model")
-        return "json_schema", json.dumps(json_schema)
-    pair = isinstance(format, tuple | list) and len(format) == 2
-    if format is None or (pair and format[0] in get_args(Kind) and isinstance(format[1], str)):
-        return None if format is None else (format[0], format[1])
-    kinds = ", ".join(kind for kind in get_args(Kind) if kind != "calls")
-    raise InvalidRequest(f"format: {format!r} is not a pair of a kind ({kinds}) and its source")
+@dataclass(frozen=True, kw_only=True)
+class AnswerOptions:
+    """What `chat` and `complete` both take besides fields of SamplingParams; see `LLM.chat`."""
 
+    json_schema: Any = None
+    format: tuple[Kind, str] | None = None
+    stop: tuple[str, ...] = ()
+    adapter: str | None = None
+    n: int = 1
+    salt: bytes = b""
 
-def stop_strings(stop: str | Iterable[str]) -> tuple[str, ...]:
-    return (stop,) if isinstance(stop, str) else tuple(stop)
+    @classmethod
+    def among(
+        cls, options: dict[str, Any], name: str, method: Callable[..., Any]
+    ) -> tuple["AnswerOptions", dict[str, Any]]:
+        """These options, and those that are fields of SamplingParams.
 
+        Raises:
+            InvalidRequest: an option is neither, nor one of the method, which goes by `name`.
+        """
+        parameters = signature(method).parameters.values()
+        own = [field.name for field in fields(cls)]
+        allowed = [one.name for one in parameters if one.kind == one.KEYWORD_ONLY]
+        allowed += [*own, *(field.name for field in fields(SamplingParams))]
+        check_names(name, options, allowed)
+        chosen = {key: options.pop(key) for key in own if key in options}
+        if isinstance(stop := chosen.get("stop", ()), str):
+            stop = (stop,)
+        return cls(**{**chosen, "stop": tuple(stop)}), options
 
-def option_names(method: Callable[..., Any]) -> list[str]:
-    """Names of the options of a method, and of the fields of SamplingParams."""
-    parameters = signature(method).parameters.values()
-    own = [one.name for one in parameters if one.kind == one.KEYWORD_ONLY]
-    return [*own, *(field.name for field in fields(SamplingParams))]
+    def grammar(self) -> tuple[Kind, str] | None:
+        """The grammar that an answer follows, from either of two ways to ask for one.
+
+        Raises:
+            InvalidRequest: both are there, or the one that is there is of no use.
+        """
+        format, json_schema = self.format, self.json_schema
+        if json_schema is not None:
+            if format is not None:
+                raise InvalidRequest("format and json_schema: give one of the two")
+            if hasattr(json_schema, "model_json_schema"):  # a pydantic model
+                json_schema = _closed(json_schema.model_json_schema())
+            if not isinstance(json_schema, dict | bool):
+                raise InvalidRequest(
+                    f"json_schema: {json_schema!r} is no schema and no pydantic model"
+                )
+            return "json_schema", json.dumps(json_schema)
+        pair = isinstance(format, tuple | list) and len(format) == 2
+        if format is None or (pair and format[0] in get_args(Kind) and isinstance(format[1], str)):
+            return None if format is None else (format[0], format[1])
+        kinds = ", ".join(kind for kind in get_args(Kind) if kind != "calls")
+        raise InvalidRequest(f"format: {format!r} is not a pair of a kind ({kinds}) and its source")
 
 
 def choose_tools(tools: list[Tool], choice: str | Mapping[str, Any]) -> tuple[list[Tool], bool]:
     """The tools that may be called, and whether one must be."""
     if isinstance(choice, str):
         if choice not in ("auto", "none", "required", "any"):
-            raise InvalidRequest(
-                f"tool_choice: {choice!r} is none of auto, none, required, any, or an object"
-            )
+            allowed = "auto, none, required, any, or an object"
+            raise InvalidRequest(f"tool_choice is {choice!r}, allowed are {allowed}")
         if choice in ("required", "any") and not tools:
             raise InvalidRequest("tool_choice: a tool call is required, but there are no tools")
         return [] if choice == "none" else tools, choice in ("required", "any")

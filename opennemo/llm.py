@@ -6,11 +6,10 @@ becomes ids, and tools and formats become a grammar that the answer cannot leave
 neither HTTP nor the terminal.
 """
 
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Many
 from dataclasses import fields, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
 
@@ -18,23 +17,19 @@ import torch
 
 from opennemo.arguments import (
     Adapters,
+    AnswerOptions,
     adapter_folders,
     answer_each,
-    answer_format,
     choose_tools,
-    option_names,
     schema_setting,
-    stop_strings,
     texts_in,
     torch_dtype,
 )
 from opennemo.engine import Engine, EngineConfig, LocalEngine, SamplingParams
-from opennemo.engine.grammar import GrammarCompiler, Kind
+from opennemo.engine.grammar import GrammarCompiler
 from opennemo.engine.lark import ANY_TEXT, Thinking
 from opennemo.engine.params import Healing
-from opennemo.engine.ranks import Ranks
 from opennemo.engine.scoring import Pair, Score
-from opennemo.engine.sizes import Fit, announcement, fit
 from opennemo.errors import (
     CheckpointError,
     ContextTooLong,
@@ -42,14 +37,11 @@ from opennemo.errors import (
     OpenNemoError,
     check_names,
 )
-from opennemo.model.checkpoint import Checkpoint, load, open_checkpoint
-from opennemo.model.companions import read_generation_config
 from opennemo.model.hub import locate
-from opennemo.model.memory import open_device
-from opennemo.model.tensor_parallel import check_divides, load_share
 from opennemo.model.transformer import Transformer
+from opennemo.opening import open_model, text_side
 from opennemo.reply import Reply, TextStream
-from opennemo.tokenizer import Tokenizer, load_tokenizer
+from opennemo.tokenizer import Tokenizer
 from opennemo.tokenizer.calls import CallSyntax
 from opennemo.tokenizer.chat import (
     Message,
@@ -64,9 +56,6 @@ from opennemo.tokenizer.messages import Tool
 
 __all__ = ["LLM", "Reply", "TextStream"]
 
-# NeMo's model card asks for it: "requires smaller temperatures". A model without settings of
-# sampling is answered greedily, which suits the small one that `make chat` brings.
-NEMO_TEMPERATURE = 0.3
 TAKEN_BACK = 8  # tokens at a prompt's end, at most: more than a superword has words
 SLICE = 16 * 1024  # characters that are encoded at once to see whether a text can fit at all
 
@@ -121,32 +110,7 @@ class LLM:
         check_names("LLM.load", sizes, [field.name for field in fields(EngineConfig)])
         config, named = replace(config or EngineConfig(), **sizes), adapter_folders(adapters)
         config = replace(config, adapters=config.adapters or bool(named))
-        dtype = torch_dtype(dtype)
-        path, device = locate(str(model)), open_device(device)
-        tokenizer, defaults, eos_ids = _text_side(path)
-        checkpoint = open_checkpoint(path)
-        eos_ids = {id for id in eos_ids if id < checkpoint.config.vocab_size}
-        draft, small = _fit_draft(config, tokenizer, device)
-        chosen = fit(checkpoint, device, config, format, dtype, small)
-        if line := announcement(checkpoint, config, chosen, format):
-            print(f"opennemo: {line}", file=sys.stderr)
-        config = replace(config, kv_format=chosen.kv_format, n_pages=chosen.n_pages)
-        ranks = None
-        if config.tensor_parallel_size > 1:
-            if config.adapters or chosen.form.format is not None:
-                raise InvalidRequest("tensor_parallel_size above 1 takes no adapters and no codes")
-            check_divides(checkpoint.config, config.tensor_parallel_size)
-            share = partial(_share, path, chosen.form.dtype, config.tensor_parallel_size)
-            ranks = Ranks(config.tensor_parallel_size, share, device)
-            net = ranks.model
-        else:
-            net = load(checkpoint, device=device, form=chosen.form)
-        small_net = load(draft, device=device, form=small.form) if draft and small else None
-        engine = LocalEngine(
-            net, eos_ids, config, checkpoint.read_kv_scale(), ranks, tokenizer.vocab_size, small_net
-        )
-        engine.start()
-        llm = cls(_name(path, str(model)), tokenizer, engine, defaults)
+        llm = cls(*open_model(str(model), device, torch_dtype(dtype), config, format))
         try:
             for name, folder in named.items():
                 llm.load_adapter(name, folder)
@@ -162,9 +126,8 @@ class LLM:
         Raises:
             CheckpointError: there is no such model, or it has no tokenizer.
         """
-        path = locate(model)
-        tokenizer, defaults, _ = _text_side(path)
-        return cls(_name(path, model), tokenizer, engine, defaults)
+        name, tokenizer, defaults, _ = text_side(locate(model), model)
+        return cls(name, tokenizer, engine, defaults)
 
     def close(self) -> None:
         """Close the engine; answers that are not finished are cancelled."""
@@ -247,18 +210,12 @@ class LLM:
         tools: list[Tool] | None = None,
         tool_choice: str | Mapping[str, Any] = "auto",
         parallel_tool_calls: bool = True,
-        json_schema: Any = None,
-        format: tuple[Kind, str] | None = None,
-        stop: str | Iterable[str] = (),
-        adapter: str | None = None,
-        n: int = 1,
-        salt: bytes = b"",
         settings: Mapping[str, Any] | None = None,
         thinking_budget: int | None = None,
-        **sampling: Any,
+        **options: Any,
     ) -> Reply:
-        check_names("chat", sampling, option_names(self._chat))
-        format, base = answer_format(format, json_schema), params or self.defaults
+        asked, sampling = AnswerOptions.among(options, "chat", self._chat)
+        format, base = asked.grammar(), params or self.defaults
         allowed, required = choose_tools(tools or [], tool_choice)
         self.check_room(texts_in([messages, tools if allowed else None]))
         settings = dict(settings or {})
@@ -295,11 +252,10 @@ class LLM:
                 if thinking
                 else self.grammars.compile(*words)
             )
-        stop = stop_strings(stop)
-        if isinstance(end := turn_end(self.tokenizer), str):
-            stop = (*stop, end)
+        end = turn_end(self.tokenizer)
+        stop = (*asked.stop, end) if isinstance(end, str) else asked.stop
         calls, chosen = syntax if allowed else None, replace(base, **sampling)
-        reply = self._submit(ids, chosen, stop, calls, adapter, n, salt, marks)
+        reply = self._submit(ids, chosen, replace(asked, stop=stop), calls, marks)
         reply.not_held = left_out
         return reply
 
@@ -308,18 +264,12 @@ class LLM:
         prompt: str | list[int],
         params: SamplingParams | None = None,
         *,
-        json_schema: Any = None,
-        format: tuple[Kind, str] | None = None,
-        stop: str | Iterable[str] = (),
-        adapter: str | None = None,
-        n: int = 1,
-        salt: bytes = b"",
         heal: bool = False,
-        **sampling: Any,
+        **options: Any,
     ) -> Reply:
-        check_names("complete", sampling, option_names(self._complete))
+        asked, sampling = AnswerOptions.among(options, "complete", self._complete)
         ids, known = self.encode(prompt) if isinstance(prompt, str) else prompt, b""
-        if (format := answer_format(format, json_schema)) is not None:
+        if (format := asked.grammar()) is not None:
             if heal:
                 raise InvalidRequest("heal: an answer that begins in the prompt follows no format")
             sampling["grammar"] = self.grammars.compile(*format)
@@ -327,8 +277,7 @@ class LLM:
             n_ids = min(self.tokenizer.vocab_size, self.engine.vocab_size)
             ids, sampling["healing"], known = _take_back(self.tokenizer, ids, n_ids)
         chosen = replace(params or self.defaults, **sampling)
-        stops = stop_strings(stop)
-        return self._submit(ids, chosen, stops, None, adapter, n, salt, known=known)
+        return self._submit(ids, chosen, asked, known=known)
 
     def score(
         self, pairs: Many[Pair], on_score: Callable[[int, Score], None] | None = None
@@ -387,16 +336,15 @@ class LLM:
         self,
         ids: list[int],
         params: SamplingParams,
-        stop: tuple[str, ...],
-        calls: CallSyntax | None,
-        adapter: str | None,
-        n: int,
-        salt: bytes,
+        asked: AnswerOptions,
+        calls: CallSyntax | None = None,
         thinking: tuple[str, str] | None = None,
         known: bytes = b"",
     ) -> Reply:
-        reply = Reply(self.tokenizer, self.engine, ids, n, stop, calls, thinking, known)
-        reply.id = self.engine.submit(ids, params, reply.listen, n=n, adapter=adapter, salt=salt)
+        reply = Reply(self.tokenizer, self.engine, ids, asked.n, asked.stop, calls, thinking, known)
+        reply.id = self.engine.submit(
+            ids, params, reply.listen, n=asked.n, adapter=asked.adapter, salt=asked.salt
+        )
         return reply
 
 
@@ -432,51 +380,10 @@ def _take_back(
         if not (data := tokenizer.token_bytes(last)):  # a control token, which nothing reaches over
             break
         known = data + known
-        starts = (id for id in range(n_ids) if tokenizer.token_bytes(id).startswith(known))
-        ways.append((known, frozenset(starts)))
+        starts = frozenset(id for id in tokenizer.ids_beginning_with(known) if id < n_ids)
+        ways.append((known, starts))
     n = max((i for i, (_, starts) in enumerate(ways, 1) if starts), default=0)
     if not n or (n == 1 and len(ways[0][1]) == 1):
         return ids, None, b""
     ends = tuple(starts for _, starts in reversed(ways[:n]))
     return ids[:-n], Healing(tuple(ids[-n:-1]), ends), ways[n - 1][0]
-
-
-def _share(
-    path: Path, dtype: torch.dtype | None, n_ranks: int, rank: int, device: str
-) -> Transformer:
-    """What a rank loads, in a process of its own; see Ranks."""
-    return load_share(open_checkpoint(path), rank, n_ranks, device=device, dtype=dtype)
-
-
-def _fit_draft(
-    config: EngineConfig, tokenizer: Tokenizer, device: str
-) -> tuple[Checkpoint | None, Fit | None]:
-    """The small model that guesses for one with this tokenizer, and how it runs."""
-    if config.draft is None:
-        return None, None
-    path = locate(config.draft)
-    if not tokenizer.has_vocabulary_of(load_tokenizer(path)):
-        raise InvalidRequest(
-            f"draft {config.draft}: its vocabulary is not that of the model it guesses for"
-        )
-    checkpoint = open_checkpoint(path)
-    return checkpoint, fit(checkpoint, device, EngineConfig(n_pages=1, page_size=config.page_size))
-
-
-def _text_side(path: Path) -> tuple[Tokenizer, SamplingParams, set[int]]:
-    """A model's tokenizer, its own sampling settings, and the ids that end an answer."""
-    tokenizer = load_tokenizer(path)
-    given = read_generation_config(path)
-    nemo = tokenizer.instruct_version == "v3-tekken"
-    defaults = SamplingParams(
-        temperature=given.get("temperature", NEMO_TEMPERATURE if nemo else 0.0),
-        top_p=given.get("top_p", 1.0),
-        top_k=given.get("top_k", 0),
-    )
-    end = turn_end(tokenizer)
-    eos_ids = {tokenizer.eos_id, *given.get("eos_token_ids", ())}
-    return tokenizer, defaults, eos_ids | ({end} if isinstance(end, int) else set())
-
-
-def _name(path: Path, model: str) -> str:
-    return path.stem if path.suffix == ".gguf" else model.rstrip("/").rsplit("/", 1)[-1]

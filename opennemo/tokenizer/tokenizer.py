@@ -8,8 +8,10 @@ that a user types can forge a turn. How conversations are laid out is chat.py's 
 
 import codecs
 from abc import ABC, abstractmethod
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+from itertools import islice, takewhile
 from typing import Any
 
 import numpy as np
@@ -60,6 +62,17 @@ class Tokenizer(ABC):
         if id < 0:
             raise IndexError(f"{id} is no token id")
         return self._bytes[id]
+
+    @cached_property
+    def _in_order(self) -> list[int]:
+        """All ids by the bytes they stand for."""
+        return sorted(range(self.vocab_size), key=self.token_bytes)
+
+    def ids_beginning_with(self, start: bytes) -> Iterable[int]:
+        """Ids of the tokens whose bytes begin with these."""
+        first = bisect_left(self._in_order, start, key=self.token_bytes)
+        rest = islice(self._in_order, first, None)
+        return takewhile(lambda id: self.token_bytes(id).startswith(start), rest)
 
     @cached_property
     def has_superwords(self) -> bool:
