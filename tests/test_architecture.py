@@ -221,7 +221,7 @@ def test_the_index_of_tests_names_every_file():
 
 
 # Names of other packages and of Python. Triton's kernels are compiled by name in one program.
-FOREIGN = {"_exit", "_replace", "_attn_implementation", "_private"}
+FOREIGN = {"_exit", "_replace", "_attn_implementation", "_private", "_shutdown", "_run_exitfuncs"}
 PROGRAMS = {"compile_kernels.py"}
 
 

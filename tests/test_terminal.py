@@ -5,10 +5,9 @@ import os
 import pty
 import re
 import select
-import signal
-import sys
 import time
 
+from tests import processes
 from tests.cli.conftest import needs_smollm2
 
 
@@ -16,12 +15,12 @@ class Terminal:
     """A program in a pseudo-terminal, typed at and read as a person would."""
 
     def __init__(self, *args: str):
-        self.pid, self.fd = pty.fork()
-        if self.pid == 0:
-            os.environ["TERM"] = "dumb"
-            # A shell ignores Ctrl-C for what it runs in the background, and so would its children.
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            os.execv(sys.executable, [sys.executable, "-m", "opennemo.cli", *args])
+        self.fd, theirs = pty.openpty()
+        self.process = processes.start(
+            "-m", "opennemo.cli", *args, stdin=theirs, stdout=theirs, stderr=theirs,
+            env=os.environ | {"TERM": "dumb"}, session=True,
+        )  # fmt: skip
+        os.close(theirs)
         self.seen = ""
 
     def expect(self, pattern: str, seconds: float = 120) -> str:
@@ -37,13 +36,9 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self.fd, text.encode())
 
-    def exit_code(self, seconds: float = 60) -> int:
+    def exit_code(self) -> int:
         """Of the program, which must be about to end."""
-        deadline = time.monotonic() + seconds
-        while not (ended := os.waitpid(self.pid, os.WNOHANG))[0]:
-            assert time.monotonic() < deadline, f"still running after {self.seen!r}"
-            time.sleep(0.05)
-        return os.waitstatus_to_exitcode(ended[1])
+        return self.process.wait(60)
 
     def __enter__(self) -> "Terminal":
         return self

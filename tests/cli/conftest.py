@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import processes
 from tests.evals.conftest import folder  # noqa: F401  a tiny model
 
 needs_smollm2 = pytest.mark.skipif(
@@ -19,11 +20,9 @@ needs_smollm2 = pytest.mark.skipif(
 )
 
 
-def opennemo(*args: str, **kwargs) -> subprocess.CompletedProcess:
+def opennemo(*args: str, **options) -> subprocess.CompletedProcess[bytes]:
     """Run `opennemo ARGS` in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "opennemo.cli", *args], capture_output=True, timeout=600, **kwargs
-    )
+    return processes.run("-m", "opennemo.cli", *args, **options)
 
 
 needs_terminals = pytest.mark.skipif(
@@ -42,10 +41,10 @@ class Terminal:
 
         self.end, theirs = pty.openpty()
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 40, 0, 0))
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "opennemo.cli", *args], stdin=theirs, stdout=theirs,
-            stderr=theirs, cwd=cwd, start_new_session=True,
+        self.process = processes.start(
+            "-m", "opennemo.cli", *args, stdin=theirs, stdout=theirs, stderr=theirs, cwd=cwd,
             env=os.environ | {"TERM": "xterm", "COLUMNS": "40", "INPUTRC": "/dev/null"},
+            session=True,
         )  # fmt: skip
         os.close(theirs)
         self.shown = ""

@@ -80,13 +80,14 @@ def test_help_imports_neither_torch_nor_an_extra():
 
 
 def test_info_shows_what_is_stored_what_fits_and_how_fast(tmp_path):
-    done = opennemo("info", str(write_hollow(tmp_path / "12b", ModelConfig())), text=True)
+    done = opennemo("info", str(write_hollow(tmp_path / "12b", ModelConfig())))
     assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    out = done.stdout.decode()
+    lines = out.splitlines()
     assert "parameters  12,247,782,400" in lines
     assert "stored      363 tensors in bfloat16 (22.8 GiB)" in lines
     assert any("int8" in line and "12.0 GiB" in line for line in lines)
-    assert "tokens/s at most" in done.stdout and "GB/s" in done.stdout
+    assert "tokens/s at most" in out and "GB/s" in out
 
 
 def test_superwords_are_learned_shown_and_compared_in_layouts(tmp_path):

@@ -56,8 +56,8 @@ def test_what_cannot_be_listened_on_is_refused_before_the_model_loads(tmp_path):
             (["--ssl-keyfile", "key"], "--ssl-keyfile needs --ssl-certfile"),
         ):
             # There is no such model either, which would be said later.
-            done = opennemo("serve", "no/such/folder.gguf", *arguments, cwd=tmp_path, text=True)
+            done = opennemo("serve", "no/such/folder.gguf", *arguments, cwd=tmp_path)
             assert done.returncode == 2
-            *_, last = done.stderr.splitlines()
+            *_, last = done.stderr.decode().splitlines()
             assert last.startswith("opennemo: ") and message in last
-            assert "Traceback" not in done.stderr
+            assert b"Traceback" not in done.stderr
