@@ -69,7 +69,9 @@ def start(
         session: whether it leads a session, on the terminal that `stdin` may be.
     """
     command = list(map(str, arguments))
-    if sys.platform != "linux":
+    if sys.platform == "linux":
+        import resource
+    else:
         return subprocess.Popen(
             [sys.executable, *command], stdin=stdin, stdout=stdout, stderr=stderr, cwd=cwd,
             env=env, start_new_session=session,
@@ -77,6 +79,7 @@ def start(
     asked = {
         "arguments": command, "cwd": str(cwd or Path.cwd()), "session": session,
         "env": dict(os.environ if env is None else env),
+        "descriptors": resource.getrlimit(resource.RLIMIT_NOFILE),
     }  # fmt: skip
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs, open(os.devnull, "r+b") as nothing:
@@ -146,13 +149,15 @@ def _forked(requests: socket.socket) -> list[str]:
     for number, file in enumerate(files):
         os.dup2(file, number)
         os.close(file)
-    if asked["session"]:
-        import fcntl
-        import termios
+    import fcntl
+    import resource
+    import termios
 
+    if asked["session"]:
         os.setsid()
         if os.isatty(0):
             fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    resource.setrlimit(resource.RLIMIT_NOFILE, asked["descriptors"])
     os.chdir(asked["cwd"])
     os.environ.clear()
     os.environ.update(asked["env"])

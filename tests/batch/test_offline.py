@@ -4,7 +4,6 @@ import errno
 import os
 import signal
 import subprocess
-import sys
 from collections import Counter
 
 import pytest
@@ -13,14 +12,15 @@ from opennemo.batch import lines as batch
 from opennemo.batch import offline
 from opennemo.errors import OpenNemoError
 from opennemo.serve.settings import read_settings
+from tests import processes
 from tests.batch.conftest import MODEL, jsonl, read, request, wait_until
 
 
 def test_a_kill_repeats_and_loses_nothing(folder, tmp_path):
     source, target, n = tmp_path / "in.jsonl", tmp_path / "out.jsonl", 120
     source.write_bytes(jsonl([request(i, max_tokens=100) for i in range(n)]))
-    command = [sys.executable, "-m", "opennemo.cli", "batch", source, folder, "-o", target]
-    process = subprocess.Popen([*command, "--max-num-seqs", "8"], stderr=subprocess.PIPE)
+    command = ["-m", "opennemo.cli", "batch", source, folder, "-o", target, "--max-num-seqs", "8"]
+    process = processes.start(*command, stderr=subprocess.DEVNULL)
     try:
         wait_until(lambda: target.exists() and target.read_bytes().count(b"\n") > 20)
         with pytest.raises(OpenNemoError, match="another opennemo batch writes it"):

@@ -1,19 +1,18 @@
 """The server's batches go on after a kill, keep to a key's limits and end in time."""
 
 import json
-import socket
 import sqlite3
 import subprocess
-import sys
 import time
 from collections import Counter
 from contextlib import closing
 
-import httpx2
 import pytest
 
 from opennemo.llm import LLM
+from tests import processes
 from tests.batch.conftest import CHAT, MODEL, content, finished, request, tiny, upload, wait_until
+from tests.servers import free_port, status
 
 openai = pytest.importorskip("openai")
 
@@ -34,23 +33,15 @@ def test_limits_of_a_key_hold_for_batches_but_live_requests_have_their_own(runni
 
 def test_a_killed_server_goes_on_where_it_was(running, folder, tmp_path):
     n, state = 80, tmp_path / "state"
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "opennemo.cli", "serve", folder, "--port", str(port)]
+    port = free_port()
+    command = ["-m", "opennemo.cli", "serve", folder, "--port", port]
     command += ["--state-dir", state, "--api-key", "first-key", "--max-num-batch-seqs", "4"]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    process = processes.start(*command, stderr=subprocess.DEVNULL)
     lines = [request(i, max_tokens=40) for i in range(n)]
     for line in lines:
         line["body"]["model"] = MODEL
     try:
-
-        def is_ready() -> bool:
-            try:
-                return httpx2.get(f"http://127.0.0.1:{port}/health").is_success
-            except httpx2.TransportError:
-                return False
-
-        wait_until(is_ready)
+        wait_until(lambda: status(port) == 200)
         url = f"http://127.0.0.1:{port}/v1"
         with openai.OpenAI(base_url=url, api_key="first-key", max_retries=0) as client:
             made = client.batches.create(
@@ -64,8 +55,8 @@ def test_a_killed_server_goes_on_where_it_was(running, folder, tmp_path):
     with running(LLM.load(str(folder)), state_dir=state, api_key=["other-key"]) as server:
         time.sleep(0.3)
         with closing(sqlite3.connect(state / "batches.sqlite3")) as db:
-            ((status, rest),) = db.execute("SELECT status, rest FROM batches").fetchall()
-        assert status == "in_progress" and 20 < json.loads(rest)["n_ok"] < n
+            ((state_then, rest),) = db.execute("SELECT status, rest FROM batches").fetchall()
+        assert state_then == "in_progress" and 20 < json.loads(rest)["n_ok"] < n
         assert not server.service.active
     with running(LLM.load(str(folder)), state_dir=state, api_key=["first-key"]) as server:
         url = f"{server.url}/v1"

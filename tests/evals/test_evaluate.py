@@ -3,7 +3,6 @@
 import json
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
@@ -13,6 +12,7 @@ from opennemo.evals import report
 from opennemo.evals.benchmark_data import BenchmarkData
 from opennemo.evals.evaluate import evaluate
 from opennemo.evals.suites import Request, TextFiles
+from tests import processes
 from tests.evals.conftest import write_lines
 
 TEXTS = ["in the winter " * 20, "rivers run under ice", "né 🦙 " * 30]
@@ -53,17 +53,17 @@ def test_a_killed_evaluation_goes_on_where_it_was(folder, llm, hub, tmp_path):
     from opennemo.evals.tables import run_tasks
 
     tasks = ["HellaSwag", "NaturalQuestions", "CommonsenseQA"]
-    command = [sys.executable, "-m", "opennemo.cli", "eval", str(folder), "--suite", "table1"]
-    command += ["--tasks", ",".join(tasks), "--data", str(hub), "-o", str(tmp_path)]
-    start = lambda: subprocess.Popen(command, text=True, stdout=-1, stderr=-1)  # noqa: E731
-    killed, answers = start(), tmp_path / "answers.jsonl"
+    command = ["-m", "opennemo.cli", "eval", folder, "--suite", "table1", "--data", hub]
+    command += ["--tasks", ",".join(tasks), "-o", tmp_path]
+    killed = processes.start(*command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    answers = tmp_path / "answers.jsonl"
     while killed.poll() is None and not (answers.exists() and answers.stat().st_size > 500):
         time.sleep(0.005)
     killed.send_signal(signal.SIGKILL)
-    killed.communicate()
+    killed.wait()
     n_before = answers.read_bytes().count(b"\n")
-    again = start()
-    out, error = again.communicate()
+    again = processes.run(*command)
+    out, error = again.stdout.decode(), again.stderr.decode()
     assert again.returncode == 0, error
     assert "| HellaSwag | 0-shot, acc_norm | 5 |" in out and "| 83.5 |" in out
     assert report.CAVEAT in out

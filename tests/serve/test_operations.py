@@ -7,8 +7,6 @@ import os
 import random
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +16,9 @@ from types import SimpleNamespace
 import httpx2
 import pytest
 import uvicorn
+
+from tests import processes
+from tests.servers import free_port, status
 
 CHAT = "/v1/chat/completions"
 BODY = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}
@@ -308,23 +309,15 @@ needs_smollm2 = pytest.mark.skipif(
 
 @needs_smollm2
 def test_a_real_server_loads_answers_drains_and_exits_with_zero(tmp_path):
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "opennemo.cli", "serve", "--port", str(port)]
+    port = free_port()
+    command = ["-m", "opennemo.cli", "serve", "--port", port]
     command += ["--shutdown-timeout", "1", "--max-model-len", "2048"]
     with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(command, stderr=log)
+        process = processes.start(*command, stderr=log)
     url = f"http://127.0.0.1:{port}"
     try:
-
-        def status(path: str) -> int:
-            try:
-                return httpx2.get(f"{url}{path}").status_code
-            except httpx2.TransportError:
-                return 0
-
-        wait_until(lambda: status("/v1/health/live") == 200, 60)
-        wait_until(lambda: status("/v1/health/ready") == 200, 120)
+        wait_until(lambda: status(port, "/v1/health/live") == 200, 60)
+        wait_until(lambda: status(port, "/v1/health/ready") == 200, 120)
         body = {"model": "SmolLM2", "messages": [{"role": "user", "content": "Count to 1000."}]}
         name = httpx2.get(f"{url}/v1/models").json()["data"][0]["id"]
         body |= {"model": name, "stream": True, "ignore_eos": True, "max_tokens": 1900}
@@ -332,8 +325,8 @@ def test_a_real_server_loads_answers_drains_and_exits_with_zero(tmp_path):
             lines = stream.iter_lines()
             assert "assistant" in next(lines)
             process.send_signal(signal.SIGTERM)
-            wait_until(lambda: status("/v1/health/ready") == 503)
-            assert status("/v1/health/live") == 200
+            wait_until(lambda: status(port, "/v1/health/ready") == 503)
+            assert status(port, "/v1/health/live") == 200
             refused = httpx2.post(f"{url}{CHAT}", json={**body, "max_tokens": 1})
             assert refused.status_code == 503 and refused.headers["retry-after"]
             last = [line for line in lines if line][-1]
