@@ -12,7 +12,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
@@ -99,7 +100,7 @@ def library_name(instructions: str) -> str:
 
 
 def compile_into(folder: Path, instructions: str) -> Path:
-    """Compile the kernel for these instructions, whole or not at all.
+    """Compile the kernel for these instructions, whole or not at all, unless another process has.
 
     Raises:
         CompilerMissing: no compiler was found ($CXX, c++, g++, clang++), or it failed.
@@ -108,10 +109,12 @@ def compile_into(folder: Path, instructions: str) -> Path:
     compiler = next((path for n in names if n and (path := shutil.which(n))), None)
     if compiler is None:
         raise CompilerMissing("no C++ compiler found (tried $CXX, c++, g++ and clang++)")
-    print(f"Compiling the CPU kernels ({instructions}), once ...", file=sys.stderr)
     library = folder / library_name(instructions)
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+    with _alone_in(folder), tempfile.TemporaryDirectory(dir=folder) as scratch:
+        if library.exists():
+            return library
+        print(f"Compiling the CPU kernels ({instructions}), once ...", file=sys.stderr)
         built = Path(scratch) / library.name
         options = FLAGS + INSTRUCTIONS[instructions][1]
         source = Path(__file__).with_name("cpu.cpp")
@@ -122,3 +125,20 @@ def compile_into(folder: Path, instructions: str) -> Path:
         # Renamed when whole: another process sees all of it or nothing.
         built.replace(library)
     return library
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Waits for processes that compile into the same folder; Windows lets them all compile."""
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    file = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network file systems lock no folders
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(file)
