@@ -31,7 +31,7 @@ serve: .venv/installed-serve $(VENDOR)/LICENSES.txt ## start the server on 127.0
 	@$(BIN)/opennemo serve $(MODEL)
 
 test: .venv/installed-dev $(VENDOR)/LICENSES.txt ## the test suite, some minutes on two cores
-	$(BIN)/pytest -n auto --dist loadfile
+	$(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder
 
 browser: ## Chromium for the tests of the chat page, which skip without (Debian and Ubuntu, as root)
 	@command -v chromium > /dev/null || command -v google-chrome > /dev/null || { \
