@@ -62,7 +62,7 @@ def start(
     env: Mapping[str, str] | None = None,
     session: bool = False,
 ) -> "Fork | subprocess.Popen[bytes]":
-    """`python ARGUMENTS`: `-m MODULE` or a file, and what it is given.
+    """`python ARGUMENTS`: `-m MODULE`, `-c CODE` or a file, and what it is given.
 
     Args:
         stdin, stdout, stderr: files or descriptors, or DEVNULL; by default this process' output.
@@ -185,14 +185,20 @@ def _main() -> None:
 
     import opennemo.cli
     import opennemo.llm
-    import opennemo.terminal  # noqa: F401  what most programs need
+    import opennemo.terminal
 
+    with suppress(ModuleNotFoundError):  # packages of an extra
+        import opennemo.batch.api
+        import opennemo.serve.server  # noqa: F401
     gc.freeze()
     first, *rest = _forked(socket.socket(fileno=int(sys.argv[1])))
     try:
         if first == "-m":
             sys.argv, sys.path[0] = rest, str(Path.cwd())
             runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+        elif first == "-c":
+            sys.argv = [first, *rest[1:]]
+            exec(rest[0], {"__name__": "__main__"})
         else:
             sys.argv, sys.path[0] = [first, *rest], str(Path(first).parent)
             runpy.run_path(first, run_name="__main__")

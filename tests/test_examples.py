@@ -3,12 +3,11 @@
 import importlib.util
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests import processes
 from tests.servers import KEY, serving
 
 ROOT = Path(__file__).parent.parent
@@ -19,14 +18,11 @@ pytestmark = pytest.mark.skipif(
 
 
 def run(name: str, folder: Path, *arguments: str, **environment: str) -> str:
-    """What an example prints, run in an empty folder with two threads at most."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)} | environment
-    command = [sys.executable, str(ROOT / "examples" / f"{name}.py"), *arguments]
-    result = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
-    return result.stdout
+    """What an example prints, run in an empty folder."""
+    script = ROOT / "examples" / f"{name}.py"
+    done = processes.run(script, *arguments, cwd=folder, env=os.environ | environment)
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    return done.stdout.decode()
 
 
 def test_a_conversation_goes_on_from_what_is_cached(tmp_path):

@@ -6,8 +6,6 @@ import multiprocessing
 import os
 import random
 import shutil
-import subprocess
-import sys
 import textwrap
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -22,6 +20,7 @@ from opennemo.errors import CheckpointError
 from opennemo.model import layouts
 from opennemo.model.checkpoint import convert, load, read_config, save, weight_shapes
 from opennemo.model.transformer import PRESETS, ModelConfig, Transformer
+from tests import processes
 
 TINY = PRESETS["tiny"]
 
@@ -477,7 +476,8 @@ ALLOCATOR = 48e6  # what malloc keeps of freed memory; less than one weight more
     ],
 )
 def test_peak_memory_is_the_result_and_one_weight(wide, source, action, most):
-    command = [sys.executable, "-c", textwrap.dedent(MEASURE), wide / source, action]
-    peak = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    done = processes.run("-c", textwrap.dedent(MEASURE), wide / source, action)
+    assert done.returncode == 0, done.stderr
+    peak = int(done.stdout)
     print(f"{source} {action}: {peak / 1e6:.0f} MB, allowed {most / 1e6:.0f} MB")
     assert peak < most + ALLOCATOR

@@ -1,7 +1,6 @@
 """What a model needs and what there is: arithmetic, and held against what loading takes."""
 
 import math
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from opennemo.model.memory import (
     machine_memory,
 )
 from opennemo.model.transformer import PRESETS, ModelConfig, Transformer
+from tests import processes
 from tests.hollow import write_hollow
 
 
@@ -91,10 +91,8 @@ def test_loading_takes_the_result_and_little_more(name, tmp_path):
     )
     for folder, config in (("tiny", PRESETS["tiny"]), ("model", shape)):
         save(Transformer(config).to(torch.bfloat16), tmp_path / folder)
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, tmp_path / "tiny", tmp_path / "model", name],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+    done = processes.run("-c", MEASURE, tmp_path / "tiny", tmp_path / "model", name)
+    assert done.returncode == 0, done.stderr
     peak, after, weights, loading = map(int, done.stdout.split())
     slack = 32 * 2**20  # what rounding takes at a time, whatever the model, and allocators keep
     assert weights - slack < after < weights + slack

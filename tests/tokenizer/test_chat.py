@@ -224,7 +224,7 @@ def test_transformers_makes_the_same_ids_of_a_converted_folder(version: str, tmp
     save_huggingface(tokenizer, tmp_path)
     theirs, again = transformers.AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)
     cases, n_tools = Portable(version, seed=8, look_alikes=["INST]", "<|s|>", "/s>"]), 0
-    for _ in range(250):
+    for _ in range(100):
         messages, tools, settings = cases.messages(), cases.tools(), cases.settings()
         expected = reference_ids(version, messages, tools, settings)
         prefix = bool(messages[-1].pop("prefix", False))
@@ -239,7 +239,7 @@ def test_transformers_makes_the_same_ids_of_a_converted_folder(version: str, tmp
             messages[-1]["prefix"] = True
         assert encode_chat(again, messages, tools, settings) == expected, (messages, tools)
         n_tools += bool(tools) and any("tool_calls" in message for message in messages)
-    assert n_tools > 30 or version == "v1"
+    assert n_tools > 10 or version == "v1"
     for text in TEXTS:
         assert again.encode(text) == tokenizer.encode(text)
         assert theirs.decode(tokenizer.encode(text)) == tokenizer.decode(tokenizer.encode(text))
