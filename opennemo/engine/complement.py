@@ -23,6 +23,7 @@ from opennemo.engine.keywords import (
     any_of,
     as_list,
     is_number,
+    types_but,
 )
 
 MAX_PARTS = 100  # schemas in one complement
@@ -93,8 +94,8 @@ class _Complement:
         kinds = as_list(kinds)
         if not all(isinstance(kind, str) and kind in TYPES for kind in kinds):
             raise InexpressibleError
-        numbers = {"number", "integer"} if {"number", "integer"} & {*kinds} else set()
-        others = [kind for kind in TYPES if kind not in kinds and kind not in numbers]
+        numbers = ("number", "integer")
+        others = types_but(*kinds, *(numbers if {*numbers} & {*kinds} else ()))
         return {"type": others} if others else False
 
     def _required(self, names: Any, *_: Any) -> Any:
@@ -200,14 +201,13 @@ def _other_values(values: list[Any]) -> Any:
         raise InexpressibleError
     gone = {"null"} if None in values else set()
     gone |= {"boolean"} if len(flags) == 2 else set()
-    other: Schema = {"type": [kind for kind in TYPES if kind not in gone]} if gone else {}
+    other: Schema = {"type": types_but(*gone)} if gone else {}
     other |= {"pattern": _pattern_without(strings)} if strings else {}
     other |= {"minItems": 1} if [] in values else {}
     other |= {"minProperties": 1} if {} in values else {}
     parts = [other]
     if len(flags) == 1:
-        kinds = [kind for kind in TYPES if kind != "boolean"]
-        parts.append({"anyOf": [{"type": kinds}, {"const": not flags[0]}]})
+        parts.append({"anyOf": [{"type": types_but("boolean")}, {"const": not flags[0]}]})
     if numbers:
         edges = itertools.pairwise([-math.inf, *numbers, math.inf])
         between = [{"exclusiveMinimum": low, "exclusiveMaximum": high} for low, high in edges]

@@ -23,6 +23,11 @@ def as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
 
 
+def types_but(*kinds: str) -> list[str]:
+    """All types but these."""
+    return [kind for kind in TYPES if kind not in kinds]
+
+
 def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 

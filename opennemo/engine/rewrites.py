@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from opennemo.engine.keywords import (
-    TYPES,
     InexpressibleError,
     Schema,
     all_of,
@@ -19,6 +18,7 @@ from opennemo.engine.keywords import (
     as_list,
     is_of,
     is_same,
+    types_but,
 )
 
 Complement = Callable[[Any], Any]
@@ -240,4 +240,4 @@ def _for_type(schema: Schema, kind: str, asked: Any) -> Any:
     """What holds for values of one type; others may be anything."""
     if as_list(schema.get("type")) == [kind]:
         return asked
-    return any_of([asked, {"type": [other for other in TYPES if other != kind]}])
+    return any_of([asked, {"type": types_but(kind)}])
