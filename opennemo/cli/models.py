@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from opennemo.cli.options import Dtype, Model, NamesFormats, NewModel, one_of
+from opennemo.cli.options import Dtype, Model, NamesFormats, NewModel, given, one_of
 from opennemo.errors import InvalidRequest
 from opennemo.progress import progress, size
 
@@ -212,12 +212,17 @@ def merge(
         str | None,
         typer.Option(help="ties, dare: the share of each model's changes that stays; 1, all."),
     ] = None,
-    t: Annotated[float, typer.Option(help="slerp: 0 is the first model, 1 the second.")] = 0.5,
+    t: Annotated[
+        float | None,
+        typer.Option(help="slerp: 0 is the first model, 1 the second; 0.5 by default."),
+    ] = None,
     normalize: Annotated[
         bool | None,
         typer.Option(help="Divide by the sum of weights; by default linear and ties do."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="dare: the same seed drops the same changes.")] = 0,
+    seed: Annotated[
+        int | None, typer.Option(help="dare: the same seed drops the same changes; by default 0.")
+    ] = None,
     tokenizer: Annotated[
         str | None,
         typer.Option(
@@ -232,13 +237,12 @@ def merge(
     from opennemo.model.hub import locate
 
     stored_as = _dtype(dtype)
+    mixed = given(weights=weights, densities=densities, t=t, normalize=normalize, seed=seed)
     if method is None:
         from opennemo.model.export import merge as fold
 
-        given = locals()
-        for name in ("base", "weights", "densities", "normalize", "tokenizer", "to"):
-            if given[name] is not None:
-                raise InvalidRequest(f"--{name} belongs to merging models: give --method, too")
+        for name in mixed | given(base=base, tokenizer=tokenizer, to=to):
+            raise InvalidRequest(f"--{name} belongs to merging models: give --method, too")
         if len(models) + (out is not None) != 3:
             raise InvalidRequest("merge takes MODEL ADAPTER OUT, or models, --method and --out")
         out = Path(models[2]) if out is None else out
@@ -247,10 +251,9 @@ def merge(
     else:
         from opennemo.model.merge_models import METHODS, Mixing, merge_models
 
-        mixing = Mixing(
-            method=one_of("--method", method, METHODS), weights=_numbers("--weights", weights),
-            densities=_numbers("--densities", densities), t=t, normalize=normalize, seed=seed,
-        )  # fmt: skip
+        for name in {"weights", "densities"} & mixed.keys():
+            mixed[name] = _numbers(f"--{name}", mixed[name])
+        mixing = Mixing(method=one_of("--method", method, METHODS), **mixed)
         if out is None:
             raise InvalidRequest(f"--method {method} needs --out: what to write")
         with progress("Merging", unit="bytes") as bar:
@@ -263,10 +266,10 @@ def merge(
     print(f"Wrote {out}")
 
 
-def _numbers(option: str, text: str | None) -> tuple[float, ...]:
+def _numbers(option: str, text: str) -> tuple[float, ...]:
     """Numbers between commas."""
     try:
-        return tuple(map(float, text.split(","))) if text else ()
+        return tuple(map(float, text.split(",")))
     except ValueError:
         raise InvalidRequest(f"{option} {text}: allowed are numbers between commas") from None
 

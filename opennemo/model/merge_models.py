@@ -78,8 +78,15 @@ class Mixing:
             raise InvalidRequest(f"{self.method} merges {wanted}, and there are {n}")
         if two_only and self.weights:
             raise InvalidRequest("weights do not belong to slerp, which has t")
-        if self.densities and self.method not in ON_A_BASE:
-            raise InvalidRequest(f"densities do not belong to {self.method}, but to ties and dare")
+        for name, is_given, methods in (
+            ("densities", self.densities, ON_A_BASE),
+            ("t", self.t != Mixing.t, ("slerp",)),
+            ("normalize", self.normalize, ("linear", *ON_A_BASE)),
+            ("seed", self.seed != Mixing.seed, ("dare",)),
+        ):
+            if is_given and self.method not in methods:
+                owners = " and ".join(methods)
+                raise InvalidRequest(f"{name} does not belong to {self.method}, but to {owners}")
         weights, densities = self.weights or (1 / n,), self.densities or (1.0,)
         for name, given in (("weights", weights), ("densities", densities)):
             if len(given) not in (1, n_given):

@@ -73,6 +73,8 @@ def test_merge_folds_an_adapter_or_merges_models(model: Path, tmp_path: Path):
         (["quantize", "{model}", "{tmp}/a.gguf", "--format", "q4_0", "--kv", "fp8"], "a folder"),
         (["merge", "{model}", "{model}"], "merge takes MODEL ADAPTER OUT"),
         (["merge", "{model}", "{tmp}/a", "{tmp}/b", "--base", "{model}"], "give --method, too"),
+        (["merge", "{model}", "{tmp}/a", "{tmp}/b", "--t", "0.5"], "--t belongs to merging models"),
+        (["merge", "{model}", "{tmp}/a", "{tmp}/b", "--seed", "0"], "--seed belongs to merging"),
         (["merge", "{model}", "{model}", "--method", "linear"], "needs --out"),
         (["merge", "{model}", "--method", "ties", "--out", "{tmp}/a"], "ties needs the base"),
         (["merge", "{model}", "--method", "mean", "--out", "{tmp}/a"], "allowed are linear, slerp"),
