@@ -56,9 +56,8 @@ def check_names(where: str, names: Iterable[str], allowed: Sequence[str]) -> Non
     """
     for name in names:
         if name not in allowed:
-            close = get_close_matches(name, allowed, 1)
-            meant = f"did you mean {close[0]}?" if close else f"allowed are {', '.join(allowed)}"
-            raise InvalidRequest(f"{where}: there is no {name}; {meant}")
+            meant = _nearest(name, list(allowed)) or f"; allowed are {', '.join(allowed)}"
+            raise InvalidRequest(f"{where}: there is no {name}{meant}")
 
 
 def named_problems(problems: Sequence[Mapping[str, Any]], known: Iterable[str] = ()) -> str:
