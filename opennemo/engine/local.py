@@ -314,9 +314,7 @@ class LocalEngine(Loop):
             ends |= matcher is None or matcher.accepts
         if ends or (matcher is not None and matcher.complete):
             reason = "stop"
-        elif (loop := params.repetition_detection) and loop.ends(
-            sequence.tokens, sequence.n_prompt
-        ):
+        elif sequence.runs is not None and sequence.runs.add(token):
             reason = "repetition"
         elif sequence.n_output >= sequence.max_tokens:
             reason = "length"

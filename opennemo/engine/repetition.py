@@ -1,8 +1,10 @@
 """Detects that an answer only repeats itself."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
+
+import numpy as np
 
 from opennemo.errors import InvalidRequest
 
@@ -41,14 +43,26 @@ class Repetition:
             )
         return cls(**given)
 
-    def ends(self, tokens: Sequence[int], start: int) -> bool:
-        """Whether the tokens from `start` on end in such a repetition."""
-        longest = min(self.max_pattern_size, (len(tokens) - start) // self.min_count)
-        last = tokens[-1] if tokens else None
-        for size in range(self.min_pattern_size, longest + 1):
-            if tokens[-1 - size] != last:  # nearly all sizes
-                continue
-            whole = tokens[-size * self.min_count :]
-            if whole[size:] == whole[:-size]:
-                return True
-        return False
+
+class Runs:
+    """An answer's tokens as they come, and for each size of a pattern how long it has repeated.
+
+    A token goes on with a pattern of `n` tokens if it equals the one `n` before it. Whole patterns
+    stand `min_count` times at the end once `n * (min_count - 1)` tokens in a row have done so.
+    """
+
+    def __init__(self, wanted: Repetition):
+        self._sizes = np.arange(wanted.min_pattern_size, wanted.max_pattern_size + 1)
+        self._wanted = self._sizes * (wanted.min_count - 1)
+        self._runs = np.zeros_like(self._sizes)
+        self._n = wanted.max_pattern_size  # places before the answer equal no token
+        self._tokens = np.full(2 * self._n, -1, np.int64)
+
+    def add(self, token: int) -> bool:
+        """Take the next token. Whether the answer ends in such a repetition now."""
+        if self._n == len(self._tokens):
+            self._tokens = np.concatenate([self._tokens, np.full_like(self._tokens, -1)])
+        self._runs = (self._runs + 1) * (self._tokens[self._n - self._sizes] == token)
+        self._tokens[self._n] = token
+        self._n += 1
+        return bool((self._runs >= self._wanted).any())

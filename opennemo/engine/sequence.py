@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 from opennemo.engine.params import SamplingParams
+from opennemo.engine.repetition import Runs
 from opennemo.engine.token import TokenCallback, TokenLogprobs
 from opennemo.model.lora import Adapter
 
@@ -53,6 +54,7 @@ class Sequence:
     targets: list[Target] = field(default_factory=list)  # of a score, by place
     scores: list[tuple[float, bool]] = field(default_factory=list)  # of `targets`; is it likeliest?
     matcher: "Matcher | None" = None  # where the answer stands in its grammar
+    runs: Runs | None = None  # how long the answer has repeated itself
     guesses: tuple[int, ...] = ()  # at the tokens that come next; see drafts.py
     n_drafted: int = 0  # tokens that lie in the draft model's cache
     finished: bool = False
@@ -62,6 +64,8 @@ class Sequence:
         self.n_prompt = len(self.tokens)
         if self.params.grammar is not None:
             self.matcher = self.params.grammar.start()
+        if self.params.repetition_detection is not None:
+            self.runs = Runs(self.params.repetition_detection)
 
     @cached_property
     def _rng(self) -> random.Random:
