@@ -5,11 +5,13 @@ refused, because clients keep adding new ones; `--strict-params` refuses them. M
 stay plain dicts here: `tokenizer/messages.py` brings them to one form.
 """
 
+from dataclasses import fields
 from functools import lru_cache
 from typing import Annotated, Any
 
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field
 
+from opennemo.engine import SamplingParams
 from opennemo.engine.repetition import Repetition
 from opennemo.errors import InvalidRequest
 from opennemo.llm import LLM
@@ -36,13 +38,6 @@ WITHOUT_EFFECT = frozenset(
 )  # fmt: skip
 # Fields that would let a request run code in the server.
 REFUSED = ("chat_template", "chat_template_kwargs", "logits_processors", "logits_processor_pattern")
-# Fields that have the same name and meaning in SamplingParams, or are arguments of LLM.chat.
-PASSED_ON = (
-    "max_tokens", "min_tokens", "temperature", "top_p", "min_p", "repetition_penalty",
-    "presence_penalty", "frequency_penalty", "logit_bias", "ignore_eos", "n", "prompt_logprobs",
-    "typical_p", "xtc_probability", "xtc_threshold", "dry_multiplier", "dry_base",
-    "dry_allowed_length",
-)  # fmt: skip
 DRY_BREAKERS = ("\n", ":", '"', "*")  # llama.cpp's
 MAXIMA = ("max_completion_tokens", "max_tokens", "max_output_tokens")  # the first that is given
 PROMPTS = ("prompt", "messages", "input", "instructions", "system", "tools")
@@ -227,7 +222,9 @@ class Sampling(Body):
 
     def sampling(self, llm: LLM) -> dict[str, Any]:
         """Arguments for `LLM.chat` and `LLM.complete`; what is not given stays the model's own."""
-        given = {name: v for name in PASSED_ON if (v := getattr(self, name)) is not None}
+        # Of the same name and meaning; those that are spelt in another way follow.
+        same = Sampling.model_fields.keys() & {"n", *(one.name for one in fields(SamplingParams))}
+        given = {name: v for name in same if (v := getattr(self, name)) is not None}
         if self.top_k is not None:
             given["top_k"] = max(self.top_k, 0)  # -1 is vLLM's way to say off
         if self.top_n_sigma is not None:
@@ -249,7 +246,7 @@ class Sampling(Body):
             given["allowed_ids"] = frozenset(self.allowed_token_ids)
             if max(self.allowed_token_ids) >= (n := llm.engine.vocab_size):
                 raise InvalidRequest(f"allowed_token_ids: names an id outside 0 to {n - 1}")
-        if self.bad_words:  # as vLLM does: at the beginning of a text, and behind a space
+        if self.bad_words is not None:  # as vLLM does: alone, and behind a space
             words = [start + w.lstrip() for w in self.bad_words for start in ("", " ")]
             encoded = {tuple(llm.tokenizer.encode(word)) for word in words}
             given["bad_words"] = tuple(ids for ids in encoded if ids)
