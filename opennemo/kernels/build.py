@@ -43,7 +43,7 @@ PREBUILT = Path(__file__).with_name("prebuilt")
 
 
 class CompilerMissing(Exception):
-    """There is no C++ compiler, or it failed; the message says which."""
+    """The kernel cannot be compiled or loaded here; the message says why."""
 
 
 @cache
@@ -103,27 +103,35 @@ def compile_into(folder: Path, instructions: str) -> Path:
     """Compile the kernel for these instructions, whole or not at all, unless another process has.
 
     Raises:
-        CompilerMissing: no compiler was found ($CXX, c++, g++, clang++), or it failed.
+        CompilerMissing: no compiler was found ($CXX, c++, g++, clang++), it failed, or the folder
+            cannot be written.
     """
     names = (os.environ.get("CXX"), "c++", "g++", "clang++")
     compiler = next((path for n in names if n and (path := shutil.which(n))), None)
     if compiler is None:
         raise CompilerMissing("no C++ compiler found (tried $CXX, c++, g++ and clang++)")
     library = folder / library_name(instructions)
-    folder.mkdir(parents=True, exist_ok=True)
-    with _alone_in(folder), tempfile.TemporaryDirectory(dir=folder) as scratch:
-        if library.exists():
-            return library
-        print(f"Compiling the CPU kernels ({instructions}), once ...", file=sys.stderr)
-        built = Path(scratch) / library.name
-        options = FLAGS + INSTRUCTIONS[instructions][1]
-        source = Path(__file__).with_name("cpu.cpp")
-        command = [compiler, *options, str(source), "-o", str(built)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise CompilerMissing(f"{compiler} failed:\n{done.stderr.strip()[-2000:]}")
-        # Renamed when whole: another process sees all of it or nothing.
-        built.replace(library)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _alone_in(folder), tempfile.TemporaryDirectory(dir=folder) as scratch:
+            if library.exists():
+                return library
+            print(f"Compiling the CPU kernels ({instructions}), once ...", file=sys.stderr)
+            built = Path(scratch) / library.name
+            options = FLAGS + INSTRUCTIONS[instructions][1]
+            source = Path(__file__).with_name("cpu.cpp")
+            command = [compiler, *options, str(source), "-o", str(built)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                lines = done.stderr.strip().splitlines()
+                reason = next((s for s in lines if "error" in s or "failed" in s), "".join(lines))
+                raise CompilerMissing(f"{compiler} failed: {reason[-500:]}")
+            # Renamed when whole: another process sees all of it or nothing.
+            built.replace(library)
+    except OSError as error:  # a full disk, or a compiler that does not start
+        raise CompilerMissing(
+            f"the CPU kernels cannot be compiled into {folder}: {error}"
+        ) from error
     return library
 
 

@@ -181,10 +181,12 @@ def load_library(instructions: str) -> ctypes.CDLL:
 @cache
 def _load(instructions: str) -> ctypes.CDLL | CompilerMissing:
     try:
-        path = build(instructions)
+        library = ctypes.CDLL(str(build(instructions)))
     except CompilerMissing as error:
         return error
-    library = ctypes.CDLL(str(path))
+    except OSError as error:  # damaged, or on a file system that runs nothing
+        reason = f"{error}; remove it, or name another folder in XDG_CACHE_HOME"
+        return CompilerMissing(f"the CPU kernels cannot be loaded: {reason}")
     pointer, number = ctypes.c_void_p, ctypes.c_int
     library.model_new.restype = pointer
     library.model_new.argtypes = [pointer, pointer, pointer, number, ctypes.c_int64]

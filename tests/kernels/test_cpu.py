@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from opennemo.kernels import build
+from opennemo.kernels import build, cpu
 
 
 @pytest.fixture(autouse=True)
@@ -68,3 +68,29 @@ def test_where_the_cache_cannot_be_written_a_private_temporary_folder_is_used(
     assert place.parent.stat().st_mode & 0o777 == 0o700
     place.parent.chmod(0o777)  # others may have put something there
     assert build.library_path("a.so") != place
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path):
+    (tmp_path / "full").write_text("no folder")
+    with pytest.raises(build.CompilerMissing, match=r"cannot be compiled into .*full: .*exists"):
+        build.compile_into(tmp_path / "full", "portable")
+
+
+def test_why_a_compiler_failed_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    compiler = tmp_path / "cxx"
+    compiler.write_text(
+        "#!/bin/sh\necho cpu.cpp: warning: x >&2\necho ld: failed: no space >&2\nexit 1\n"
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    with pytest.raises(build.CompilerMissing, match=f"^{compiler} failed: ld: failed: no space$"):
+        build.compile_into(tmp_path / "cache", "portable")
+
+
+def test_a_kernel_that_cannot_be_loaded_is_named(monkeypatch: pytest.MonkeyPatch):
+    """As on a file system that is mounted noexec, or after a crash of the machine."""
+    monkeypatch.setitem(build.INSTRUCTIONS, "damaged", build.INSTRUCTIONS["portable"])
+    library = build.library_path(build.library_name("damaged"))
+    library.write_bytes(b"")
+    with pytest.raises(build.CompilerMissing, match=f"cannot be loaded: {library}: .*; remove it"):
+        cpu.load_library("damaged")
