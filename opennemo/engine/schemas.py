@@ -79,7 +79,11 @@ class _Fitting:
         self.gaps: list[str] = []
         self.why = ""
         self._error_of = error_of
+        name = root.get("$id", root.get("id"))
+        self._own_name = name.removesuffix("#") if isinstance(name, str) else ""
         text = json.dumps({k: v for k, v in root.items() if k not in ("$id", "id")})
+        if self._own_name:
+            text = text.replace(json.dumps(self._own_name)[:-1] + "#", '"#')
         self._referred = set(re.findall(r'"#/(?:\$defs|definitions)/([^"/]*)', text))
         self._refers_otherwise = re.search(r'"\$(id|anchor|dynamicAnchor)"|#/[^"]*[~%]', text)
         self._definitions: Schema = {}
@@ -181,7 +185,7 @@ class _Fitting:
 
     def _resolve(self, name: Any) -> Any:
         """The schema that a reference within the root names."""
-        found: Any = self._root
+        found, name = self._root, self._within(name)
         if self._refers_otherwise or not isinstance(name, str) or not re.match("#(/|$)", name):
             raise InexpressibleError(f"the reference {name!r} is not followed")
         for key in name.split("/")[1:]:
@@ -189,6 +193,12 @@ class _Fitting:
                 raise InexpressibleError(f"the reference {name!r} is not followed")
             found = found[key]
         return found
+
+    def _within(self, name: Any) -> Any:
+        """A reference to the root by its own `$id`, as one that begins with #."""
+        root, mark, rest = name.partition("#") if isinstance(name, str) else (None, "", "")
+        own = root == self._own_name and mark and not self._refers_otherwise
+        return f"#{rest}" if own else name
 
     def _say_drafts(self, new: Schema) -> None:
         """Draft 4 to 7 in the words of 2020-12, and types in capitals, as Google's clients have."""
@@ -202,6 +212,8 @@ class _Fitting:
             exclusive = "exclusive" + bound.capitalize()
             if isinstance(new.get(exclusive), bool) and new.pop(exclusive) and bound in new:
                 new[exclusive] = new.pop(bound)
+        if isinstance(refers := new.get("$ref"), str):
+            new["$ref"] = self._within(refers)
         if isinstance(anchor := new.pop("$dynamicAnchor", None), str):
             new.setdefault("$anchor", anchor)
         new.pop("$recursiveAnchor", None)
