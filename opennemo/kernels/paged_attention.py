@@ -71,6 +71,42 @@ def _split(length, WINDOW: tl.constexpr, SPLITS: tl.constexpr):
 
 
 @triton.jit
+def take_in(
+    query, places, seen, loaded, real, table, kv_head, k_pages, v_pages, k_scale, v_scale,
+    log2_scale, largest, total, sums,
+    PAGE_SIZE: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, SCALES: tl.constexpr,
+):  # fmt: skip
+    """A block of keys at their places in a sequence, added to a softmax that is under way.
+
+    Of the keys those `loaded` are read, of which a row has `seen` some (rows or 1, keys); of the
+    channels those that are `real`. `table` is the sequence's row of pages. -> the `largest` score
+    of each row, the `total` of its weights, and the weighted `sums` of values.
+    """
+    page = tl.load(table + places // PAGE_SIZE)
+    # 64 bits: a pool of 12B's size has more numbers than 32 bits can count.
+    slot = (page.to(tl.int64) * PAGE_SIZE + places % PAGE_SIZE) * KV_HEADS + kv_head
+    at = slot[:, None] * HEAD_DIM + tl.arange(0, sums.shape[1])[None, :]
+    mask = loaded[:, None] & real[None, :]
+    k = tl.load(k_pages + at, mask=mask, other=0.0).to(query.dtype)
+    scores = tl.dot(query, tl.trans(k), input_precision="ieee") * log2_scale
+    if SCALES == 2:
+        scores *= tl.load(k_scale + slot)[None, :]
+    scores = tl.where(seen, scores, float("-inf"))
+    peak = tl.maximum(largest, tl.max(scores, 1))
+    # A row that has seen nothing yet, before its window, stays at nothing.
+    level = tl.where(peak == float("-inf"), 0.0, peak)
+    shrink = tl.exp2(largest - level)
+    p = tl.exp2(scores - level[:, None])
+    total = total * shrink + tl.sum(p, 1)
+    if SCALES == 2:
+        p *= tl.load(v_scale + slot)[None, :]
+    v = tl.load(v_pages + at, mask=mask, other=0.0).to(query.dtype)
+    sums *= shrink[:, None]
+    sums += tl.dot(p.to(query.dtype), v, input_precision="ieee")
+    return peak, total, sums
+
+
+@triton.jit
 def _attend(
     q, k_pages, v_pages, k_scale, v_scale, page_table, context_lens, parts, weights,
     table_stride, log2_scale,
@@ -95,29 +131,14 @@ def _attend(
         largest = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         sums = tl.zeros([ROWS, WIDTH], tl.float32)
+        table = page_table + sequence * table_stride
         for block in range(start, end, BLOCK):
             seen = block + keys < end
-            place = tl.where(seen, block + keys, start)
-            page = tl.load(page_table + sequence * table_stride + place // PAGE_SIZE)
-            # 64 bits: a pool of 12B's size has more numbers than 32 bits can count.
-            slot = (page.to(tl.int64) * PAGE_SIZE + place % PAGE_SIZE) * KV_HEADS + kv_head
-            at = slot[:, None] * HEAD_DIM + columns[None, :]
-            loaded = seen[:, None] & real[None, :]
-            k = tl.load(k_pages + at, mask=loaded, other=0.0).to(query.dtype)
-            scores = tl.dot(query, tl.trans(k), input_precision="ieee") * log2_scale
-            if SCALES == 2:
-                scores *= tl.load(k_scale + slot)[None, :]
-            scores = tl.where(seen[None, :], scores, float("-inf"))
-            peak = tl.maximum(largest, tl.max(scores, 1))
-            shrink = tl.exp2(largest - peak)
-            p = tl.exp2(scores - peak[:, None])
-            total = total * shrink + tl.sum(p, 1)
-            if SCALES == 2:
-                p *= tl.load(v_scale + slot)[None, :]
-            v = tl.load(v_pages + at, mask=loaded, other=0.0).to(query.dtype)
-            sums *= shrink[:, None]
-            sums += tl.dot(p.to(query.dtype), v, input_precision="ieee")
-            largest = peak
+            largest, total, sums = take_in(
+                query, tl.where(seen, block + keys, start), seen[None, :], seen, real, table,
+                kv_head, k_pages, v_pages, k_scale, v_scale, log2_scale, largest, total, sums,
+                PAGE_SIZE, KV_HEADS, HEAD_DIM, SCALES,
+            )  # fmt: skip
         sums /= total[:, None]
         if SCALES == 1:
             sums *= tl.load(v_scale)

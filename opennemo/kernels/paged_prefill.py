@@ -20,6 +20,8 @@ import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
+from opennemo.kernels.paged_attention import take_in
+
 ROWS = 64  # tokens times query heads in a program
 BLOCK = 64  # keys at a time, of 16 bits or less
 
@@ -87,33 +89,17 @@ def _prefill(
         largest = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         sums = tl.zeros([ROWS, WIDTH], tl.float32)
+        table = page_table + sequence * table_stride
         for block in range(begin, end, BLOCK):
-            place = tl.where(block + keys < end, block + keys, begin)
-            page = tl.load(page_table + sequence * table_stride + place // PAGE_SIZE)
-            # 64 bits: a pool of 12B's size has more numbers than 32 bits can count.
-            slot = (page.to(tl.int64) * PAGE_SIZE + place % PAGE_SIZE) * KV_HEADS + kv_head
-            pool = slot[:, None] * HEAD_DIM + columns[None, :]
-            loaded = (block + keys < end)[:, None] & real[None, :]
-            k = tl.load(k_pages + pool, mask=loaded, other=0.0).to(query.dtype)
-            scores = tl.dot(query, tl.trans(k), input_precision="ieee") * log2_scale
-            if SCALES == 2:
-                scores *= tl.load(k_scale + slot)[None, :]
-            seen = (block + keys)[None, :] <= own[:, None]
+            key = block + keys
+            seen = key[None, :] <= own[:, None]
             if WINDOW:
-                seen &= (block + keys)[None, :] > own[:, None] - WINDOW
-            scores = tl.where(seen, scores, float("-inf"))
-            peak = tl.maximum(largest, tl.max(scores, 1))
-            # A row that has seen nothing yet, before its window, stays at nothing.
-            level = tl.where(peak == float("-inf"), 0.0, peak)
-            shrink = tl.exp2(largest - level)
-            p = tl.exp2(scores - level[:, None])
-            total = total * shrink + tl.sum(p, 1)
-            if SCALES == 2:
-                p *= tl.load(v_scale + slot)[None, :]
-            v = tl.load(v_pages + pool, mask=loaded, other=0.0).to(query.dtype)
-            sums *= shrink[:, None]
-            sums += tl.dot(p.to(query.dtype), v, input_precision="ieee")
-            largest = peak
+                seen &= key[None, :] > own[:, None] - WINDOW
+            largest, total, sums = take_in(
+                query, tl.where(key < end, key, begin), seen, key < end, real, table,
+                kv_head, k_pages, v_pages, k_scale, v_scale, log2_scale, largest, total, sums,
+                PAGE_SIZE, KV_HEADS, HEAD_DIM, SCALES,
+            )  # fmt: skip
         sums /= tl.where(total > 0, total, 1.0)[:, None]  # rows that are not stored see nothing
         if SCALES == 1:
             sums *= tl.load(v_scale)
