@@ -94,8 +94,8 @@ def packed(type: str) -> None:
         build(packed_weights._unpack, 4, constants | indices, indices="*i32", **common)
 
 
-def rows(out: str, own_scale: bool) -> None:
-    constants: dict = {"DTYPE": tl.bfloat16}
+def rows(out: str, own_scale: bool, power: bool = True) -> None:
+    constants: dict = {"DTYPE": tl.bfloat16, "POWER": power}
     if out == "*bf16":
         constants["scales"] = None
     if own_scale:
@@ -138,6 +138,7 @@ def main() -> None:
     rows("*bf16", own_scale=True)
     if fp8:
         rows("*fp8e4nv", own_scale=True)
+        rows("*fp8e4nv", own_scale=True, power=False)
         rows("*fp8e4nv", own_scale=False)
     print(f"compiled for {CAPABILITY}")
 
