@@ -20,11 +20,10 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from measure import Row, write_rows
+from measure import Row, gpu_options, write_rows
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -337,11 +336,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20, help="steps that a median is taken of")
     parser.add_argument("--no-peer", action="store_true", help="leave transformers out")
     parser.add_argument("--quick", action="store_true", help="fewer cases, 5 rounds, no peer")
-    parser.add_argument("--toy", action="store_true", help="a tiny model, here, without a GPU")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
-    options = parser.parse_args()
-    if not torch.cuda.is_available() and not options.toy:
-        print("benchmarks/gpu.py needs an NVIDIA GPU, and there is none here")
+    if (options := gpu_options(parser)) is None:
         return
     device, config, cases = "cuda", PRESETS["mistral-nemo-12b"], CASES
     rounds, peer, room = options.rounds, not options.no_peer, {}

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from measure import Row, write_rows
+from measure import Row, gpu_options, write_rows
 
 from opennemo.model.formats import FORMATS
 from opennemo.model.quantization import prepare_qat_
@@ -126,11 +126,7 @@ def error_of_a_sum(shape: ModelConfig, device: torch.device) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--steps", type=int, default=10, help="updates of each run")
-    parser.add_argument("--toy", action="store_true", help="a tiny model, here, without a GPU")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
-    options = parser.parse_args()
-    if not torch.cuda.is_available() and not options.toy:
-        print("benchmarks/gpu_training.py needs an NVIDIA GPU, and there is none here")
+    if (options := gpu_options(parser)) is None:
         return
     device = torch.device("cpu" if options.toy else "cuda")
     shape, length = (PRESETS["tiny"], 64) if options.toy else (SHAPE, LENGTH)

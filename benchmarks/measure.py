@@ -1,5 +1,6 @@
 """What benchmarks share: a row of their tables, and what a machine can do."""
 
+import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -25,6 +26,17 @@ def write_rows(rows: Sequence[Row], file: Path | None) -> None:
     """As JSON, if a file is named."""
     if file:
         file.write_text(json.dumps([asdict(row) for row in rows], indent=1), "utf-8")
+
+
+def gpu_options(parser: argparse.ArgumentParser) -> argparse.Namespace | None:
+    """What the command line asks for, `--toy` and `--json` included; None if there is no GPU."""
+    parser.add_argument("--toy", action="store_true", help="a tiny model, here, without a GPU")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
+    options = parser.parse_args()
+    if torch.cuda.is_available() or options.toy:
+        return options
+    print(f"benchmarks/{parser.prog} needs an NVIDIA GPU, and there is none here")
+    return None
 
 
 def read_bandwidth(threads: int) -> float:
