@@ -7,12 +7,13 @@ files are memory-mapped.
 
 Only safetensors and GGUF are read: they hold numbers, and nothing that could run. A folder takes
 its name when everything is in it, never before. What each layout calls things is layouts.py's
-business, what goes along with the weights companions.py's, the hub hub.py's.
+business, which files a folder has model_folder.py's, what goes along with the weights
+companions.py's, the hub hub.py's.
 """
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +29,7 @@ from opennemo.model import compressed, layouts
 from opennemo.model.companions import copy_companions
 from opennemo.model.formats import BLOCKS, FORMATS, BlockFormat, Format, plain
 from opennemo.model.layouts import FolderLayout, Layout
+from opennemo.model.model_folder import FILES, first_five, layout_of, weight_files
 from opennemo.model.quantization import (
     QuantizedEmbedding,
     QuantizedLinear,
@@ -39,9 +41,6 @@ from opennemo.model.text_part import text_part
 from opennemo.model.transformer import ModelConfig, Transformer
 from opennemo.progress import Progress
 
-# The file of settings, and the name of the weights up to its suffix.
-FILES = {"mistral": ("params.json", "consolidated"), "hf": ("config.json", "model")}
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 EMBEDDING, HEAD = "tok_embeddings.weight", "output.weight"
 MAX_SHARD = 5 * 10**9  # bytes, as on the hub
 
@@ -177,9 +176,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
             )
         settings = files.settings
     else:
-        layout = _layout_of(path)
+        layout = layout_of(path)
         where = path / FILES[layout][0]
-        settings, files = read_json(where), SafetensorFiles(_weight_files(path, layout))
+        settings, files = read_json(where), SafetensorFiles(weight_files(path, layout))
         settings = text_part(settings, layout, files, where)
     # Settings that do not say whether the head is tied: it is where the weights have no head.
     head = layouts.spell("output.", layout)
@@ -315,61 +314,6 @@ class _Uninitialised(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _layout_of(path: Path) -> FolderLayout:
-    """The layout of a folder; Mistral's own where, as on the hub, it has both."""
-    if not path.is_dir():
-        _refuse_pickles([path])
-        what = "is neither a folder nor a .gguf file" if path.exists() else "does not exist"
-        raise CheckpointError(f"{path} {what}")
-    has_params, has_config = (path / "params.json").exists(), (path / "config.json").exists()
-    has_weights = any(path.glob("consolidated*.safetensors"))
-    adapter = any((path / name).exists() for name in ("adapter_config.json", "lora.safetensors"))
-    if adapter and not has_config and not has_weights:
-        raise CheckpointError(f"{path}: an adapter; `opennemo merge` folds it into its model")
-    if has_params and (has_weights or not has_config):
-        return "mistral"
-    if not has_config:
-        _refuse_pickles(path.iterdir())
-        raise CheckpointError(f"{path}: no model: it has neither params.json nor config.json")
-    return "hf"
-
-
-def _weight_files(folder: Path, layout: FolderLayout) -> dict[Path, set[str] | None]:
-    """The safetensors files of a folder, and what is read from each: an index decides, if any."""
-    single = folder / f"{FILES[layout][1]}.safetensors"
-    index = folder / f"{single.name}.index.json"
-    if not index.exists():
-        if single.exists():
-            return {single: None}
-        _refuse_pickles(folder.iterdir())
-        raise CheckpointError(f"{folder}: {single.name} is missing, or {index.name} and its files")
-    weight_map = read_json(index).get("weight_map")
-    names = sorted(set(map(str, weight_map.values()))) if isinstance(weight_map, dict) else []
-    if not names or any(Path(name).name != name for name in names):
-        raise CheckpointError(f"{index}: its weight_map does not name files of this folder")
-    there = {path.name for path in folder.iterdir()}  # no name is tried that could be too long
-    stray = single.name in there and single.name not in names
-    if missing := [layouts.short(name).strip("'") for name in names if name not in there]:
-        hint = f", or remove {index.name} to read {single.name}" if stray else ""
-        raise CheckpointError(f"{folder}: files missing: {_first_five(missing)}; fetch it again"
-            f"{hint}")  # fmt: skip
-    if stray:
-        message = f"{folder}: {single.name} is not read, for {index.name} does not name it"
-        warnings.warn(message, stacklevel=4)
-    assert isinstance(weight_map, dict)  # or there would be no names
-    return {folder / n: {key for key, file in weight_map.items() if file == n} for n in names}
-
-
-def _refuse_pickles(paths: Iterable[Path]) -> None:
-    for path in paths:
-        if path.suffix in PICKLES and path.is_file():
-            raise CheckpointError(
-                f"{path}: pickle files are never read, for opening one runs whatever its maker "
-                "wrote; convert it where that can do no harm, and use the result: "
-                "https://huggingface.co/docs/safetensors/convert-weights"
-            )
-
-
 def _compare(
     files: Any, config: ModelConfig, layout: Layout, format: str | None, path: Path
 ) -> None:
@@ -406,11 +350,7 @@ def _compare(
     }
     for problem, weights in problems.items():
         if weights:
-            raise CheckpointError(f"{path}: weights {problem}: {_first_five(weights)}")
-
-
-def _first_five(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+            raise CheckpointError(f"{path}: weights {problem}: {first_five(weights)}")
 
 
 def write_model(
