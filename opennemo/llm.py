@@ -30,6 +30,7 @@ from opennemo.engine.grammar import GrammarCompiler
 from opennemo.engine.lark import ANY_TEXT, Thinking
 from opennemo.engine.params import Healing
 from opennemo.engine.scoring import Pair, Score
+from opennemo.engine.sizes import PAGE_SIZE, SAMPLE_CONTEXT, SAMPLES
 from opennemo.errors import (
     CheckpointError,
     ContextTooLong,
@@ -354,10 +355,15 @@ def answer_all(
     conversations: Many[tuple[list[Message], list[Tool]]],
     **sampling: Any,
 ) -> list[Message]:
-    """Answers of a model that is in memory, learning perhaps, side by side; it stays as it is."""
-    longest = model.config.max_position_embeddings
-    pages = max(64, 8 * -(-min(longest, 2048) // 16))
-    config = EngineConfig(n_pages=pages, keep_model=True, max_context=min(longest, 2048))
+    """Answers of a model that is in memory, learning perhaps, side by side; it stays as it is.
+
+    PyTorch computes them: the weights are in memory once.
+    """
+    context = min(model.config.max_position_embeddings, SAMPLE_CONTEXT)
+    config = EngineConfig(
+        n_pages=SAMPLES * -(-context // PAGE_SIZE), page_size=PAGE_SIZE, max_context=context,
+        kernels=False,
+    )  # fmt: skip
     end = turn_end(tokenizer)
     eos_ids = {tokenizer.eos_id, *({end} if isinstance(end, int) else ())}
     engine = LocalEngine(model, eos_ids, config, n_tokens=tokenizer.vocab_size)

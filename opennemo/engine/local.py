@@ -80,7 +80,7 @@ class LocalEngine(Loop):
         models = [model] if draft is None else [model, draft]
         # Before the first runner takes the weights into its own order.
         identity = fingerprint(*models) if config.cache_dir else b""
-        self.runner = Runner(model, size, config.adapters, ranks, config.keep_model)
+        self.runner = Runner(model, size, config.adapters, ranks, config.keep_model, config.kernels)
         n_guesses = config.n_draft_tokens
         if draft is None and self.runner.device.type != "cpu":
             n_guesses = n_guesses or 0  # a GPU's recorded steps have one token a sequence

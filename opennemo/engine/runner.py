@@ -60,7 +60,7 @@ class Runner:
 
     A CPU model's matrices are handed over to the kernel, which keeps its own, packed copy; PyTorch
     cannot run the model afterwards, unless it is to `keep` its matrices. With `adapters` PyTorch
-    asks the kernel for products with those it has.
+    asks the kernel for products with those it has. Without `kernels` PyTorch runs it as it is.
     """
 
     def __init__(
@@ -70,9 +70,12 @@ class Runner:
         adapters: bool = False,
         ranks: Peers | None = None,
         keep: bool = False,
+        kernels: bool = True,
     ):
         self.model, self._size, self._ranks = model.eval(), size, ranks
-        self._step: Step | None = compile_step(model, release=not keep, kv_format=size.format)
+        self._step: Step | None = TorchStep(model)
+        if kernels:
+            self._step = compile_step(model, release=not keep, kv_format=size.format)
         self._adapted_step = TorchStep(model) if adapters else None
         if adapters and isinstance(self._step, NativeStep):
             use_kernel_(model, self._step)

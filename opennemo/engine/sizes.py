@@ -29,6 +29,8 @@ from opennemo.model.transformer import ModelConfig, Transformer
 from opennemo.progress import size
 
 PAGE_SIZE = 16  # tokens, on a CPU
+# Beside training: answers to evaluation.prompts under way, and the tokens of one at most.
+SAMPLES, SAMPLE_CONTEXT = 8, 2048
 # Tokens of a step: on a GPU a prompt's products are bound by arithmetic from some hundreds on.
 STEP_TOKENS = {"cpu": 512, "cuda": 2048}
 # No slower than float32 or bf16, and faster with many sequences (docs/results/cpu.md).
@@ -64,6 +66,9 @@ class EngineConfig:
     # Whether somebody else uses the model that an engine is made around: on a CPU its weights are
     # then there twice.
     keep_model: bool = False
+    # Whether steps are computed by kernels, which on a CPU want a copy of the weights packed in
+    # their way; or by PyTorch, with the model's own.
+    kernels: bool = True
     tensor_parallel_size: int = 1  # ranks that share every layer
 
     def step_tokens(self, device: str) -> int:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
+from opennemo.engine.sizes import SAMPLE_CONTEXT, SAMPLES
 from opennemo.errors import InvalidRequest
 from opennemo.model.formats import by_name, names
 from opennemo.model.transformer import PRESETS, ModelConfig
@@ -216,7 +217,14 @@ def _count_memory(made: Plan, work: Work, stored: str) -> None:
             add("whole gradients", how, size)
     elif number < 4 and not recipe.lora:
         add("copies in bf16", f"{work.n_weights:,} x 2 B", 2 * work.n_weights)
+    before = made.total
     _count_activations(add, work)
+    if recipe.evaluation.prompts is not None:  # answered when a step's activations are gone
+        of_token = 2 * config.n_layers * work.kv * (number if recipe.lora else 4)
+        n_tokens = SAMPLES * min(config.max_position_embeddings, SAMPLE_CONTEXT)
+        if (more := n_tokens * of_token - (room := made.total - before)) > 0:
+            how = f"{n_tokens:,} tokens x {of_token:,} B, less {room / GIB:.2f} GiB of a step's"
+            add("keys, values of samples", how, more)
     first = recipe.objective == "rl" and recipe.rl.kl and not recipe.lora
     if recipe.objective == "distil" or first:
         add("teacher", f"{work.n_weights:,} x {number} B", work.n_weights * number)

@@ -162,3 +162,13 @@ def test_a_model_that_others_use_keeps_its_weights(model):
     after = model.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_without_kernels_pytorch_computes_with_the_only_weights(model, monkeypatch):
+    def packed(*_: object, **__: object) -> None:
+        raise AssertionError("weights were packed")
+
+    monkeypatch.setattr("opennemo.engine.runner.compile_step", packed)
+    engine = LocalEngine(model, [], EngineConfig(kernels=False))
+    (found,) = run(engine, [([1, 2, 3], None)])
+    assert found == greedy(model, [1, 2, 3], None)

@@ -197,6 +197,17 @@ def test_nemo_s_file_in_four_bits_is_adapted_on_a_laptop():
     assert sizes(made)["frozen tables"] == 4 * (131_072 * 5120 + 81 * 5120)
 
 
+def test_answers_to_prompts_are_counted_where_a_step_leaves_no_room_for_them():
+    tables = {"evaluation": {"prompts": "some.jsonl"}, "data": {"window": 128}}
+    small = {"parallel": {"activation_checkpointing": True}} | tables
+    least = sizes(plan(recipe_of(**small), NEMO, CPU))
+    of_a_step = least["inputs of blocks"] + least["the head's way back"]
+    expected = 8 * 2048 * 2 * 40 * 1024 * 4 - of_a_step
+    assert least["keys, values of samples"] == pytest.approx(expected, rel=0.01)
+    large = tables | {"data": {"window": 4096}}
+    assert "keys, values of samples" not in sizes(plan(recipe_of(**large), NEMO, CPU))
+
+
 def test_speed_follows_from_operations():
     recipe = recipe_of(data={"window": 2048, "rows": 8})
     made = plan(recipe, NEMO, on("h100"), share_of_peak=0.5)
