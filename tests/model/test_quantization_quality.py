@@ -3,6 +3,7 @@
 import gzip
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from opennemo.model.checkpoint import load
 from opennemo.model.export import calibrate
 from opennemo.model.formats import FORMATS
 from opennemo.model.pages import Pages
-from opennemo.model.quantization import quantize_
+from opennemo.model.quantization import QuantizedLinear, quantize_
 from opennemo.model.transformer import Transformer
 from opennemo.tokenizer import load_tokenizer
 
@@ -117,6 +118,28 @@ def test_fp8_costs_no_more_than_was_measured_for_it(tokens: Tensor, reference: T
     assert found.perplexity < 0.06
     assert found.agreement > 0.87
     assert found.divergence < 0.05
+
+
+@pytest.mark.slow
+def test_fp8_dynamic_costs_less_in_the_arithmetic_of_others(tokens: Tensor, reference: Tensor):
+    """Than the same codes over inputs whose scales are powers of two, as those of `fp8` are."""
+    net, format = fresh(), FORMATS["fp8-dynamic"]
+    quantize_(net, format)
+    assert format.inputs is not None
+    powers = replace(format, inputs=replace(format.inputs, power_of_two=True))
+    divergences = []
+    for arithmetic in (format, powers):
+        for module in net.modules():
+            if isinstance(module, QuantizedLinear):
+                module.format = arithmetic
+        found = log_probabilities(net, tokens)
+        divergences.append((reference.exp() * (reference - found)).sum(-1))
+    more = divergences[1] - divergences[0]
+    error = float(more.std()) / len(more) ** 0.5
+    print(
+        f"KL {divergences[0].mean():.4f}, and {more.mean():.4f} ± {error:.4f} more in powers of two"
+    )
+    assert divergences[0].mean() < 0.04 and more.mean() > 3 * error
 
 
 @pytest.mark.slow
