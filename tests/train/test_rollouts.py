@@ -75,8 +75,8 @@ def test_the_engine_finds_the_log_probabilities_that_the_trainer_finds(format, l
     """But for the order of additions.
 
     That decides to which side a number is rounded that lies on the border of two codes, and what
-    follows then differs by a step of the format. It does so within the trainer as well, if the
-    last bits of its embeddings change: so much is allowed where inputs are rounded.
+    follows then differs by a step of the format. It does so within the trainer as well, if its
+    embeddings change by a millionth: so much is allowed where inputs are rounded.
     """
     model = learner(format, lora)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -91,11 +91,14 @@ def test_the_engine_finds_the_log_probabilities_that_the_trainer_finds(format, l
         assert largest < 1e-4
     else:
         torch.manual_seed(0)
-        signs = torch.randn(model.tok_embeddings.weight.shape).sign()
-        with torch.no_grad():
-            model.tok_embeddings.weight *= 1 + 1.2e-7 * signs
-        changed = computed(model, [d.ids for d in drawn])
-        noise = max(float((a - b).abs().max()) for a, b in zip(ours, changed, strict=True))
+        weight, noise = model.tok_embeddings.weight, 0.0
+        kept = weight.detach().clone()
+        for _ in range(5):  # by as much as sums in another order do; one may meet no border
+            with torch.no_grad():
+                weight[:] = kept * (1 + 1e-6 * torch.randn(kept.shape).sign())
+            changed = computed(model, [d.ids for d in drawn])
+            gaps = [float((a - b).abs().max()) for a, b in zip(ours, changed, strict=True)]
+            noise = max(noise, *gaps)
         assert exact and largest < max(1e-4, 5 * noise, 0.1 * (format == "fp8-static"))
 
 
