@@ -16,7 +16,7 @@ else
 TORCH_INSTALL = $(BIN)/pip install -q 'torch>=2.11,<2.15'
 endif
 
-# What the chat page shows markdown with, out of npm packages that web/package-lock.json pins.
+# What the chat page reads and shows texts with, out of npm packages that web/package-lock.json pins.
 VENDOR := opennemo/serve/web/vendor
 
 .PHONY: help chat serve test browser wheel release docs slow chaos soak clients check audit fix lock locked bench gpu figure2 clean
@@ -169,8 +169,11 @@ clean: ## remove the environment and caches
 # text, and the next call tries again.
 $(VENDOR)/LICENSES.txt: web/package-lock.json
 	@command -v npm > /dev/null || { echo "No npm: the chat page will show plain text." >&2; exit 0; }; \
-	cd web && npm ci --silent --omit=optional && mkdir -p ../$(VENDOR) && cd node_modules \
-	&& cp marked/lib/marked.esm.js dompurify/dist/purify.min.js \
-		@highlightjs/cdn-assets/es/highlight.min.js ../../$(VENDOR) \
-	&& cat marked/LICENSE dompurify/LICENSE @highlightjs/cdn-assets/LICENSE > ../../$@ \
+	cd web && npm ci --silent --omit=optional && mkdir -p ../$(VENDOR)/fonts && cd node_modules \
+	&& cp -r marked/lib/marked.esm.js dompurify/dist/purify.min.js katex/dist/katex.min.js \
+		@highlightjs/cdn-assets/es/highlight.min.js katex/dist/katex.min.css pdfjs-dist/cmaps \
+		pdfjs-dist/legacy/build/pdf.min.mjs pdfjs-dist/legacy/build/pdf.worker.min.mjs \
+		../../$(VENDOR) && cp katex/dist/fonts/*.woff2 ../../$(VENDOR)/fonts \
+	&& cat marked/LICENSE dompurify/LICENSE @highlightjs/cdn-assets/LICENSE katex/LICENSE \
+		pdfjs-dist/LICENSE pdfjs-dist/cmaps/LICENSE > ../../$@ \
 	|| { rm -f "$(CURDIR)/$@"; echo "npm failed: the chat page will show plain text." >&2; }

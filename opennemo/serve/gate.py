@@ -26,8 +26,8 @@ from opennemo.serve.service import INSIDE, Service
 # Nothing inline and nobody else's; HTML only through the sanitizer's Trusted Types policy.
 PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
-    "require-trusted-types-for 'script'; trusted-types dompurify"
+    "font-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'; trusted-types dompurify pdf"
 )
 DRAINED = 4
 log = structlog.get_logger("opennemo.serve")

@@ -7,14 +7,13 @@ import { keep } from "./tokens.js";
  * Let an answer grow in `node` until it is complete, stopped or failed, which `node` then tells.
  *
  * @param grew called after each piece
+ * @param goesOn whether the answer goes on with what `node` has, which `body` ends with
  */
-export async function answer(node, body, signal, grew) {
+export async function answer(node, body, signal, grew, goesOn = false) {
+  const clock = new Clock(goesOn ? node.stats : null);
   // What it is if it never ends, because the page is left: stopped.
-  Object.assign(node, {
-    message: { role: "assistant", content: "" }, model: body.model,
-    error: null, finish: "stopped", stats: null, tokens: [],
-  });
-  const clock = new Clock();
+  Object.assign(node, { model: body.model, error: null, finish: "stopped" });
+  if (!goesOn) Object.assign(node, { message: { role: "assistant", content: "" }, stats: null, tokens: [] });
   try {
     for await (const chunk of chat(body, signal)) {
       if (take(node, chunk)) clock.tick();
@@ -47,12 +46,16 @@ function take(node, { choices }) {
   return Boolean(content || thinking || calls);
 }
 
-/** Chunks stand for tokens until the server has counted them. */
+/** Counts and times tokens, after those of `earlier`; a chunk counts as one until the server has counted. */
 class Clock {
   n = 0;
   #begun = performance.now();
   #first = null;
   #last = null;
+
+  constructor(earlier) {
+    this.earlier = earlier ?? { n: 0, seconds: 0, exact: true };
+  }
 
   tick() {
     this.#last = performance.now();
@@ -61,8 +64,10 @@ class Clock {
   }
 
   stats(exact) {
-    if (this.#first === null) return null;
-    const seconds = (this.#last - this.#first) / 1000;
-    return { n: this.n, exact, seconds, first: (this.#first - this.#begun) / 1000 };
+    const { earlier } = this;
+    if (this.#first === null) return earlier.n ? earlier : null;
+    const seconds = earlier.seconds + (this.#last - this.#first) / 1000;
+    const first = earlier.first ?? (this.#first - this.#begun) / 1000;
+    return { n: earlier.n + this.n, exact: exact && earlier.exact, seconds, first };
   }
 }

@@ -2,12 +2,13 @@
 
 import { answer } from "./answer.js";
 import * as api from "./api.js";
-import { append, choose, create, last, openCalls, parentOf, path, requestBody } from "./conversation.js";
+import { append, choose, create, last, openCalls, parentOf, path, requestBody, withFiles } from "./conversation.js";
+import { Attachments } from "./attachments.js";
 import { byId, h, say, setChildren } from "./dom.js";
 import { closeCover, isCovered, nextTheme, notice, scroll, showPanels, showTheme, togglePanel } from "./frame.js";
 import { Library } from "./library.js";
 import { ready } from "./markdown.js";
-import { Settings, summary } from "./settings.js";
+import { Settings, beginning, summary } from "./settings.js";
 import { Thread } from "./thread.js";
 
 const IDEAS = [
@@ -18,33 +19,38 @@ const IDEAS = [
 ];
 const TOP_LOGPROBS = 5;
 
-let current = create();
+let current = create(beginning.get());
 let cards = []; // of models, from the server
 const runs = new Map(); // conversation -> { node, controller } while it is being answered
-const drafts = new WeakMap(); // conversation -> text
+const drafts = new WeakMap(); // conversation -> { text, files }
 
 const draft = byId("draft");
 const modelName = () => byId("model").value;
 const card = () => cards.find(({ id }) => id === modelName());
-const thread = new Thread(byId("thread"), { again, edit, choose: step, answerCalls });
+const thread = new Thread(byId("thread"), { again, edit, choose: step, answerCalls, goOn });
+const attachments = new Attachments(showDock);
 const library = new Library({ select, removed, changed: show, modelName });
 const settings = new Settings(() => {
   library.keepSoon(current);
+  thread.show(current, runs.get(current)?.node);
   showDock();
 });
 
 // ---- Answers
 
 function send() {
-  const text = draft.value.trim();
-  if (!text || runs.has(current)) return;
+  const message = { role: "user", content: draft.value.trim() };
+  if (!canSend()) return;
   draft.value = "";
-  run(append(current, last(current), { role: "user", content: text }));
+  run(append(current, last(current), message, attachments.take()));
 }
+
+const canSend = () =>
+  !runs.has(current) && !attachments.isReading && Boolean(draft.value.trim() || attachments.files.length);
 
 function edit(node, text) {
   if (runs.has(current)) return;
-  run(append(current, parentOf(current, node), { ...node.message, content: text }));
+  run(append(current, parentOf(current, node), { ...node.message, content: text }, node.files));
 }
 
 /** A new version of an answer; one that never began is overwritten. */
@@ -64,16 +70,24 @@ function answerCalls(node, results) {
   run(parent);
 }
 
-/** Have what ends with `parent` answered, in a new node or the one given. */
+/** Have an answer that was cut off continued where it ends. */
+function goOn(node) {
+  if (!runs.has(current)) run(node, node);
+}
+
+/** Have what ends with `parent` answered, in a new node or the one given; that one itself goes on. */
 async function run(parent, node = null) {
   const conversation = current;
+  const goesOn = node === parent;
   const body = { model: modelName(), ...requestBody(conversation, parent) };
-  if (thread.showTokens) Object.assign(body, { logprobs: true, top_logprobs: TOP_LOGPROBS });
+  if (goesOn) Object.assign(body, { add_generation_prompt: false, continue_final_message: true });
+  // All tokens of an answer have their log-probabilities, or none.
+  if (goesOn ? node.tokens?.length : thread.showTokens) Object.assign(body, { logprobs: true, top_logprobs: TOP_LOGPROBS });
   node ??= append(conversation, parent, { role: "assistant", content: "" });
   const controller = new AbortController();
   runs.set(conversation, { node, controller });
   library.toFront(conversation);
-  const answered = answer(node, body, controller.signal, () => growSoon(conversation, node));
+  const answered = answer(node, body, controller.signal, () => growSoon(conversation, node), goesOn);
   scroll.sticks = true;
   show();
   say("Answering");
@@ -122,7 +136,7 @@ function showDock() {
   const hadFocus = document.activeElement === byId(isRunning ? "send" : "stop");
   byId("send").hidden = isRunning;
   byId("stop").hidden = !isRunning;
-  byId("send").disabled = !draft.value.trim();
+  byId("send").disabled = !canSend();
   if (hadFocus) (isRunning ? byId("stop") : draft).focus();
   byId("active").textContent = summary(current) || "Usual settings";
   draft.style.height = "auto";
@@ -143,8 +157,8 @@ const context = {
   async count() {
     const conversation = current;
     const { messages, tools } = requestBody(current, last(current));
-    const text = draft.value.trim();
-    if (text) messages.push({ role: "user", content: text });
+    const { content } = withFiles({ content: draft.value.trim() }, attachments.files);
+    if (content) messages.push({ role: "user", content });
     const end = messages.at(-1);
     if (!end || end.role === "system") return this.show((this.n = 0));
     if (end.role === "assistant") {
@@ -176,9 +190,11 @@ const context = {
 
 /** Show another conversation, or with null a new one. */
 function select(conversation) {
-  drafts.set(current, draft.value);
-  current = conversation ?? create(current);
-  draft.value = drafts.get(current) ?? "";
+  drafts.set(current, { text: draft.value, files: attachments.files });
+  current = conversation ?? create(beginning.get());
+  const { text, files } = drafts.get(current) ?? { text: "", files: [] };
+  draft.value = text;
+  attachments.show(files);
   settings.show(current, card());
   scroll.sticks = true;
   closeCover();
@@ -220,7 +236,12 @@ async function connect() {
   notice("");
   const choice = byId("model");
   const wanted = localStorage.getItem("model");
-  setChildren(choice, cards.map(({ id }) => h("option", { value: id }, id)));
+  const option = ({ id }) => h("option", { value: id }, id);
+  const adapters = cards.filter(({ parent }) => parent);
+  setChildren(choice, [
+    ...cards.filter(({ parent }) => !parent).map(option),
+    ...(adapters.length ? [h("optgroup", { label: "With an adapter" }, adapters.map(option))] : []),
+  ]);
   if (cards.some(({ id }) => id === wanted)) choice.value = wanted;
   choice.disabled = cards.length < 2;
   showModel();
@@ -279,6 +300,10 @@ const DO = {
   },
   theme: nextTheme,
   sidebar: () => togglePanel("sidebar"),
+  search() {
+    if (byId("sidebar").inert) togglePanel("sidebar");
+    byId("search").focus();
+  },
   settings: () => togglePanel("settings"),
   "close-cover": closeCover,
   shortcuts: () => byId("shortcuts").showModal(),
@@ -291,6 +316,7 @@ const DO = {
   },
   "close-dialog": () => keyDialog.close(""),
   import: () => byId("file").click(),
+  attach: () => byId("attachment").click(),
   "export-all": () => library.export(library.all),
 };
 
@@ -302,8 +328,9 @@ function keyAction({ key, altKey, shiftKey, ctrlKey, metaKey, target }) {
   }
   if (control && shiftKey && key.toLowerCase() === "o") return DO.new;
   if (control && key === ".") return DO.settings;
+  if (control && key.toLowerCase() === "k") return DO.search;
   if (altKey && (key === "ArrowUp" || key === "ArrowDown")) {
-    const next = library.all[library.all.indexOf(current) + (key === "ArrowUp" ? -1 : 1)];
+    const next = library.shown[library.shown.indexOf(current) + (key === "ArrowUp" ? -1 : 1)];
     return next ? () => select(next) : null;
   }
   if (control || altKey || target.matches("input, textarea, select")) return null;

@@ -5,7 +5,8 @@
  * are plain objects, as IndexedDB keeps them; nothing here knows the document or the server.
  *
  * @typedef {{id: string, parent: string?, children: string[], chosen: string?, message: object?,
- *   model?: string, finish?: string, error?: object, stats?: object, tokens?: object[]}} Node
+ *   files?: {name: string, text: string}[], model?: string, finish?: string, error?: object,
+ *   stats?: object, tokens?: object[]}} Node
  */
 
 /** Sampling settings: name, label, least, most, step and what it does. Bounds are the server's. */
@@ -25,17 +26,24 @@ const ROOT = "root";
 const newId = () =>
   Array.from(crypto.getRandomValues(new Uint8Array(9)), (b) => b.toString(36).padStart(2, "0")).join("");
 
+/** A conversation's settings alone; those that are missing are as usual. */
+export const settingsOf = (like = {}) => ({
+  system: like.system ?? "",
+  sampling: { ...like.sampling },
+  stop: [...(like.stop ?? [])],
+  format: like.format ?? "text", // of answers: or "json", or "schema"
+  schema: like.schema ?? "",
+  tools: like.tools ?? "",
+  toolChoice: like.toolChoice ?? "auto",
+});
+
 /** An empty conversation; its settings are those of `like`. */
 export function create(like = {}) {
   return {
     id: newId(),
     title: "",
     updated: Date.now(),
-    system: like.system ?? "",
-    sampling: { ...like.sampling },
-    stop: [...(like.stop ?? [])],
-    tools: like.tools ?? "",
-    toolChoice: like.toolChoice ?? "auto",
+    ...settingsOf(like),
     nodes: { [ROOT]: { id: ROOT, parent: null, children: [], chosen: null, message: null } },
   };
 }
@@ -51,15 +59,24 @@ export function path(conversation) {
 export const last = (conversation) => path(conversation).at(-1) ?? conversation.nodes[ROOT];
 export const parentOf = (conversation, node) => conversation.nodes[node.parent];
 
-/** Add a message behind another and choose it. */
-export function append(conversation, parent, message) {
-  const node = { id: newId(), parent: parent.id, children: [], chosen: null, message };
+/** Add a message behind another and choose it; `files` are what goes with it. */
+export function append(conversation, parent, message, files = []) {
+  const node = { id: newId(), parent: parent.id, children: [], chosen: null, message, files };
   conversation.nodes[node.id] = node;
   parent.children.push(node.id);
   parent.chosen = node.id;
   conversation.updated = Date.now();
-  if (!conversation.title && message.role === "user") conversation.title = titleOf(message.content);
+  if (!conversation.title && message.role === "user") {
+    conversation.title = titleOf(message.content || (files[0]?.name ?? ""));
+  }
   return node;
+}
+
+/** A message as the model reads it: the files stand before the words. */
+export function withFiles(message, files = []) {
+  if (!files.length) return message;
+  const texts = files.map(({ name, text }) => `<file name="${name.replace(/["<>\s]+/g, " ")}">\n${text}\n</file>`);
+  return { ...message, content: [...texts, message.content].filter(Boolean).join("\n\n") };
 }
 
 /** Where a message stands among its alternatives: [index from 0, how many]. */
@@ -85,10 +102,14 @@ export function openCalls(conversation, node) {
 /** The body of a request: the conversation up to and with `node`, and its settings. */
 export function requestBody(conversation, node) {
   const messages = [];
-  for (let at = node; at.message; at = parentOf(conversation, at)) messages.unshift(at.message);
+  for (let at = node; at.message; at = parentOf(conversation, at)) {
+    messages.unshift(withFiles(at.message, at.files));
+  }
   if (conversation.system) messages.unshift({ role: "system", content: conversation.system });
   const body = { messages, ...conversation.sampling };
   if (conversation.stop.length) body.stop = conversation.stop;
+  const { format } = readFormat(conversation);
+  if (format) body.response_format = format;
   const { tools } = readTools(conversation.tools);
   if (tools.length) {
     body.tools = tools;
@@ -99,16 +120,29 @@ export function requestBody(conversation, node) {
   return body;
 }
 
+/** The form of answers, as requests name it: { format, error }; none for any text. */
+export function readFormat({ format, schema }) {
+  if (format === "json") return { format: { type: "json_object" }, error: "" };
+  if (format !== "schema") return { format: null, error: "" };
+  const { value, error } = readJson(schema || "{}");
+  if (error || !isObject(value)) return { format: null, error: error || "Expected an object: { … }" };
+  return { format: { type: "json_schema", json_schema: { name: "answer", schema: value } }, error: "" };
+}
+
+function readJson(text) {
+  try {
+    return { value: JSON.parse(text) };
+  } catch (error) {
+    return { error: `Not JSON: ${error.message}` };
+  }
+}
+
 /** Tool definitions out of what was typed: { tools, error }. */
 export function readTools(text) {
   if (!text.trim()) return { tools: [], error: "" };
   const fail = (error) => ({ tools: [], error });
-  let tools;
-  try {
-    tools = JSON.parse(text);
-  } catch (error) {
-    return fail(`No JSON: ${error.message}`);
-  }
+  const { value: tools, error: invalid } = readJson(text);
+  if (invalid) return fail(invalid);
   if (!Array.isArray(tools)) return fail("Expected a list: [ … ]");
   const names = new Set();
   for (const [i, tool] of tools.entries()) {
@@ -137,12 +171,8 @@ export function toJson(conversation, model) {
 
 /** Conversations out of a file: a request's body, a list of messages, or a list of bodies. */
 export function fromJson(text) {
-  let read;
-  try {
-    read = JSON.parse(text);
-  } catch (error) {
-    throw new Error(`no JSON: ${error.message}`);
-  }
+  const { value: read, error } = readJson(text);
+  if (error) throw new Error(error);
   const isMessages = Array.isArray(read) && read.every((entry) => typeof entry?.role === "string");
   const bodies = isMessages ? [{ messages: read }] : [read].flat();
   if (!bodies.length || !bodies.every((body) => Array.isArray(body?.messages))) {
@@ -171,6 +201,11 @@ function fromBody(body) {
     conversation.tools = JSON.stringify(body.tools, null, 2);
   }
   if (["required", "none"].includes(body.tool_choice)) conversation.toolChoice = body.tool_choice;
+  const { type, json_schema: form } = body.response_format ?? {};
+  if (type === "json_object") conversation.format = "json";
+  else if (type === "json_schema" && isObject(form?.schema)) {
+    Object.assign(conversation, { format: "schema", schema: JSON.stringify(form.schema, null, 2) });
+  }
   const title = body.metadata?.title;
   if (typeof title === "string" && title) conversation.title = titleOf(title);
   return conversation;

@@ -1,13 +1,14 @@
 /** The conversations that this browser keeps: the list at the side, files in and out. */
 
 import { fromJson, toJson } from "./conversation.js";
-import { byId, h, iconButton, setChildren } from "./dom.js";
+import { byId, h, iconButton, say, setChildren } from "./dom.js";
 import { toast } from "./frame.js";
 import * as store from "./store.js";
 
 export class Library {
   all = []; // the latest first
   #items = new WeakMap(); // of conversations, so that focus stays where it is
+  #words = []; // that the shown conversations have
   #unsaved = new Set();
   #saving = 0;
 
@@ -23,6 +24,20 @@ export class Library {
     byId("file").addEventListener("change", async ({ target }) => {
       for (const file of target.files) await this.#import(file);
       target.value = "";
+    });
+    byId("search").addEventListener("input", ({ target }) => {
+      this.#words = plain(target.value).split(/\s+/).filter(Boolean);
+      this.changed();
+      if (this.#words.length) say(`${this.shown.length} of ${this.all.length} conversations`);
+    });
+  }
+
+  /** The conversations in the list: all, or those in which every searched word occurs. */
+  get shown() {
+    if (!this.#words.length) return this.all;
+    return this.all.filter((conversation) => {
+      const text = plain(textOf(conversation));
+      return this.#words.every((word) => text.includes(word));
     });
   }
 
@@ -59,7 +74,9 @@ export class Library {
 
   /** Show the list. @param isRunning tells of a conversation whether it is being answered */
   show(current, isRunning) {
-    setChildren(byId("conversations"), this.all.map((conversation) => {
+    const { shown } = this;
+    byId("none").hidden = shown.length > 0 || !this.all.length;
+    setChildren(byId("conversations"), shown.map((conversation) => {
       let item = this.#items.get(conversation);
       if (!item) this.#items.set(conversation, (item = this.#item(conversation)));
       const open = item.querySelector(".open");
@@ -141,4 +158,14 @@ export class Library {
     this.select(read.at(-1));
     toast(`Imported ${read.length === 1 ? "a conversation" : `${read.length} conversations`}.`);
   }
+}
+
+/** A text as searches compare it: without case, accents or forms of letters. */
+const plain = (text) => text.normalize("NFKD").replace(/\p{M}/gu, "").toLowerCase();
+
+/** The title and all words of a conversation, of every version and file. */
+function textOf({ title, system, nodes }) {
+  const messages = Object.values(nodes).flatMap(({ message, files = [] }) =>
+    [message?.content, ...files.flatMap(({ name, text }) => [name, text])]);
+  return [title, system, ...messages].filter(Boolean).join("\n");
 }

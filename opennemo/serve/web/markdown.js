@@ -8,6 +8,7 @@
  */
 
 import { copyButton, h } from "./dom.js";
+import { extensions, typeset } from "./formulas.js";
 
 const LIVE_CODE = 6000; // characters; longer code is coloured once it is complete
 const MOST_CODE = 100_000;
@@ -23,7 +24,8 @@ const ALLOWED = {
   ALLOW_ARIA_ATTR: false,
   RETURN_DOM_FRAGMENT: true,
 };
-const OWN_CLASSES = /^(language-\S+|hljs-[\w-]+( \w+_)*)$/;
+const OWN_CLASSES = /^(language-\S+|hljs-[\w-]+( \w+_)*|math|math-display|depth-[1-6])$/;
+const MESSAGE_LEVEL = 2; // of the heading that each message has
 
 const escape = (text) =>
   text.replace(/[&<>"']/g, (c) => `&#${c.charCodeAt(0)};`);
@@ -32,7 +34,21 @@ const renderer = {
   html: ({ text }) => (HARMLESS_HTML.test(text.trim()) ? text : escape(text)),
   image: ({ href, text }) => `<a href="${escape(href)}">${escape(text || "image")}</a>`,
   checkbox: ({ checked }) => (checked ? "☑ " : "☐ "),
+  heading({ tokens, depth, level }) {
+    const tag = level ? `h${level}` : "p"; // in a quotation or a list it is none of the outline
+    return `<${tag} class="depth-${depth}">${this.parser.parseInline(tokens)}</${tag}>`;
+  },
 };
+
+/** Give headings levels that leave none out, whatever depths the model chose. */
+function outline(tokens) {
+  const depths = [];
+  for (const token of tokens.filter(({ type }) => type === "heading")) {
+    while (depths.at(-1) >= token.depth) depths.pop();
+    depths.push(token.depth);
+    token.level = Math.min(6, MESSAGE_LEVEL + depths.length);
+  }
+}
 
 /** { lex, parse } once loaded, or null without the libraries. */
 const libraries = (async () => {
@@ -40,6 +56,7 @@ const libraries = (async () => {
     const { Marked } = await import("./vendor/marked.esm.js");
     await import("./vendor/purify.min.js");
     const marked = new Marked({ gfm: true, breaks: true, renderer });
+    marked.use({ extensions: extensions((name, text) => `<span class="${name}">${escape(text)}</span>`) });
     const purify = window.DOMPurify;
     purify.addHook("uponSanitizeAttribute", (_, attribute) => {
       if (attribute.attrName === "class") attribute.keepAttr = OWN_CLASSES.test(attribute.attrValue);
@@ -82,6 +99,7 @@ export class Markdown {
       return;
     }
     const tokens = loaded.lex(text);
+    outline(tokens);
     // A definition at the end gives links further up their address.
     const anew = complete && Object.keys(tokens.links).length > 0;
     tokens.forEach((token, i) => {
@@ -98,12 +116,13 @@ export class Markdown {
   }
 }
 
-/** What marked does not do: directions, code with colours and a button, tables that scroll. */
+/** What marked does not do: directions, code with colours and a button, formulas, tables that scroll. */
 function finish(element, isComplete) {
   for (const code of element.querySelectorAll("pre > code")) {
     const language = /language-(\S+)/.exec(code.className)?.[1] ?? "";
     code.parentElement.replaceWith(codeBlock(code.textContent, language, isComplete));
   }
+  element.querySelectorAll(".math, .math-display").forEach(typeset);
   for (const table of element.querySelectorAll("table")) {
     const scroll = h("div.scroll", { tabindex: 0, role: "region", "aria-label": "Table" });
     table.replaceWith(scroll);

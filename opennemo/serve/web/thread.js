@@ -3,7 +3,7 @@
  * then kept, so that switching branches and growing answers touch nothing else.
  */
 
-import { openCalls, path, place } from "./conversation.js";
+import { last, openCalls, path, place } from "./conversation.js";
 import { copyButton, h, icon, iconButton, setChildren } from "./dom.js";
 import { Markdown, codeBlock } from "./markdown.js";
 import { TokenView } from "./tokens.js";
@@ -16,7 +16,7 @@ export class Thread {
 
   /**
    * @param list the element to fill
-   * @param actions what buttons do: again, edit, choose, answerCalls
+   * @param actions what buttons do: again, edit, choose, answerCalls, goOn
    */
   constructor(list, actions) {
     this.list = list;
@@ -63,7 +63,8 @@ class MessageView {
     this.body = h("div.body");
     this.foot = h("footer");
     const { role } = node.message;
-    this.element = h(`article.${role}`, { "aria-label": NAMES[role], "data-node": node.id }, this.body, this.foot);
+    const heading = h("h2.hidden", {}, NAMES[role]);
+    this.element = h(`article.${role}`, { "aria-label": NAMES[role], "data-node": node.id }, heading, this.body, this.foot);
   }
 
   update(running) {
@@ -78,8 +79,10 @@ class MessageView {
 
   #plain() {
     const { role, content, name } = this.node.message;
-    if (role === "user") this.body.append(h("div.text", { dir: "auto" }, content));
-    else {
+    if (role === "user") {
+      this.body.append(...(this.node.files ?? []).map(attached));
+      if (content) this.body.append(h("div.text", { dir: "auto" }, content));
+    } else {
       this.body.append(h("details.result", {},
         h("summary", {}, icon("tool"), "Result", name ? [" of ", h("code", {}, name)] : null),
         codeBlock(content, isJson(content) ? "json" : "")));
@@ -102,7 +105,7 @@ class MessageView {
     }
     if (message.tool_calls?.length) parts.push(this.#calls(isRunning));
     if (isRunning && !parts.length) {
-      this.waiting ??= h("div.waiting", { "aria-label": "Waiting for the first words" }, h("i"), h("i"), h("i"));
+      this.waiting ??= h("div.waiting", { role: "img", "aria-label": "Waiting for the first words" }, h("i"), h("i"), h("i"));
       parts.push(this.waiting);
     }
     if (error) {
@@ -129,11 +132,12 @@ class MessageView {
     const isOpen = !isRunning && !node.error && openCalls(conversation, node).length > 0;
     const summary = JSON.stringify([isOpen, isRunning, calls]);
     if (this.#forms?.summary === summary) return this.#forms.element;
-    const fields = calls.map((call) => h("textarea.code", {
-      rows: 3, spellcheck: "false", dir: "auto", required: true, "aria-label": `Result of ${call.function.name}`,
+    const names = calls.map((call, i) => (calls.length > 1 ? `${call.function.name}, call ${i + 1}` : call.function.name));
+    const fields = names.map((name) => h("textarea.code", {
+      rows: 3, spellcheck: "false", dir: "auto", required: true, "aria-label": `Result of ${name}`,
       placeholder: "What the tool answers: JSON or text",
     }));
-    const cards = calls.map((call, i) => h("section.call", { "aria-label": `Call of ${call.function.name}` },
+    const cards = calls.map((call, i) => h("section.call", { "aria-label": `Call of ${names[i]}` },
       h("h3", {}, icon("tool"), h("code", {}, call.function.name)),
       codeBlock(pretty(call.function.arguments), "json", !isRunning),
       isOpen && fields[i]));
@@ -151,11 +155,12 @@ class MessageView {
     const { conversation, node } = this;
     const [index, count] = place(conversation, node);
     const { showTokens } = this.thread;
-    const summary = JSON.stringify([index, count, isRunning, isBusy, showTokens, node.stats, node.finish, node.error]);
+    const goesOn = !isRunning && this.#canGoOn();
+    const summary = JSON.stringify([index, count, isRunning, isBusy, showTokens, goesOn, node.stats, node.finish, node.error]);
     if (this.#showing === summary) return;
     this.#showing = summary;
     const { role, content } = node.message;
-    const { again, choose } = this.thread.actions;
+    const { again, choose, goOn } = this.thread.actions;
     const off = { disabled: isBusy };
     const step = (name, label, by, disabled) =>
       iconButton(name, label, () => choose(node, by), { disabled: isBusy || disabled, "data-step": by });
@@ -167,9 +172,20 @@ class MessageView {
       role === "user" && iconButton("edit", "Edit", () => this.edit(), off),
       content && !isRunning && copyButton("Copy", () => node.message.content),
       role === "assistant" && !isRunning && !node.error && iconButton("again", "Answer again", () => again(node), off),
+      goesOn && h("button.quiet", { type: "button", title: "Have the model go on where this ends", onclick: () => goOn(node), ...off },
+        "Continue"),
       role === "assistant" && h("span.stats", {}, describe(node, showTokens, isRunning)),
     ];
     setChildren(this.foot, parts.filter(Boolean));
+  }
+
+  /** Whether an answer was cut off, and its text is all that a model needs to go on with it. */
+  #canGoOn() {
+    const { message, finish, error } = this.node;
+    const { content, tool_calls: calls, role } = message;
+    const isCut = role === "assistant" && !error && ["length", "stopped"].includes(finish);
+    const isText = (this.conversation.format ?? "text") === "text"; // a form begins with an answer
+    return isCut && isText && Boolean(content) && !calls && last(this.conversation) === this.node;
   }
 
   edit() {
@@ -182,7 +198,7 @@ class MessageView {
       this.body.hidden = this.foot.hidden = false;
     };
     const send = () => {
-      if (!area.value.trim()) return;
+      if (!area.value.trim() && !node.files?.length) return;
       close();
       this.thread.actions.edit(node, area.value);
     };
@@ -207,6 +223,17 @@ class MessageView {
     area.focus();
   }
 }
+
+/** A file that went with a message, folded; its text is not made before it is wanted. */
+function attached({ name, text }) {
+  const fold = h("details.result", {
+    ontoggle: () => fold.open && fold.childElementCount < 2 && fold.append(codeBlock(text, "")),
+  }, h("summary", {}, icon("file"), h("span", { dir: "auto" }, name), ` ${size(text)}`));
+  return fold;
+}
+
+/** "1,234 characters" */
+export const size = (text) => `${text.length.toLocaleString("en")} characters`;
 
 /** "46 tokens · 12.3 tokens/s · first after 0.42 s" */
 function describe({ stats, finish, tokens }, showTokens, isRunning) {

@@ -92,7 +92,8 @@ class Chat:
         self.page.click("#show-settings")
         for name, value in values.items():
             field = self.page.locator(f"[name={name}]")
-            field.select_option(value) if name == "toolChoice" else field.fill(value)
+            is_choice = name in ("toolChoice", "format")
+            field.select_option(value) if is_choice else field.fill(value)
         self.page.click("#show-settings")
 
     def take(self, conversation: Any) -> None:

@@ -18,7 +18,7 @@ def test_answers_are_shown_as_markdown(chat):
         f"# Title\n\nSome *words*.\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\n```python\n{code}\n```",
     )
     answer = page.locator(".assistant")
-    expect(answer.locator("h1")).to_have_text("Title")
+    expect(answer.get_by_role("heading", name="Title", level=3)).to_be_visible()
     expect(answer.locator("em")).to_have_text("words")
     expect(answer.locator("td").last).to_have_text("2")
     expect(answer.locator("pre code")).to_have_text(code + "\n", use_inner_text=False)
@@ -119,11 +119,88 @@ def test_settings_are_sent(chat):
     chat.settings(max_tokens="4")
     chat.ask("Hi")
     assert "temperature" not in chat.bodies[-1] and chat.bodies[-1]["max_tokens"] == 4
-    page.click("#new")  # a new conversation goes on with the settings of the last
-    expect(page.locator("[name=system]")).to_have_value("Be brief.")
     page.click("#show-settings")
     page.click("text=Reset")
     expect(page.locator("[name=top_p]")).to_have_value("")
+
+
+def test_new_conversations_begin_with_settings_of_their_own(chat):
+    page = chat.open().page
+    chat.settings(system="Be brief.", temperature="0.75")
+    page.click("#show-settings")
+    state = page.locator("#beginning")
+    expect(state).to_have_text("Now they begin with the usual settings.")
+    page.click("text=Begin with these")
+    expect(state).to_have_text("Now they begin with system prompt · temperature 0.75.")
+    expect(page.get_by_role("button", name="Begin with these")).to_be_disabled()
+    page.fill("[name=temperature]", "0.5")  # of this conversation alone
+    chat.ask("Hi", "Hello")
+    page.click("#new")
+    expect(page.locator("[name=temperature]")).to_have_value("0.75")
+    page.fill("[name=system]", "")
+    page.click("text=Use those here")
+    expect(page.locator("[name=system]")).to_have_value("Be brief.")
+    page.reload()
+    page.click("#new")
+    expect(page.locator("[name=temperature]")).to_have_value("0.75")
+
+
+def test_answers_have_the_form_that_is_set(chat):
+    page = chat.open().page
+    chat.settings(format="json", max_tokens="64")
+    expect(page.locator("#active")).to_contain_text("JSON")
+    chat.ask("Hi")
+    assert chat.bodies[-1]["response_format"] == {"type": "json_object"}
+    expect(page.locator(".assistant .body")).to_contain_text("{")
+    page.click("#show-settings")
+    page.select_option("[name=format]", "schema")
+    page.fill("[name=schema]", "[1")
+    expect(page.locator("#schema-state")).to_contain_text("Not JSON")
+    expect(page.locator("#active")).to_contain_text("not valid")
+    schema = {"type": "object", "properties": {"a": {"enum": [7]}}, "required": ["a"]}
+    page.fill("[name=schema]", json.dumps(schema))
+    expect(page.locator("#schema-state")).to_have_text("")
+    page.click("#show-settings")
+    chat.ask("Again")
+    assert chat.bodies[-1]["response_format"]["json_schema"]["schema"] == schema
+    answer = page.locator(".assistant .body").last.inner_text()
+    assert json.loads(answer) == {"a": 7}
+    page.locator("#conversations li").first.hover()
+    with page.expect_download() as download:
+        page.get_by_label("Export", exact=True).click()
+    chat.take(json.loads(download.value.path().read_text()))
+    expect(page.locator("[name=format]")).to_have_value("schema")
+    assert json.loads(page.locator("[name=schema]").input_value()) == schema
+
+
+def test_an_answer_that_was_cut_off_goes_on(chat):
+    page = chat.open().page
+    page.get_by_label("Token view").click()
+    chat.settings(max_tokens="4")
+    chat.extra = {"ignore_eos": True}
+    chat.ask("Hi")
+    expect(page.locator(".stats")).to_contain_text("cut off at max tokens")
+    begun = page.locator(".token").all_inner_texts()
+    page.get_by_label("Token view").click()
+    page.get_by_role("button", name="Continue").click()
+    chat.wait()
+    body = chat.bodies[-1]
+    assert (
+        body["continue_final_message"] and [m["role"] for m in body["messages"]][-1] == "assistant"
+    )
+    assert body["logprobs"] is True  # as its first part has them
+    expect(page.locator(".stats")).to_contain_text("8 tokens")
+    page.get_by_label("Token view").click()
+    expect(page.locator(".token")).to_have_count(8)
+    assert page.locator(".token").all_inner_texts()[:4] == begun
+    expect(page.get_by_role("group", name="Versions")).to_have_count(0)
+    chat.extra = {"structured_outputs": {"choice": ["the end"]}}
+    page.get_by_role("button", name="Continue").click()
+    chat.wait()
+    page.get_by_label("Token view").click()
+    expect(page.locator(".assistant .body")).to_contain_text("the ")
+    chat.settings(format="json")
+    expect(page.get_by_role("button", name="Continue")).to_have_count(0)
 
 
 def test_a_call_is_answered_in_a_form(chat):
@@ -131,7 +208,7 @@ def test_a_call_is_answered_in_a_form(chat):
     page.click("#show-settings")
     state = page.locator("#tools-state")
     for text, complaint in (
-        ("[{", "No JSON"), ("{}", "Expected a list"), ('[{"type": "function"}]', "function.name"),
+        ("[{", "Not JSON"), ("{}", "Expected a list"), ('[{"type": "function"}]', "function.name"),
         ('[{"type": "function", "function": {"name": "f", "parameters": []}}]', "parameters"),
     ):  # fmt: skip
         page.fill("[name=tools]", text)
@@ -219,6 +296,25 @@ def test_conversations_are_kept_renamed_and_deleted(chat):
     page.wait_for_timeout(500)
     page.reload()
     expect(names).to_have_text(["The first one"])
+
+
+def test_conversations_are_searched(chat):
+    page = chat.open().page
+    for title, answer in (("Über Eis", "cold water"), ("Deserts", "warm sand and WATER")):
+        page.click("#new")
+        chat.ask(title, answer)
+    names, search = page.locator("#conversations .open"), page.get_by_role("searchbox")
+    page.keyboard.press("Control+k")
+    expect(search).to_be_focused()
+    for words, found in (
+        ("water", ["Deserts", "Über Eis"]), ("uber COLD", ["Über Eis"]), ("sand", ["Deserts"]),
+        ("sand cold", []), ("", ["Deserts", "Über Eis"]),
+    ):  # fmt: skip
+        search.fill(words)
+        expect(names).to_have_text(found)
+        expect(page.locator("#none")).to_be_visible(visible=not found)
+    search.fill("cold")
+    expect(page.locator("#status")).to_have_text("1 of 2 conversations")
 
 
 def test_an_export_is_a_request_and_comes_back_the_same(chat):
