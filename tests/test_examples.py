@@ -1,6 +1,7 @@
 """The scripts in examples/ run as they stand, and print what they are there to show (some slow)."""
 
 import importlib.util
+import json
 import os
 import re
 from pathlib import Path
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def run(name: str, folder: Path, *arguments: str, **environment: str) -> str:
+def run(name: str | Path, folder: Path, *arguments: str, **environment: str) -> str:
     """What an example prints, run in an empty folder."""
     script = ROOT / "examples" / f"{name}.py"
     done = processes.run(script, *arguments, cwd=folder, env=os.environ | environment)
@@ -29,6 +30,34 @@ def test_a_conversation_goes_on_from_what_is_cached(tmp_path):
     said = run("chat", tmp_path)
     assert (
         "Berlin" in said and "Rome" in said and "32 of 49 prompt tokens were in the cache" in said
+    )
+
+
+def notebook() -> list[dict]:
+    return json.loads((ROOT / "examples" / "tour.ipynb").read_text("utf-8"))["cells"]
+
+
+def test_the_notebook_runs_from_top_to_bottom(tmp_path):
+    cells = [cell for cell in notebook() if cell["cell_type"] == "code"]
+    assert not any(cell["outputs"] or cell["execution_count"] for cell in cells)
+    script = tmp_path / "tour.py"
+    script.write_text("\n\n".join("".join(cell["source"]) for cell in cells), "utf-8")
+    said = run(script.with_suffix(""), tmp_path)
+    assert "Berlin" in said and "urgency='" in said and "days_between {" in said
+
+
+def test_a_notebook_becomes_a_page():
+    spec = importlib.util.spec_from_file_location("notebook_page", ROOT / "docs" / "notebook.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    first, second, *_ = notebook()
+    printed = {"output_type": "stream", "name": "stdout", "text": ["Berlin\n"]}
+    progress = {"output_type": "stream", "name": "stderr", "text": ["Loading\n"]}
+    page = module.to_markdown({"cells": [first, second | {"outputs": [progress, printed]}]})
+    code = "".join(second["source"])
+    assert (
+        page == "".join(first["source"]) + f"\n\n```python\n{code}\n```\n\n```text\nBerlin\n```\n"
     )
 
 
