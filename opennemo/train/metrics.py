@@ -17,6 +17,8 @@ import torch
 
 from opennemo.errors import InvalidRequest
 from opennemo.files import write_whole
+from opennemo.model.transformer import Transformer
+from opennemo.train.packing import Batch
 
 FILE = "metrics.jsonl"
 # What is drawn, one plot each, if the run has it: title, axis, and the series, by name or pattern.
@@ -146,6 +148,16 @@ def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
         _wait(device)
         best = min(best, time.perf_counter() - start)
     return 2 * n**3 / best
+
+
+def step_flops(model: Transformer, batches: Iterable[Batch]) -> float:
+    """Operations of a step by the usual count: 6 a weight and token, and attention's."""
+    config = model.config
+    weights = sum(p.numel() for p in model.parameters() if p.dim() == 2)
+    if not config.tied_embeddings:
+        weights -= config.vocab_size * config.dim
+    width = config.n_layers * config.n_heads * config.head_dim
+    return sum(6.0 * weights * len(b.tokens) + 12.0 * width * b.n_seen for b in batches)
 
 
 def _wait(device: torch.device) -> None:

@@ -39,7 +39,7 @@ from opennemo.progress import Bar, progress
 from opennemo.tokenizer.tokenizer import Tokenizer
 from opennemo.train.checkpoints import Checkpoints
 from opennemo.train.conversations import Task
-from opennemo.train.metrics import Log, matmul_flops, note
+from opennemo.train.metrics import Log, matmul_flops, note, step_flops
 from opennemo.train.objectives import next_token, objective
 from opennemo.train.optim import clip, optimizers, rate, set_rate
 from opennemo.train.packing import (
@@ -52,15 +52,13 @@ from opennemo.train.packing import (
 )
 from opennemo.train.practice import Practice, Rollout, TaskRows
 from opennemo.train.references import kept_log_probs
+from opennemo.train.scales import settle_scales
 from opennemo.train.setup import Setup
 
 if TYPE_CHECKING:  # pydantic is needed where recipes are read alone
     from opennemo.train.config import Recipe
 
 Sample = Callable[[Transformer, Tokenizer], list[dict[str, Any]]]
-# How much of a static scale's largest magnitude a step forgets, so that one outlier of the first
-# steps does not cost precision for good: half of it is gone after 700 steps.
-FORGET = 0.999
 LINE_EVERY = 10.0  # seconds between lines where there is no terminal
 MAX_SKIPPED = 20  # steps in a row with a gradient that is not finite
 
@@ -163,7 +161,7 @@ class Trainer:
                 n_tokens = sum(len(batch.tokens) for batch in batches)
                 values["tokens_per_second"] = self.n_data_ranks * n_tokens / seconds
                 share = self.n_data_ranks / self.n_ranks  # of a rank in what its group computes
-                values["mfu"] = self._flops(batches) * share / seconds / peak
+                values["mfu"] = step_flops(self.model, batches) * share / seconds / peak
                 values["waited_for_data"] = waited / seconds
                 try:
                     if self._is_due(self.recipe.evaluation.every) and self.setup.valid is not None:
@@ -283,8 +281,8 @@ class Trainer:
                 optimizer.step()
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        if recipe.qat is not None:
-            self._settle_scales(step)
+        if recipe.qat is not None and step / recipe.steps < recipe.qat.freeze:
+            settle_scales(self.model, self.n_ranks)
         return {**values, "lr": lr, "grad_norm": float(norm), "skipped": float(skipped)}
 
     @torch.no_grad()
@@ -385,20 +383,6 @@ class Trainer:
             if isinstance(module, FSDPModule):
                 module.reshard()
 
-    def _settle_scales(self, step: int) -> None:
-        """Bring ranks' static scales together, and let them forget a little."""
-        qat, scales = self.recipe.qat, observers(self.model)
-        assert qat is not None
-        if not scales or step / self.recipe.steps >= qat.freeze:
-            return
-        with torch.no_grad():
-            together = torch.cat([largest.flatten() for largest in scales.values()])
-            if self.n_ranks > 1:
-                dist.all_reduce(together, dist.ReduceOp.MAX)
-            parts = together.mul_(FORGET).split([largest.numel() for largest in scales.values()])
-            for largest, part in zip(scales.values(), parts, strict=True):
-                largest.copy_(part.view_as(largest))
-
     def _state(self) -> dict[str, Any]:
         """All that a checkpoint holds, as references to what is there."""
         model = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
@@ -447,18 +431,6 @@ class Trainer:
 
     def _is_due(self, every: int) -> bool:
         return self.step == self.recipe.steps or bool(every and self.step % every == 0)
-
-    def _flops(self, batches: list[Batch]) -> float:
-        """Operations of a step by the usual count: 6 a weight and token, and attention's."""
-        config = self.model.config
-        weights = sum(p.numel() for n, p in self.model.named_parameters() if p.dim() == 2)
-        if not config.tied_embeddings:
-            weights -= config.vocab_size * config.dim
-        width = config.n_layers * config.n_heads * config.head_dim
-        total = 0.0
-        for batch in batches:
-            total += 6.0 * weights * len(batch.tokens) + 12.0 * width * batch.n_seen
-        return total
 
     @property
     def _dtype(self) -> torch.dtype:
