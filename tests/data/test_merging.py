@@ -2,7 +2,8 @@
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
@@ -69,14 +70,21 @@ def test_merges_are_what_bpe_defines():
     assert list(dict.fromkeys(theirs))[:300] == made
 
 
-@given(
-    st.dictionaries(st.text("aaabé\0", min_size=1, max_size=12), st.integers(1, 99), max_size=20),
-    st.integers(1, 40),
-    st.integers(2, 30),
-)
-def test_merges_of_any_words(words: dict[str, int], n_tokens: int, floors: int):
+@contextmanager
+def with_floors(floors: int) -> Iterator[pytest.MonkeyPatch]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(merging, "FLOORS", floors)
+        yield patch
+
+
+def counted_words(letters: str, longest: int, most: int) -> st.SearchStrategy[dict[str, int]]:
+    text = st.text(letters, min_size=1, max_size=longest)
+    return st.dictionaries(text, st.integers(1, most), max_size=20)
+
+
+@given(counted_words("aaabé\0", 12, 99), st.integers(1, 40), st.integers(2, 30))
+def test_merges_of_any_words(words: dict[str, int], n_tokens: int, floors: int):
+    with with_floors(floors) as patch:
         expected = plain_bpe(words, n_tokens)
         assert learn_merges(words, n_tokens, SINGLE_BYTES) == expected
         patch.setattr(merging, "MAX_BITS", 0)  # as if there were too many for one number
@@ -92,14 +100,9 @@ def test_going_on_is_like_never_having_stopped():
     assert learn_merges(words, 110, known, spell) == made[90:]
 
 
-@given(
-    st.dictionaries(st.text("ab  ", min_size=1, max_size=14), st.integers(1, 9), max_size=20),
-    st.integers(2, 3),
-    st.integers(2, 30),
-)
+@given(counted_words("ab  ", 14, 9), st.integers(2, 3), st.integers(2, 30))
 def test_no_token_holds_more_words_than_it_may(words: dict[str, int], most: int, floors: int):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(merging, "FLOORS", floors)
+    with with_floors(floors):
         made = learn_merges(words, 300, SINGLE_BYTES, most_words=most)
     assert all(len(token.split()) <= most for token in made)
     # Whole words that may stay together are a token each, for there is room for all.

@@ -114,3 +114,23 @@ def make_recipe(
         return parse_recipe(tree, "test")
 
     return make
+
+
+@pytest.fixture
+def recipe_file(tmp_path, shards, tokenizer_folder) -> Path:
+    """A recipe of 30 short steps, for runs in processes of their own."""
+    path = tmp_path / "recipe.toml"
+    path.write_text(
+        f"""
+        steps = 30
+        device = "cpu"
+        model = {{ shape = "tiny", tokenizer = "{tokenizer_folder}" }}
+        saving = {{ every = 5 }}
+        [data]
+        train = [{{ path = "{shards["train"]}" }}]
+        window = 256
+        rows = 8
+        micro_rows = 1
+        """
+    )
+    return path

@@ -76,25 +76,11 @@ def test_a_run_goes_on_with_another_number_of_ranks(make_recipe, tmp_path, monke
 
 
 @pytest.mark.slow
-def test_a_killed_worker_is_started_again_and_nothing_is_lost(shards, tokenizer_folder, tmp_path):
-    recipe = tmp_path / "recipe.toml"
-    recipe.write_text(
-        f"""
-        steps = 30
-        device = "cpu"
-        model = {{ shape = "tiny", tokenizer = "{tokenizer_folder}" }}
-        saving = {{ every = 5 }}
-        [data]
-        train = [{{ path = "{shards["train"]}" }}]
-        window = 256
-        rows = 8
-        micro_rows = 1
-        """
-    )
+def test_a_killed_worker_is_started_again_and_nothing_is_lost(recipe_file, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     launch = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-        "--max-restarts", "3", "-m", "opennemo", "train", str(recipe),
+        "--max-restarts", "3", "-m", "opennemo", "train", str(recipe_file),
     ]  # fmt: skip
     whole = subprocess.run(
         [*launch, "--out", str(tmp_path / "whole")], env=environment, capture_output=True,

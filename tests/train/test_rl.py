@@ -24,9 +24,8 @@ from opennemo.train.packing import collate, pack
 from opennemo.train.rewards import CHECKS, Attempt, Judge
 from opennemo.train.run import train
 from opennemo.train.setup import initialise_
-from opennemo.train.trainer import Trainer
 from tests.ranks import run_ranks
-from tests.train.test_trainer import start, wait_for_step
+from tests.train.test_trainer import dying_at, start, wait_for_step
 
 REWARDS = '''
 def wanted(attempt):
@@ -118,25 +117,14 @@ def changed_in(case: str) -> dict:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_resumed_is_uninterrupted_bit_for_bit(make_rl, base, tmp_path, case, monkeypatch):
+def test_resumed_is_uninterrupted_bit_for_bit(make_rl, base, tmp_path, case):
     changes = changed_in(case)
     if case == "held back":  # from what it was at first
         changes["model"] = {"path": str(base), "shape": None, "tokenizer": None}
     recipe = make_rl(**changes)
     whole = run(recipe, tmp_path / "whole")
-    practise, n = Trainer.practise, 0
-
-    def dies(self, *args):
-        nonlocal n
-        n += 1
-        if n == 4:
-            raise KeyboardInterrupt
-        return practise(self, *args)
-
-    monkeypatch.setattr(Trainer, "practise", dies)
-    with pytest.raises(KeyboardInterrupt):
+    with dying_at("practise", 4):
         run(recipe, tmp_path / "resumed")
-    monkeypatch.undo()
     assert without_times(run(recipe, tmp_path / "resumed")) == without_times(whole)
     assert_equal(tmp_path / "whole" / "model", tmp_path / "resumed" / "model")
     # Of one update the answers are the model's own; of four they are what it was before.

@@ -1,11 +1,14 @@
 """One loop for every objective: it learns, it resumes to the bit, and it says what is wrong."""
 
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -61,28 +64,32 @@ CASES = {
 }
 
 
+@contextmanager
+def dying_at(method: str, n: int) -> Iterator[None]:
+    """Inside, a method of trainers raises KeyboardInterrupt at its n-th call, which has to come."""
+    whole, calls = getattr(Trainer, method), itertools.count(1)
+
+    def dies(self, *args):
+        if next(calls) == n:
+            raise KeyboardInterrupt
+        return whole(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, method, dies)
+        yield
+
+
 def recipe_of(case: str, make_recipe):
     objective = case if case in ("text", "chat", "preference") else "text"
     return make_recipe(objective, **CASES[case])
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_resumed_is_uninterrupted_bit_for_bit(make_recipe, tmp_path, case, monkeypatch):
+def test_resumed_is_uninterrupted_bit_for_bit(make_recipe, tmp_path, case):
     recipe = recipe_of(case, make_recipe)
     train(recipe, tmp_path / "whole", quiet=True)
-    step, n_steps = Trainer.update, 0
-
-    def dies_in_the_third(self, *args):
-        nonlocal n_steps
-        n_steps += 1
-        if n_steps == 4:
-            raise KeyboardInterrupt
-        return step(self, *args)
-
-    monkeypatch.setattr(Trainer, "update", dies_in_the_third)
-    with pytest.raises(KeyboardInterrupt):
+    with dying_at("update", 4):
         train(recipe, tmp_path / "resumed", quiet=True)
-    monkeypatch.undo()
     train(recipe, tmp_path / "resumed", quiet=True)
     expected, found = weights(tmp_path / "whole"), weights(tmp_path / "resumed")
     assert all(torch.equal(found[name], expected[name]) for name in expected)
@@ -166,25 +173,6 @@ def start(folder: Path, recipe_file: Path) -> subprocess.Popen:
         str(folder),
     ]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-@pytest.fixture
-def recipe_file(make_recipe, tmp_path, shards, tokenizer_folder) -> Path:
-    path = tmp_path / "recipe.toml"
-    path.write_text(
-        f"""
-        steps = 30
-        device = "cpu"
-        model = {{ shape = "tiny", tokenizer = "{tokenizer_folder}" }}
-        saving = {{ every = 5 }}
-        [data]
-        train = [{{ path = "{shards["train"]}" }}]
-        window = 256
-        rows = 8
-        micro_rows = 1
-        """
-    )
-    return path
 
 
 def wait_for_step(run: Path, step: int) -> None:
