@@ -20,10 +20,10 @@ PATTERNS = {
     "qwen2": _WORDS_AND.replace("NUMBER", r"\p{N}"),
     "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
 }
-# A vocabulary with superwords splits less than the pattern of its words: a piece is what stands on
-# a line up to a digit or the end of a sentence, with the indentation before it and the line break
-# behind it. The repetition is possessive (++), which changes no match: without it PCRE2 runs out of
-# stack on a long line.
+# A vocabulary with superwords splits less than the pattern of its words: a piece is all of a line
+# up to a digit or the end of a sentence, with the indentation before and the line break after it.
+# The repetition is possessive (++), which changes no match: without it PCRE2 runs out of stack on a
+# long line.
 _ENDS = ".!?\u2026\u3002\uff01\uff1f\u0964\u061f"  # of sentences, in any script
 _PART = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_WORD}|[^\r\n\p{{L}}\p{{N}}]?{_NAME}| ?[^\s\p{{L}}\p{{N}}{_ENDS}]+"

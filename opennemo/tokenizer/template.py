@@ -276,7 +276,7 @@ def takes_blocks(source: str) -> bool:
 
 
 def _with_blocks(message: dict) -> dict:
-    """A message whose thinking and text stand in its content, one behind the other."""
+    """A message whose content is its thinking followed by its text."""
     kinds = (("thinking" if part.thinking else "text", part.text) for part in message["parts"])
     blocks = [{"type": kind, kind: text} for kind, text in kinds]
     return {key: value for key, value in message.items() if key != "parts"} | {"content": blocks}

@@ -159,7 +159,7 @@ class Practice:
             model(batch.tokens, fake_kv(model, batch.attend()))
 
     def _judge(self, tasks: Sequence[Task], groups: Sequence[Sequence[Drawn]]) -> np.ndarray:
-        """The rewards (tasks, answers, rewards) of each answer; without a judge there are none."""
+        """Rewards (tasks, answers, rewards) of the answers; the last size is 0 without a judge."""
         n = len(groups[0])
         if self.judge is None:
             return np.zeros((len(tasks), n, 0))

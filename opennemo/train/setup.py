@@ -138,7 +138,7 @@ def make_teacher(recipe: "Recipe", at: Path | None, tokenizer: Tokenizer) -> Tra
     """The model that is learned from, or that reinforcement stays close to; None for neither.
 
     Raises:
-        InvalidRequest: there must be one and is none, or its vocabulary is another.
+        InvalidRequest: the objective needs one and none is named, or its vocabulary differs.
     """
     if recipe.objective == "rl" and recipe.rl.kl and recipe.lora is None:
         return make_model(recipe, at)  # at first; with an adapter it is below that

@@ -178,7 +178,7 @@ def test_a_sum_searched_in_two_steps_finds_the_definitions_token(n_tokens):
 
 
 def test_nothing_waits_for_a_gpu_between_a_step_and_its_tokens():
-    """On the meta device there are no numbers: whoever asks for one raises an error."""
+    """On the meta device there are no numbers: code that reads one raises an error."""
     cases = [
         SamplingParams(temperature=0), SamplingParams(temperature=0.7, seed=1),
         SamplingParams(temperature=1, top_k=50, top_p=0.9, min_p=0.01),
