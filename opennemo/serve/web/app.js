@@ -72,7 +72,9 @@ function answerCalls(node, results) {
 
 /** Have an answer that was cut off continued where it ends. */
 function goOn(node) {
-  if (!runs.has(current)) run(node, node);
+  if (runs.has(current)) return;
+  node.message.content = node.message.content.replace(/ +$/, ""); // words begin with their space
+  run(node, node);
 }
 
 /** Have what ends with `parent` answered, in a new node or the one given; that one itself goes on. */
@@ -82,7 +84,8 @@ async function run(parent, node = null) {
   const body = { model: modelName(), ...requestBody(conversation, parent) };
   if (goesOn) Object.assign(body, { add_generation_prompt: false, continue_final_message: true });
   // All tokens of an answer have their log-probabilities, or none.
-  if (goesOn ? node.tokens?.length : thread.showTokens) Object.assign(body, { logprobs: true, top_logprobs: TOP_LOGPROBS });
+  const wantsTokens = goesOn ? node.tokens?.length > 0 : thread.showTokens;
+  if (wantsTokens) Object.assign(body, { logprobs: true, top_logprobs: TOP_LOGPROBS });
   node ??= append(conversation, parent, { role: "assistant", content: "" });
   const controller = new AbortController();
   runs.set(conversation, { node, controller });

@@ -77,7 +77,7 @@ export class Settings {
   #showBeginning() {
     const kept = beginning.get();
     const isSame = JSON.stringify(kept) === JSON.stringify(settingsOf(this.conversation));
-    byId("beginning").textContent = `Now they begin with ${summary(kept) || "the usual settings"}.`;
+    byId("beginning").textContent = `They begin with ${summary(kept) || "the usual settings"}.`;
     for (const name of ["begin-with-these", "as-in-the-beginning"]) {
       this.form.querySelector(`[data-do="${name}"]`).disabled = isSame;
     }

@@ -172,8 +172,9 @@ class MessageView {
       role === "user" && iconButton("edit", "Edit", () => this.edit(), off),
       content && !isRunning && copyButton("Copy", () => node.message.content),
       role === "assistant" && !isRunning && !node.error && iconButton("again", "Answer again", () => again(node), off),
-      goesOn && h("button.quiet", { type: "button", title: "Have the model go on where this ends", onclick: () => goOn(node), ...off },
-        "Continue"),
+      goesOn && h("button.quiet", {
+        type: "button", title: "Have the model go on where this ends", onclick: () => goOn(node), ...off,
+      }, "Continue"),
       role === "assistant" && h("span.stats", {}, describe(node, showTokens, isRunning)),
     ];
     setChildren(this.foot, parts.filter(Boolean));

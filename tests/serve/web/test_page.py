@@ -129,9 +129,9 @@ def test_new_conversations_begin_with_settings_of_their_own(chat):
     chat.settings(system="Be brief.", temperature="0.75")
     page.click("#show-settings")
     state = page.locator("#beginning")
-    expect(state).to_have_text("Now they begin with the usual settings.")
+    expect(state).to_have_text("They begin with the usual settings.")
     page.click("text=Begin with these")
-    expect(state).to_have_text("Now they begin with system prompt · temperature 0.75.")
+    expect(state).to_have_text("They begin with system prompt · temperature 0.75.")
     expect(page.get_by_role("button", name="Begin with these")).to_be_disabled()
     page.fill("[name=temperature]", "0.5")  # of this conversation alone
     chat.ask("Hi", "Hello")
@@ -296,6 +296,26 @@ def test_conversations_are_kept_renamed_and_deleted(chat):
     page.wait_for_timeout(500)
     page.reload()
     expect(names).to_have_text(["The first one"])
+
+
+def test_adapters_are_listed_apart_from_models(chat):
+    page = chat.page
+
+    def add_adapter(route):
+        response = route.fetch()
+        (card,) = response.json()["data"]
+        tuned = card | {"id": "tuned", "parent": card["id"]}
+        route.fulfill(response=response, json={"data": [card, tuned]})
+
+    page.route("**/v1/models", add_adapter)
+    chat.open()
+    expect(page.locator("#model > option")).to_have_text(["tiny"])
+    expect(page.locator("#model optgroup[label='With an adapter'] option")).to_have_text(["tuned"])
+    page.select_option("#model", "tuned")
+    chat.ask("Hi")
+    assert chat.bodies[-1]["model"] == "tuned"
+    chat.complaints.clear()  # the server has no such adapter
+    page.evaluate("localStorage.removeItem('model')")
 
 
 def test_conversations_are_searched(chat):
