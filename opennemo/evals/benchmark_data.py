@@ -6,6 +6,7 @@ harness's own task files load it unchanged.
 """
 
 import json
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -39,16 +40,34 @@ class BenchmarkData:
         """The objects of a JSON lines file."""
         return read_lines(self.find(name, source))
 
+    def has(self, name: str) -> bool:
+        """Whether the folder has a data set of the hub; True without a folder: the hub is asked."""
+        return self.folder is None or (self._root / name).is_dir()
+
+    @property
+    def _root(self) -> Path:
+        """Of the tree that is laid out like the hub."""
+        assert self.folder
+        return self.folder / "hub" if (self.folder / "hub").is_dir() else self.folder
+
     def as_hub(self) -> AbstractContextManager[None]:
         """Inside, the harness reads the folder's data sets, and the hub is not asked."""
         if self.folder is None:
             return nullcontext()
         from opennemo.evals.patches import datasets_from
 
-        root = self.folder / "hub" if (self.folder / "hub").is_dir() else self.folder
+        root = self._root
         states = [(file, file.stat()) for file in sorted(root.rglob("*.*"))]
         files = [(str(file), state.st_size, state.st_mtime_ns) for file, state in states]
         return datasets_from(root, f"local-{digest(files)}")
+
+
+def tell(lacking: Mapping[str, str], n: int) -> None:
+    """Print what benchmarks lack, by name; raises InvalidRequest if all `n` lack something."""
+    if len(lacking) == n:
+        raise InvalidRequest("; ".join(f"{name} {lack}" for name, lack in lacking.items()))
+    for name, lack in lacking.items():
+        print(f"{name} is left out: it {lack}.")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

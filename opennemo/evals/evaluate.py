@@ -42,6 +42,7 @@ def evaluate(
     if at_server and not suite.servers:
         raise InvalidRequest(f"--suite {request.suite} needs the model itself, not a server")
     request = replace(request, options=request.options or suite.options())
+    suite.prepare(request)
     settings = _settings(request)
     name = request.model_name or Path(request.model.rstrip("/")).name.removesuffix(".gguf")
     parent = request.output or Path("runs") / f"{name}-{request.suite}-{digest(settings)[:8]}"
@@ -66,6 +67,11 @@ def evaluate(
             report.bars(run.folder, {title: outcome.rows})
         folders.append(folder)
         measured[title] = outcome.rows
+    if not any(row.n for rows in measured.values() for row in rows):
+        why = dict.fromkeys(
+            why for rows in measured.values() for row in rows for why in row.trouble
+        )
+        raise InvalidRequest(f"--suite {request.suite} measured nothing: {'; '.join(why)}")
     if len(measured) == 1:
         (title, rows), *_ = measured.items()
         return folders, report.cells(rows, title), report.remarks(rows)

@@ -25,6 +25,14 @@ TYPES = {"dict": "object", "float": "number", "tuple": "array", "any": "string",
 TYPES |= {name: name for name in ("string", "integer", "number", "boolean", "array", "object")}
 
 
+def prepare(request: Request) -> None:
+    """Raises InvalidRequest without BFCL, or if options do not go together."""
+    if request.options.required and not request.options.grammar:
+        raise InvalidRequest("--required needs the grammar, which --no-grammar leaves out")
+    request.chosen(CATEGORIES)
+    call_checker()
+
+
 def measure(model: ChatModel, request: Request, run: Run) -> Outcome:
     """Share of questions whose calls are right, by category, and the calls one by one.
 
@@ -33,8 +41,6 @@ def measure(model: ChatModel, request: Request, run: Run) -> Outcome:
     """
     options: Calls = request.options
     categories, grammar, required = request.chosen(CATEGORIES), options.grammar, options.required
-    if required and not grammar:
-        raise InvalidRequest("--required needs the grammar, which --no-grammar leaves out")
 
     def settings(category: str) -> dict[str, Any]:
         only = {"tool_choice": "required", "parallel_tool_calls": "parallel" in category}

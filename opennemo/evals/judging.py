@@ -26,6 +26,7 @@ from opennemo.evals.suites import Judges, Outcome, Request
 from opennemo.llm import LLM
 
 TASKS = ("mt-bench", "wildbench", "calibrate")
+DEFAULT = TASKS[:2]
 FASTCHAT = "github.com/lm-sys/FastChat, fastchat/llm_judge/data"
 TEMPERATURE = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
 WITH_REFERENCE = {"math", "reasoning", "coding"}
@@ -45,13 +46,22 @@ ANNOUNCED = {
 NO_MARK = "the judge gave no mark"
 
 
+def prepare(request: Request) -> None:
+    """Raises InvalidRequest without a judge, or without the questions."""
+    if not request.options.judge:
+        raise InvalidRequest("--suite chat needs --judge, a model or the address of a server")
+    data = BenchmarkData(request.data)
+    MTBench(data, request.limit, request.options.references)
+    if "wildbench" in request.chosen(TASKS, DEFAULT):
+        wild_tasks(data, request.limit)
+
+
 def measure(model: ChatModel, request: Request, run: Run) -> Outcome:
     """Marks of a judge for the model's answers, and the controls that were asked for."""
     options: Judges = request.options
     data, judge = BenchmarkData(request.data), options.judge
-    if not judge:
-        raise InvalidRequest("--suite chat needs --judge, a model or the address of a server")
-    wanted = request.chosen(TASKS, ("mt-bench", "wildbench"))
+    assert judge, "prepare asks for one"
+    wanted = request.chosen(TASKS, DEFAULT)
     with open_model(
         judge, options.judge_name, options.judge_key, None,
         load=lambda: LLM.load(judge, device=request.device),
@@ -293,26 +303,29 @@ def agree(marks: Mapping[str, Any], given: Mapping[str, float]) -> list[ResultRo
     ]
 
 
-def wild_bench(
-    data: BenchmarkData, model: ChatModel, judging: Judging, limit: int | None
-) -> list[ResultRow]:
-    """WildBench's score; where its tasks are not there, its template over Arena-Hard's questions.
+def wild_tasks(data: BenchmarkData, limit: int | None) -> tuple[str, str, list[dict[str, Any]]]:
+    """Name, template and tasks of WildBench; without its tasks, Arena-Hard's questions.
 
     Tasks are read from `wildbench/tasks.jsonl`, lines of the hub's allenai/WildBench (v2).
     """
     source = "github.com/allenai/WildBench, evaluation"
     template = data.find("wildbench/eval_template.score.v2.md", source).read_text("utf-8")
-    name = "WildBench"
     if data.look("wildbench/tasks.jsonl"):
-        tasks = data.lines("wildbench/tasks.jsonl", "")[:limit]
-    else:
-        name = "Arena-Hard, marked by WildBench's template"
-        lines = data.lines("arena_hard_v0.1/question.jsonl", "github.com/lmarena/arena-hard-auto")
-        tasks = [
-            {"session_id": line["uid"],
-             "conversation_input": [{"role": "user", "content": line["prompt"]}]}
-            for line in lines[:limit]
-        ]  # fmt: skip
+        return "WildBench", template, data.lines("wildbench/tasks.jsonl", "")[:limit]
+    lines = data.lines("arena_hard_v0.1/question.jsonl", "github.com/lmarena/arena-hard-auto")
+    tasks = [
+        {"session_id": line["uid"],
+         "conversation_input": [{"role": "user", "content": line["prompt"]}]}
+        for line in lines[:limit]
+    ]  # fmt: skip
+    return "Arena-Hard, marked by WildBench's template", template, tasks
+
+
+def wild_bench(
+    data: BenchmarkData, model: ChatModel, judging: Judging, limit: int | None
+) -> list[ResultRow]:
+    """The score of WildBench, or of what stands in for it, and of each of its kinds of tasks."""
+    name, template, tasks = wild_tasks(data, limit)
     talks = [
         [{k: m[k] for k in ("role", "content")} for m in t["conversation_input"]] for t in tasks
     ]

@@ -214,14 +214,19 @@ def _hotpot(data: BenchmarkData) -> list[tuple[str, list[str], list[str]]]:
     ]
 
 
+def prepare(request: Request) -> dict[str, tuple[Make, int]]:
+    """The tasks, as `task` gives them; raises InvalidRequest if data of one are missing."""
+    names = request.chosen(TASKS, None if request.data else WITHOUT_DATA)
+    return {name: task(BenchmarkData(request.data), name) for name in names}
+
+
 def measure(llm: LLM, request: Request, run: Run) -> Outcome:
     """The share of answers that are right, by task and length, ten prompts for each and depth.
 
     Items are "task/length/depth/number". Without data, the tasks that need none are measured.
     """
     options: Haystacks = request.options
-    names = request.chosen(TASKS, None if request.data else WITHOUT_DATA)
-    tasks = {name: task(BenchmarkData(request.data), name) for name in names}
+    tasks = prepare(request)
 
     def ask(question: tuple[Prompt, int]) -> str:
         prompt, max_tokens = question

@@ -11,17 +11,20 @@ from pathlib import Path
 from opennemo.errors import InvalidRequest
 from opennemo.evals.rows import ResultRow
 from opennemo.evals.runs import Run, score_all
-from opennemo.evals.suites import Outcome, Request, TextFiles
+from opennemo.evals.suites import Outcome, Request
 from opennemo.llm import LLM
 from opennemo.texts import Texts
 
 
+def prepare(request: Request) -> None:
+    """Raises InvalidRequest if no file of texts is named."""
+    if not request.options.texts:
+        raise InvalidRequest("--suite ppl needs --texts FILE, repeatable")
+
+
 def measure(llm: LLM, request: Request, run: Run) -> Outcome:
     """Bits per byte of files of texts, one row for each language that they name."""
-    options: TextFiles = request.options
-    if not options.texts:
-        raise InvalidRequest("--suite ppl needs --texts FILE, repeatable")
-    return Outcome(bits_per_byte(llm, options.texts, run, request.limit))
+    return Outcome(bits_per_byte(llm, request.options.texts, run, request.limit))
 
 
 def bits_per_byte(

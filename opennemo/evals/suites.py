@@ -1,8 +1,9 @@
 """The suites by name: the module of each, the options that only it has, what it gets and returns.
 
 A new suite is an entry of `SUITES` and a module with a function `measure(model, request, run)`,
-which returns an `Outcome`. The command line makes its options from the fields here, so this module
-imports nothing that takes long.
+which returns an `Outcome`, and perhaps `prepare(request)`, which raises InvalidRequest where
+something that the suite needs is missing, before a model is loaded. The command line makes its
+options from the fields here, so this module imports nothing that takes long.
 """
 
 from collections.abc import Iterator, Sequence
@@ -121,14 +122,25 @@ class Suite:
     servers: bool = False
     heat_map: bool = False  # drawn by depth and length, instead of bars
 
+    def prepare(self, request: Request) -> None:
+        """Raises InvalidRequest if what the suite needs is missing."""
+        check = getattr(self._module(), "prepare", None)
+        if check:
+            check(request)
+
     def measure(self, model: Any, request: Request, run: Any) -> Outcome:
         """Call the module's function; model is an LLM, or a ChatModel where servers will do."""
-        return import_module(f"opennemo.evals.{self.module}").measure(model, request, run)
+        return self._module().measure(model, request, run)
+
+    def _module(self) -> Any:
+        return import_module(f"opennemo.evals.{self.module}")
 
 
 SUITES = {
     "table1": Suite(module="tables"),
     "multilingual": Suite(module="tables"),
+    "instructions": Suite(module="tables"),
+    "reasoning": Suite(module="tables"),
     "code": Suite(module="coding", options=Programs),
     "chat": Suite(module="judging", options=Judges, servers=True),
     "tools": Suite(module="functions", options=Calls, servers=True),

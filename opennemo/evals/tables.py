@@ -1,15 +1,16 @@
-"""The suites `table1` and `multilingual`: tasks of lm-evaluation-harness, made into rows.
+"""The suites of `benchmarks.py`: tasks of lm-evaluation-harness, made into rows.
 
 All tasks of a suite go through one call, so that whatever their questions share is computed once. A
 task whose data are missing becomes a row that says so.
 """
 
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from opennemo.errors import InvalidRequest
-from opennemo.evals.benchmark_data import BenchmarkData
+from opennemo.evals.benchmark_data import BenchmarkData, tell
 from opennemo.evals.benchmarks import BENCHMARKS, Benchmark
 from opennemo.evals.patches import quiet_harness
 from opennemo.evals.rows import MISSING, ResultRow
@@ -24,18 +25,53 @@ def measure(llm: LLM, request: Request, run: Run) -> Outcome:
     """Rows of the suite's benchmarks that were asked for by name, task or part; all by default."""
     from opennemo.evals.harness import OpenNemoLM
 
-    benchmarks, tasks = BENCHMARKS[request.suite], {*request.tasks}
-    chosen = [b for b in benchmarks if not tasks or {b.name, b.task, b.part} & tasks]
-    if not chosen:
-        names = ", ".join(dict.fromkeys(b.name for b in benchmarks))
-        raise InvalidRequest(f"--tasks {', '.join(request.tasks)}: there are {names}")
-    if request.data is None:
-        print("Data that are not in the cache yet are fetched from the Hugging Face hub.")
+    chosen = _chosen(request)
     lm = OpenNemoLM(llm, run=run)
     rows, items = run_tasks(
         lm, chosen, BenchmarkData(request.data), request.limit, chat=request.chat
     )
     return Outcome(rows, items, [f"{b.name}: {b.why}." for b in chosen if b.why])
+
+
+def prepare(request: Request) -> None:
+    """Print what benchmarks lack; raises InvalidRequest if none can be measured."""
+    chosen, data = _chosen(request), BenchmarkData(request.data)
+    lacking = {b.key: lack for b in chosen if (lack := _lack(b, data))}
+    tell(lacking, len(chosen))
+    if request.data is None:
+        names = ", ".join(dict.fromkeys(b.data for b in chosen if b.key not in lacking))
+        print(f"What is not in the cache yet is fetched from the Hugging Face hub: {names}.")
+
+
+def _chosen(request: Request) -> list[Benchmark]:
+    benchmarks, tasks = BENCHMARKS[request.suite], {*request.tasks}
+    known = {name for b in benchmarks for name in (b.name, b.task, b.part)}
+    if unknown := tasks - known:
+        names = ", ".join(dict.fromkeys(b.name for b in benchmarks))
+        raise InvalidRequest(f"--tasks {', '.join(sorted(unknown))}: there are {names}")
+    return [b for b in benchmarks if not tasks or {b.name, b.task, b.part} & tasks]
+
+
+def _lack(benchmark: Benchmark, data: BenchmarkData) -> str | None:
+    """What a benchmark needs and does not find, as far as that shows before it is loaded."""
+    if missing := [name for name in benchmark.packages if find_spec(name) is None]:
+        return f"needs pip install {' '.join(missing)}"
+    if "nltk" in benchmark.packages and not _has_sentences():
+        return "needs NLTK's punkt_tab: python -m nltk.downloader punkt_tab"
+    if not data.has(benchmark.data):
+        return f"needs the data set {benchmark.data} of the hub, which is not in {data.folder}"
+    return None
+
+
+def _has_sentences() -> bool:
+    """Whether NLTK's model of sentences is there; the harness would fetch it on import."""
+    import nltk
+
+    try:
+        nltk.data.find("tokenizers/punkt_tab")
+    except LookupError:
+        return False
+    return True
 
 
 def run_tasks(
@@ -56,7 +92,7 @@ def run_tasks(
 
     rows, items = [], []
     with quiet_harness(), data.as_hub():
-        loaded = [(benchmark, *_load(benchmark)) for benchmark in benchmarks]
+        loaded = [(benchmark, *_load(benchmark, data)) for benchmark in benchmarks]
         chosen, samples = {}, {}
         for benchmark, tasks, _ in loaded:
             for name, task in tasks.items():
@@ -84,10 +120,12 @@ def run_tasks(
     return rows, items
 
 
-def _load(benchmark: Benchmark) -> tuple[dict[str, Any], dict[str, int]]:
+def _load(benchmark: Benchmark, data: BenchmarkData) -> tuple[dict[str, Any], dict[str, int]]:
     """Its tasks by name, and as trouble why there are none."""
     from lm_eval import tasks
 
+    if lack := _lack(benchmark, data):
+        return {}, {f"{MISSING}: {lack}": 1}
     folder = Path(tasks.__file__).parent / benchmark.folder
     manager = tasks.TaskManager(include_path=str(folder), include_defaults=False)
     try:
@@ -103,13 +141,19 @@ def _row(
 ) -> ResultRow:
     also = {}
     for metric in benchmark.also if samples else ():
-        scores = _pmi(samples, lm) if metric == "pmi" else [float(s[metric]) for s in samples]
+        scores = _pmi(samples, lm) if metric == "pmi" else _values(samples, metric)
         also[metric] = 100 * sum(scores) / len(scores)
     return ResultRow(
         name=benchmark.name, part=benchmark.part, trouble=trouble, also=also,
         setting=f"{benchmark.shots}-shot, {benchmark.metric}", announced=benchmark.announced,
         items={_id(s): float(s[benchmark.metric]) for s in samples},
     )  # fmt: skip
+
+
+def _values(samples: Sequence[Mapping[str, Any]], metric: str) -> list[float]:
+    """A metric's values; some have several for a question, one for each of its instructions."""
+    values = (s[metric] if isinstance(s[metric], list) else [s[metric]] for s in samples)
+    return [float(value) for each in values for value in each]
 
 
 def _pmi(samples: Sequence[Mapping[str, Any]], lm: Any) -> list[float]:

@@ -43,7 +43,7 @@ def test_compare_reads_runs(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere", "--suite", "ppl"], "nowhere does not exist"),
+        (["nowhere", "--suite", "ppl", "--texts", "x"], "nowhere does not exist"),
         (["compare", "one"], "name two runs or more"),
         (["compare", "one", "two"], "one: no run that is done"),
         (["x", "--suite", "long", "--lengths", "4k"], "--lengths 4k: expected numbers"),

@@ -4,6 +4,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,16 @@ def write_lines(path: Path, lines: list[dict]) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
 
 
+def add_to_hub(root: Path, name: str, kind: str, lines: list[dict], *splits: str) -> None:
+    """A configuration of a data set, the same lines in each split."""
+    for split in splits:
+        write_lines(root / name / kind / f"{split}.jsonl", lines)
+    files = "".join(f"  - split: {s}\n    path: {kind}/{s}.jsonl\n" for s in splits)
+    card = root / name / "README.md"
+    text = card.read_text("utf-8").removesuffix("---\n") if card.exists() else "---\nconfigs:\n"
+    card.write_text(f"{text}- config_name: {kind}\n  data_files:\n{files}---\n", "utf-8")
+
+
 @pytest.fixture(scope="session")
 def hub(tmp_path_factory) -> Iterator[Path]:
     """Questions of our own in the shapes of the data sets that the harness asks for."""
@@ -82,14 +93,7 @@ def hub(tmp_path_factory) -> Iterator[Path]:
     root, cache = tmp_path_factory.mktemp("data") / "hub", config.HF_DATASETS_CACHE
     config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("cache")
 
-    def add(name: str, kind: str, lines: list[dict], *splits: str) -> None:
-        for split in splits:
-            write_lines(root / name / kind / f"{split}.jsonl", lines)
-        files = "".join(f"  - split: {s}\n    path: {kind}/{s}.jsonl\n" for s in splits)
-        card = root / name / "README.md"
-        text = card.read_text("utf-8").removesuffix("---\n") if card.exists() else "---\nconfigs:\n"
-        card.write_text(f"{text}- config_name: {kind}\n  data_files:\n{files}---\n", "utf-8")
-
+    add = partial(add_to_hub, root)
     places = ["a river", "the old bridge", "a quiet harbour", "some market stalls", "one tall tree"]
     add("Rowan/hellaswag", "default", [
         {"ind": i, "activity_label": "Walking", "ctx_a": f"A person walks towards {place}.",

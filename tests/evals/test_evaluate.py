@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
@@ -40,8 +41,12 @@ def test_suites_say_what_they_cannot_take(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InvalidRequest, match="not a server"):
         evaluate(Request(model="http://127.0.0.1:9/v1", suite="table1", model_name="m"), [])
+    request = Request(
+        model=str(folder), suite="ppl", output=tmp_path / "x",
+        options=TextFiles(texts=(Path(__file__),)),
+    )  # fmt: skip
     with pytest.raises(InvalidRequest, match="fp8-static"):
-        evaluate(Request(model=str(folder), suite="ppl", output=tmp_path / "x"), ["fp8-static"])
+        evaluate(request, ["fp8-static"])
     assert not list(tmp_path.iterdir())  # nothing was begun
 
 

@@ -217,7 +217,8 @@ def test_a_model_that_judges_itself_is_noted(data, folder, tmp_path):
         options=Judges(judge=str(folder)),
         output=tmp_path / "out",
     )
-    evaluate(asked, [])
+    with pytest.raises(InvalidRequest, match="measured nothing: the judge gave no mark"):
+        evaluate(asked, [])
     found = json.loads((tmp_path / "out" / "results.json").read_text("utf-8"))
     assert "judges itself" in found["notes"][0]
     assert sum(found["rows"][0]["trouble"].values()) == 2  # a random model gives no marks
