@@ -72,7 +72,7 @@ def answer_without_compiler(wheel: Path, scratch: Path) -> None:
     home.mkdir()
     venv.create(environment, with_pip=True, symlinks=True)
     binaries = environment / "bin"
-    pip = [binaries / "pip", "install", "-q"]
+    pip = [binaries / "pip", "install", "-q", "--retries", "1"]
     # One call, so that nothing asks for another build of PyTorch.
     subprocess.run(
         [*pip, "--extra-index-url", TORCH, "torch==2.13.0", f"{wheel}[serve]", "-c", "/dev/stdin"],
