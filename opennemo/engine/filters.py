@@ -23,27 +23,63 @@ LONGEST_REPEAT = 64  # tokens; the penalty is beyond any logit long before
 def narrow_(row: Tensor, params: SamplingParams, chance: float) -> None:
     """Apply top-n-sigma, typical and XTC to logits (V,); `chance` from 0 to 1 decides for XTC."""
     if params.top_n_sigma > 0:
-        possible = row[row > IMPOSSIBLE].float()
+        possible = row if row.amin() > IMPOSSIBLE else row[row > IMPOSSIBLE]
         if len(possible):
-            spread = possible.std(correction=0) * params.top_n_sigma
-            row[row < possible.amax() - spread] = -torch.inf
+            spread = possible.float().std(correction=0) * params.top_n_sigma
+            _drop_(row, row < possible.amax() - spread)
     if params.typical_p < 1:
-        logprobs = row.float().log_softmax(-1)
-        probs = logprobs.exp()
-        surprise = -torch.where(probs > 0, logprobs, 0.0)
-        distance = (surprise - (probs * surprise).sum()).abs()
-        distance[probs == 0] = torch.inf
-        order = distance.argsort(stable=True)
-        mass = probs[order].cumsum(-1)
-        row[order[1:][mass[:-1] >= params.typical_p]] = -torch.inf
+        depths, probs = _softmax(row)
+        # How far a token's surprise is from the mean of all.
+        distances = (depths - (probs * depths).sum()).abs_().cpu().numpy()
+        ranks = distances.view(np.int32)  # positive floats have the order of their bits
+        last = last_taken(ranks, probs.cpu().numpy(), params.typical_p, len(row))
+        _drop_(row, torch.from_numpy(ranks > last).to(row.device))
     if params.xtc_probability > chance:
-        probs = row.float().softmax(-1)
-        likely = (probs >= params.xtc_threshold).nonzero().flatten()
+        probs = _softmax(row)[1]
+        likely = np.flatnonzero(probs.cpu().numpy() >= np.float32(params.xtc_threshold))
         if len(likely) > 1:
-            kept = int(likely[probs[likely].argmin()])
+            ids = torch.from_numpy(likely).to(row.device)
+            kept = ids[probs[ids].argmin()]
             value = row[kept].clone()
-            row[likely] = -torch.inf
+            row[ids] = -torch.inf
             row[kept] = value
+
+
+def _softmax(row: Tensor) -> tuple[Tensor, Tensor]:
+    """How far logits (V,) are below the largest, nowhere without end, and their softmax."""
+    depths = (row.float() - row.amax()).clamp_(min=-1e4)
+    probs = depths.exp()
+    return depths, probs.div_(probs.sum())
+
+
+def _drop_(row: Tensor, dropped: Tensor) -> None:
+    """Set logits (V,) to -inf by flags (V,)."""
+    if row.is_cpu:
+        row.numpy()[np.flatnonzero(dropped.numpy())] = -np.inf
+    else:
+        row.masked_fill_(dropped, -torch.inf)
+
+
+def last_taken(ranks: np.ndarray, weights: np.ndarray, share: float, most: int) -> int:
+    """The rank of the last item taken, the lowest ranks first, until `share` of the weight is.
+
+    No more than `most` of the items are taken. `ranks` (V,) int32 are not negative. Counting by
+    their upper bits leaves few to sort.
+    """
+    buckets = (ranks >> 17).astype(np.int64)  # what bincount wants: it converts others slowly
+    mass = np.bincount(buckets, weights).cumsum()
+    at, n_before, wanted = len(mass) - 1, 0, share * mass[-1]
+    if wanted > 0:
+        at = min(at, int(np.searchsorted(mass, wanted)))
+    if most < len(ranks):
+        counts = np.bincount(buckets).cumsum()
+        at = min(at, int(np.searchsorted(counts, most)))
+        n_before = int(counts[at - 1]) if at else 0
+    inside = np.flatnonzero(buckets == at)
+    inside = inside[ranks[inside].argsort(kind="stable")]
+    sums = weights[inside].cumsum(dtype=np.float64) + (mass[at - 1] if at else 0)
+    n = min(int(np.searchsorted(sums, wanted)) + 1, most - n_before, len(inside))
+    return int(ranks[inside[n - 1]])
 
 
 def penalise_repeats_(row: Tensor, params: SamplingParams, tokens: Sequence[int]) -> None:
@@ -56,20 +92,22 @@ def penalise_repeats_(row: Tensor, params: SamplingParams, tokens: Sequence[int]
     said = np.array(window, np.int64)
     if len(said) < 2:
         return
-    breakers = np.array(sorted(params.dry_breakers), np.int64)
-    last = np.isin(said[-LONGEST_REPEAT:], breakers)[::-1]
+    last = np.isin(said[-LONGEST_REPEAT:], params.breakers)[::-1]
     longest = int(last.argmax()) if last.any() else min(len(said), LONGEST_REPEAT)
     lengths: dict[int, int] = {}
-    for at in np.nonzero(said[:-1] == said[-1])[0] if longest else ():
-        n = 1
-        while n < longest and n <= at and said[at - n] == said[-1 - n]:
-            n += 1
-        following = int(said[at + 1])
-        lengths[following] = max(lengths.get(following, 0), n)
-    for token, n in lengths.items():
-        if n >= params.dry_allowed_length and token not in params.dry_breakers:
-            power = min(n - params.dry_allowed_length, LONGEST_REPEAT)
-            row[token] -= min(params.dry_multiplier * params.dry_base**power, 1e9)
+    places = np.flatnonzero(said[:-1] == said[-1])
+    for n in range(1, longest + 1):
+        lengths |= dict.fromkeys(said[places + 1].tolist(), n)
+        places = places[places >= n]
+        places = places[said[places - n] == said[-1 - n]] if n < longest else places[:0]
+        if not len(places):
+            break
+    allowed, unpunished = params.dry_allowed_length, params.dry_breakers
+    lengths = {x: n for x, n in lengths.items() if n >= allowed and x not in unpunished}
+    by = [
+        min(params.dry_multiplier * params.dry_base ** (n - allowed), 1e9) for n in lengths.values()
+    ]
+    row[list(lengths)] -= torch.tensor(by, device=row.device)
 
 
 def heal_(logits: Tensor, prefixes: list[Prefix]) -> None:

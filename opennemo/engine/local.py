@@ -242,7 +242,7 @@ class LocalEngine(Loop):
             prefixes += places
             rows += range(end - len(places), end)
         index = torch.tensor(rows, dtype=torch.int64).to(logits.device, non_blocking=True)
-        tokens = sample(logits[index], prefixes, self.eos_ids, bits)
+        tokens = sample(logits.index_select(0, index), prefixes, self.eos_ids, bits)
         # On a GPU nothing waits for the step before its last number is needed, here.
         top = logits.amax(-1)
         numbers = torch.cat((top.isfinite(), tokens)).tolist()

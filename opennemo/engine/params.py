@@ -14,6 +14,7 @@ from opennemo.errors import InvalidRequest
 if TYPE_CHECKING:  # llguidance is needed where there are grammars alone
     from opennemo.engine.grammar import Grammar
 
+FORBIDDEN = -1e9  # finite: where a grammar allows nothing but such tokens, one of them comes
 _BOUNDS: dict[str, tuple[float, float]] = {
     "max_tokens": (1, 2**31),
     "min_tokens": (0, 2**31),
@@ -119,10 +120,25 @@ class SamplingParams:
         if any(not word or min(word) < 0 for word in self.bad_words):
             raise InvalidRequest("bad_words holds an empty word or names an id below 0")
 
+    # Made once: there may be a vocabulary of them, and every step wants them.
     @cached_property
-    def allowed_index(self) -> np.ndarray:
-        """`allowed_ids` (n,), made once: there may be a vocabulary of them, at every step."""
-        return np.array(sorted(self.allowed_ids or ()), np.int64)
+    def allowed_bias(self) -> np.ndarray:
+        """What `allowed_ids` add to the logits of the tokens up to the last of them (n,)."""
+        ids = np.array(list(self.allowed_ids or ()), np.int64)
+        bias = np.full(ids.max(initial=-1) + 1, FORBIDDEN, np.float32)
+        bias[ids] = 0
+        return bias
+
+    @cached_property
+    def biases(self) -> tuple[np.ndarray, np.ndarray]:
+        """`logit_bias` as ids (n,) and what is added to them (n,)."""
+        ids, values = list(self.logit_bias), list(self.logit_bias.values())
+        return np.array(ids, np.int64), np.array(values, np.float32)
+
+    @cached_property
+    def breakers(self) -> np.ndarray:
+        """`dry_breakers` (n,), sorted."""
+        return np.array(sorted(self.dry_breakers), np.int64)
 
     @property
     def penalises(self) -> bool:

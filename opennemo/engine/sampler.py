@@ -1,25 +1,33 @@
-"""Choose the next token of every row at once, each by its own rules.
+"""Choose the next token of every row, each by its own rules.
 
 Seeds hold in any batch: a row has exactly one uniform number, its sequence's for that place of the
 answer, and finds its token by inverting the cumulative distribution. So a place's token is the same
 whether or not those before it were guessed. (Where filters.py needs a number, it has the lower bits
 of that one.) top-k and top-p look at the likeliest `HEAD` tokens, sorted; where more are wanted, or
 all, tokens keep the vocabulary's order and a filter is a threshold. Nothing sorts a vocabulary of
-tokens: at a high temperature one request would slow everybody's step many times over.
+tokens: at a high temperature one request would slow everybody's step many times over. A CPU takes
+one row after the other, since its caches hold a row of a large vocabulary but no batch of them, and
+numpy where it is faster; a GPU takes all rows at once.
 """
+
+from collections.abc import Sequence as Many
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from opennemo.engine.filters import heal_, narrow_, penalise_repeats_
-from opennemo.engine.params import SamplingParams
-from opennemo.engine.sequence import Prefix, Sequence
+from opennemo.engine.filters import heal_, last_taken, narrow_, penalise_repeats_
+from opennemo.engine.params import FORBIDDEN, SamplingParams
+from opennemo.engine.sequence import Prefix
 from opennemo.engine.token import TokenLogprobs
 
 HEAD = 1024
 BLOCK = 512  # tokens whose weights are summed first; the sum of all is searched in two steps
-FORBIDDEN = -1e9  # finite: where a grammar allows nothing but such tokens, one of them comes
+LARGEST = np.float32(1).view(np.int32)  # of weights, as bits
+STRIDE = 32  # tokens of which the likeliest is looked at first
+# What a byte of a mask adds to the logits of its eight tokens.
+MASKED = np.where(np.unpackbits(np.arange(256, dtype=np.uint8), bitorder="little"), 0, -np.inf)
+MASKED = MASKED.reshape(256, 8).astype(np.float32)
 
 
 def sample(
@@ -35,39 +43,40 @@ def sample(
     for i, prefix in enumerate(prefixes):
         _bias_(logits[i], prefix, eos_ids)
     if masks:
-        bits = torch.from_numpy(np.stack(list(masks.values()))).to(logits.device)
-        places = torch.arange(32, dtype=torch.int32, device=logits.device)
-        allowed = (bits[:, :, None] >> places & 1).flatten(1)[:, : logits.shape[1]].bool()
-        rows = list(masks)
-        logits[rows] = logits[rows].masked_fill(~allowed, -torch.inf)
+        _mask_(logits, masks)
     if any(prefix.params.healing for prefix in prefixes):
         heal_(logits, prefixes)
-    penalised = [i for i, p in enumerate(prefixes) if p.params.penalises]
-    if penalised:
-        logits[penalised] = _penalise(logits[penalised], [prefixes[i] for i in penalised])
-    for i in penalised:
-        if prefixes[i].params.dry_multiplier:
-            tokens = [*prefixes[i].sequence.tokens, *prefixes[i].guesses]
-            penalise_repeats_(logits[i], prefixes[i].params, tokens)
-    tokens = logits.argmax(-1)
+    if logits.is_cpu and prefixes:
+        rows = zip(logits.split(1), zip(prefixes), strict=True)
+        return torch.cat([_choose(*row) for row in rows])
+    return _choose(logits, prefixes)
+
+
+def _choose(logits: Tensor, prefixes: Many[Prefix]) -> Tensor:
+    """The next token of each row, once biases and masks are in it."""
+    for row, prefix in zip(logits, prefixes, strict=True):
+        if prefix.params.penalises:
+            _penalise_(row, prefix)
+    tokens = torch.from_numpy(logits.numpy().argmax(-1)) if logits.is_cpu else logits.argmax(-1)
     random = [i for i, p in enumerate(prefixes) if p.params.temperature > 0]
     for i in random:
         if prefixes[i].params.narrows:
             narrow_(logits[i], prefixes[i].params, prefixes[i].uniform * 2**26 % 1)
     if random:
-        tokens[random] = _draw(logits[random], [prefixes[i] for i in random])
+        tokens[random] = _draw(_rows(logits, random), [prefixes[i] for i in random])
     return tokens
 
 
 def token_logprobs(logits: Tensor, token: int, n_top: int) -> TokenLogprobs:
     """Log-probability of one token under logits (V,), its rank, and the n likeliest."""
     logprobs = logits.log_softmax(-1)
-    own = logprobs[token]
-    values, ids = logprobs.topk(n_top)
+    own = logprobs[token].item()
+    values, ids = _likeliest(logprobs[None], n_top)
+    likelier = logprobs.numpy() > own if logprobs.is_cpu else (logprobs > own).cpu().numpy()
     return TokenLogprobs(
-        logprob=own.item(),
-        rank=int((logprobs > own).sum()) + 1,
-        top=tuple(zip(ids.tolist(), values.tolist(), strict=True)),
+        logprob=own,
+        rank=int(np.count_nonzero(likelier)) + 1,
+        top=tuple(zip(ids[0].tolist(), values[0].tolist(), strict=True)),
     )
 
 
@@ -75,52 +84,58 @@ def _bias_(row: Tensor, prefix: Prefix, eos_ids: frozenset[int]) -> None:
     """Apply what a request asks for single tokens to its row of logits (V,), in place."""
     params = prefix.params
     if params.logit_bias:
-        ids = torch.tensor(list(params.logit_bias), device=row.device)
-        row[ids] += torch.tensor(list(params.logit_bias.values()), device=row.device)
+        ids, biases = (torch.from_numpy(part).to(row.device) for part in params.biases)
+        row[ids] += biases
     if params.allowed_ids is not None:
-        others = torch.full_like(row, FORBIDDEN)
-        others[torch.from_numpy(params.allowed_index).to(row.device)] = 0
-        row += others
+        bias = torch.from_numpy(params.allowed_bias[: len(row)]).to(row.device)
+        row[: len(bias)] += bias
+        row[len(bias) :] += FORBIDDEN
     if params.bad_words:
         answer = prefix.answer
-        for *start, last in params.bad_words:
-            if answer[len(answer) - len(start) :] == start:
-                row[last] = FORBIDDEN
+        said = ((answer[len(answer) - len(start) :] == start, x) for *start, x in params.bad_words)
+        row[[last for is_said, last in said if is_said]] = FORBIDDEN
     if prefix.n_output < params.min_tokens and params.grammar is None:
         row[list(eos_ids | params.stop_ids)] = -torch.inf
 
 
-def _penalise(logits: Tensor, prefixes: list[Prefix]) -> Tensor:
-    """Repetition (CTRL, arXiv:1909.05858), presence and frequency penalties, (S, V) -> (S, V)."""
-    rows_of: dict[Sequence, list[int]] = {}
-    for row, prefix in enumerate(prefixes):
-        rows_of.setdefault(prefix.sequence, []).append(row)
+def _mask_(logits: Tensor, masks: dict[int, np.ndarray]) -> None:
+    """Forbid what the bits (ceil(V / 32),) of a row of logits (S, V) do not allow."""
+    n_tokens = logits.shape[1]
+    if logits.is_cpu:
+        for i, bits in masks.items():
+            row = logits[i].numpy()
+            row += MASKED.take(bits.view(np.uint8), 0).reshape(-1)[:n_tokens]
+        return
+    bits = torch.from_numpy(np.stack(list(masks.values()))).to(logits.device)
+    places = torch.arange(32, dtype=torch.int32, device=logits.device)
+    allowed = (bits[:, :, None] >> places & 1).flatten(1)[:, :n_tokens].bool()
+    rows = list(masks)
+    logits[rows] = logits[rows].masked_fill(~allowed, -torch.inf)
 
-    def count(start: int | None) -> Tensor:
-        """Count each token in the answer, or in the part of it from `start` on."""
-        counts = torch.zeros_like(logits)
-        for sequence, rows in rows_of.items():  # what its prefixes share is counted once
-            ids = sequence.tokens[sequence.n_prompt if start is None else start :]
-            index = torch.tensor(ids, dtype=torch.int64, device=logits.device)
-            # Not bincount, for which a GPU would have to wait: it looks for the largest first.
-            ones = counts.new_ones(len(ids))
-            counts[rows] = counts.new_zeros(logits.shape[1]).index_add_(0, index, ones)
-        for row, prefix in enumerate(prefixes):
-            for guess in prefix.guesses:
-                counts[row, guess] += 1
-        return counts
 
-    def column(name: str) -> Tensor:
-        values = [getattr(p.params, name) for p in prefixes]
-        return torch.tensor(values, device=logits.device)[:, None]
+def _penalise_(row: Tensor, prefix: Prefix) -> None:
+    """Repetition (CTRL, arXiv:1909.05858), presence, frequency and DRY, in a row (V,), in place."""
+    params, sequence = prefix.params, prefix.sequence
+    tokens = [*sequence.tokens, *prefix.guesses]
+    ids = torch.from_numpy(np.array(tokens, np.int64)).to(row.device)
+    if params.repetition_penalty != 1:
+        seen = row[ids]
+        row[ids] = torch.where(
+            seen > 0, seen / params.repetition_penalty, seen * params.repetition_penalty
+        )
+    if params.presence_penalty or params.frequency_penalty:
+        answered = ids[sequence.n_prompt :]
+        # Not bincount, for which a GPU would have to wait: it looks for the largest first.
+        ones = row.new_ones(len(answered))
+        times = torch.zeros_like(row).index_add_(0, answered, ones)[answered]
+        row[answered] = row[answered] - params.presence_penalty - params.frequency_penalty * times
+    if params.dry_multiplier:
+        penalise_repeats_(row, params, tokens)
 
-    repetition = column("repetition_penalty")
-    seen = count(0) > 0
-    scaled = torch.where(logits > 0, logits / repetition, logits * repetition)
-    logits = torch.where(seen, scaled, logits)
-    answered = count(None)
-    presence, frequency = column("presence_penalty"), column("frequency_penalty")
-    return logits - presence * (answered > 0) - frequency * answered
+
+def _rows(values: Tensor, places: list[int]) -> Tensor:
+    """Some rows of values, in order; not a copy where they are all."""
+    return values if len(places) == len(values) else values[places]
 
 
 def _draw(logits: Tensor, prefixes: list[Prefix]) -> Tensor:
@@ -136,8 +151,8 @@ def _draw(logits: Tensor, prefixes: list[Prefix]) -> Tensor:
     rest = [i for i, p in enumerate(params) if not (p.top_k or p.top_p < 1)]
     if few:
         # Sums in float64, so that a vocabulary's worth of rounding moves no token over its border.
-        total = probs[few].sum(-1, dtype=torch.float64, keepdim=True)
-        top, ids = probs[few].topk(min(HEAD, logits.shape[-1]))
+        total = _rows(probs, few).sum(-1, dtype=torch.float64, keepdim=True)
+        top, ids = _likeliest(_rows(probs, few), HEAD)
         chosen, complete = _pick(top / total, ids, uniform[few], [params[i] for i in few])
         tokens[few] = chosen
         # Asking makes the host wait for a GPU; the head holds any choice of fewer than it has.
@@ -146,17 +161,30 @@ def _draw(logits: Tensor, prefixes: list[Prefix]) -> Tensor:
             done = complete[unsure].tolist()
             rest += [few[j] for j, is_done in zip(unsure, done, strict=True) if not is_done]
     if rest:
-        tokens[rest] = pick_among_all(probs[rest], uniform[rest], [params[i] for i in rest])
+        tokens[rest] = pick_among_all(_rows(probs, rest), uniform[rest], [params[i] for i in rest])
     return tokens
 
 
-def pick_among_all(probs: Tensor, uniform: Tensor, params: list[SamplingParams]) -> Tensor:
+def _likeliest(weights: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """The n largest of weights (S, V), all if V is less, sorted -> they, and their ids (S, n)."""
+    n, n_blocks = min(n, weights.shape[-1]), weights.shape[-1] // STRIDE
+    if not (weights.is_cpu and len(weights) == 1 and 0 < n < n_blocks):
+        return weights.topk(n)
+    # The n-th largest of the blocks' largest: so many weights, at least, are as large.
+    least = weights[0, : n_blocks * STRIDE].view(-1, STRIDE).amax(-1).topk(n)[0][-1].item()
+    ids = torch.from_numpy(np.flatnonzero(weights[0].numpy() >= least))
+    top, places = weights[0, ids].topk(n)
+    return top[None], ids[places][None]
+
+
+def pick_among_all(probs: Tensor, uniform: Tensor, params: Many[SamplingParams]) -> Tensor:
     """Choose from weights (S, V), the likeliest 1, in the vocabulary's order -> ids (S,)."""
     for row, p in zip(probs, params, strict=True):
-        least = p.min_p
+        least = np.float32(p.min_p)
         if p.top_k or p.top_p < 1:
             least = max(least, _least(row.cpu().numpy(), p.top_p, p.top_k or len(row)))
-        row[row < least] = 0
+        if least > 0:
+            torch.threshold_(row, float(np.nextafter(least, np.float32(-1))), 0)
     blocks = torch.nn.functional.pad(probs, (0, -probs.shape[-1] % BLOCK)).unflatten(
         -1, (-1, BLOCK)
     )
@@ -164,9 +192,8 @@ def pick_among_all(probs: Tensor, uniform: Tensor, params: list[SamplingParams])
     target = uniform[:, None] * sums.sum(-1, keepdim=True)
     block, before = _passing(sums, target)
     inside = blocks[torch.arange(len(probs), device=probs.device), block[:, 0]].double()
-    rest = (target - before).clamp(
-        min=0
-    )  # below 0 by rounding, it would name a token without weight
+    # Below 0 by rounding, it would name a token without weight.
+    rest = (target - before).clamp(min=0)
     return (block * BLOCK + _passing(inside, rest)[0])[:, 0]
 
 
@@ -179,20 +206,14 @@ def _passing(weights: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return place, cumulative.gather(-1, place) - weights.gather(-1, place)
 
 
-def _least(weights: np.ndarray, top_p: float, top_k: int) -> float:
+def _least(weights: np.ndarray, top_p: float, top_k: int) -> np.float32:
     """The smallest of the likeliest weights that make up `top_p`, `top_k` of them at most.
 
-    Positive floats have the order of their bits: counting by the upper ones leaves few to sort.
+    `weights` (V,) are from 0 to 1.
     """
-    buckets = weights.view(np.int32) >> 14
-    mass = np.bincount(buckets, weights)[::-1].cumsum()
-    count = np.bincount(buckets)[::-1].cumsum()
-    wanted, top_k = top_p * mass[-1], min(top_k, len(weights))
-    at = min(np.searchsorted(mass, wanted), np.searchsorted(count, top_k), len(mass) - 1)
-    inside = np.sort(weights[buckets == len(mass) - 1 - at])[::-1]
-    before = (mass[at - 1], count[at - 1]) if at else (0.0, 0)
-    n = np.searchsorted(before[0] + inside.cumsum(dtype=np.float64), wanted) + 1
-    return float(inside[min(n, top_k - before[1], len(inside)) - 1])
+    ranks = LARGEST - weights.view(np.int32)  # positive floats have the order of their bits
+    last = last_taken(ranks, weights, top_p, top_k)
+    return np.int32(LARGEST - last).view(np.float32)
 
 
 def _pick(

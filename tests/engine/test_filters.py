@@ -91,3 +91,16 @@ def test_dry_of_an_endless_repetition_is_finite():
     row = torch.zeros(2)
     penalise_repeats_(row, SamplingParams(dry_multiplier=100, dry_base=100), [0] * 5000)
     assert row[0] < -1e8 and row.isfinite().all()
+
+
+def test_typical_of_a_large_row_keeps_the_nearest_by_its_definition():
+    """Where counting by upper bits leaves some to sort."""
+    row = torch.randn(20_000, generator=torch.Generator().manual_seed(2)).double() * 2
+    probs = row.softmax(-1)
+    distances = (-probs.log() - (-probs * probs.log()).sum()).abs()
+    order = distances.argsort()
+    for p in (0.01, 0.3, 0.9):
+        n = int((probs[order].cumsum(-1) < p).sum()) + 1
+        assert kept(row.float(), typical_p=p) ^ {*order[:n].tolist()} <= {
+            *order[n - 2 : n + 2].tolist()
+        }

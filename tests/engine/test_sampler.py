@@ -8,7 +8,7 @@ import torch
 
 from opennemo.engine import EngineConfig, LocalEngine, SamplingParams
 from opennemo.engine.params import Healing
-from opennemo.engine.sampler import pick_among_all, sample
+from opennemo.engine.sampler import pick_among_all, sample, token_logprobs
 from opennemo.engine.sequence import Prefix, Sequence
 from opennemo.model.attention import Packed
 from tests.engine.stepping import answers, prompts, run
@@ -197,3 +197,44 @@ def test_nothing_waits_for_a_gpu_between_a_step_and_its_tokens():
     with pytest.raises(Exception, match=r"(?i)meta"):  # such a question is noticed
         params = SamplingParams(temperature=1, top_p=0.9)
         sample(logits[:1], [Prefix(Sequence(0, [1], params, print, 9))], frozenset())
+
+
+@pytest.mark.parametrize("n_tokens", [40_000, 40_003])
+def test_a_row_of_a_large_vocabulary_is_chosen_alike_alone_and_in_company(n_tokens):
+    """One row after the other on a CPU, whatever else is asked for in the batch."""
+    cases: list[dict] = [
+        {}, {"allowed_ids": frozenset(range(n_tokens))}, {"top_p": 0.99}, {"top_k": 50},
+        {"top_k": 2000, "top_p": 0.9}, {"min_p": 0.05}, {"typical_p": 0.9}, {"top_n_sigma": 1.0},
+        {"xtc_probability": 1.0, "xtc_threshold": 1e-4}, {"dry_multiplier": 0.8},
+        {"repetition_penalty": 1.2, "presence_penalty": 0.3, "frequency_penalty": 0.2},
+        {"logit_bias": {7: 3.0}, "bad_words": ((9,), (1, 8))},
+    ]  # fmt: skip
+    logits = torch.randn(2 * len(cases), n_tokens, generator=torch.Generator().manual_seed(5))
+    prefixes = [
+        Prefix(
+            Sequence(i, [1, 2, 1, 2, 1], SamplingParams(temperature=t, seed=i, **case), print, 9)
+        )
+        for i, (t, case) in enumerate((t, case) for t in (0, 5) for case in cases)
+    ]
+    mask = np.random.default_rng(0).integers(-(2**31), 2**31, -(-n_tokens // 32)).astype(np.int32)
+    masks = dict.fromkeys(range(0, len(prefixes), 5), mask)
+    together = sample(logits.clone(), prefixes, frozenset(), masks).tolist()
+    for i, prefix in enumerate(prefixes):
+        alone = sample(
+            logits[i : i + 1].clone(), [prefix], frozenset(), {0: mask} if i in masks else {}
+        )
+        assert alone.tolist() == [together[i]]
+    for i in masks:
+        assert mask[together[i] // 32] >> (together[i] % 32) & 1
+
+
+@pytest.mark.parametrize("n_tokens", [320, 40_003])
+def test_the_likeliest_of_a_large_vocabulary_are_those_of_a_sort(n_tokens):
+    logits = torch.randn(n_tokens, generator=torch.Generator().manual_seed(3))
+    logprobs, order = logits.log_softmax(-1).sort(descending=True)
+    for n_top in (0, 1, 20, 100):
+        found = token_logprobs(logits, int(order[70]), n_top)
+        assert found.rank == 71 and found.logprob == logprobs[70]
+        assert found.top == tuple(
+            zip(order[:n_top].tolist(), logprobs[:n_top].tolist(), strict=True)
+        )
