@@ -38,8 +38,8 @@ from opennemo.tokenizer.calls import CallSyntax, to_json
 Kind = Literal["json_object", "json_schema", "regex", "choice", "lark", "grammar", "calls"]
 
 MAX_SOURCE = 64 * 1024  # characters of a grammar
-MAX_SCHEMA = 256 * 1024  # of a JSON schema, whose descriptions count, too
-MAX_SECONDS = 0.6  # of a thread's computing, to find out what of a schema can be held
+MAX_SCHEMA = 512 * 1024  # of a JSON schema, whose descriptions count, too
+MAX_SECONDS = 1.0  # of a thread's computing, to find out what of a schema can be held
 MAX_TOOLS_SECONDS = 2.0  # of all tools of a request; compiling what is held takes as long again
 MAX_RULES = 500  # of llama.cpp's grammars: translating takes the square of their number
 KEPT = 256  # compiled grammars, least recently used first out

@@ -43,7 +43,10 @@ class _Mending:
         root = dict(root)
         for keyword in DEFINITIONS:
             for name in _innermost_first(root.get(keyword), f"#/{keyword}/"):
-                mended = self.mend(root[keyword][name], f"{keyword}.{name}.")
+                if self._try(mended := root[keyword][name]):
+                    # It may refer to itself, and would not compile before it is mended.
+                    self._definitions = _definitions({**root, keyword: {**root[keyword], name: {}}})
+                    mended = self.mend(mended, f"{keyword}.{name}.")
                 root[keyword] = {**root[keyword], name: mended}
                 self._definitions = _definitions(root)
         return self.mend(root, "")
@@ -78,7 +81,12 @@ class _Mending:
             return None
         new = {k: v for k, v in schema.items() if k != "oneOf"}
         new["allOf"] = [*as_list(new.get("allOf")), said[0]]
-        return None if self._try(new) else new
+        n_gaps = len(self.gaps)
+        new = self.mend(new, path)  # there may be others within the branches
+        if len(self.gaps) == n_gaps:
+            return new
+        del self.gaps[n_gaps:]
+        return None
 
     def _try(self, schema: Any) -> str:
         self._n_trials += 1

@@ -8,9 +8,12 @@ met among its first items, for instance. What is generated is valid in any case.
 import itertools
 import re
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any
 
 from opennemo.engine.keywords import (
+    ANNOTATIONS,
+    TYPES,
     InexpressibleError,
     Schema,
     all_of,
@@ -24,6 +27,7 @@ from opennemo.engine.keywords import (
 Complement = Callable[[Any], Any]
 LATER = 3  # items that may come before those that `contains` asks for
 MAX_SHAPES = 64  # of a list, by which of its items satisfy `contains`
+MAX_DEPTH = 8  # of schemas within each other whose types are looked for
 MAX_LISTS = 70  # in a schema that are written out, since their items must be unique
 
 
@@ -50,12 +54,81 @@ def choose(schema: Schema, complement: Complement) -> Any:
     return any_of([all_of([condition, then]), all_of([complement(condition), other])])
 
 
-def only_one(branches: list[Any], complement: Complement) -> list[Any]:
+def only_one(
+    branches: list[Any], complement: Complement, resolve: Callable[[str], Any]
+) -> list[Any]:
     """Instead of `oneOf`: schemas of which one must hold."""
-    if len(branches) ** 2 > MAX_SHAPES:
+    kinds = [_kinds(branch, resolve) for branch in branches]
+    pairs = [(i, j) for i, j in itertools.permutations(range(len(branches)), 2)]
+    pairs = [(i, j) for i, j in pairs if kinds[i] & kinds[j]]
+    if len(pairs) > MAX_SHAPES:
         raise InexpressibleError
-    refused = [complement(branch) for branch in branches]
-    return [all_of([b, *refused[:i], *refused[i + 1 :]]) for i, b in enumerate(branches)]
+    parts = [[branch] for branch in branches]
+    for i, j in pairs:
+        others = [complement(branches[j]), *_surely_refused(branches[i], branches[j], resolve)]
+        parts[i].append(any_of(others))
+    return [all_of(part) for part in parts]
+
+
+def _kinds(schema: Any, resolve: Callable[[str], Any], depth: int = 0) -> set[str]:
+    """Types of the values that a schema may accept; a number may be an integer."""
+    kinds = {*TYPES} - {"integer"}
+    if not isinstance(schema, dict) or depth > MAX_DEPTH:
+        return set() if schema is False else kinds
+    if "type" in schema:
+        kinds &= {"number" if kind == "integer" else kind for kind in as_list(schema["type"])}
+    if "const" in schema or "enum" in schema:
+        values = [schema["const"]] if "const" in schema else as_list(schema["enum"])
+        kinds = {kind for kind in kinds if any(is_of(value, kind) for value in values)}
+    if "$ref" in schema:
+        with suppress(InexpressibleError):
+            kinds &= _kinds(resolve(schema["$ref"]), resolve, depth + 1)
+    for part in as_list(schema.get("allOf")):
+        kinds &= _kinds(part, resolve, depth + 1)
+    for keyword in ("anyOf", "oneOf"):
+        if keyword in schema:
+            parts = [_kinds(part, resolve, depth + 1) for part in as_list(schema[keyword])]
+            kinds &= set().union(*parts)
+    return kinds | ({"null"} if schema.get("nullable") is True else set())
+
+
+def _surely_refused(schema: Any, other: Any, resolve: Callable[[str], Any]) -> list[Any]:
+    """Schemas of values of `schema` that `other` refuses, if these are easy to name."""
+    schema, other = (
+        resolve(part["$ref"])
+        if isinstance(part, dict) and part.keys() - ANNOTATIONS == {"$ref"}
+        else part
+        for part in (schema, other)
+    )
+    if not _kinds(schema, resolve) & _kinds(other, resolve):
+        return [True]
+    if not (isinstance(schema, dict) and isinstance(other, dict)):
+        return []
+    parts: list[Any] = []
+    names, others = _all_names(schema), _all_names(other)
+    if others is not None:
+        lone = [name for name in schema.get("properties", ()) if name not in others]
+        parts += [{"type": "object", "required": [name]} for name in lone]
+    if names is not None and {*as_list(other.get("required"))} - names:
+        parts.append({"type": "object"})
+    for keyword in ("anyOf", "oneOf"):
+        for part in as_list(schema.get(keyword)):
+            parts.append(all_of([part, any_of(_surely_refused(part, other, resolve))]))
+        if keyword in other:
+            branches = [_surely_refused(schema, part, resolve) for part in as_list(other[keyword])]
+            parts.append(all_of([any_of(branch) for branch in branches]))
+    if isinstance(pattern := other.get("pattern"), str):
+        with suppress(InexpressibleError):
+            strings = [value for value in _values(schema) if isinstance(value, str)]
+            parts.append({"enum": [v for v in strings if not _matches(pattern, v)]})
+    return parts
+
+
+def _all_names(schema: Schema) -> set[str] | None:
+    """Names that properties may have, where there are no others."""
+    if schema.get("additionalProperties") is not False or "patternProperties" in schema:
+        return None
+    return {*schema.get("properties", ())}
 
 
 def contain(schema: Schema, complement: Complement) -> Any:

@@ -125,7 +125,8 @@ class _Fitting:
         for name in ("then", "else", "minContains", "maxContains"):
             new.pop(name, None)
         self._check_strings(new, path)
-        self._check_values(new, path)
+        if not self._check_values(new, path):
+            return False
         branches = new.get("oneOf")
         self._drop_unused(new)
         new = each(new, path, self.say)
@@ -171,14 +172,17 @@ class _Fitting:
         def refused(branch: Any) -> Any:
             return complement(branch, self._resolve, lossy)
 
-        try:
-            parts = rewrites.only_one(self._exclusive[json.dumps(said)], refused)
-        except (KeyError, InexpressibleError):
-            return None
-        parts = [self._say_instead(part, f"{path}oneOf") for part in parts]
-        is_whole = len(self.gaps) == n_gaps
-        del self.gaps[n_gaps:]
-        return (any_of(parts), parts if lossy else []) if is_whole else None
+        for refusing in (refused, lambda _: False):  # what is easy to name may be enough
+            try:
+                branches = self._exclusive[json.dumps(said)]
+                parts = rewrites.only_one(branches, refusing, self._resolve)
+            except (KeyError, InexpressibleError):
+                continue
+            parts = [self._say_instead(part, f"{path}oneOf") for part in parts]
+            if len(self.gaps) == n_gaps:
+                return any_of(parts), parts if lossy or refusing is not refused else []
+            del self.gaps[n_gaps:]
+        return None
 
     def _complement(self, schema: Any) -> Any:
         return complement(schema, self._resolve)
@@ -285,15 +289,18 @@ class _Fitting:
                     new["additionalProperties"] = patterns[pattern]
                 self._gap(f"{path}patternProperties.{pattern}", error)
 
-    def _check_values(self, new: Schema, path: str) -> None:
-        """Values that are of no type that the schema allows: the values count, not the type."""
+    def _check_values(self, new: Schema, path: str) -> bool:
+        """Whether the values may be of the types; if not, they count, unless it is a branch."""
         name, kinds = "enum" if "enum" in new else "const", as_list(new.get("type", []))
         values = new["enum"] if "enum" in new else [new.get("const")]
         if name not in new or not kinds or not isinstance(values, list):
-            return
+            return True
         if not any(is_of(value, kind) for value in values for kind in kinds):
+            if re.search(r"(any|one)Of\[\d+\]\.$", path):
+                return False  # others may be satisfied
             del new["type" if values else name]
             self._gap(f"{path}{name}", "no value has the type")
+        return True
 
     def _gap(self, path: str, why: str = "") -> None:
         self.gaps.append(path.removesuffix(".") or "the schema")

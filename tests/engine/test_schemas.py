@@ -34,6 +34,11 @@ def accepts(matcher: Matcher, value) -> bool:
     return all(matcher.advance(id) is None for id in ids) and matcher.advance(2) is None
 
 
+def only(*names: str) -> dict:
+    properties = dict.fromkeys(names, INTEGER)
+    return {"type": "object", "properties": properties, "additionalProperties": False}
+
+
 SAID = [
     (True, [1, "x"], []),
     ({"not": INTEGER}, ["x", [1]], [1]),
@@ -52,6 +57,20 @@ SAID = [
      [1], [5]),
     ({"oneOf": [INTEGER, {"minimum": 2}]}, [1, "x"], [3]),
     ({"oneOf": [NEEDS_N, {"required": ["m"]}]}, [{"n": 1}], [{"n": 1, "m": 1}, {}]),
+    # Branches that overlap, of which none has a complement: what one has alone is allowed.
+    ({"oneOf": [only("a"), only("b"), only("c")]}, [{"a": 1}, {"c": 2}], [{}, {"a": 1, "b": 1}]),
+    ({"oneOf": [{"type": "string", "pattern": "^[0-9 x]+$"}, {"enum": ["any", "x"]}]}, ["any"],
+     ["x"]),
+    ({"oneOf": [{**only("a"), "required": ["a"]}, {"oneOf": [only("b"), only("c")]}]},
+     [{"a": 1}, {"c": 1}], [{"b": 1, "c": 1}, {}, {"a": 1, "b": 2}]),
+    ({"type": "object", "additionalProperties": {"oneOf": [{"oneOf": [only("a"), only("b")]},
+     STRING]}}, [{"x": "y", "z": {"a": 1}}], [{"x": {}}]),
+    # A definition that refers to itself where branches overlap.
+    ({"$ref": "#/$defs/tree", "$defs": {"tree": {"properties": {"more": {"$ref": "#/$defs/tree"}},
+     "oneOf": [NEEDS_N, {"required": ["m"]}]}}}, [{"more": {"more": {"m": 1}, "n": 1}, "n": 1}],
+     [{"more": {}, "n": 1}, {"n": 1, "m": 1}]),
+    # A value that is not of its branch's type: the branch holds nothing.
+    ({"anyOf": [{"type": "boolean", "const": "auto"}, INTEGER]}, [1], ["auto", True]),
     ({"contains": FIVE}, [[5], [1, 5], "x"], [[], [1, 2]]),
     ({"contains": FIVE, "maxContains": 1}, [[5], [1, 5, 2]], [[5, 5], []]),
     ({"contains": FIVE, "minContains": 2}, [[5, 1, 5]], [[5]]),
