@@ -45,7 +45,7 @@ def read_bandwidth(threads: int) -> float:
     return machines.read_bandwidth()
 
 
-def peak_memory() -> int:
-    """Bytes this process ever had in memory, files it mapped included (Linux)."""
-    status = Path("/proc/self/status").read_text("utf-8")
+def peak_memory(pid: int | str = "self") -> int:
+    """Bytes a process ever had in memory, files it mapped included (Linux)."""
+    status = Path(f"/proc/{pid}/status").read_text("utf-8")
     return 1024 * int(status.split("VmHWM:")[1].split()[0])

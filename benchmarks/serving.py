@@ -1,7 +1,8 @@
 """Servers over HTTP, ours and peers on the same weights: how soon, how evenly, how much.
 
     python benchmarks/serving.py [--llama-python PYTHON] [--transformers-python PYTHON]
-                                 [--clients 1 8 32] [--threads N] [--json FILE]
+                                 [--clients 1 8 32 64] [--threads N] [--json FILE]
+    python benchmarks/serving.py --beside [--threads N] [--json FILE]
 
 One server at a time on loopback, all in one run: 1, 8 and 32 clients stream chat completions, with
 the same prompts, limits and threads. Ours in int8 against llama.cpp's server in Q8_0, and ours in
@@ -14,6 +15,10 @@ follow each other as fast as with one, once an answer has begun, which the other
 The last row says what HTTP and text cost: tokens a second over HTTP, with as many clients as there
 are at most, over those of the engine by itself in a process of its own; the median of three pairs.
 The client shares the machine with the servers, and its work counts as theirs.
+
+`--beside` measures something else instead: how much later the tokens of a greedy stream come while
+another request asks for sixteen answers, by how these are sampled. The model is random, has 0.1 B
+parameters in int8 and Mistral NeMo's 131,072 tokens, and the engine runs in this process.
 
 Peers run in environments of their own, unless this one has them, and are left out where there are
 none: `pip install 'llama-cpp-python[server]'` and `pip install 'transformers[serving]'`.
@@ -29,6 +34,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,15 +44,18 @@ from typing import NamedTuple
 import httpx2
 import torch
 from inference import as_q8_0
-from measure import Row, write_rows
+from measure import Row, peak_memory, write_rows
 from rich.console import Console
 from rich.table import Table
 
-from opennemo.engine import EngineConfig
+from opennemo.engine import EngineConfig, LocalEngine, SamplingParams, Token
 from opennemo.llm import LLM
 from opennemo.model import export
 from opennemo.model.checkpoint import convert
+from opennemo.model.formats import FORMATS
 from opennemo.model.hub import locate
+from opennemo.model.quantization import quantize_
+from opennemo.model.transformer import ModelConfig, Transformer
 
 TOPICS = ["the sea", "a mountain", "rain", "an old house", "bread", "a letter", "night", "trains"]
 CONTEXT = 2048
@@ -54,24 +63,48 @@ PATIENCE = 80  # seconds that a server has for one case; then larger ones are le
 ROUNDS = 3  # of what HTTP costs
 
 
+N_BESIDE, N_VOCABULARY = 16, 131_072
+EVERYTHING = frozenset(range(N_VOCABULARY))
+BESIDE: dict[str, dict] = {
+    "greedy": {},
+    "temperature 5": {"temperature": 5},
+    "allowed_token_ids of everything": {"allowed_ids": EVERYTHING},
+    "20 log-probabilities": {"logprobs": 20},
+    "all three": {"temperature": 5, "allowed_ids": EVERYTHING, "logprobs": 20},
+    "top-p 0.99": {"temperature": 1, "top_p": 0.99},
+    "top-p 0.99, temperature 5": {"temperature": 5, "top_p": 0.99},
+    "top-k 2,000, temperature 5": {"temperature": 5, "top_k": 2000},
+    "min-p 0.05": {"temperature": 5, "min_p": 0.05},
+    "penalties": {"repetition_penalty": 1.1, "presence_penalty": 0.5, "frequency_penalty": 0.2},
+    "typical 0.9": {"temperature": 1, "typical_p": 0.9},
+    "top-n-sigma 1": {"temperature": 1, "top_n_sigma": 1},
+    "DRY": {"dry_multiplier": 0.8},
+    "XTC": {"temperature": 1, "xtc_probability": 1, "xtc_threshold": 1e-5},
+}
+
+
 class Measured(NamedTuple):
     """Of one server under so many clients; times in milliseconds."""
 
     first_token: float
+    first_token_p99: float
     gap_p50: float
     gap_p95: float
     gap_p99: float
     answer: float
     tokens_per_s: float
+    memory: float  # MB of the server, the most it has had
 
 
 METRICS = {
     "first_token": ("time to first token", "ms"),
+    "first_token_p99": ("time to first token, p99", "ms"),
     "gap_p50": ("between tokens, p50", "ms"),
     "gap_p95": ("between tokens, p95", "ms"),
     "gap_p99": ("between tokens, p99", "ms"),
     "answer": ("whole answer", "ms"),
     "tokens_per_s": ("throughput", "tokens/s"),
+    "memory": ("memory", "MB"),
 }
 
 
@@ -111,7 +144,9 @@ async def stream(port: int, model: str, i: int, n_tokens: int) -> list[float]:
     return times
 
 
-async def load(port: int, model: str, n_clients: int, n_tokens: int) -> Measured:
+async def load(
+    port: int, model: str, n_clients: int, n_tokens: int, pid: int | None = None
+) -> Measured:
     """So many clients at once; a single one asks three questions, one after the other."""
     n_each = 3 if n_clients == 1 else 1
 
@@ -124,11 +159,13 @@ async def load(port: int, model: str, n_clients: int, n_tokens: int) -> Measured
     seconds = time.perf_counter() - started
     gaps = sorted(b - a for run in runs for a, b in itertools.pairwise(run[1:]))
     p50, p95, p99 = (1000 * gaps[int(p * (len(gaps) - 1))] for p in (0.5, 0.95, 0.99))
+    first = sorted(1000 * (run[1] - run[0]) for run in runs)
     return Measured(
-        first_token=1000 * statistics.median(run[1] - run[0] for run in runs),
+        first_token=statistics.median(first), first_token_p99=first[int(0.99 * len(first))],
         gap_p50=p50, gap_p95=p95, gap_p99=p99,
         answer=1000 * statistics.median(run[-1] - run[0] for run in runs),
         tokens_per_s=sum(len(run) - 1 for run in runs) / seconds,
+        memory=peak_memory(pid or "self") / 1e6,
     )  # fmt: skip
 
 
@@ -152,8 +189,8 @@ def engine_alone(folder: str, n_clients: int, n_tokens: int) -> None:
 
 
 @contextmanager
-def running(command: list[str], port: int, threads: int) -> Iterator[None]:
-    """A server while it runs.
+def running(command: list[str], port: int, threads: int) -> Iterator[int]:
+    """A server while it runs -> its process.
 
     Raises:
         RuntimeError: it did not start.
@@ -166,7 +203,7 @@ def running(command: list[str], port: int, threads: int) -> Iterator[None]:
             server = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
         try:
             wait(server, f"http://127.0.0.1:{port}", log)
-            yield
+            yield server.pid
         finally:
             server.terminate()
             try:
@@ -202,12 +239,13 @@ def under_load(
     """One server under all its loads -> what was measured, by clients."""
     found = {}
     try:
-        with running(command, options.port, options.threads):
+        with running(command, options.port, options.threads) as pid:
             asyncio.run(stream(options.port, model, 999, 4))
             for n in options.clients:
                 try:
-                    found[n] = asyncio.run(load(options.port, model, n, options.tokens))
-                    print(f"  {name}, {n}: {found[n].tokens_per_s:.1f} tokens/s", file=sys.stderr)
+                    found[n] = asyncio.run(load(options.port, model, n, options.tokens, pid))
+                    numbers = ", ".join(f"{k} {v:.1f}" for k, v in found[n]._asdict().items())
+                    print(f"  {name}, {n}: {numbers}", file=sys.stderr)
                 except (RuntimeError, OSError) as error:
                     print(f"  {name}, {n}: {type(error).__name__} {error}", file=sys.stderr)
                     break
@@ -263,19 +301,78 @@ def http_cost(folder: Path, command: list[str], options: argparse.Namespace) -> 
     )  # fmt: skip
 
 
+# ---- requests beside each other ---------------------------------------------------------------
+
+
+def gaps_beside(engine: LocalEngine, settings: dict | None, n_tokens: int) -> list[float]:
+    """Milliseconds between a greedy stream's tokens, sorted, beside a request of these settings."""
+    other, times, done = None, [], threading.Event()
+    if settings is not None:
+        params = SamplingParams(seed=1, ignore_eos=True, **settings)
+        computed = threading.Semaphore(0)
+        other = engine.submit([*range(300)], params, lambda _: computed.release(), n=N_BESIDE)
+        for _ in range(2 * N_BESIDE):
+            computed.acquire()
+
+    def note(token: Token) -> None:
+        times.append(time.perf_counter())
+        if token.finish_reason:
+            done.set()
+
+    engine.submit([*range(5)], SamplingParams(max_tokens=n_tokens, ignore_eos=True), note)
+    done.wait()
+    if other is not None:
+        engine.cancel(other)
+    return sorted(1000 * (b - a) for a, b in itertools.pairwise(times[1:]))
+
+
+def beside(n_tokens: int) -> list[Row]:
+    """How much longer one request lets another one's tokens take."""
+    torch.manual_seed(0)
+    shape = ModelConfig(
+        dim=256, n_layers=8, n_heads=8, n_kv_heads=2, head_dim=32, hidden_dim=1024,
+        vocab_size=N_VOCABULARY, max_position_embeddings=2048,
+    )  # fmt: skip
+    model = Transformer(shape).eval().requires_grad_(False)
+    quantize_(model, FORMATS["int8"], head=FORMATS["int8"])
+    engine, rows = LocalEngine(model, [2], EngineConfig(n_draft_tokens=0)), []
+    engine.start()
+    alone = statistics.median(gaps_beside(engine, None, n_tokens))
+    for name, settings in BESIDE.items():
+        gaps = gaps_beside(engine, settings, n_tokens)
+        gap = statistics.median(gaps)
+        print(f"  {name}: {gap:.1f} ms, p99 {gaps[int(0.99 * len(gaps))]:.1f}", file=sys.stderr)
+        rows.append(
+            Row(
+                name=f"beside {N_BESIDE} answers, {name}", ours=gap, peer=alone, peer_name="alone",
+                unit="ms", ratio=alone / gap, goal=1 / 3,
+            )
+        )  # fmt: skip
+    engine.close()
+    return rows
+
+
+# -----------------------------------------------------------------------------------------------
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", type=Path, help="a .gguf file; by default the built-in model")
-    parser.add_argument("--clients", nargs="+", type=int, default=[1, 8, 32])
+    parser.add_argument("--clients", nargs="+", type=int, default=[1, 8, 32, 64])
     parser.add_argument("--tokens", type=int, default=40, help="of each answer")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--llama-python", default=sys.executable, metavar="PYTHON")
     parser.add_argument("--transformers-python", default=sys.executable, metavar="PYTHON")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
+    parser.add_argument("--beside", action="store_true", help="measure requests beside each other")
     parser.add_argument("--engine", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.engine:
         engine_alone(options.engine, options.clients[0], options.tokens)
+        return
+    if options.beside:
+        torch.set_num_threads(options.threads)
+        show(beside(options.tokens), options.json)
         return
     with socket.create_server(("127.0.0.1", 0)) as probe:
         options.port = probe.getsockname()[1]
@@ -310,6 +407,10 @@ def main() -> None:
         else:
             print("transformers serve is left out: it is not installed", file=sys.stderr)
         rows.append(http_cost(int8, [*serve, str(int8)], options))
+    show(rows, options.json)
+
+
+def show(rows: list[Row], file: Path | None) -> None:
     table = Table("case", "ours", "peer", "", "", "ratio", "goal")
     for row in rows:
         numbers = f"{row.ratio:.2f}", f"{row.goal:.2f}"
@@ -317,7 +418,7 @@ def main() -> None:
             row.name, f"{row.ours:.1f}", row.peer_name, f"{row.peer:.1f}", row.unit, *numbers
         )
     Console(width=130).print(table)
-    write_rows(rows, options.json)
+    write_rows(rows, file)
 
 
 if __name__ == "__main__":

@@ -212,10 +212,13 @@ class LocalEngine(Loop):
             self.failed = self.failed or self.runner.is_broken
             return True
         self.drafter.follow(chunks)
+        computed = time.perf_counter()
         n_tokens = self._advance(chunks, logits, masks.result())
         if all(chunk.n_new == 1 for chunk in chunks):
-            seconds = time.perf_counter() - guessed
-            self.drafter.pace.note(len(logits), n_tokens, seconds, guessed - start)
+            end = time.perf_counter()
+            self.drafter.pace.note(len(logits), n_tokens, end - guessed, guessed - start)
+            if logits.is_cpu:  # others compute while the host waits for their tokens
+                self.scheduler.turns.note(len(logits), computed - guessed, end - computed)
         return True
 
     def _add(self, sequences: list[Sequence]) -> None:

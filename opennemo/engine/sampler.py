@@ -14,6 +14,7 @@ from collections.abc import Sequence as Many
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from opennemo.engine.filters import heal_, last_taken, narrow_, penalise_repeats_
@@ -103,8 +104,7 @@ def _mask_(logits: Tensor, masks: dict[int, np.ndarray]) -> None:
     n_tokens = logits.shape[1]
     if logits.is_cpu:
         for i, bits in masks.items():
-            row = logits[i].numpy()
-            row += MASKED.take(bits.view(np.uint8), 0).reshape(-1)[:n_tokens]
+            logits[i].numpy()[:] += MASKED.take(bits.view(np.uint8), 0).reshape(-1)[:n_tokens]
         return
     bits = torch.from_numpy(np.stack(list(masks.values()))).to(logits.device)
     places = torch.arange(32, dtype=torch.int32, device=logits.device)
@@ -118,11 +118,9 @@ def _penalise_(row: Tensor, prefix: Prefix) -> None:
     params, sequence = prefix.params, prefix.sequence
     tokens = [*sequence.tokens, *prefix.guesses]
     ids = torch.from_numpy(np.array(tokens, np.int64)).to(row.device)
-    if params.repetition_penalty != 1:
+    if (by := params.repetition_penalty) != 1:
         seen = row[ids]
-        row[ids] = torch.where(
-            seen > 0, seen / params.repetition_penalty, seen * params.repetition_penalty
-        )
+        row[ids] = torch.where(seen > 0, seen / by, seen * by)
     if params.presence_penalty or params.frequency_penalty:
         answered = ids[sequence.n_prompt :]
         # Not bincount, for which a GPU would have to wait: it looks for the largest first.
@@ -185,9 +183,7 @@ def pick_among_all(probs: Tensor, uniform: Tensor, params: Many[SamplingParams])
             least = max(least, _least(row.cpu().numpy(), p.top_p, p.top_k or len(row)))
         if least > 0:
             torch.threshold_(row, float(np.nextafter(least, np.float32(-1))), 0)
-    blocks = torch.nn.functional.pad(probs, (0, -probs.shape[-1] % BLOCK)).unflatten(
-        -1, (-1, BLOCK)
-    )
+    blocks = F.pad(probs, (0, -probs.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
     sums = blocks.sum(-1, dtype=torch.float64)
     target = uniform[:, None] * sums.sum(-1, keepdim=True)
     block, before = _passing(sums, target)
@@ -207,12 +203,9 @@ def _passing(weights: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _least(weights: np.ndarray, top_p: float, top_k: int) -> np.float32:
-    """The smallest of the likeliest weights that make up `top_p`, `top_k` of them at most.
-
-    `weights` (V,) are from 0 to 1.
-    """
-    ranks = LARGEST - weights.view(np.int32)  # positive floats have the order of their bits
-    last = last_taken(ranks, weights, top_p, top_k)
+    """The smallest of the likeliest weights, from 0 to 1, that make up `top_p`, at most `top_k`."""
+    # Positive floats have the order of their bits.
+    last = last_taken(LARGEST - weights.view(np.int32), weights, top_p, top_k)
     return np.int32(LARGEST - last).view(np.float32)
 
 

@@ -1,6 +1,6 @@
 """How many tokens of which sequence the next step computes: first come, first served, in a budget.
 
-Every step first gives each decoding sequence its token, so that running answers never stall, then
+Every step first gives decoding sequences their tokens (turns.py), so that answers never stall, then
 spends what is left of the budget on prompts, in chunks where they are long, and then on scores.
 When pages run out, the sequence that came last gives its own back and is computed anew later (the
 prefix cache often saves it from that). Plain Python, no tensors: tests drive it with random
@@ -15,6 +15,7 @@ from itertools import islice
 
 from opennemo.engine.kv_cache import KVCache
 from opennemo.engine.sequence import Chunk, Sequence
+from opennemo.engine.turns import Turns
 
 LOOKAHEAD = 256  # sequences that are looked at for one step; some wait for their leaders
 
@@ -31,6 +32,7 @@ class Scheduler:
     waiting: deque[Sequence] = field(default_factory=deque)
     scores: deque[Sequence] = field(default_factory=deque)  # that wait, behind all others
     running: list[Sequence] = field(default_factory=list)  # in order of arrival
+    turns: Turns = field(default_factory=Turns)
 
     def add(self, sequence: Sequence) -> None:
         self._queue(sequence).append(sequence)
@@ -49,7 +51,7 @@ class Scheduler:
         chunks, preempted = [], False
         # Guesses take no room from other sequences' next tokens.
         spare = max(0, min(budget, rows) - sum(s.n_pending == 1 for s in self.running))
-        for sequence in sorted(self.running, key=lambda s: s.n_pending > 1):  # decoding first
+        for sequence in self.turns.order(self.running):  # decoding first
             if min(budget, rows) <= 0:
                 break
             if sequence not in self.running:  # preempted in this very loop

@@ -115,3 +115,33 @@ def test_scores_keep_to_their_rows_and_let_answers_go_first(pairs, n_pages, budg
             break
     assert all(len(s.scores) == len(s.targets) for s in scores) and cache.n_used == 0
     assert sum(len(s.targets) for s in scores) == sum(len(ids) for _, ids in pairs)
+
+
+def test_answers_of_one_request_take_turns_where_choosing_takes_longer_than_computing():
+    scheduler = Scheduler(KVCache(100, 4), max_batched_tokens=64, max_sequences=40)
+    many = [sequence([0, 1], 40, request_id=1) for _ in range(16)]
+    one, two = (sequence([i, i], 40, request_id=i) for i in (2, 3))
+
+    def step() -> list[Sequence]:
+        chunks = scheduler.next_step()
+        for chunk in chunks:
+            chunk.sequence.n_computed += chunk.n_new
+            chunk.sequence.tokens.append(0)
+        return [chunk.sequence for chunk in chunks]
+
+    for s in many:
+        scheduler.add(s)
+    step()
+    scheduler.turns.note(16, computing=1.0, choosing=4.0)  # a quarter of a step each
+    assert step() == many  # alone it is not held back
+    scheduler.add(one)
+    scheduler.add(two)
+    step()
+    for _ in range(8):
+        assert {*step()} > {one, two}
+        lengths = [s.n_output for s in many]
+        assert max(lengths) - min(lengths) <= 1
+    steps = [step() for _ in range(4)]
+    assert [len(s) for s in steps] == [4] * 4
+    scheduler.turns.choosing = 0.001
+    assert {*step()} == {*many, one, two}
