@@ -242,7 +242,9 @@ class GrammarCompiler:
         if properties and schema.keys() <= {"type", "properties", "required", "$defs"}:
             schema["additionalProperties"] = False
             if "$ref" not in source:  # an optional property that nothing satisfies never comes
-                able = {k: v for k, v in properties.items() if not self._error_of(json.dumps(v))}
+                able = {
+                    k: v for k, v in properties.items() if not self._error_of_part(json.dumps(v))
+                }
                 schema["properties"] = able
         return FittedSchema(schema, tuple(gaps), fitted.why)
 

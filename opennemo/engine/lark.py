@@ -118,20 +118,24 @@ def _calls_of(
         raise InvalidRequest("a tool call is required, but no tools are given")
     functions = [(tool["function"]["name"], tool["function"].get("parameters")) for tool in tools]
     for free in (True, False):
+        values: dict[str, str] = {}  # rules of arguments by what they say: many tools say the same
         rules = [f"call: {' | '.join(f'call_{i}' for i in range(len(tools)))}"]
         for i, (name, schema) in enumerate(functions):
-            values = {"$name": syntax.spell(name), "$id": ""}
-            pieces = syntax.fill(syntax.call, values, {"$arguments", *control})
+            filled = {"$name": syntax.spell(name), "$id": ""}
+            pieces = syntax.fill(syntax.call, filled, {"$arguments", *control})
             rules.append(f"call_{i}: {_lark(pieces, f'args_{i}')}")
             in_order = [f"args_{i}: {json_value(schema or ANY_OBJECT)}"]
-            rules += (free and _in_any_order(i, schema)) or in_order
+            rules += (free and _in_any_order(i, schema, values)) or in_order
+        rules += (f"{name}: {value}" for value, name in values.items())
         if sum(map(len, rules)) < MAX_CALLS_SOURCE // 4:
             break
     return "\n".join(rules)
 
 
-def _in_any_order(i: int, schema: Any) -> list[str] | None:
+def _in_any_order(i: int, schema: Any, values: dict[str, str]) -> list[str] | None:
     """Rules `args_i` of an object whose properties come as the model likes, each once at most.
+
+    Rules that their values follow are added to `values`.
 
     A JSON schema says nothing of order, and models put first what was said first: held to the
     schema's order, one that had learned so made an eighth fewer exact calls
@@ -159,15 +163,14 @@ def _in_any_order(i: int, schema: Any) -> list[str] | None:
     more = f"not(is_ones([0:{len(bits)}]))"
     items = " | ".join(
         f"{json.dumps(json.dumps(name, ensure_ascii=False) + ': ')} "
-        f"v_{i}_{bit} more_{i}::set_bit({bit}) %if bit_clear({bit})"
+        f"{values.setdefault(json_value(properties[name]), f'value_{len(values)}')} "
+        f"more_{i}::set_bit({bit}) %if bit_clear({bit})"
         for name, bit in bits.items()
     )
-    values = (f"v_{i}_{bit}: {json_value(properties[name])}" for name, bit in bits.items())
     return [
         f'args_{i}: "{{" item_{i}::0x0' + ("" if required else ' | "{}"'),
         f"item_{i}::_ : {items}",
         f'more_{i}::_ : "}}" %if {there} | ", " item_{i}::_ %if {more}',
-        *values,
     ]
 
 

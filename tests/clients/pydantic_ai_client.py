@@ -5,7 +5,7 @@ import asyncio
 import sys
 
 from pydantic import BaseModel, Field
-from pydantic_ai import Agent, NativeOutput, ToolOutput
+from pydantic_ai import Agent, NativeOutput, Tool, ToolOutput
 from pydantic_ai.models.anthropic import AnthropicModel
 from pydantic_ai.models.mistral import MistralModel
 from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
@@ -28,6 +28,11 @@ def add(n: int) -> str:
     """Add to a number."""
     seen.append(n)
     return "4"
+
+
+async def unless_called(_, definition):
+    """Offer the tool once: a model this small would call it for ever."""
+    return None if seen else definition
 
 
 openai = OpenAIProvider(base_url=f"{url}/v1", api_key=key)
@@ -56,8 +61,10 @@ async def check(which, model):
         async with parser.run_stream("Hello") as stream:
             assert 0 <= (await stream.get_output()).n <= 9, which
 
-    # The loop: tools until the result's own tool is called.
-    looper = Agent(model, output_type=ToolOutput(Number), tools=[add], model_settings=settings)
+    # The loop: a tool, as long as it is offered, and then the result's own.
+    seen.clear()
+    tools = [Tool(add, prepare=unless_called)]
+    looper = Agent(model, output_type=ToolOutput(Number), tools=tools, model_settings=settings)
     result = await looper.run("Hello", usage_limits=UsageLimits(request_limit=8))
     assert 0 <= result.output.n <= 9, which
     again = await greeter.run("And now?", message_history=result.all_messages())
