@@ -2,7 +2,7 @@
 
     python benchmarks/serving.py [--llama-python PYTHON] [--transformers-python PYTHON]
                                  [--clients 1 8 32 64] [--threads N] [--json FILE]
-    python benchmarks/serving.py --beside [--threads N] [--json FILE]
+    python benchmarks/serving.py --beside [--json FILE]
 
 One server at a time on loopback, all in one run: 1, 8 and 32 clients stream chat completions, with
 the same prompts, limits and threads. Ours in int8 against llama.cpp's server in Q8_0, and ours in
@@ -18,7 +18,8 @@ The client shares the machine with the servers, and its work counts as theirs.
 
 `--beside` measures something else instead: how much later the tokens of a greedy stream come while
 another request asks for sixteen answers, by how these are sampled. The model is random, has 0.1 B
-parameters in int8 and Mistral NeMo's 131,072 tokens, and the engine runs in this process.
+parameters in int8 and Mistral NeMo's 131,072 tokens. Times are processor time of the engine's one
+thread, which other work on the machine changes little.
 
 Peers run in environments of their own, unless this one has them, and are left out where there are
 none: `pip install 'llama-cpp-python[server]'` and `pip install 'transformers[serving]'`.
@@ -305,7 +306,7 @@ def http_cost(folder: Path, command: list[str], options: argparse.Namespace) -> 
 
 
 def gaps_beside(engine: LocalEngine, settings: dict | None, n_tokens: int) -> list[float]:
-    """Milliseconds between a greedy stream's tokens, sorted, beside a request of these settings."""
+    """CPU milliseconds between a greedy stream's tokens, sorted, beside a request of settings."""
     other, times, done = None, [], threading.Event()
     if settings is not None:
         params = SamplingParams(seed=1, ignore_eos=True, **settings)
@@ -314,8 +315,8 @@ def gaps_beside(engine: LocalEngine, settings: dict | None, n_tokens: int) -> li
         for _ in range(2 * N_BESIDE):
             computed.acquire()
 
-    def note(token: Token) -> None:
-        times.append(time.perf_counter())
+    def note(token: Token) -> None:  # on the engine's thread
+        times.append(time.thread_time())
         if token.finish_reason:
             done.set()
 
@@ -345,7 +346,7 @@ def beside(n_tokens: int) -> list[Row]:
         rows.append(
             Row(
                 name=f"beside {N_BESIDE} answers, {name}", ours=gap, peer=alone, peer_name="alone",
-                unit="ms", ratio=alone / gap, goal=1 / 3,
+                unit="CPU ms", ratio=alone / gap, goal=1 / 3,
             )
         )  # fmt: skip
     engine.close()
@@ -371,7 +372,7 @@ def main() -> None:
         engine_alone(options.engine, options.clients[0], options.tokens)
         return
     if options.beside:
-        torch.set_num_threads(options.threads)
+        torch.set_num_threads(1)
         show(beside(options.tokens), options.json)
         return
     with socket.create_server(("127.0.0.1", 0)) as probe:

@@ -1,10 +1,10 @@
 """Whose answers the next step goes on with, so that one request does not slow the others' streams.
 
 A step computes a token of every answer that runs, and then chooses these one after the other. On a
-CPU the choosing may take the longer time: sixteen answers of one request, sampled at a high
-temperature out of 131,072 tokens, beside another request's one. Then answers of the same request
-take turns, so many in a step that choosing takes no longer than computing. A request that runs
-alone is not held back, each has an answer in each step, and no token depends on whose turn it is.
+CPU both may take long: sixteen answers of one request, sampled at a high temperature out of 131,072
+tokens, beside another request's one. Then answers of the same request take turns, as many in a step
+as let it take two and a half times as long as a step of one answer. A request that runs alone is
+not held back, each has an answer in each step, and no token depends on whose turn it is.
 """
 
 from collections import Counter
@@ -14,30 +14,44 @@ from dataclasses import dataclass
 from opennemo.engine.sequence import Sequence
 
 MEMORY = 0.8  # of what is measured: some five steps
+SLOWER = 1.5  # by how much a step may take longer than one of one answer, as its multiple
 
 
 @dataclass
 class Turns:
-    """What the latest steps took, and how many answers of a request go on in the next."""
+    """What the latest steps took, in seconds, and how many answers of a request go on next."""
 
-    computing: float = 0.0  # seconds of a step
-    choosing: float = 0.0  # seconds of a row
+    alone: float = 0.0  # a step of one row; 0: there was none yet
+    computing: float = 0.0  # a step, without choosing tokens
+    choosing: float = 0.0  # of one row
+    n_rows: float = 0.0
 
     def note(self, n_rows: int, computing: float, choosing: float) -> None:
         """Record a step of single tokens: its rows, and the seconds of its two parts."""
-        weight = 1 - MEMORY if self.computing else 1.0
-        self.computing += weight * (computing - self.computing)
-        self.choosing += weight * (choosing / n_rows - self.choosing)
+
+        def mean(old: float, new: float) -> float:
+            return old + (1 - MEMORY) * (new - old) if old else new
+
+        self.n_rows, self.computing = mean(self.n_rows, n_rows), mean(self.computing, computing)
+        self.choosing = mean(self.choosing, choosing / n_rows)
+        if n_rows == 1:
+            self.alone = mean(self.alone, computing + choosing)
+
+    @property
+    def most_rows(self) -> float:
+        """How many rows a step may have beside other requests."""
+        if not self.alone:  # choosing may take as long as computing
+            return self.computing / max(self.choosing, 1e-9)
+        more = max(0.0, self.computing - self.alone) / max(self.n_rows - 1, 1)
+        return SLOWER * self.alone / max(more + self.choosing, 1e-9)
 
     def order(self, running: Many[Sequence]) -> list[Sequence]:
         """Those whose turn it is to decode, and then those whose prompts are computed."""
         decoding = [s for s in running if s.n_pending == 1]
         prompts = [s for s in running if s.n_pending != 1]
-        counts = Counter(s.request_id for s in decoding)
+        counts, n_rows = Counter(s.request_id for s in decoding), self.most_rows
         most = each = max(counts.values(), default=0)
-        while each > 1 and sum(min(n, each) for n in counts.values()) * self.choosing > (
-            self.computing
-        ):
+        while each > 1 and sum(min(n, each) for n in counts.values()) > n_rows:
             each -= 1
         if len(counts) < 2 or each == most:
             return [*decoding, *prompts]

@@ -143,5 +143,10 @@ def test_answers_of_one_request_take_turns_where_choosing_takes_longer_than_comp
         assert max(lengths) - min(lengths) <= 1
     steps = [step() for _ in range(4)]
     assert [len(s) for s in steps] == [4] * 4
-    scheduler.turns.choosing = 0.001
+    scheduler.turns.note(1, computing=1.0, choosing=0.05)
+    for _ in range(50):  # 16 rows take four times as long as one
+        scheduler.turns.note(16, computing=3.7, choosing=0.5)
+    assert 6 <= len(step()) <= 8
+    for _ in range(50):
+        scheduler.turns.note(16, computing=1.5, choosing=0.5)
     assert {*step()} == {*many, one, two}
