@@ -18,6 +18,9 @@ from opennemo.engine.sequence import Prefix
 
 IMPOSSIBLE = -1e8  # what a request forbids is below it, and finite
 LONGEST_REPEAT = 64  # tokens; the penalty is beyond any logit long before
+# What a byte of a mask adds to the logits of its eight tokens.
+MASKED = np.where(np.unpackbits(np.arange(256, dtype=np.uint8), bitorder="little"), 0, -np.inf)
+MASKED = MASKED.reshape(256, 8).astype(np.float32)
 
 
 def narrow_(row: Tensor, params: SamplingParams, chance: float) -> None:
@@ -80,6 +83,38 @@ def last_taken(ranks: np.ndarray, weights: np.ndarray, share: float, most: int) 
     sums = weights[inside].cumsum(dtype=np.float64) + (mass[at - 1] if at else 0)
     n = min(int(np.searchsorted(sums, wanted)) + 1, most - n_before, len(inside))
     return int(ranks[inside[n - 1]])
+
+
+def mask_(logits: Tensor, masks: dict[int, np.ndarray]) -> None:
+    """Forbid what the bits (ceil(V / 32),) of a row of logits (S, V) do not allow."""
+    n_tokens = logits.shape[1]
+    if logits.is_cpu:
+        for i, bits in masks.items():
+            logits[i].numpy()[:] += MASKED.take(bits.view(np.uint8), 0).reshape(-1)[:n_tokens]
+        return
+    bits = torch.from_numpy(np.stack(list(masks.values()))).to(logits.device)
+    places = torch.arange(32, dtype=torch.int32, device=logits.device)
+    allowed = (bits[:, :, None] >> places & 1).flatten(1)[:, :n_tokens].bool()
+    rows = list(masks)
+    logits[rows] = logits[rows].masked_fill(~allowed, -torch.inf)
+
+
+def penalise_(row: Tensor, prefix: Prefix) -> None:
+    """Repetition (CTRL, arXiv:1909.05858), presence, frequency and DRY, in a row (V,), in place."""
+    params, sequence = prefix.params, prefix.sequence
+    tokens = [*sequence.tokens, *prefix.guesses]
+    ids = torch.from_numpy(np.array(tokens, np.int64)).to(row.device)
+    if (by := params.repetition_penalty) != 1:
+        seen = row[ids]
+        row[ids] = torch.where(seen > 0, seen / by, seen * by)
+    if params.presence_penalty or params.frequency_penalty:
+        answered = ids[sequence.n_prompt :]
+        # Not bincount, for which a GPU would have to wait: it looks for the largest first.
+        ones = row.new_ones(len(answered))
+        times = torch.zeros_like(row).index_add_(0, answered, ones)[answered]
+        row[answered] = row[answered] - params.presence_penalty - params.frequency_penalty * times
+    if params.dry_multiplier:
+        penalise_repeats_(row, params, tokens)
 
 
 def penalise_repeats_(row: Tensor, params: SamplingParams, tokens: Sequence[int]) -> None:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from opennemo.engine.filters import heal_, last_taken, narrow_, penalise_repeats_
+from opennemo.engine.filters import heal_, last_taken, mask_, narrow_, penalise_
 from opennemo.engine.params import FORBIDDEN, SamplingParams
 from opennemo.engine.sequence import Prefix
 from opennemo.engine.token import TokenLogprobs
@@ -26,9 +26,6 @@ HEAD = 1024
 BLOCK = 512  # tokens whose weights are summed first; the sum of all is searched in two steps
 LARGEST = np.float32(1).view(np.int32)  # of weights, as bits
 STRIDE = 32  # tokens of which the likeliest is looked at first
-# What a byte of a mask adds to the logits of its eight tokens.
-MASKED = np.where(np.unpackbits(np.arange(256, dtype=np.uint8), bitorder="little"), 0, -np.inf)
-MASKED = MASKED.reshape(256, 8).astype(np.float32)
 
 
 def sample(
@@ -44,7 +41,7 @@ def sample(
     for i, prefix in enumerate(prefixes):
         _bias_(logits[i], prefix, eos_ids)
     if masks:
-        _mask_(logits, masks)
+        mask_(logits, masks)
     if any(prefix.params.healing for prefix in prefixes):
         heal_(logits, prefixes)
     if logits.is_cpu and prefixes:
@@ -57,7 +54,7 @@ def _choose(logits: Tensor, prefixes: Many[Prefix]) -> Tensor:
     """The next token of each row, once biases and masks are in it."""
     for row, prefix in zip(logits, prefixes, strict=True):
         if prefix.params.penalises:
-            _penalise_(row, prefix)
+            penalise_(row, prefix)
     tokens = torch.from_numpy(logits.numpy().argmax(-1)) if logits.is_cpu else logits.argmax(-1)
     random = [i for i, p in enumerate(prefixes) if p.params.temperature > 0]
     for i in random:
@@ -97,38 +94,6 @@ def _bias_(row: Tensor, prefix: Prefix, eos_ids: frozenset[int]) -> None:
         row[[last for is_said, last in said if is_said]] = FORBIDDEN
     if prefix.n_output < params.min_tokens and params.grammar is None:
         row[list(eos_ids | params.stop_ids)] = -torch.inf
-
-
-def _mask_(logits: Tensor, masks: dict[int, np.ndarray]) -> None:
-    """Forbid what the bits (ceil(V / 32),) of a row of logits (S, V) do not allow."""
-    n_tokens = logits.shape[1]
-    if logits.is_cpu:
-        for i, bits in masks.items():
-            logits[i].numpy()[:] += MASKED.take(bits.view(np.uint8), 0).reshape(-1)[:n_tokens]
-        return
-    bits = torch.from_numpy(np.stack(list(masks.values()))).to(logits.device)
-    places = torch.arange(32, dtype=torch.int32, device=logits.device)
-    allowed = (bits[:, :, None] >> places & 1).flatten(1)[:, :n_tokens].bool()
-    rows = list(masks)
-    logits[rows] = logits[rows].masked_fill(~allowed, -torch.inf)
-
-
-def _penalise_(row: Tensor, prefix: Prefix) -> None:
-    """Repetition (CTRL, arXiv:1909.05858), presence, frequency and DRY, in a row (V,), in place."""
-    params, sequence = prefix.params, prefix.sequence
-    tokens = [*sequence.tokens, *prefix.guesses]
-    ids = torch.from_numpy(np.array(tokens, np.int64)).to(row.device)
-    if (by := params.repetition_penalty) != 1:
-        seen = row[ids]
-        row[ids] = torch.where(seen > 0, seen / by, seen * by)
-    if params.presence_penalty or params.frequency_penalty:
-        answered = ids[sequence.n_prompt :]
-        # Not bincount, for which a GPU would have to wait: it looks for the largest first.
-        ones = row.new_ones(len(answered))
-        times = torch.zeros_like(row).index_add_(0, answered, ones)[answered]
-        row[answered] = row[answered] - params.presence_penalty - params.frequency_penalty * times
-    if params.dry_multiplier:
-        penalise_repeats_(row, params, tokens)
 
 
 def _rows(values: Tensor, places: list[int]) -> Tensor:
