@@ -19,24 +19,28 @@ from opennemo.tokenizer.messages import Message, hash_id
 from recipes.tool_data.apis import Api, Split, draw_api, draw_value, execute, join, parts
 
 ENGLISH = 0.8  # share of conversations; the other languages share the rest
-# What may happen in a turn, and how often. To ask back is hard to learn, and practised more.
+# What may happen in a turn, and how often, in conversations to learn from and in those that end
+# with what is compared. To ask back is hard to learn, and practised more.
 KINDS = {
-    "train": {"single": 8, "parallel": 4, "none": 3, "missing": 5},
-    "test": {"single": 9, "parallel": 3, "none": 2, "missing": 3},
+    "learned": {"single": 8, "parallel": 4, "none": 3, "missing": 5},
+    "compared": {"single": 9, "parallel": 3, "none": 2, "missing": 3},
 }
 # How many turns and tools a conversation has: many turns, for tools take most of its tokens.
-N_TURNS = {"train": (2, 3, 4, 5), "test": (1, 1, 1, 2, 3)}
-N_TOOLS = {"train": (1, 2, 2, 3), "test": (1, 2, 2, 3, 4)}
+N_TURNS = {"learned": (2, 3, 4, 5), "compared": (1, 1, 1, 2, 3)}
+N_TOOLS = {"learned": (1, 2, 2, 3), "compared": (1, 2, 2, 3, 4)}
 
 
-def conversations(split: Split, n: int, seed: int) -> Iterator[dict[str, Any]]:
+def conversations(
+    split: Split, n: int, seed: int, *, prompts: bool = False
+) -> Iterator[dict[str, Any]]:
     """`n` lines of a chat file, each made from its own number, the seed and the split.
 
-    In the split "test" each ends with the message that is to be compared (`exact_calls` of
-    `opennemo/train/rewards.py`).
+    With `prompts`, and in the split "test", each ends with the message that an answer is to be
+    compared with (`exact_calls` of `opennemo/train/rewards.py`).
     """
     for i in range(n):
-        row = _Conversation(split, random.Random(f"{split} {seed} {i}")).make()
+        rng = random.Random(f"{split} {seed} {i}")
+        row = _Conversation(split, rng, compared=prompts or split == "test").make()
         check(row)
         yield row
 
@@ -64,10 +68,11 @@ def check(row: Mapping[str, Any]) -> None:
 class _Conversation:
     """One conversation in the making."""
 
-    def __init__(self, split: Split, rng: random.Random):
+    def __init__(self, split: Split, rng: random.Random, *, compared: bool):
         languages = parts()["languages"]
         others = range(1, len(languages))
         self.split: Split = split
+        self.use = "compared" if compared else "learned"
         self.rng = rng
         self.language = 0 if rng.random() < ENGLISH else rng.choice(others)
         self.code = languages[self.language]
@@ -76,19 +81,19 @@ class _Conversation:
         self.apis: list[Api] = []
         # Half of the time tools are of one domain, and hard to tell apart.
         self.domain = rng.choice([*parts()[split]["domains"]]) if rng.random() < 0.5 else None
-        for _ in range(rng.choice(N_TOOLS[split])):
+        for _ in range(rng.choice(N_TOOLS[self.use])):
             self.apis.append(self._draw_api(self.domain))
 
     def make(self) -> dict[str, Any]:
         rng = self.rng
-        n_turns, kinds = rng.choice(N_TURNS[self.split]), KINDS[self.split]
+        n_turns, kinds = rng.choice(N_TURNS[self.use]), KINDS[self.use]
         kind = ""
         for turn in range(n_turns):
             kind = rng.choices([*kinds], [*kinds.values()])[0]
             getattr(self, f"_{kind}")()
-            if self.split == "train" or turn < n_turns - 1:
+            if self.use == "learned" or turn < n_turns - 1:
                 self._conclude()
-        if self.split == "test" and kind == "missing" and rng.random() < 0.5:
+        if self.use == "compared" and kind == "missing" and rng.random() < 0.5:
             del self.messages[-2:]  # whether it asks back is what is compared
         kind = kind if n_turns == 1 else f"{kind}_after_{n_turns - 1}"
         return {

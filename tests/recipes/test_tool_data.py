@@ -36,6 +36,18 @@ def test_the_same_seed_makes_the_same_and_another_makes_others():
     assert list(conversations("train", 20, 1)) != TRAIN[:20]
 
 
+def test_prompts_of_the_training_split_end_with_what_is_compared():
+    """They have the APIs of that split, and the endings of the other."""
+    prompts = list(conversations("train", 400, 0, prompts=True))
+    endings = [Counter(bool(row["messages"][-1].get("tool_calls")) for row in rows)
+               for rows in (TRAIN, prompts, TEST)]  # fmt: skip
+    assert endings[0][True] == 0
+    assert endings[1][True] == pytest.approx(endings[2][True], rel=0.1) and endings[1][False] > 50
+    trained, tested = ({f["name"] for f in functions(rows)} for rows in (TRAIN, TEST))
+    assert {f["name"] for f in functions(prompts)} & trained
+    assert not {f["name"] for f in functions(prompts)} & tested
+
+
 def test_the_splits_share_no_name():
     train, test = parts()["train"], parts()["test"]
     for table in ("domains", "verbs", "arguments"):
