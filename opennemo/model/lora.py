@@ -11,7 +11,7 @@ those of PEFT: `adapter_config.json` and `adapter_model.safetensors`; mistral-fi
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -215,6 +215,24 @@ def add_lora_(
         else:
             replace_module(model, path, RoundedLoRA(linear, low_rank))
     link_fused_(model)
+
+
+def start_from_(model: nn.Module, weights: Mapping[str, tuple[float, Tensor, Tensor]]) -> None:
+    """Give adapters that are to learn the values of one that was read (`read_adapter`).
+
+    Raises:
+        InvalidRequest: it adapts other layers, or its rank is another.
+    """
+    parts = dict(_low_ranks(model))
+    if differing := sorted(parts.keys() ^ weights.keys()):
+        raise InvalidRequest(f"lora.start: of {differing[0]}, one adapter has a part, one has none")
+    for path, part in parts.items():
+        scale, a, b = weights[path]
+        if a.shape != part.a.shape:
+            raise InvalidRequest(f"lora.start: its rank is {len(a)}, and lora.rank {len(part.a)}")
+        with torch.no_grad():
+            part.a.copy_(a)
+            part.b.copy_(b * (scale / part.scale))
 
 
 def merge_lora_(model: Transformer) -> None:

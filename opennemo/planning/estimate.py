@@ -76,7 +76,8 @@ def resolve_shape(recipe: Recipe, shape: str | None, stored: str | None) -> Base
             raise InvalidRequest(f"model.path {path} is not there: name its shape with --shape")
         checkpoint = open_checkpoint(locate(path))
         config, stored = checkpoint.config, stored or checkpoint.format
-        if stored is None and checkpoint.in_blocks and recipe.lora and not recipe.qat:
+        lora = recipe.lora if recipe.qat is None and stored is None else None
+        if checkpoint.in_blocks and lora is not None and lora.dtype == "auto":
             form, sizes = form_of_base(recipe, checkpoint, None), checkpoint.shapes
             rows = {name: checkpoint.runs_in(name, form) for name in sizes}
             kept = {name: sizes[name] for name, row in rows.items() if row.in_codes}

@@ -139,6 +139,10 @@ class Lora:
     alpha: Annotated[float, Field(gt=0)] = 32.0  # that part is scaled by alpha / rank
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of inputs left out
     layers: tuple[str, ...] = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")  # that get one
+    start: str | None = None  # an adapter's folder to go on from: this rank, these layers
+    # What the frozen weights are in, and products; auto: as they are stored on a GPU; on a CPU
+    # float32, or the blocks of a GGUF file.
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

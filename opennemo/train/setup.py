@@ -16,11 +16,12 @@ import torch
 
 from opennemo.errors import InvalidRequest
 from opennemo.files import write_whole
+from opennemo.model.adapter_files import read_adapter
 from opennemo.model.checkpoint import Checkpoint, Form, load, open_checkpoint, weight_shapes
 from opennemo.model.compressed import misfit
 from opennemo.model.formats import BlockRounding, by_name
 from opennemo.model.hub import locate
-from opennemo.model.lora import add_lora_
+from opennemo.model.lora import add_lora_, start_from_
 from opennemo.model.quantization import prepare_qat_
 from opennemo.model.transformer import Transformer
 from opennemo.tokenizer.load import open_tokenizer
@@ -128,7 +129,10 @@ def form_of_base(recipe: "Recipe", checkpoint: Checkpoint, dtype: torch.dtype | 
     An adapter alone learns over blocks of a GGUF file as they are, but for the head's, which the
     loss multiplies in parts.
     """
-    blocks = recipe.lora is not None and recipe.qat is None and checkpoint.in_blocks
+    lora = recipe.lora
+    if lora is not None and lora.dtype != "auto":
+        return Form(dtype=getattr(torch, lora.dtype), blocks=False)
+    blocks = lora is not None and recipe.qat is None and checkpoint.in_blocks
     if blocks and dtype is None:
         dtype = torch.bfloat16  # blocks say nothing of what the rest is in
     return Form(dtype=dtype, blocks=blocks, head_in_blocks=False)
@@ -185,6 +189,8 @@ def change_weights_(model: Transformer, recipe: "Recipe") -> None:
             model, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, layers=lora.layers,
             generator=generator,
         )  # fmt: skip
+        if lora.start is not None:
+            start_from_(model, read_adapter(Path(lora.start), model.config))
 
 
 def _rows(

@@ -298,6 +298,35 @@ def test_an_adapter_is_learned_and_read_back(make_recipe, tmp_path):
     assert "LoRA of rank 4" in (made["adapter"] / "README.md").read_text()
 
 
+def test_an_adapter_goes_on_from_another_in_16_bits(make_recipe, tmp_path):
+    """Its first step finds the loss that the other came to; other ranks and layers are refused."""
+    base = train(make_recipe("chat", steps=1), tmp_path / "base", quiet=True)["model"]
+    model = {"path": str(base), "shape": None, "tokenizer": None}
+    changes = {"steps": 6, "model": model, "optim": {"lr": 5e-2, "warmup": 0.0}}
+    lora = {"rank": 4, "alpha": 8.0, "layers": ["wq", "wk", "w2"], "dtype": "bfloat16"}
+    first = make_recipe("chat", lora=lora, **changes)
+    started = train(first, tmp_path / "first", quiet=True)["adapter"]
+    lora |= {"start": str(started), "alpha": 4.0}
+    train(make_recipe("chat", lora=lora, **changes), tmp_path / "second", quiet=True)
+    before, after = (read_metrics(tmp_path / name) for name in ("first", "second"))
+    assert after[0]["loss"] < before[0]["loss"] - 0.1
+    assert load(base).norm.weight.dtype == torch.float32
+    again = make_recipe("chat", lora=lora, **changes)
+    learning = Setup.make(again, torch.device("cpu")).model
+    assert learning.output.weight.dtype == torch.bfloat16
+    read = load_adapter(started, load(base)).weights
+    for path, (a, b) in read.items():
+        part = learning.get_submodule(path).low_rank
+        torch.testing.assert_close(part.a, a, rtol=0, atol=0)
+        torch.testing.assert_close(part.scale * part.b, b)
+    for change, message in (
+        ({"rank": 2}, "lora.start: its rank is 4, and lora.rank 2"),
+        ({"layers": ["wq", "wk"]}, r"of layers.0.feed_forward.w2, one adapter has a part"),
+    ):
+        with pytest.raises(InvalidRequest, match=message):
+            Setup.make(make_recipe("chat", lora=lora | change, **changes), torch.device("cpu"))
+
+
 @needs_smollm2
 def test_an_adapter_is_learned_over_the_blocks_of_a_gguf_file(make_recipe, tmp_path):
     recipe = make_recipe(
