@@ -108,6 +108,9 @@ def validate_data(
     gpus: Annotated[
         str, typer.Option(help="To estimate for, as in `opennemo plan`: 1x4090, or 1xcpu.")
     ] = "1xcpu",
+    prompts: Annotated[
+        bool, typer.Option(help="They are prompts that a model is to answer, as of recipes of rl.")
+    ] = False,
     fix: Annotated[
         Path | None, typer.Option(help="Write a copy with bad lines repaired or left out.")
     ] = None,
@@ -125,7 +128,7 @@ def validate_data(
 
     path, console = tokenizer_path(model), Console(highlight=False)
     tokenizer = open_tokenizer(path)
-    report = validate(files, tokenizer, max_tokens)
+    report = validate(files, tokenizer, max_tokens, prompts=prompts)
     shares = (50, 90, 99, 100)
     lengths = ", ".join(
         f"{n:,} ({share} %)" for share, n in zip(shares, report.percentiles(*shares), strict=True)
@@ -141,7 +144,7 @@ def validate_data(
     }
     for name, value in rows.items():
         console.print(f"{name:<13} {value or 'not given'}", soft_wrap=True)
-    if path.is_dir() or path.suffix == ".gguf":
+    if not prompts and (path.is_dir() or path.suffix == ".gguf"):
         made = epoch(files, report, path, parse_machines(gpus, 1), width=max_tokens, rank=rank)
         what = f"a LoRA of rank {rank}" if rank else "all weights"
         console.print(
@@ -154,7 +157,7 @@ def validate_data(
             console.print(f"              does not fit: {problem}", soft_wrap=True)
     bad = report.bad
     if fix is not None:
-        left_out = write_fixed(files, fix, report, tokenizer, max_tokens)
+        left_out = write_fixed(files, fix, report, tokenizer, max_tokens, prompts=prompts)
         print(
             f"Wrote {fix}: {len(bad) - len(left_out):,} lines repaired, {len(left_out):,} left out"
         )

@@ -27,6 +27,7 @@ from opennemo.train.conversations import (
     batches_of_lines,
     read_examples,
     read_pairs,
+    read_tasks,
 )
 from opennemo.train.shapes import (
     SPEAKERS,
@@ -37,8 +38,12 @@ from opennemo.train.shapes import (
 )
 
 
-def validate(paths: Sequence[Path], tokenizer: Tokenizer, max_tokens: int) -> Report:
+def validate(
+    paths: Sequence[Path], tokenizer: Tokenizer, max_tokens: int, *, prompts: bool = False
+) -> Report:
     """Read files as training would, conversations or preferences, whichever each file holds.
+
+    With `prompts` they are what a model is to answer, as the objective "rl" reads them.
 
     Raises:
         InvalidRequest: a file cannot be read at all.
@@ -46,6 +51,7 @@ def validate(paths: Sequence[Path], tokenizer: Tokenizer, max_tokens: int) -> Re
     report = Report()
     for path in paths:
         read = read_pairs if _holds_pairs(path) else read_examples
+        read = read_tasks if prompts else read
         report.add(read([path], tokenizer, max_tokens=max_tokens)[1])
     return report
 
@@ -72,9 +78,12 @@ def epoch(
 
 
 def fix(
-    paths: Sequence[Path], out: Path, report: Report, tokenizer: Tokenizer, max_tokens: int
-) -> list[BadLine]:
+    paths: Sequence[Path], out: Path, report: Report, tokenizer: Tokenizer, max_tokens: int,
+    *, prompts: bool = False,
+) -> list[BadLine]:  # fmt: skip
     """Write good lines as they are and bad ones repaired; the lines that had to be left out.
+
+    A bad prompt is left out.
 
     Raises:
         InvalidRequest: the file exists.
@@ -89,7 +98,7 @@ def fix(
                     for number, line in lines:
                         if (problem := bad.get((name, number))) is None:
                             file.write(line.rstrip(b"\r\n") + b"\n")
-                        elif (row := repair(line, reader)) is not None:
+                        elif not prompts and (row := repair(line, reader)) is not None:
                             file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
                         else:
                             left_out.append(problem)

@@ -116,6 +116,21 @@ def run(*arguments: object) -> int:
     return int(exit.value.code or 0)
 
 
+def test_prompts_are_read_as_what_is_to_be_answered(tmp_path, capsys):
+    """A line may end with a question; one without is bad, and left out of a copy."""
+    rows = [{"messages": [ASK]}, {"messages": [ASK, SAY]}, {"messages": [SAY]}, {"prompt": "Hi"}]
+    file, fixed = tmp_path / "prompts.jsonl", tmp_path / "fixed.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    command = ("validate-data", file, "--model", OWN, "--prompts")
+    assert run(*command) == 1
+    out, err = capsys.readouterr()
+    assert "conversations 3\n" in out and "to be learned 0\n" in out and "line 3: " in err
+    assert run(*command, "--fix", fixed) == 0
+    assert "0 lines repaired, 1 left out" in capsys.readouterr().out
+    assert [json.loads(line) for line in fixed.read_text().splitlines()] == [*rows[:2], rows[3]]
+    assert run("validate-data", fixed, "--model", OWN, "--prompts") == 0
+
+
 def test_the_commands(file, tmp_path, capsys):
     assert run("validate-data", file, "--model", OWN, "--max-tokens", 128) == 1
     out, err = capsys.readouterr()
