@@ -155,7 +155,12 @@ def main() -> None:
     for what, before in measured[base].items():
         share = what != LOSS
         values = [found.get(what) for found in measured.values()]
+        n = len(cases) if what.endswith(("exact", "parsed")) else 0  # standard errors of these
+        errors = (
+            f" ± {(v * (1 - v) / n) ** 0.5:.1%}" if v is not None and n else "" for v in values
+        )
         texts = ("" if v is None else f"{v:.1%}" if share else f"{v:.4f}" for v in values)
+        texts = (text + error for text, error in zip(texts, errors, strict=True))
         table.add_row(what, *texts)
         for name, ours in zip(measured, values, strict=True):
             if ours is None or name == base:
