@@ -21,7 +21,7 @@ from opennemo.model import blocks
 from opennemo.model.attention import Packed
 from opennemo.model.checkpoint import Form, load
 from opennemo.model.hub import locate
-from opennemo.model.lora import load_adapter
+from opennemo.model.lora import LowRank, load_adapter
 from opennemo.model.quantization import QuantizedLinear
 from opennemo.tokenizer.patterns import PATTERNS
 from opennemo.tokenizer.tekken import SINGLE_BYTES, Tekken
@@ -316,7 +316,8 @@ def test_an_adapter_goes_on_from_another_in_16_bits(make_recipe, tmp_path):
     assert learning.output.weight.dtype == torch.bfloat16
     read = load_adapter(started, load(base)).weights
     for path, (a, b) in read.items():
-        part = learning.get_submodule(path).low_rank
+        part = learning.get_submodule(path).get_submodule("low_rank")
+        assert isinstance(part, LowRank)
         torch.testing.assert_close(part.a, a, rtol=0, atol=0)
         torch.testing.assert_close(part.scale * part.b, b)
     for change, message in (
