@@ -217,7 +217,7 @@ def test_a_row_of_a_large_vocabulary_is_chosen_alike_alone_and_in_company(n_toke
         for i, (t, case) in enumerate((t, case) for t in (0, 5) for case in cases)
     ]
     mask = np.random.default_rng(0).integers(-(2**31), 2**31, -(-n_tokens // 32)).astype(np.int32)
-    masks = dict.fromkeys(range(0, len(prefixes), 5), mask)
+    masks = {i: mask for i in range(0, len(prefixes), 5)}  # noqa: C420, its type is lost there
     together = sample(logits.clone(), prefixes, frozenset(), masks).tolist()
     for i, prefix in enumerate(prefixes):
         alone = sample(
