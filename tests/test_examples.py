@@ -104,6 +104,12 @@ def test_an_adapter_learns_facts_and_is_served_beside_the_model(tmp_path):
     assert "Tarrant" not in without and "Tarrant" in with_it
 
 
+@pytest.mark.slow
+def test_answers_are_judged_by_a_reward_of_ones_own(tmp_path):
+    said = run("custom_reward", tmp_path, "2")
+    assert len(re.findall(r"^step [01]: reward 0\.\d+, \d+ tokens an answer$", said, re.M)) == 2
+
+
 def test_a_client_streams_and_is_answered_in_json(tmp_path):
     pytest.importorskip("openai", reason="the extra `dev` is not installed")
     with serving(Path("smollm2-135m-instruct"), tmp_path) as server:
