@@ -611,7 +611,7 @@ static void wait_for_change(std::atomic<uint32_t>& word, uint32_t old) {
 
 class Pool {
  public:
-  explicit Pool(int n) : n_(n) {
+  explicit Pool(int n) : n_(std::max(n, 1)) {
     for (int t = 1; t < n; t++) workers_.emplace_back([this, t] { work(t); });
   }
   ~Pool() {
@@ -635,7 +635,8 @@ class Pool {
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == (uint32_t)n_) {
       arrived_.store(0, std::memory_order_relaxed);
       taken_.store(0, std::memory_order_relaxed);
-      phase_.store(phase + 1, std::memory_order_release);
+      // In sequence: notify_all asks afterwards whether anybody waits, and they ask for the phase.
+      phase_.store(phase + 1);
       if (n_ > 1) phase_.notify_all();
     } else {
       wait_for_change(phase_, phase);
@@ -656,7 +657,7 @@ class Pool {
 
  private:
   void start() {
-    started_.fetch_add(1, std::memory_order_release);
+    started_.fetch_add(1);
     if (n_ > 1) started_.notify_all();
   }
   void work(int t) {

@@ -45,6 +45,9 @@ def test_rows_as_numbers_equal_the_definition(type: str, instructions: str):
         found = cpu.dequantize(cpu.CpuFormat[type.upper()], rows, width, instructions)
         # The kernel subtracts the minimum without rounding before.
         assert torch.allclose(found, dequantize(type, rows), rtol=1e-6, atol=1e-6)
+        assert (
+            cpu.dequantize(cpu.CpuFormat[type.upper()], rows[:0], width, instructions).numel() == 0
+        )
 
 
 @pytest.mark.parametrize("type", TYPES)

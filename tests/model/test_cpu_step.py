@@ -139,7 +139,7 @@ def in_blocks(*types: str) -> Transformer:
 )
 def test_matrices_in_blocks_of_different_types_equal_the_definition(types, instructions: str):
     net = in_blocks(*types)
-    native, torch_step = NativeStep(net, 2, instructions, release=True), TorchStep(net)
+    native, torch_step = NativeStep(net, 2, instructions), TorchStep(net)
     found, expected = (Requests(net.config, [70, 1, 33]) for _ in range(2))
     ours, theirs = (torch.cat(r.whole(s)) for r, s in ((found, native), (expected, torch_step)))
     # A sum in another order may round an input to the neighbouring code.
