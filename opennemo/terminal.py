@@ -350,7 +350,7 @@ def _unechoed() -> Iterator[None]:
 
     before = termios.tcgetattr(sys.stdin)
     quiet = before.copy()
-    quiet[3] &= ~termios.ECHO
+    quiet[3] = quiet[3] & ~termios.ECHO | termios.NOFLSH  # Ctrl-C keeps what was typed before
     termios.tcsetattr(sys.stdin, termios.TCSADRAIN, quiet)
     try:
         yield

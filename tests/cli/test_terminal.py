@@ -60,15 +60,14 @@ def test_pastes_quotes_and_commands(chat, tmp_path):
 
 @needs_terminals
 def test_keys_pressed_during_an_answer_wait_for_the_prompt(chat):
-    chat.type("/set max_tokens 900\r")
-    chat.expect("> ")
-    chat.type("/set ignore_eos 1\r")  # is no number
-    chat.expect("> ")
+    for setting in ("max_tokens", "min_tokens"):
+        chat.type(f"/set {setting} 900\r")  # more than a second's
+        chat.expect("> ")
     chat.type("Hi\r")
     chat.expect("\n")
-    time.sleep(1)
+    time.sleep(0.4)
     chat.type("/he")
-    time.sleep(0.5)
+    time.sleep(0.2)
     chat.type("\x03")
     answer = chat.expect("a second")
     assert "/he" not in answer
