@@ -35,7 +35,7 @@ def gpu_options(parser: argparse.ArgumentParser) -> argparse.Namespace | None:
     options = parser.parse_args()
     if torch.cuda.is_available() or options.toy:
         return options
-    print(f"benchmarks/{parser.prog} needs an NVIDIA GPU, and there is none here")
+    print(f"benchmarks/{parser.prog} needs an NVIDIA GPU; this machine has none")
     return None
 
 

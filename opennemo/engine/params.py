@@ -120,7 +120,7 @@ class SamplingParams:
         if any(not word or min(word) < 0 for word in self.bad_words):
             raise InvalidRequest("bad_words holds an empty word or names an id below 0")
 
-    # Made once: there may be a vocabulary of them, and every step wants them.
+    # Made once: there may be a vocabulary of them, and every step needs them.
     @cached_property
     def allowed_bias(self) -> np.ndarray:
         """What `allowed_ids` add to the logits of the tokens up to the last of them (n,)."""

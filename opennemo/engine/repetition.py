@@ -47,8 +47,8 @@ class Repetition:
 class Runs:
     """An answer's tokens as they come, and for each size of a pattern how long it has repeated.
 
-    A token goes on with a pattern of `n` tokens if it equals the one `n` before it. Whole patterns
-    stand `min_count` times at the end once `n * (min_count - 1)` tokens in a row have done so.
+    A token continues a pattern of `n` tokens if it equals the token `n` places before it. The
+    answer ends in `min_count` whole patterns once `n * (min_count - 1)` tokens in a row did so.
     """
 
     def __init__(self, wanted: Repetition):

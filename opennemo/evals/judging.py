@@ -324,7 +324,7 @@ def wild_tasks(data: BenchmarkData, limit: int | None) -> tuple[str, str, list[d
 def wild_bench(
     data: BenchmarkData, model: ChatModel, judging: Judging, limit: int | None
 ) -> list[ResultRow]:
-    """The score of WildBench, or of what stands in for it, and of each of its kinds of tasks."""
+    """The score of WildBench or its substitute, in total and by kind of task."""
     name, template, tasks = wild_tasks(data, limit)
     talks = [
         [{k: m[k] for k in ("role", "content")} for m in t["conversation_input"]] for t in tasks

@@ -227,10 +227,10 @@ class CpuModel:
         assert embedding.format in (CpuFormat.FP32, CpuFormat.BF16) or embedding.format.in_blocks
         self._library = load_library(instructions or available_instructions()[0])
         self._shape = shape
-        self._kept: list[Tensor] = []  # what the kernel reads in place
+        self._table = table = embedding.codes.detach().contiguous()  # read in place
         self._model = self._library.model_new(
             ctypes.byref(shape), frequencies.double().contiguous().data_ptr(),
-            *self._keep(embedding),
+            table.data_ptr(), embedding.format, table.stride(0) * table.element_size(),
         )  # fmt: skip
         for i, layer in enumerate(layers):
             self._norm(2 * i, layer.attention_norm)
@@ -301,13 +301,6 @@ class CpuModel:
     def _norm(self, index: int, gains: Tensor) -> None:
         gains = gains.detach().float().contiguous()
         self._library.model_norm(self._model, index, gains.data_ptr())
-
-    def _keep(self, weights: Weights) -> tuple[int, int, int]:
-        """Weights that are read in place -> where their rows are, their format, bytes of a row."""
-        codes = weights.codes.detach().contiguous()
-        self._kept.append(codes)
-        row_bytes = codes.stride(0) * codes.element_size()
-        return codes.data_ptr(), weights.format, row_bytes
 
     def _pack(self, first: int, matrices: Sequence[Weights]) -> None:
         """Lay out matrices that take the same input, the first of this index."""

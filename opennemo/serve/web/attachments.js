@@ -7,7 +7,7 @@ import { size } from "./thread.js";
 
 export class Attachments {
   files = []; // { name, text }
-  #reading = new Map(); // File -> the list that it will stand in
+  #reading = new Map(); // File -> the list that it will be added to
 
   /** @param changed called when the files have */
   constructor(changed) {

@@ -35,7 +35,7 @@ const renderer = {
   image: ({ href, text }) => `<a href="${escape(href)}">${escape(text || "image")}</a>`,
   checkbox: ({ checked }) => (checked ? "☑ " : "☐ "),
   heading({ tokens, depth, level }) {
-    const tag = level ? `h${level}` : "p"; // in a quotation or a list it is none of the outline
+    const tag = level ? `h${level}` : "p"; // headings in quotations and lists are not part of the outline
     return `<${tag} class="depth-${depth}">${this.parser.parseInline(tokens)}</${tag}>`;
   },
 };
