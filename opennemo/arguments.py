@@ -99,7 +99,7 @@ class AnswerOptions:
         """The grammar that an answer follows, from either of two ways to ask for one.
 
         Raises:
-            InvalidRequest: both are there, or the one that is there is of no use.
+            InvalidRequest: both are given, or the one that is given is invalid.
         """
         format, json_schema = self.format, self.json_schema
         if json_schema is not None:

@@ -109,7 +109,7 @@ def validate_data(
         str, typer.Option(help="To estimate for, as in `opennemo plan`: 1x4090, or 1xcpu.")
     ] = "1xcpu",
     prompts: Annotated[
-        bool, typer.Option(help="They are prompts that a model is to answer, as of recipes of rl.")
+        bool, typer.Option(help="The files are prompts to answer, as recipes of rl read them.")
     ] = False,
     fix: Annotated[
         Path | None, typer.Option(help="Write a copy with bad lines repaired or left out.")

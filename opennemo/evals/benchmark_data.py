@@ -62,7 +62,7 @@ class BenchmarkData:
         return datasets_from(root, f"local-{digest(files)}")
 
 
-def tell(lacking: Mapping[str, str], n: int) -> None:
+def report_lacking(lacking: Mapping[str, str], n: int) -> None:
     """Print what benchmarks lack, by name; raises InvalidRequest if all `n` lack something."""
     if len(lacking) == n:
         raise InvalidRequest("; ".join(f"{name} {lack}" for name, lack in lacking.items()))

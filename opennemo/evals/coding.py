@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from opennemo.errors import InvalidRequest, OpenNemoError
-from opennemo.evals.benchmark_data import BenchmarkData, tell
+from opennemo.evals.benchmark_data import BenchmarkData, report_lacking
 from opennemo.evals.rows import MISSING, ResultRow, gather
 from opennemo.evals.runs import Run, digest
 from opennemo.evals.suites import Outcome, Request
@@ -80,7 +80,7 @@ def prepare(request: Request) -> None:
         raise InvalidRequest(
             "--suite code runs programs that the model wrote: allow it by --run-code"
         )
-    tell(_lacking(request), len(request.chosen([*BENCHMARKS])))
+    report_lacking(_lacking(request), len(request.chosen([*BENCHMARKS])))
 
 
 def _lacking(request: Request) -> dict[str, str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from opennemo.errors import InvalidRequest
-from opennemo.evals.benchmark_data import BenchmarkData, tell
+from opennemo.evals.benchmark_data import BenchmarkData, report_lacking
 from opennemo.evals.benchmarks import BENCHMARKS, Benchmark
 from opennemo.evals.patches import quiet_harness
 from opennemo.evals.rows import MISSING, ResultRow
@@ -37,7 +37,7 @@ def prepare(request: Request) -> None:
     """Print what benchmarks lack; raises InvalidRequest if none can be measured."""
     chosen, data = _chosen(request), BenchmarkData(request.data)
     lacking = {b.key: lack for b in chosen if (lack := _lack(b, data))}
-    tell(lacking, len(chosen))
+    report_lacking(lacking, len(chosen))
     if request.data is None:
         names = ", ".join(dict.fromkeys(b.data for b in chosen if b.key not in lacking))
         print(f"What is not in the cache yet is fetched from the Hugging Face hub: {names}.")
