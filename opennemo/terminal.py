@@ -137,19 +137,17 @@ class Conversation:
         while True:
             try:
                 text = _read()
-            except EOFError:
-                self.console.print()
-                return
-            except KeyboardInterrupt:
-                self.console.print("\n[dim]Ctrl-D or /exit leaves.[/dim]")
-                continue
-            if text in ("/exit", "/quit"):
-                return
-            try:
+                if text in ("/exit", "/quit"):
+                    return
                 if text.startswith("/"):
                     self.command(*text.split(maxsplit=1))
                 elif text:
                     self.ask(text)
+            except EOFError:
+                self.console.print()
+                return
+            except KeyboardInterrupt:  # at the prompt, or between an answer and the prompt
+                self.console.print("\n[dim]Ctrl-D or /exit leaves.[/dim]")
             except OpenNemoError as error:  # a conversation survives a message that cannot be sent
                 self.console.print(f"[red]{escape(str(error))}[/red]", highlight=False)
 

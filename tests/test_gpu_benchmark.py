@@ -28,7 +28,7 @@ def gpu() -> ModuleType:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here is a GPU")
 def test_without_a_gpu_it_says_so_and_ends_well():
     done = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True, check=True)
-    assert done.stdout == "benchmarks/gpu.py needs an NVIDIA GPU, and there is none here\n"
+    assert done.stdout == "benchmarks/gpu.py needs an NVIDIA GPU; this machine has none\n"
 
 
 @pytest.mark.parametrize("format", ["bf16", "fp8"])

@@ -54,8 +54,14 @@ class Terminal:
 
     def expect(self, text: str, seconds: float = 60) -> str:
         """Read until this is shown -> what was shown before it, since the last time."""
+        self.see(text, seconds)
+        before, _, self.shown = self.shown.partition(text)
+        return before
+
+    def see(self, text: str = "", seconds: float = 60) -> None:
+        """Read until this is shown, or anything."""
         ends = time.monotonic() + seconds
-        while text not in self.shown:
+        while not self.shown.strip() or text not in self.shown:
             ready, _, _ = select.select([self.end], [], [], max(0.0, ends - time.monotonic()))
             assert ready, f"{text!r} did not come: {self.shown!r}"
             try:
@@ -63,8 +69,6 @@ class Terminal:
                 self.shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", self.shown)  # colours and modes
             except OSError:  # it has ended
                 raise AssertionError(f"{text!r} did not come: {self.shown!r}") from None
-        before, _, self.shown = self.shown.partition(text)
-        return before
 
     def close(self) -> None:
         self.process.kill()

@@ -2,7 +2,6 @@
 
 import io
 import json
-import time
 
 import pytest
 from rich.cells import cell_len
@@ -61,16 +60,15 @@ def test_pastes_quotes_and_commands(chat, tmp_path):
 @needs_terminals
 def test_keys_pressed_during_an_answer_wait_for_the_prompt(chat):
     for setting in ("max_tokens", "min_tokens"):
-        chat.type(f"/set {setting} 900\r")  # more than a second's
+        chat.type(f"/set {setting} 900\r")  # 0.3 seconds' at the very least
         chat.expect("> ")
     chat.type("Hi\r")
     chat.expect("\n")
-    time.sleep(0.4)
-    chat.type("/he")
-    time.sleep(0.2)
-    chat.type("\x03")
+    chat.see()
+    chat.type("/he\x03")
     answer = chat.expect("a second")
     assert "/he" not in answer
+    assert "stopped" in chat.expect("\n")
     chat.expect("> ")
     chat.expect("/he")
     chat.type("lp\r")
