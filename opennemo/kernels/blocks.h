@@ -127,32 +127,33 @@ static inline i8x widened(__m256i x) { return (i8x)_mm256_madd_epi16(x, _mm256_s
 
 // ---- inputs -----------------------------------------------------------------------------------
 
-struct Input {  // 256 inputs of a token; what lies beyond the last one is zero
-  alignas(64) int8_t codes[SPAN];
-  float scale[LANES], sum[LANES];  // by group: the codes' scale and sum
-  float half_sum[2][LANES];        // of the first and the second 16
+struct Input {  // of a token, group i of each span of a chunk; they lie in the order of i
+  alignas(64) int8_t codes[CHUNK][GROUP];
+  float scale[CHUNK], sum[CHUNK];  // the codes' scale and sum
+  float half_sum[2][CHUNK];        // of the first and the second 16
 };
 
-static void round_inputs(const float* x, int n, Input* to) {
-  for (int at = 0; at < n; at += SPAN, to++)
-    for (int lane = 0; lane < LANES; lane++) {
-      alignas(64) float part[GROUP] = {};  // rows are whole groups, but not whole spans
-      if (const int k = at + GROUP * lane; k < n)
-        for (int i = 0; i < GROUP; i += W) store(part + i, load(x + k + i));
-      vf most = splat(1e-12f);
-      for (int i = 0; i < GROUP; i += W) most = larger(most, magnitude(load(part + i)));
-      const float step = largest(most) / 127.f;
-      typedef int8_t narrow __attribute__((vector_size(W), aligned(1), may_alias));
-      const vf magic = splat(12582912.f);
-      int32_t sums[2] = {};
-      for (int i = 0; i < GROUP; i += W) {
-        vi code = __builtin_convertvector((load(part + i) / step + magic) - magic, vi);
-        *(narrow*)(to->codes + GROUP * lane + i) = __builtin_convertvector(code, narrow);
-        for (int j = 0; j < W; j++) sums[(i + j) / 16] += code[j];
-      }
-      to->scale[lane] = step, to->sum[lane] = sums[0] + sums[1];
-      to->half_sum[0][lane] = sums[0], to->half_sum[1][lane] = sums[1];
+static inline int spans_of(int n_groups) { return (n_groups + LANES - 1) / LANES; }
+static inline int inputs_of(int n_groups) { return (spans_of(n_groups) + CHUNK - 1) / CHUNK * LANES; }
+
+static void round_inputs(const float* x, int n_groups, Input* to) {
+  for (int group = 0; group < n_groups; group++, x += GROUP) {
+    const int s = group / LANES % CHUNK;
+    Input& in = to[group / (CHUNK * LANES) * LANES + group % LANES];
+    vf most = splat(1e-12f);
+    for (int i = 0; i < GROUP; i += W) most = larger(most, magnitude(load(x + i)));
+    const float step = largest(most) / 127.f;
+    typedef int8_t narrow __attribute__((vector_size(W), aligned(1), may_alias));
+    const vf magic = splat(12582912.f);
+    int32_t sums[2] = {};
+    for (int i = 0; i < GROUP; i += W) {
+      vi code = __builtin_convertvector((load(x + i) / step + magic) - magic, vi);
+      *(narrow*)(in.codes[s] + i) = __builtin_convertvector(code, narrow);
+      for (int j = 0; j < W; j++) sums[(i + j) / 16] += code[j];
     }
+    in.scale[s] = step, in.sum[s] = sums[0] + sums[1];
+    in.half_sum[0][s] = sums[0], in.half_sum[1][s] = sums[1];
+  }
 }
 
 // ---- blocks -----------------------------------------------------------------------------------
@@ -414,8 +415,6 @@ template <class T> struct Planes {
   static constexpr int UNITS = T::WEIGHTS == GROUP ? 0 : KINDS * 2 * COLS;    // of a span
 };
 
-static inline int spans_of(int n_groups) { return (n_groups + LANES - 1) / LANES; }
-
 template <class T> static size_t panel_of_blocks(int n_groups) {
   return (size_t)n_groups * Planes<T>::RECORD + (size_t)spans_of(n_groups) * Planes<T>::UNITS;
 }
@@ -580,7 +579,7 @@ static INLINE void products(const int32_t* planes, int q0, const int8_t* x, size
 #endif
 }
 
-// y (M, W * VN) += tokens x (M, spans) times VN vectors of rows of a chunk of a panel.
+// y (M, W * VN) += tokens x (M, chunks, 8) times VN vectors of rows of a chunk of a panel.
 template <class T, int M, int VN>
 static void tile_of(const uint8_t* chunk, int v0, int n_groups, const Input* x, size_t x_stride, float* y) {
   typedef Planes<T> P;
@@ -602,7 +601,7 @@ static void tile_of(const uint8_t* chunk, int v0, int n_groups, const Input* x, 
 #pragma GCC unroll 2
       for (int half = 0; half < P::N; half++) {
         vi sums[M][VN];
-        products<T, QUADS, M, VN>((const int32_t*)record + v0 * W, QUADS * half, x[s].codes + GROUP * lane,
+        products<T, QUADS, M, VN>((const int32_t*)record + v0 * W, QUADS * half, x[lane].codes[s],
                                   x_stride * sizeof(Input), sums);
         vf scale[VN], min[VN];
         for (int v = 0; v < VN; v++) {
@@ -610,8 +609,8 @@ static void tile_of(const uint8_t* chunk, int v0, int n_groups, const Input* x, 
           min[v] = (T::OWN_MIN ? number(1, half, v) : scale[v]) * (float)T::MIN;
         }
         for (int m = 0; m < M; m++) {
-          const Input& in = x[m * x_stride + s];
-          vf x_sum = splat(T::HALVES ? in.half_sum[half][lane] : in.sum[lane]), x_scale = splat(in.scale[lane]);
+          const Input& in = x[m * x_stride + lane];
+          vf x_sum = splat(T::HALVES ? in.half_sum[half][s] : in.sum[s]), x_scale = splat(in.scale[s]);
           for (int v = 0; v < VN; v++)
             total[m][v] = term(total[m][v], to_float(sums[m][v]), scale[v], min[v], x_sum, x_scale);
         }
@@ -623,18 +622,18 @@ static void tile_of(const uint8_t* chunk, int v0, int n_groups, const Input* x, 
   }
 }
 
-// Tokens x (M, spans) times a panel -> y (M, 32).
+// Tokens x (M, chunks, 8) times a panel -> y (M, 32).
 template <class T>
 static void multiply_blocks(const uint8_t* panel, int n_groups, const Input* x, int M, float* y) {
   typedef Planes<T> P;
-  const size_t x_stride = spans_of(n_groups);
+  const size_t x_stride = inputs_of(n_groups);
   zero(y, M * COLS);
   for (int chunk = 0; chunk < n_groups; chunk += CHUNK * LANES) {
     const int n = std::min(n_groups - chunk, CHUNK * LANES);
+    const Input* part = x + chunk / CHUNK;
     in_tiles<LOW>(M, [&](int m, auto height) {
       for (int v = 0; v < V; v += ACROSS<height>)
-        tile_of<T, height, ACROSS<height>>(panel, v, n, x + m * x_stride + chunk / LANES, x_stride,
-                                           y + m * COLS + v * W);
+        tile_of<T, height, ACROSS<height>>(panel, v, n, part + m * x_stride, x_stride, y + m * COLS + v * W);
     });
     panel += (size_t)n * P::RECORD + spans_of(n) * P::UNITS;
   }

@@ -513,15 +513,16 @@ struct Inputs {
   std::vector<float> scale;
   std::vector<Code> codes;
   std::vector<int32_t> excess;
-  std::vector<Input> spans;
+  std::vector<Input> of_blocks;
 
   void reserve(int n_rows, int width) {
-    size_t n = (size_t)n_rows * padded(width, GROUP), n_spans = (size_t)n_rows * padded(width, SPAN) / SPAN;
+    size_t n = (size_t)n_rows * padded(width, GROUP);
+    const size_t n_blocks = (size_t)n_rows * inputs_of((width + GROUP - 1) / GROUP);
     if (codes.size() < n) codes.resize(n), scale.resize(n), excess.resize(n / GROUP);
-    if (spans.size() < n_spans) spans.resize(n_spans);
+    if (of_blocks.size() < n_blocks) of_blocks.resize(n_blocks);
   }
 
-  Input* spans_of(int cols, int row) { return &spans[(size_t)row * (padded(cols, SPAN) / SPAN)]; }
+  Input* for_blocks(int n_groups, int row) { return &of_blocks[(size_t)row * inputs_of(n_groups)]; }
 
   // For all matrices that take this input.
   void round(const Matrix* a, int n_matrices, int row, float* x) {
@@ -530,7 +531,7 @@ struct Inputs {
       int8 |= a[i].format == INT8, blocks |= a[i].in_blocks(), whole |= a[i].whole_rows;
     }
     if (int8) round_int8(a->cols, row, x, whole);
-    if (blocks) round_inputs(x, a->cols, spans_of(a->cols, row));
+    if (blocks) round_inputs(x, a->cols / GROUP, for_blocks(a->cols / GROUP, row));
     if (a->format == FP8) round_fp8(*a, row, x);
   }
 
@@ -728,7 +729,8 @@ struct Model {
                Scratch& s) {
     if (a.in_blocks()) {
       with_blocks(a.format, [&](auto type) {
-        multiply_blocks<decltype(type)>(a.panel(p), a.cols / GROUP, inputs.spans_of(a.cols, first), M, y);
+        const int n_groups = a.cols / GROUP;
+        multiply_blocks<decltype(type)>(a.panel(p), n_groups, inputs.for_blocks(n_groups, first), M, y);
       });
     } else if (a.format == INT8) {
       int n_groups = a.depth() / GROUP;
