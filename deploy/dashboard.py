@@ -1,6 +1,6 @@
 """A Grafana dashboard of what /metrics holds: python deploy/dashboard.py > opennemo.json
 
-One panel a row of `PANELS`; a test holds the names against what the server reports. The data
+One panel for each row of `PANELS`; a test compares the names with what the server reports. The data
 source, a Prometheus, is chosen when the dashboard is imported.
 """
 

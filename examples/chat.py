@@ -17,7 +17,7 @@ with LLM.load(model) as llm:
     print(f"{reply.n_prompt_tokens} tokens of prompt, {len(reply.ids)} of answer,")
     print(f"ended by {reply.finish_reason}")
 
-    # The conversation goes on: what was computed for its beginning is in the cache.
+    # The conversation continues: what was computed for its beginning is in the cache.
     messages += [reply.message, {"role": "user", "content": "And of Italy?"}]
     again = llm.chat(messages, max_tokens=60)
     print(again.text)

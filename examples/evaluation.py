@@ -1,6 +1,6 @@
 """Measure a model in two number formats on a text: python examples/evaluation.py [TEXT_FILE]
 
-`opennemo eval` has the field's benchmarks; this shows what lies below: log-likelihoods.
+`opennemo eval` runs the usual benchmarks; this shows what they use: log-likelihoods.
 """
 
 import math

@@ -3,12 +3,12 @@
 #
 #     recipes/nano.sh [OUT] [SIZE] [--set KEY=VALUE ...]
 #
-# SIZE is toy (minutes on two cores, to see all steps) or gpu (half an hour of one, for a model that
-# writes sentences); settings go to both trainings.
+# SIZE is toy (minutes on two cores, to see all steps) or gpu (half an hour of a GPU, for a model
+# that writes sentences); settings go to both trainings.
 #
-# Texts are JSON lines of "text" in $TEXTS, by default what Python's own documentation brings along,
-# which is enough to see everything run. Conversations are JSON lines of "messages" in $CHATS, by
-# default synthetic ones with tools. Each step is skipped when its result is there.
+# Texts are JSON lines of "text" in $TEXTS, by default Python's own documentation, which is enough
+# to see everything run. Conversations are JSON lines of "messages" in $CHATS, by default synthetic
+# ones with tools. Each step is skipped when its result is there.
 set -euo pipefail
 out=${1:-runs/nano} size=${2:-toy} here=$(dirname "$0")
 settings=("${@:3}")

@@ -1,13 +1,13 @@
-"""A model folder in small pieces, with its matrices in FP8: to carry away, and to learn on from.
+"""A model folder in small pieces, with its matrices in FP8: to carry away and train further.
 
     python -m recipes.pieces pack MODEL PIECES [--most 16000000]
     python -m recipes.pieces unpack PIECES MODEL
 
-A piece is a safetensors file of at most so many bytes. Matrices become E4M3 with a scale a row, a
+A piece is a safetensors file of at most that many bytes. Matrices become E4M3 with a scale a row, a
 quarter of float32; vectors and the folder's other files (settings, vocabulary) stay as they are.
 `unpack` gives a folder in float32, which a recipe takes as `model.path`: the state of the optimiser
-is left behind, so a run that goes on from there warms up again. Every piece names how many there
-are, and each row's place: what is missing or changed is refused.
+is left behind, so a run that continues from there warms up again. Every piece names how many there
+are, and each row's place: missing or changed pieces are refused.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from opennemo.model.formats import FORMATS
 
 MOST = 16_000_000  # bytes of a piece
 HEADER = 100_000  # of those, for its header
-SPLIT = "#"  # between a matrix' name and the first of its rows that lie here
+SPLIT = "#"  # between a matrix's name and the first of its rows that lie here
 SCALE, FILE = ".scale", "file:"
 
 

@@ -1,4 +1,4 @@
-"""Make synthetic conversations with tools, every call of which was made and answered.
+"""Make synthetic conversations with tools, in which every call was made and answered.
 
     python -m recipes.tool_data OUT [--n 1000] [--seed 0] [--split train] [--prompts]
 

@@ -1,9 +1,9 @@
 """Synthetic APIs: thousands of small functions, put together from verbs, nouns and arguments.
 
-One idea makes it simple: each part (parts.toml) knows how a schema says it and how a person
-does, in four languages. So a request and the call that answers it come from the same parts, with
-values in the person's own words. An API can be called: it validates arguments with its own JSON
-schema and answers by the call alone. Conversations are the business of conversations.py.
+Each part (parts.toml) knows how a schema says it and how a person does, in four languages. So a
+request and the call that answers it come from the same parts, with values in the person's own
+words. An API can be called: it validates arguments with its own JSON schema, and its answer follows
+from the call alone. conversations.py makes the conversations.
 """
 
 import hashlib
@@ -119,7 +119,7 @@ def draw_api(
     exclude: set[tuple[str, str]],
     domain: str | None = None,
 ) -> Api:
-    """A new API of a domain, or of any, whose verb and noun together are not excluded."""
+    """A new API of this domain, or of any, whose verb and noun together are not excluded."""
     tables = parts()[split]
     while True:
         place = domain or rng.choice([*tables["domains"]])
@@ -188,10 +188,10 @@ def draw_value(rng: random.Random, split: Split, argument: Argument) -> Any:
 
 
 def execute(tool: Tool, arguments: Any) -> dict[str, Any]:
-    """Call a synthetic API: it answers a query with results, and else that all went well.
+    """Call a synthetic API: it answers a query with results, anything else with success.
 
     Raises:
-        InvalidRequest: the arguments are not what its schema asks for.
+        InvalidRequest: the arguments do not satisfy its schema.
     """
     import jsonschema
 

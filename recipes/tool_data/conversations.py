@@ -1,4 +1,4 @@
-"""Synthetic conversations with tools, to learn calling from and to measure it by.
+"""Synthetic conversations with tools, to teach calling and to measure it.
 
 A user asks for one thing, or for two at once; for something that no tool does; or forgets an
 argument, and is asked for it. Every call is checked by making it (apis.py), and the assistant
@@ -6,7 +6,7 @@ reports what the APIs answer. The score is whether the same functions were calle
 arguments.
 
 Domains, verbs, nouns, arguments and most values of the split "test" do not occur in "train": a
-model that calls those has learned to call, not what to call. Models and ids are not known here.
+model that calls those has learned to call, not what to call. This file knows no models or ids.
 """
 
 import json
@@ -20,12 +20,12 @@ from recipes.tool_data.apis import Api, Split, draw_api, draw_value, execute, jo
 
 ENGLISH = 0.8  # share of conversations; the other languages share the rest
 # What may happen in a turn, and how often, in conversations to learn from and in those that end
-# with what is compared. To ask back is hard to learn, and practised more.
+# with what is compared. Asking back is hard to learn, so it occurs more often.
 KINDS = {
     "learned": {"single": 8, "parallel": 4, "none": 3, "missing": 5},
     "compared": {"single": 9, "parallel": 3, "none": 2, "missing": 3},
 }
-# How many turns and tools a conversation has: many turns, for tools take most of its tokens.
+# How many turns and tools a conversation has: many turns, since tools take most of its tokens.
 N_TURNS = {"learned": (2, 3, 4, 5), "compared": (1, 1, 1, 2, 3)}
 N_TOOLS = {"learned": (1, 2, 2, 3), "compared": (1, 2, 2, 3, 4)}
 
@@ -46,7 +46,7 @@ def conversations(
 
 
 def check(row: Mapping[str, Any]) -> None:
-    """Make every call of a conversation, and compare what was answered.
+    """Make every call of a conversation, and compare the answers.
 
     Raises:
         InvalidRequest: a call has wrong arguments, or a result is not the API's.
@@ -220,8 +220,8 @@ class _Conversation:
     def _draw_arguments(self, api: Api) -> dict[str, Any]:
         """All that is required, and some of the rest, in the order in which they will be said.
 
-        A call that follows the words is easier to learn than one that follows the schema: what was
-        said last time tells what comes next, and what nobody said does not come up.
+        A call that follows the words is easier to learn than one that follows the schema: the words
+        tell what comes next, and what nobody said does not come up.
         """
         wanted = [a for a in api.arguments if a.name in api.required or self.rng.random() < 0.4]
         self.rng.shuffle(wanted)
