@@ -19,7 +19,7 @@ __all__ = ["LLM", "EngineConfig", "OpenNemoError", "Reply", "SamplingParams"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for, and PyTorch with it, only now."""
+    """Import the name on first use, since that imports PyTorch."""
     homes = {"LLM": "llm", "Reply": "reply", "OpenNemoError": "errors"}
     if name not in __all__:
         raise AttributeError(f"module 'opennemo' has no attribute {name!r}")

@@ -27,7 +27,7 @@ def answer_each(prompts: Iterable[Any], answer: Callable[[Any], Reply]) -> list[
                 try:
                     replies.append(answer(prompt))
                     break
-                except Overloaded:  # the queue is full: wait for the first reply under way
+                except Overloaded:  # the queue is full: wait for the first running reply
                     if not (waiting := [reply for reply in replies if not reply.finished]):
                         raise
                     waiting[0].finish()

@@ -3,7 +3,7 @@
     OpenNemoError
     ├── InvalidRequest          the request is wrong: what, where, and what is allowed (HTTP 400)
     │   └── ContextTooLong      more tokens than the model has positions; names both numbers
-    ├── Unavailable             whoever was answering is lost; ask again (HTTP 503)
+    ├── Unavailable             the engine or replica is lost; ask again (HTTP 503)
     │   └── Overloaded          too much is waiting already; try again later (HTTP 503)
     └── CheckpointError         a model folder, or a file of one, cannot be used
 
@@ -37,7 +37,7 @@ class ContextTooLong(InvalidRequest):
 
 
 class Unavailable(OpenNemoError):
-    """What was answering, or would have, is gone for now; the request itself is right."""
+    """What would answer is unavailable for now; the request itself is valid."""
 
 
 class Overloaded(Unavailable):
@@ -75,7 +75,7 @@ def named_problems(problems: Sequence[Mapping[str, Any]], known: Iterable[str] =
         else:
             own = problem["type"] == "value_error"  # of a validator of ours
             text = str(problem["ctx"]["error"]) if own else problem["msg"]
-            whole = own and not isinstance(value, str)  # it is about several settings at once
+            whole = own and not isinstance(value, str)  # it concerns several settings at once
             lines.append(text if whole else f"{key} is {value!r}: {text}")
     return "; ".join(lines)
 

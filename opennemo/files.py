@@ -1,8 +1,8 @@
 """Files that are written whole or not at all, and JSON read with errors that name the file.
 
-What is written goes to a temporary name beside its own and takes its own when it is complete and on
-the disk. So a process that is killed, or a disk that is full, never leaves half of a file under a
-name that somebody reads.
+A file is written under a temporary name beside its own, and renamed when it is complete and on the
+disk. So a killed process or a full disk never leaves half of a file under a name that somebody
+reads.
 """
 
 import json
@@ -52,7 +52,7 @@ def write_whole(path: Path, *parts: bytes | memoryview, mode: int = 0o666) -> No
 
 @contextmanager
 def open_whole(path: Path, mode: int = 0o666) -> Iterator[IO[bytes]]:
-    """A file to write to, which takes the name `path` if the block ends well, else vanishes.
+    """A file to write to, renamed to `path` if the block succeeds, else removed.
 
     Raises:
         OSError: there is no room, or the folder cannot be written.
@@ -69,7 +69,7 @@ def open_whole(path: Path, mode: int = 0o666) -> Iterator[IO[bytes]]:
 
 
 def remove_partials(folder: Path, pattern: str) -> None:
-    """Remove what processes that no longer run left half written under names like `pattern`.
+    """Remove partial files, under names like `pattern`, of processes that no longer run.
 
     Raises:
         OSError: a file cannot be removed.
@@ -82,7 +82,7 @@ def remove_partials(folder: Path, pattern: str) -> None:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder that takes the name of `folder` if the block ends well, else vanishes.
+    """A temporary folder, renamed to `folder` if the block succeeds, else removed.
 
     Raises:
         CheckpointError: `folder` exists and is not empty, or cannot be written.
@@ -105,7 +105,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def sync(*paths: Path) -> None:
-    """Have files and folders written to the disk itself."""
+    """Flush files and folders to the disk itself."""
     for path in paths:
         handle = os.open(path, os.O_RDONLY)
         try:

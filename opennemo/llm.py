@@ -1,7 +1,7 @@
-"""Text in, text out: a tokenizer and an engine, and what lies between text and ids.
+"""Text in, text out: a tokenizer and an engine, and the steps between text and ids.
 
 `LLM.load(model)` takes a folder, a `.gguf` file or a Hugging Face id; `chat` and `complete` return
-a `Reply` at once (reply.py) and the words follow as they are chosen. On the way in, a conversation
+a `Reply` at once (reply.py), whose text follows as tokens are chosen. On the way in, a conversation
 becomes ids, and tools and formats become a grammar that the answer cannot leave. This module knows
 neither HTTP nor the terminal.
 """
@@ -92,15 +92,15 @@ class LLM:
             model: a folder, a `.gguf` file, or a Hugging Face id such as
                 `mistralai/Mistral-Nemo-Instruct-2407`.
             device: "cpu" or "cuda"; by default CUDA where there is one.
-            dtype: "bfloat16", "float16" or "float32", or PyTorch's; of weights that are in no
-                codes, and of the KV cache unless its format is named; in place of `format`.
+            dtype: "bfloat16", "float16" or "float32", or PyTorch's; for weights that are not in
+                codes, and for the KV cache unless its format is named; replaces `format`.
             format: "auto", "stored" or one of FORMATS. "auto" keeps codes and 16 bits as they are
                 stored, and rounds what does not fit into the memory that is available, matrix by
                 matrix as it is read, to the best format that does. A line on standard error says
                 so, as it does of a context shorter than the model's.
             adapters: folders of LoRA adapters, by the name that requests give; without names, each
                 goes by the name of its folder.
-            sizes: fields of EngineConfig such as `max_context`, which go before `config`'s.
+            sizes: fields of EngineConfig such as `max_context`, which override `config`'s.
 
         Raises:
             CheckpointError: there is no such model, or it cannot be used.
@@ -122,7 +122,7 @@ class LLM:
 
     @classmethod
     def around(cls, model: str, engine: Engine) -> "LLM":
-        """The text side of a model alone, around an engine that has the rest of it elsewhere.
+        """Only the text side of a model, around an engine that has the rest of it elsewhere.
 
         Raises:
             CheckpointError: there is no such model, or it has no tokenizer.
@@ -158,7 +158,7 @@ class LLM:
             tools: that the answer may call, as in OpenAI's requests.
             tool_choice: "auto", "none", "required" (or "any"), or OpenAI's objects that name one
                 tool or several. Calls are always to a declared tool, with valid arguments; what
-                a grammar cannot hold of a schema is left to the model with "auto" (`not_held` of
+                a grammar cannot enforce of a schema is left to the model with "auto" (`not_held` of
                 the reply names it), and refused where a call is required or a tool is `strict`.
             parallel_tool_calls: whether an answer may make several calls.
             json_schema: of the answer's text; a JSON schema or a pydantic model.
@@ -169,7 +169,7 @@ class LLM:
             n: how many answers. Prompts share cached pages within the same `salt` only.
             settings: of the model itself, such as `reasoning_effort`, where it has any.
             thinking_budget: tokens of thinking after which the model's own closing token comes.
-            options: fields of SamplingParams, which go before those of `params`.
+            options: fields of SamplingParams, which override those of `params`.
 
         Raises:
             InvalidRequest: a message, tool or setting that the model's chat layout cannot take.
@@ -302,7 +302,7 @@ class LLM:
         self.engine.load_adapter(name, folder)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text by itself, with BOS where the model wants one."""
+        """Ids of a text by itself, with BOS where the model uses one."""
         start = [self.tokenizer.bos_id] if self.tokenizer.add_bos else []
         return start + self.tokenizer.encode(text)
 
@@ -318,12 +318,12 @@ class LLM:
         for text in texts:
             for start in range(0, len(text), SLICE):
                 n += len(self.tokenizer.encode(text[start : start + SLICE]))
-                if n > 1.2 * room:  # words that a slice cuts in two count more
+                if n > 1.2 * room:  # words that a slice cuts in two count as more
                     raise ContextTooLong(n, room, more=True)
 
     @cached_property
     def grammars(self) -> GrammarCompiler:
-        """Compiles grammars for the vocabulary; built when first asked for (seconds, for NeMo)."""
+        """Compiles grammars for the vocabulary; built on first use (seconds, for NeMo)."""
         tokenizer, n_ids = self.tokenizer, self.engine.vocab_size
         tokens = [tokenizer.token_bytes(id) for id in range(min(tokenizer.vocab_size, n_ids))]
         # A model may have more rows than the vocabulary has tokens, or fewer.
@@ -355,7 +355,7 @@ def answer_all(
     conversations: Many[tuple[list[Message], list[Tool]]],
     **sampling: Any,
 ) -> list[Message]:
-    """Answers of a model that is in memory, learning perhaps, side by side; it stays as it is.
+    """Answers of a model in memory, perhaps in training, side by side; it is not changed.
 
     PyTorch computes them: the weights are in memory once.
     """
@@ -378,7 +378,7 @@ def _take_back(
 ) -> tuple[list[int], Healing | None, bytes]:
     """A prompt without its last tokens, how an answer may spell them, and their bytes.
 
-    As many are taken back as one token can begin with, `TAKEN_BACK` at most.
+    Takes back as many tokens as one token can begin with, at most `TAKEN_BACK`.
     """
     ways: list[tuple[bytes, frozenset[int]]] = []
     known = b""

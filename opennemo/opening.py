@@ -1,7 +1,7 @@
-"""A model's files to a running engine and its text side: what `LLM.load` does.
+"""From a model's files to a running engine and its text side: what `LLM.load` does.
 
-The format, the context and the place of the weights are chosen here, with the draft model's and the
-ranks' among them; nothing below knows of a tokenizer and an engine at once.
+It chooses the format, the context and the device, for the draft model and the ranks as well; no
+module below knows of both a tokenizer and an engine.
 """
 
 import sys
@@ -24,15 +24,15 @@ from opennemo.model.transformer import Transformer
 from opennemo.tokenizer import Tokenizer, load_tokenizer
 from opennemo.tokenizer.chat import turn_end
 
-# NeMo's model card asks for it: "requires smaller temperatures". A model without settings of
-# sampling is answered greedily, which suits the small one that `make chat` brings.
+# NeMo's model card asks for it: "requires smaller temperatures". A model without sampling settings
+# answers greedily, which suits the small one that `make chat` brings.
 NEMO_TEMPERATURE = 0.3
 
 
 def open_model(
     model: str, device: str | None, dtype: torch.dtype | None, config: EngineConfig, format: str
 ) -> tuple[str, Tokenizer, LocalEngine, SamplingParams]:
-    """A model's name, its tokenizer, its engine, which runs, and its own sampling settings.
+    """A model's name, its tokenizer, its running engine, and its own sampling settings.
 
     Raises:
         CheckpointError, InvalidRequest: as `LLM.load`.

@@ -1,7 +1,7 @@
-"""How far long work has come: a bar in a terminal, plain lines elsewhere.
+"""Progress of long work: a bar in a terminal, plain lines elsewhere.
 
-Work reports what is done and of how much; this module decides how a person sees it. Everything goes
-to standard error. Where that is no terminal, a line is printed at each tenth, or every so many
+Work reports how much is done, and of how much; this module decides how to show it. Everything goes
+to standard error. Where that is not a terminal, it prints a line at each tenth, or every so many
 seconds where the tenths of a long run are too far apart.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
-Progress = Callable[[int, int], None]  # what work calls: how much is done, and of how much
+Progress = Callable[[int, int], None]  # the callback of work: how much is done, and of how much
 Stages = Callable[[str, int, int], None]  # the same with the name of the stage first
 Unit = Literal["items", "bytes", "share"]
 

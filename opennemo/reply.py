@@ -1,8 +1,8 @@
-"""An answer on its way: the engine's tokens, with their text, for a thread or an event loop.
+"""An answer in progress: the engine's tokens, with their text, for a thread or an event loop.
 
 `for text in reply` waits for text; `async for tokens in reply.tokens()` does so without blocking
-and gives the tokens of all answers. Between ids and text stand whole UTF-8 characters, stop strings
-(which may lie across tokens) and the marks around thinking and tool calls.
+and gives the tokens of all answers. Between ids and text this file handles incomplete UTF-8
+characters, stop strings (which may span tokens) and the marks around thinking and tool calls.
 """
 
 import asyncio
@@ -48,7 +48,7 @@ class Answer:
 
     @property
     def calls(self) -> list[Call]:
-        """Tool calls, each with its arguments as far as they have come."""
+        """Tool calls, each with its arguments so far."""
         calls: list[Call] = []
         for call in (call for token in self.tokens for call in token.calls):
             if call.name:
@@ -69,7 +69,7 @@ class Answer:
 
 
 class Reply:
-    """An answer on its way: iterate for its text; the whole is there afterwards.
+    """An answer in progress: iterate for its text; afterwards all of it is available.
 
     Of several answers (`n`), iteration gives the first's text; `answers` has them all, and
     `tokens` gives those of each.
@@ -127,7 +127,7 @@ class Reply:
                     yield "text", token.text
 
     async def tokens(self, idle: float = 1e9) -> AsyncGenerator[list[Token], None]:
-        """What has come since the last time, of all answers; [] when nothing did for `idle` s.
+        """New tokens since the last call, of all answers; [] when none came for `idle` s.
 
         Raises:
             OpenNemoError: the engine could not finish an answer.
@@ -150,9 +150,9 @@ class Reply:
             yield tokens
 
     def _complete(self, token: Token) -> bool:
-        """Add a token's text and calls, and it to its answer; False if that had ended already."""
+        """Add a token, its text and its calls to its answer; False if that had ended already."""
         answer, stream = self.answers[token.index], self._texts[token.index]
-        if answer.finish_reason:  # the engine did not know of the stop string yet
+        if answer.finish_reason:  # the engine did not know yet that a stop string ended it
             return False
         answer.tokens.append(token)
         if token.error:
@@ -176,7 +176,7 @@ class Reply:
         return True
 
     def cancel(self) -> None:
-        """Give up: the engine stops at its next step, and the text so far is all there is."""
+        """Cancel: the engine stops at its next step, and the text so far is all there is."""
         with suppress(OpenNemoError):  # the engine has stopped
             self._engine.cancel(self.id)
 
@@ -242,8 +242,8 @@ class Reply:
 class TextStream:
     """Turns ids into pieces by channel as they come, and ends before the first stop string.
 
-    Text that could be the beginning of a stop string is held back until it is decided. Thinking,
-    and what follows the announcement of tool calls, no stop string ends.
+    Text that could be the beginning of a stop string is held back until that is decided. No stop
+    string ends thinking or what follows the announcement of tool calls.
 
     >>> stream = TextStream(tokenizer, stop=("END",))
     >>> [stream.push(id) for id in tokenizer.encode("the E of END.")]
@@ -271,11 +271,11 @@ class TextStream:
         return self._channels.channel == "calls"
 
     def push(self, id: int) -> list[Piece]:
-        """What this id completes."""
+        """The pieces that this id completes."""
         return self._until_stop(self._channels.push(id))
 
     def flush(self) -> list[Piece]:
-        """What was still held back, at the end of the answer."""
+        """The text that was still held back at the end of the answer."""
         pieces = self._until_stop(self._channels.flush())
         return pieces if self.stopped else [*pieces, *self._release()]
 

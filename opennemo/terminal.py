@@ -1,4 +1,4 @@
-"""A conversation in the terminal: words as they come, Ctrl-C for the answer and not the program."""
+"""A conversation in the terminal: words as they come; Ctrl-C stops the answer, not the program."""
 
 import json
 import re
@@ -47,7 +47,7 @@ def answer(
     text: str, system: str | None, load: Load, sampling: Any, kept: Path | None = None,
     adapter: Path | None = None,
 ) -> None:  # fmt: skip
-    """Answer one message on standard output, bare, so that the command works in a pipe."""
+    """Answer one message on standard output, as plain text, so that the command works in a pipe."""
     messages = [*_start(system, kept), {"role": "user", "content": text}]
     with load(adapters=adapter is not None) as llm:
         if adapter is not None:
@@ -259,7 +259,7 @@ class Conversation:
             raise InvalidRequest(f"/adapter {folder}: no folder of an adapter")
         if not self.has_room:
             with self.console.status("Loading the model with room for adapters ..."):
-                self.llm.close()  # there may be no memory for two
+                self.llm.close()  # there may not be enough memory for two
                 try:
                     self.llm, self.has_room = self.load(adapters=True), True
                 except OpenNemoError:
@@ -286,7 +286,7 @@ class Lines:
 
     def __init__(self, console: Console):
         self._console, self._column = console, 0
-        self._blank = self._word = self._style = ""  # what is held back until its word is whole
+        self._blank = self._word = self._style = ""  # text held back until its word is whole
 
     def write(self, text: str, style: str = "") -> None:
         if not self._console.is_terminal:
@@ -340,7 +340,7 @@ def _read() -> str:
 
 @contextmanager
 def _unechoed() -> Iterator[None]:
-    """Keys that are pressed meanwhile wait for the next prompt, and do not show."""
+    """Keys that are pressed meanwhile wait for the next prompt, and are not shown."""
     if not sys.stdin.isatty() or sys.platform == "win32":
         yield
         return

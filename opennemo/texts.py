@@ -1,9 +1,8 @@
-"""Texts of files and folders as one stream, each with its language: what models learn from.
+"""Texts of files and folders as one stream, each with its language, for models to learn from.
 
-One idea makes it simple: a file is lines of bytes, whatever it is packed in and wherever it lies,
-and whole lines can be handed to another process as a `Excerpt`, which knows how to be read there.
-No more than a excerpt is held at a time. Lines that cannot be read are counted, not fatal. It does
-not know what the texts are for.
+A file is lines of bytes, however it is packed and wherever it lies, and whole lines can be passed
+to another process as an `Excerpt`, which can be read there. Only one excerpt is held at a time.
+Lines that cannot be read are counted, not fatal. It does not know what the texts are for.
 """
 
 import gzip
@@ -30,19 +29,19 @@ KINDS = JSON_LINES + PLAIN + PARQUET
 PACKED = (".gz", ".zst")
 LANGUAGE_KEYS = ("language", "lang", "iso")
 LICENCE_KEYS = ("licence", "license")
-MAX_LINE = 64 << 20  # bytes; a longer line is taken for several
+MAX_LINE = 64 << 20  # bytes; a longer line counts as several
 CODE = "code"  # what the language of source code begins with, which has one layout
 LAYOUTS = ("document", "paragraph", "sentence")
 PARAGRAPH_END = re.compile(r"\r?\n\s*\n")
 SENTENCE_END = re.compile(
     r"\s*[\r\n]\s*|(?<=[.!?\u2026\u061f\u0964])\s+|(?<=[\u3002\uff01\uff1f])\s*"
 )
-EXCERPT = 1 << 20  # bytes of a excerpt; so much of a text file is one text
+EXCERPT = 1 << 20  # bytes of an excerpt; so much of a text file is one text
 
 
 @dataclass(frozen=True)
 class Text:
-    """One text, and what its file says of it; "" where it says nothing."""
+    """One text, and what its file says about it; "" where it says nothing."""
 
     text: str
     language: str = ""
@@ -81,8 +80,8 @@ class Texts:
 
     Files are JSON lines, text, or Parquet with a column "text", on this machine or at a URL that
     fsspec knows. The language of a JSON line or a row is its `language`, `lang` or `iso`, and
-    otherwise, as for text files, the file's name up to the first dot (`fr.jsonl.gz` -> "fr"). Of a
-    folder all files of a known type count, in order of their names.
+    otherwise, as for text files, the file's name up to the first dot (`fr.jsonl.gz` -> "fr"). From
+    a folder all files of a known type are read, in order of their names.
 
     Attributes:
         files: what is read, in order; `sizes` are theirs on disk, `n_bytes` is the sum.
@@ -153,7 +152,7 @@ def excerpts(file: Path | str) -> Iterator[tuple[Excerpt, int]]:
 
 
 def name_of(file: Path | str) -> str:
-    """The name of a file up to the first dot, which stands for a language that it does not say."""
+    """A file's name up to the first dot, which names the language if the text itself does not."""
     return PurePosixPath(file).name.partition(".")[0]
 
 
@@ -236,7 +235,7 @@ def _opened(file: Path | str) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def _remote(url: str) -> Iterator[tuple[Any, str]]:
-    """The file system that a URL is of, and the path in it; refusals name the URL."""
+    """The file system of a URL, and the path in it; errors name the URL."""
     try:
         import fsspec
     except ImportError:

@@ -1,8 +1,8 @@
 """OpenAI's and Mistral's routes for files and batches, over one store.
 
-A batch is one thing that both protocols show in their words: what was made at `/v1/batches` is
-found under `/v1/batch/jobs`, too. Descriptions of files are one superset of both. Another key's
-files and batches are not there: 404.
+Both protocols show the same batches, each in its own form: what was made at `/v1/batches` is found
+under `/v1/batch/jobs`, too. Descriptions of files are one superset of both. Another key's files and
+batches cannot be seen: 404.
 """
 
 import asyncio
@@ -35,7 +35,7 @@ async def _at_work(app: FastAPI) -> AsyncIterator[None]:
 
 
 router = APIRouter(lifespan=_at_work)
-uploads = APIRouter()  # apart, since they have a bound of their own
+uploads = APIRouter()  # separate, since they have a bound of their own
 FORM = 64 * 1024  # bytes that an upload has besides its file
 BYTES: dict[int | str, dict[str, Any]] = {200: {"content": {"application/octet-stream": {}}}}
 MAX_INLINE = 2**24  # bytes of answers in a job's description
@@ -116,7 +116,7 @@ def upload(
     purpose: Annotated[str, Form()] = "batch",
     seconds: Annotated[Lasting, Form(alias="expires_after[seconds]")] = KEPT,
 ) -> Response:
-    """Keep a file of requests, one a line."""
+    """Store a file of requests, one a line."""
     if purpose != "batch":
         raise InvalidRequest("purpose: must be batch; files have no other use here")
     name = file.filename or "file"
@@ -146,7 +146,7 @@ def list_files(
 
 @router.get("/v1/files/{id}")
 def get_file(batches: TheBatches, owner: Owner, id: str) -> Response:
-    """What is known of a file."""
+    """What is known about a file."""
     return Json(file_card(batches.store.find("files", owner, id)))
 
 
@@ -161,7 +161,7 @@ def get_content(batches: TheBatches, owner: Owner, id: str) -> Response:
 
 @router.delete("/v1/files/{id}")
 def delete_file(batches: TheBatches, owner: Owner, id: str) -> Response:
-    """Forget a file, unless a batch still needs it."""
+    """Delete a file, unless a batch still needs it."""
     batches.store.delete_file(owner, id)
     return Json({"id": id, "object": "file", "deleted": True})
 
@@ -187,7 +187,7 @@ def list_batches(
 
 @router.get("/v1/batches/{id}")
 def get_batch(batches: TheBatches, owner: Owner, id: str) -> Response:
-    """How far a batch has come."""
+    """The progress of a batch."""
     return Json(batch_card(batches.store.find("batches", owner, id)))
 
 
@@ -239,7 +239,7 @@ def list_jobs(
 
 @router.get("/v1/batch/jobs/{id}")
 def get_job(batches: TheBatches, owner: Owner, id: str, inline: bool | None = None) -> Response:
-    """How far a batch has come; with `inline`, its answers, too, once it is at its end."""
+    """The progress of a batch; with `inline`, its answers, too, once it has ended."""
     row = batches.store.find("batches", owner, id)
     card = job_card(row)
     if inline and row["status"] not in AT_WORK:
@@ -261,7 +261,7 @@ def cancel_job(batches: TheBatches, owner: Owner, id: str) -> Response:
 
 @router.delete("/v1/batch/jobs/{id}")
 def delete_job(batches: TheBatches, owner: Owner, id: str) -> Response:
-    """Forget a batch that is at its end; its files stay."""
+    """Delete a batch that has ended; its files stay."""
     batches.store.delete_batch(owner, id)
     return Json({"id": id, "object": "batch", "deleted": True})
 
@@ -289,7 +289,7 @@ def file_card(row: Row) -> dict[str, Any]:
 
 
 def batch_card(row: Row) -> dict[str, Any]:
-    """A batch in OpenAI's words."""
+    """A batch in OpenAI's form."""
     done, times = row["status"] not in AT_WORK, row["times"]
     states = ("in_progress", "finalizing", "completed", "failed", "expired", "cancelling")
     counts = {"total": row["n_total"], "completed": row["n_ok"], "failed": row["n_failed"]}
@@ -308,7 +308,7 @@ def batch_card(row: Row) -> dict[str, Any]:
 
 
 def job_card(row: Row) -> dict[str, Any]:
-    """A batch in Mistral's words."""
+    """A batch in Mistral's form."""
     done, times = row["status"] not in AT_WORK, row["times"]
     shared = ("id", "input_files", "endpoint", "model", "metadata", "created_at")
     return {

@@ -2,8 +2,8 @@
 
 A line is a request that did not come over the network: it goes through the application like any
 other, so that a batch answers whatever a route answers, errors included. Lines are OpenAI's batch
-format; Mistral's, which have a `custom_id` and a `body` alone, are read, too. Where lines come from
-and where answers are kept is not known here: offline.py has files, worker.py a database.
+format; Mistral's, which have only a `custom_id` and a `body`, are read, too. This file does not
+know where lines come from or where answers are kept: offline.py has files, worker.py a database.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ AGAIN = (429, 503)  # a key's limit, a full queue, a server that sleeps: it pass
 
 
 class LineError(InvalidRequest):
-    """A line that is no request; `code` is for programs."""
+    """A line that is not a request; `code` is for programs."""
 
     def __init__(self, code: str, message: str, *, param: str | None = None, custom_id: Any = None):
         super().__init__(message)
@@ -60,10 +60,10 @@ def parse(
 
     Args:
         endpoint: what `url` must be; by default any of ENDPOINTS, and the first if there is none.
-        model: is meant, whatever the body says.
+        model: replaces the body's.
 
     Raises:
-        LineError: it cannot be read, or is no request.
+        LineError: it cannot be read, or is not a request.
     """
     try:
         line = json.loads(raw.decode("utf-8-sig"))
@@ -116,7 +116,7 @@ def output_line(
             error = {"code": code, "message": problem.get("message"), "param": problem.get("param")}
     usage = (body.get("usage") if isinstance(body, dict) else None) or {}
     record = {"id": id, "custom_id": custom_id, "response": response, "error": error}
-    # ASCII: a raw U+2028 would be a line end to many a reader of lines.
+    # ASCII: many readers of lines would take a raw U+2028 for a line end.
     data = json.dumps(record, allow_nan=False, separators=(",", ":")).encode() + b"\n"
     n_tokens = usage.get("completion_tokens") or usage.get("output_tokens") or 0
     return OutputLine(number=number, ok=error is None, n_tokens=n_tokens, data=data)
@@ -126,7 +126,7 @@ class Slots:
     """How many lines may be answered at the same time; the line that waits longest is next.
 
     Every live request (`n_live`) takes a place from the lines, down to one, so that people do not
-    wait for batches. It decides over lines that begin; those that run are left to end.
+    wait for batches. It only decides which lines begin; those that run are left to finish.
     """
 
     def __init__(self, limit: int, n_live: Callable[[], int] = lambda: 0):
@@ -138,7 +138,7 @@ class Slots:
         async with self._turn:
             while self.n_taken >= max(1, self._limit - self._n_live()):
                 self._freed.clear()
-                with suppress(TimeoutError):  # live requests do not tell us when they end
+                with suppress(TimeoutError):  # live requests do not report their end
                     await asyncio.wait_for(self._freed.wait(), 0.2)
             self.n_taken += 1
 
@@ -158,11 +158,11 @@ async def run(
 
     Args:
         lines: an OutputLine among them is saved as it is.
-        save: keeps answers; is called on a thread, one call at a time, with all that have come
-            during the last call, so that a slow disk makes few large writes and not a queue.
+        save: stores answers; is called on a thread, one call at a time, with all that came during
+            the last call, so that a slow disk makes few large writes and not a queue.
 
     Raises:
-        Exception: what `save` raises ends it all.
+        Exception: whatever `save` raises; it stops everything.
     """
     loop = asyncio.get_running_loop()
     finished: asyncio.Queue[OutputLine | None] = asyncio.Queue(maxsize=1024)
@@ -221,14 +221,14 @@ async def run(
 
 
 async def ask(app: ASGIApp, client: Client, line: Line) -> tuple[int, dict[str, str], Any]:
-    """Put a request to the application as if it had come in; its status, headers and body."""
+    """Send a request to the application as if it came from the network; status, headers, body."""
     data, is_read = json.dumps(line.body).encode(), False
     status, headers, parts = 500, {}, []
 
     async def receive() -> Message:
         nonlocal is_read
         if is_read:
-            await asyncio.Event().wait()  # nobody hangs up
+            await asyncio.Event().wait()  # no client can hang up
         is_read = True
         return {"type": "http.request", "body": data, "more_body": False}
 

@@ -1,8 +1,8 @@
-"""`opennemo batch`: a file of requests in, a file of answers out, with no server between.
+"""`opennemo batch`: a file of requests in, a file of answers out, without a server.
 
 The output is the only state there is. An answer's id follows from its request's text alone, so
-whatever ended a run (a kill, a full disk, Ctrl-C), the next one sees which lines are answered,
-cuts off a line that was half written, and goes on; lines may have been added meanwhile.
+whatever ended a run (a kill, a full disk, Ctrl-C), the next one sees which lines are answered, cuts
+off a line that was half written, and continues; lines may have been added meanwhile.
 """
 
 import asyncio
@@ -32,23 +32,23 @@ Place = tuple[str, int, int, bool]  # a line's id, number, offset, and whether i
 
 
 def run_batch(source: Path, target: Path, settings: Settings) -> bool:
-    """Answer the lines of a file that have no answer as yet; whether all went without an error.
+    """Answer the lines of a file that have no answer yet; returns whether all went without error.
 
     Raises:
         OpenNemoError: a file cannot be used, or the model; answers that were written stay.
     """
     for path in (source, target):
         if path.exists() and not path.is_file():
-            raise InvalidRequest(f"{path}: is no file")
+            raise InvalidRequest(f"{path}: is not a file")
     if target.exists() and source.exists() and target.samefile(source):
-        raise InvalidRequest(f"{target}: is the input, too; give another -o")
+        raise InvalidRequest(f"{target}: is also the input; give another -o")
     try:
         with source.open("rb") as input, _Output(target) as output:
             places = list(places_in(input))
             todo = [place for place in places if place[0] not in output.ids]
             if foreign := output.ids - {id for id, *_ in places}:
                 raise InvalidRequest(
-                    f"{target}: {len(foreign):,} answers in it are to no line of {source}; give "
+                    f"{target}: {len(foreign):,} answers in it belong to no line of {source}; give "
                     "another -o, or remove them"
                 )
             if not places:
@@ -86,7 +86,7 @@ def _answer(
             answerer.answer(input, todo, save)
     except KeyboardInterrupt:
         print(
-            f"\nStopped with {n_done:,} of {n_total:,} lines answered; the same command goes on",
+            f"\nStopped with {n_done:,} of {n_total:,} lines answered; the same command resumes",
             file=sys.stderr,
         )
         raise
@@ -151,7 +151,7 @@ def lines_at(input: BinaryIO, todo: list[Place], model: str) -> Iterator[Line | 
 
 
 class _Output:
-    """The file of answers: locked, mended, and only ever added to."""
+    """The file of answers: locked, repaired, and only ever appended to."""
 
     def __init__(self, path: Path):
         self.ids: set[str] = set()
@@ -174,7 +174,7 @@ class _Output:
         with self._path.open("rb") as file:
             for number, raw in enumerate(file, 1):
                 if not raw.endswith(b"\n") and raw.startswith(BEGIN[: len(raw)]):
-                    return  # cut short by a kill; its request is put again
+                    return  # cut short by a kill; its request is sent again
                 try:
                     answer = json.loads(raw)
                     self.ids.add(answer["id"])
@@ -207,7 +207,7 @@ class _Output:
             os.ftruncate(self._file, self._size)
             raise OpenNemoError(
                 f"{self._path}: {error.strerror}; the answers so far are safe: make room, and the "
-                "same command goes on"
+                "same command resumes"
             ) from None
         self._size += len(data)
         self.n_failed += sum(not answer.ok for answer in answers)

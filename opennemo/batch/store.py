@@ -2,8 +2,8 @@
 
 A file is its lines, rows of a table, and a batch's output is a file whose rows carry the numbers of
 the input's. So "every line is answered exactly once" is a key, "what is left to do" is a query, and
-a kill at any moment leaves what the last transaction left. Ids are random, every question of a
-client names its owner, and nothing that a client sends becomes a path.
+a kill at any moment leaves what the last transaction left. Ids are random, every query of a client
+names its owner, and nothing that a client sends becomes a path.
 """
 
 import json
@@ -112,7 +112,7 @@ class Store:
     def add_file(
         self, owner: str, filename: str, lines: Iterable[bytes], *, expires_in: int = KEPT
     ) -> Row:
-        """Keep a file, given as lines with their ends."""
+        """Store a file, given as lines with their ends."""
         with self._write() as db:
             self._forget_old(db)
             file = _new_file(db, owner, filename[:255], "batch", expires_in)
@@ -129,7 +129,7 @@ class Store:
             return _find(db, "files", owner, file)
 
     def lines(self, file: str) -> Iterator[bytes]:
-        """The lines of a file, which is known to be the owner's, as they were given."""
+        """The lines, as they were given, of a file that is known to be the owner's."""
         with self._read() as db:
             query = "SELECT data FROM lines WHERE file = ? ORDER BY number"
             for row in db.execute(query, (file,)):
@@ -154,7 +154,7 @@ class Store:
             db.execute("DELETE FROM files WHERE id = ?", (id,))
 
     def add_batch(self, owner: str, input: str, model: str | None, **rest: Any) -> Row:
-        """Keep a batch, to be validated and answered."""
+        """Store a batch, to be validated and answered."""
         batch: Row = {
             "id": f"batch_{secrets.token_hex(16)}", "owner": owner, "status": "validating",
             "created_at": int(time.time()), "model": model, "input": input, "output": None,
@@ -218,7 +218,7 @@ class Store:
             return [_row(row) for row in rows], n_all
 
     def at_work(self) -> list[Row]:
-        """Everybody's batches that are not at their end, oldest first."""
+        """Everybody's batches that have not ended, oldest first."""
         with self._read() as db:
             query = f"SELECT * FROM batches WHERE status IN {AT_WORK} ORDER BY rowid"
             return [_row(row) for row in db.execute(query)]
@@ -236,7 +236,7 @@ class Store:
         return batch
 
     def pending(self, batch: Row) -> Iterator[tuple[int, bytes]]:
-        """Numbers and lines of the input that have no answer as yet; empty lines need none."""
+        """Numbers and lines of the input that have no answer yet; empty lines need none."""
         query = (
             "SELECT number, data FROM lines AS asked WHERE file = ? AND number > ? AND NOT EXISTS "
             "(SELECT 1 FROM lines WHERE file IN (?, ?) AND number = asked.number) "
@@ -254,7 +254,7 @@ class Store:
                     yield number, data
 
     def answer(self, batch: Row, answers: Iterable[OutputLine]) -> None:
-        """Keep answers of a batch; those that come after its end are forgotten."""
+        """Store answers of a batch; those that come after its end are dropped."""
         with self._write() as db:
             batch = _find(db, "batches", batch["owner"], batch["id"])
             if batch["status"] != "in_progress":
@@ -271,7 +271,7 @@ class Store:
             _save(db, batch)
 
     def cancel(self, owner: str, id: str) -> Row:
-        """Ask for the end of a batch, unless it has come to one."""
+        """Ask for the end of a batch, unless it has ended."""
         with self._write() as db:
             batch = _find(db, "batches", owner, id)
             if batch["status"] in ("validating", "in_progress"):
@@ -300,7 +300,7 @@ class Store:
             _save(db, batch, status)
 
     def delete_batch(self, owner: str, id: str) -> None:
-        """Forget a batch that is at its end; its files stay."""
+        """Delete a batch that has ended; its files stay."""
         with self._write() as db:
             if _find(db, "batches", owner, id)["status"] in AT_WORK:
                 raise Refusal(400, "the batch is at work: cancel it first")

@@ -1,8 +1,8 @@
 """The server's batches: takes them from the store, has them answered, ends them.
 
-One task looks after all, and what it does follows from the database alone: routes only write there
-and wake it, and after a restart it goes on with whatever is not at its end. A batch whose model
-is not served, or whose key is unknown now, waits, until its time is over.
+One task handles all of them, and what it does follows from the database alone: routes only write
+there and wake it, and after a restart it continues with every batch that has not ended. A batch
+whose model is not served, or whose key is now unknown, waits until its time is over.
 """
 
 import asyncio
@@ -42,9 +42,9 @@ class Worker:
         self._service, self._app = service, app
         self._tasks: dict[str, asyncio.Task] = {}
         self._at_work: list[Row] = []
-        self._why: dict[str, str] = {}  # what has been logged of batches that wait
+        self._why: dict[str, str] = {}  # what was logged about batches that wait
         # A minute's limits are counted apart: batches keep to them, too, but take nothing from live
-        # requests. How many lines run at once is for `Slots` alone to say.
+        # requests. Only `Slots` decides how many lines run at once.
         gatekeeper = service.gatekeeper
         self._clients = {
             owner_of(c): Client(
@@ -54,7 +54,7 @@ class Worker:
         }
 
     async def serve(self) -> None:
-        """Look after all batches, until cancelled."""
+        """Handle all batches, until cancelled."""
         self._loop, self._wake = asyncio.get_running_loop(), asyncio.Event()
         try:
             await asyncio.to_thread(self.store.open)
@@ -72,7 +72,7 @@ class Worker:
                     self._note("all batches", None)
                 except Refusal as error:  # the disk is full, perhaps, which passes
                     self._note("all batches", str(error))
-                except Exception:  # nothing that a batch does may end the others
+                except Exception:  # no batch may end the others
                     log.exception("defect")
                 with suppress(TimeoutError):
                     await asyncio.wait_for(self._wake.wait(), 1 if self._at_work else None)
@@ -83,7 +83,7 @@ class Worker:
             await asyncio.to_thread(self.store.close)
 
     def add(self, owner: str, files: list[str], hours: int, **details: Any) -> Row:
-        """Take a batch of some of the owner's files in; from any thread, as `cancel`."""
+        """Accept a batch of some of the owner's files; from any thread, as `cancel`."""
         store, input = self.store, files[0]
         if len(files) > 1:  # one after the other, in a file of their own
             parts = (store.lines(store.find("files", owner, file)["id"]) for file in files)
@@ -103,7 +103,7 @@ class Worker:
         return batch
 
     async def _look(self) -> None:
-        """Begin what can begin, end what must end."""
+        """Start batches that can start, end those that must end."""
         self._at_work = await asyncio.to_thread(self.store.at_work)
         for batch in self._at_work:
             id, task = batch["id"], self._tasks.get(batch["id"])

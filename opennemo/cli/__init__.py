@@ -1,6 +1,6 @@
 """The command line: `opennemo COMMAND`, each a few lines over the part that does the work.
 
-Imports stand inside the commands, so that `opennemo --help` answers at once. Every error that a
+Imports are inside the commands, so that `opennemo --help` answers at once. Every error that a
 user can cause ends in one line on standard error and exit code 2.
 """
 
@@ -56,7 +56,7 @@ def main() -> None:
     """Run the command line; the console script `opennemo`."""
     warnings.showwarning = _show
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.encoding.lower() != "utf-8":
-        sys.stdout.reconfigure(errors="replace")  # a locale without some letters ends no answer
+        sys.stdout.reconfigure(errors="replace")  # a locale may lack some letters
     try:
         sys.exit(app(prog_name="opennemo", standalone_mode=False))
     except OpenNemoError as error:
@@ -73,7 +73,7 @@ def main() -> None:
             raise
         print(f"opennemo: {missing(error.name, 'this', wanted)}", file=sys.stderr)
         sys.exit(2)
-    except BrokenPipeError:  # `opennemo generate ... | head` is no reason to complain
+    except BrokenPipeError:  # `opennemo generate ... | head` is not an error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except OSError as error:  # a file that cannot be read or written

@@ -26,7 +26,7 @@ def tokenize(
     tokenizer: Annotated[
         str, typer.Option(help="A model, a tokenizer file, or opennemo-tekken-32k.")
     ],
-    out: Annotated[Path, typer.Option(help="The folder to write, or to go on with.")],
+    out: Annotated[Path, typer.Option(help="The folder to write, or to resume.")],
     clean: Annotated[
         str,
         typer.Option(
@@ -34,7 +34,7 @@ def tokenize(
         ),
     ] = "",
     language: Annotated[
-        list[str] | None, typer.Option(help="Keep texts of this language alone; repeatable.")
+        list[str] | None, typer.Option(help="Keep only texts of this language; repeatable.")
     ] = None,
     min_chars: Annotated[int, typer.Option(help="Leave out shorter texts.")] = 1,
     max_chars: Annotated[int | None, typer.Option(help="Leave out longer texts.")] = None,
@@ -44,10 +44,10 @@ def tokenize(
         int | None, typer.Option(min=1, help="Processes; by default one for each processor.")
     ] = None,
 ) -> None:
-    """Turn texts into token shards, cleaned if asked to. After a kill, the same command goes on.
+    """Turn texts into token shards, cleaned if asked to. After a kill, the same command resumes.
 
-    The folder gets shards, index.json and report.json, which tells what was read, changed, left
-    out and why. Engine and workers change nothing in them but the time it takes.
+    The folder gets shards, index.json and report.json, which lists what was read, changed and left
+    out, and why. Engine and workers change only the time it takes, not the content.
     """
     from rich.console import Console
 

@@ -128,7 +128,7 @@ def run(
     ray_address: RayAddress = None,
     **own: Any,
 ) -> None:
-    """Measure a model and write a folder of results; the same command goes on after a kill."""
+    """Measure a model and write a folder of results; after a kill the same command resumes."""
     need("evaluation", "matplotlib", "eval")  # which draws at the end
     n_engines, spread = on_engines(engine, replicas, ray_address)
     options = _options_from(find_suite(suite), own)
@@ -152,7 +152,7 @@ def run(
 
 
 def _load_replicas(spread: list[str], request: Any, format: str | None) -> Any:
-    """Many engines that look like one, as `serve --replicas` has them."""
+    """Many engines behind one interface, as `serve --replicas` has them."""
     with serving():
         from opennemo.cluster.fleet import open_fleet
         from opennemo.model.formats import FORMATS
@@ -165,7 +165,7 @@ def _load_replicas(spread: list[str], request: Any, format: str | None) -> Any:
         format=format, device=request.device,
         kv_cache_dtype=kv.dtype_name if kv else request.kv_format, kv_scale=request.kv_scale,
     )  # fmt: skip
-    # Nothing is listened on; without a port they are apart from those of a server here.
+    # No port is opened; port 0 keeps these replicas apart from those of a server here.
     return open_fleet(read_settings([request.model, "--insecure", "--port=0", *spread, *options]))
 
 

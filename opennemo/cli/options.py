@@ -31,7 +31,7 @@ Ranks = Annotated[
 Draft = Annotated[
     str | None,
     typer.Option(
-        help="A small model of the same vocabulary that guesses ahead; no answer changes."
+        help="A small model of the same vocabulary that guesses ahead; answers stay the same."
     ),
 ]
 CacheDir = Annotated[
@@ -83,7 +83,7 @@ Repeats = Annotated[
     int | None,
     typer.Option(
         "--stop-repeats", min=2,
-        help="End an answer that says the same, up to 256 tokens, this many times in a row.",
+        help="End an answer that repeats a pattern of up to 256 tokens this many times in a row.",
     ),
 ]  # fmt: skip
 MaxTokens = Annotated[int | None, typer.Option(help="The longest answer, in tokens.")]
@@ -107,7 +107,7 @@ RayAddress = Annotated[
 class NamesFormats(TyperCommand):
     """A command whose help names number formats: {load}, {store}, ..., {scaled} or {mistral}.
 
-    The table is read when that help is shown, for it imports torch.
+    The table is read when that help is shown, since it imports torch.
     """
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
@@ -179,7 +179,7 @@ def check_place(*files: Path | None) -> None:
 
 
 def on_engines(engine: str, replicas: int | None, ray_address: str | None) -> tuple[int, list[str]]:
-    """How many engines, and what the server's settings say of them: nothing of one that is here."""
+    """How many engines, and the server's settings for them: none for one in this process."""
     if one_of("--engine", engine, ("process", "ray")) == "ray":
         address = [f"--ray-address={ray_address}"] if ray_address else []
         return replicas or 2, [f"--replicas={replicas or 2}", *address]
@@ -206,7 +206,7 @@ def processors() -> int:
 
 
 def extra_of(module: str) -> str | None:
-    """The extra that brings a module, by what the package says of itself; None: no extra does."""
+    """The extra that brings a module, from the package's metadata; None: no extra does."""
     name = module.partition(".")[0].lower()
     for line in requires("opennemo") or ():
         package, _, condition = line.partition(";")
@@ -218,7 +218,7 @@ def extra_of(module: str) -> str | None:
 
 
 def missing(module: str | None, what: str, wanted: str) -> str:
-    """What to say of a package that is not there."""
+    """The message about a package that is missing."""
     return f"{module} is missing: {what} needs it; in the checkout: pip install -e '.[{wanted}]'"
 
 

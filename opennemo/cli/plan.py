@@ -16,7 +16,7 @@ def plan(
     gpus: Gpus = "1xcpu",
     nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
     shape: Annotated[
-        str | None, typer.Option(help="Of a model that is not there yet: mistral-nemo-12b.")
+        str | None, typer.Option(help="Of a model that does not exist here yet: mistral-nemo-12b.")
     ] = None,
     stored: Annotated[
         str | None,

@@ -1,6 +1,6 @@
-"""Commands that answer many: `serve` over HTTP, `batch` from a file.
+"""Commands that answer many requests: `serve` over HTTP, `batch` from a file.
 
-`serve` puts the server together: the application, batches, and one engine or many replicas.
+`serve` assembles the server: the application, batches, and one engine or many replicas.
 """
 
 from pathlib import Path
@@ -70,7 +70,7 @@ def batch(
     max_model_len: MaxContext = None,
     format: Format = "auto",
     served_model_name: Annotated[
-        list[str] | None, typer.Option(help="What bodies may call the model; repeatable.")
+        list[str] | None, typer.Option(help="A name of the model in bodies; repeatable.")
     ] = None,
     device: Device = None,
     tensor_parallel_size: Ranks = 1,
@@ -80,12 +80,11 @@ def batch(
     replicas: Replicas = None,
     ray_address: RayAddress = None,
 ) -> None:
-    """Answer a file of requests, many at once. After a kill, the same command goes on.
+    """Answer a file of requests, many at once. After a kill, the same command resumes.
 
-    Each line of the output holds custom_id, response and error, in the order in which they end
-    (with --engine ray, in that of the input);
-    lines that cannot be answered say why. Exit code 0: all are answered; 1: some with an error;
-    2: stopped by what the last line says.
+    Each line of the output holds custom_id, response and error, in the order in which answers end
+    (with --engine ray, in that of the input); a line that cannot be answered says why. Exit code 0:
+    all are answered; 1: some with an error; 2: it stopped, and the last line says why.
     """
     with serving():
         from opennemo.batch.offline import run_batch
@@ -101,7 +100,7 @@ def batch(
     configure_logs("warning" if spread else "error")
     if spread:
         from opennemo.cluster.batch_parts import run_in_parts as run_batch
-    # Nothing is listened on, whatever the environment says of hosts and keys.
+    # No port is opened, whatever the environment says about hosts and keys.
     if not run_batch(
         requests, output, read_settings([model, "--insecure", *options, *spread, *named])
     ):

@@ -45,7 +45,7 @@ def chat(
     system: Annotated[str | None, typer.Option(help="The system message.")] = None,
     session: Annotated[
         str | None,
-        typer.Option(help="Go on with the conversation of this name, or begin it, and keep it."),
+        typer.Option(help="Continue the conversation of this name, or begin it, and save it."),
     ] = None,
     temperature: Temperature = None,
     top_p: TopP = None,
@@ -67,8 +67,8 @@ def chat(
 ) -> None:
     """Talk to a model. Without a terminal, answer the text on standard input, once.
 
-    A --session is kept in ~/.local/state/opennemo/sessions, and what was computed of it, unless
-    --cache-dir names another folder, in ~/.cache/opennemo/prefixes.
+    A --session is saved in ~/.local/state/opennemo/sessions, and what was computed for it in
+    ~/.cache/opennemo/prefixes, unless --cache-dir names another folder.
     """
     kept = None
     if session is not None:

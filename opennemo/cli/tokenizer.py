@@ -17,7 +17,7 @@ TokenizerFile = Annotated[
     str,
     typer.Argument(
         help="tekken.json, tokenizer.json, tokenizer.model, a tiktoken file, a .gguf, a folder, "
-        "or opennemo-tekken-32k, which comes along."
+        "or opennemo-tekken-32k, which is built in."
     ),
 ]
 
@@ -57,8 +57,8 @@ def compare(
 ) -> None:
     """Count the tokens that tokenizers need for the same texts, by language.
 
-    Lines of a paragraph are joined by spaces, and of a sentence none follow. Only documents have
-    tokens for line breaks, so tokenizers may compare otherwise in each layout.
+    A paragraph's lines are joined by spaces; a sentence stands alone. Only documents have tokens
+    for line breaks, so tokenizers may compare differently in each layout.
     """
     import json as formats
 
@@ -94,7 +94,7 @@ def train(
     corpus: Annotated[list[Path], typer.Argument(help=TEXTS)],
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")],
     vocab_size: Annotated[
-        int | None, typer.Option(help="Ids in all, control tokens included; 131072 by default.")
+        int | None, typer.Option(help="Number of ids, control tokens included; 131072 by default.")
     ] = None,
     temperature: Annotated[
         float | None, typer.Option(help="Above 1, small languages count for more.")
@@ -103,7 +103,7 @@ def train(
         bool, typer.Option("--superwords", help="Merge across spaces in a second stage.")
     ] = False,
     transition: Annotated[
-        int | None, typer.Option(help="Ids when superwords begin; by default 11 of 16.")
+        int | None, typer.Option(help="Number of ids before superwords begin; by default 11 of 16.")
     ] = None,
     max_words: Annotated[
         int | None, typer.Option(help="The most words in a superword; 4 by default.")
@@ -114,7 +114,7 @@ def train(
     extend: Annotated[
         Path | None, typer.Option(help="A tekken.json to extend; its ids stay as they are.")
     ] = None,
-    processes: Annotated[int, typer.Option(help="That count words side by side.")] = 2,
+    processes: Annotated[int, typer.Option(help="Processes that count words.")] = 2,
 ) -> None:
     """Learn a byte-level BPE vocabulary; writes tekken.json and tokenizer.json with equal ids."""
     from opennemo.data.vocabulary import make_settings

@@ -21,16 +21,14 @@ app = typer.Typer()
 @app.command()
 def train(
     recipe: RecipeFile,
-    run: Annotated[
-        Path, typer.Option("--out", help="The run's folder; one that was stopped goes on.")
-    ],
+    run: Annotated[Path, typer.Option("--out", help="The run's folder; a stopped run resumes.")],
     set: Overrides = None,
 ) -> None:
     """Train a model: from text, conversations, preferences or rewards, as a recipe says.
 
     On several devices or machines: torchrun --nproc-per-node 8 -m opennemo train RECIPE ...
     Ctrl-C and SIGTERM save and stop (exit codes 130 and 143), a second Ctrl-C stops at once; the
-    same command goes on, also after a kill.
+    same command resumes, also after a kill.
     """
     import warnings
 
@@ -67,12 +65,12 @@ def train(
             trainer.train()
         made = finish(trainer)
     except Stopped as stopped:
-        print(f"opennemo: {run}: {stopped}; the same command goes on", file=sys.stderr)
+        print(f"opennemo: {run}: {stopped}; the same command resumes", file=sys.stderr)
         raise typer.Exit(128 + caught[0]) from None
     except KeyboardInterrupt:
         saved = trainer and trainer.checkpoints.latest()
         what = f"step {saved:,} is saved" if saved else "no step is saved yet"
-        print(f"\nopennemo: {run}: {what}; the same command goes on", file=sys.stderr)
+        print(f"\nopennemo: {run}: {what}; the same command resumes", file=sys.stderr)
         raise typer.Exit(130) from None
     finally:
         if launched:
@@ -83,7 +81,7 @@ def train(
 
 @app.command()
 def plot(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, drawn into each other.")],
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, drawn into the same plots.")],
     output: Annotated[
         Path, typer.Option("--output", "-o", help="A picture: .png, .svg or .pdf.")
     ] = Path("curves.png"),
@@ -143,14 +141,14 @@ def _refuse_beyond_memory(recipe: Any) -> None:
 
 
 def _rollouts(tokenizer: Any) -> Any:
-    """What draws answers from a model as it stands."""
+    """The function that draws answers from the model as it is now."""
     from opennemo.rollouts import Rollouts
 
     return Rollouts(tokenizer)
 
 
 def _sampler(recipe: Any) -> Any:
-    """Answers to a file of conversations, by an engine around the model as it stands."""
+    """Answers to a file of conversations, by an engine around the model as it is now."""
     if recipe.evaluation.prompts is None:
         return None
     from opennemo.llm import answer_all

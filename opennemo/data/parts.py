@@ -1,10 +1,10 @@
-"""Parts of a corpus: how its files are cut into chunks, what is made of one, and where.
+"""Parts of a corpus: how its files are cut into chunks, what a chunk becomes, and where.
 
-One idea makes it simple: files alone decide what a chunk is, and what is made of it is a pure
-function, written as one file or not at all. So it does not matter which process of which engine
-makes a part, or how often it was interrupted: parts that exist are done.
+Files alone decide what a chunk is, and its part is a pure function of it, written as one file or
+not at all. So it does not matter which process of which engine makes a part, or how often it was
+interrupted: parts that exist are done.
 
-It does not know of other parts (preparation.py puts them together).
+A part does not depend on others (preparation.py joins them).
 """
 
 import errno
@@ -37,7 +37,7 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What is made of what; equal plans give equal bytes.
+    """What to make from which inputs; equal plans give equal bytes.
 
     Attributes:
         inputs: files, folders and URLs, as `Texts` takes them.
@@ -186,8 +186,8 @@ def on_processes(
         yield from in_order(partial(make_part, job), todo, workers)
     except BrokenProcessPool:
         raise OpenNemoError(
-            "a worker was killed, perhaps for want of memory: with fewer --workers the same "
-            f"command needs less, and goes on with what lies in {job.out}"
+            "a worker was killed, perhaps for lack of memory: with fewer --workers the same "
+            f"command needs less, and resumes with what is in {job.out}"
         ) from None
 
 
@@ -202,12 +202,12 @@ def on_ray(job: Job, files: dict[int, list[Path | str]], workers: int) -> Iterat
             "--engine ray needs Ray Data; in the checkout: pip install -e '.[scale]'"
         ) from None
 
-    def absolute(path: Path | str) -> Path | str:  # Ray's workers have folders of their own
+    def absolute(path: Path | str) -> Path | str:  # Ray's workers have working folders of their own
         return Path(path).absolute() if Path(path).exists() else path
 
     job = replace(job, out=job.out.absolute(), tokenizer=Path(absolute(job.tokenizer)))
 
-    # Errors travel as rows: Ray would make pages of them, and lose of what kind they are.
+    # Errors are returned as rows: Ray would turn them into pages of text, and lose their kind.
     def read(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
         try:
             for chunk in chunks(job, row["group"], row["files"]):
@@ -238,7 +238,7 @@ def on_ray(job: Job, files: dict[int, list[Path | str]], workers: int) -> Iterat
         yield row["group"], row["n_read"]
 
 
-# Each takes what is to be done by group, and yields which group is done how far.
+# Each takes the work by group, and yields a group and its progress.
 Engine = Callable[[Job, dict[int, list[Path | str]], int], Iterator[tuple[int, int]]]
 ENGINES: dict[str, Engine] = {"processes": on_processes, "ray": on_ray}
 
@@ -250,6 +250,6 @@ def in_one_line(error: OSError | OpenNemoError, job: Job) -> str:
     if error.errno in NO_ROOM:
         return (
             f"{job.out}: no room to write ({error.strerror}); make some, and the same command "
-            "goes on"
+            "resumes"
         )
     return f"{error.filename or job.out}: {error.strerror or error}"

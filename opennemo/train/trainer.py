@@ -1,10 +1,10 @@
 """The one loop: batches in, a model out, for every objective, and for one process or many.
 
-What makes resuming exact is that a step is a function of the seed, its number and the state: its
-rows, its learning rate and its random numbers (set from the seed and the number) all are, and the
-state is what a checkpoint holds. So a run that was killed goes on to the very bits of one that was
-not. The gradient of a step is the sum of its losses over the number of its units, however they are
-divided into passes and over ranks.
+Resuming is exact because a step is a function of the seed, its number and the state: its rows, its
+learning rate and its random numbers (set from the seed and the number) all are, and a checkpoint
+holds the state. So a killed run ends with the same bits as an uninterrupted one. The gradient of a
+step is the sum of its losses over the number of its units, however they are divided into passes and
+over ranks.
 
 It does not know files of models (`run.py`), nor the engine: samples, and answers to learn from,
 come from functions that the caller passes in. It installs no signal handlers either: a command line
@@ -55,7 +55,7 @@ from opennemo.train.references import kept_log_probs
 from opennemo.train.scales import settle_scales
 from opennemo.train.setup import Setup
 
-if TYPE_CHECKING:  # pydantic is needed where recipes are read alone
+if TYPE_CHECKING:  # pydantic is only needed for reading recipes
     from opennemo.train.config import Recipe
 
 Sample = Callable[[Transformer, Tokenizer], list[dict[str, Any]]]
@@ -78,7 +78,7 @@ class Trainer:
 
         Args:
             sample: makes answers for the log at evaluations.
-            rollout: draws the answers that are learned from, if the recipe wants any.
+            rollout: draws the answers to learn from, if the recipe needs any.
         """
         self.recipe, self.run, self.setup, self.sample = recipe, run, setup, sample
         self.rank, self.n_ranks = (
@@ -126,14 +126,14 @@ class Trainer:
             self.step = self._load()
 
     def stop(self) -> None:
-        """End `train` after the step at hand; a signal handler or another thread may call this."""
+        """End `train` after the present step; a signal handler or another thread may call this."""
         self._stopping = True
 
     def train(self) -> None:
         """Run to the last step, saving and evaluating on the way; nothing if that is reached.
 
         Raises:
-            Stopped: `stop` was called; the same run goes on from there another time.
+            Stopped: `stop` was called; the same run can be resumed from there.
             OpenNemoError: the gradient is not finite any more; a reward failed.
         """
         if self.step >= self.recipe.steps:
@@ -186,12 +186,12 @@ class Trainer:
             log.close()
 
     def update(self, step: int, batches: list[Batch]) -> dict[str, float]:
-        """One update of the weights; what it was like."""
+        """One update of the weights; returns its metrics."""
         self._begin(step)
         return self._learn(step, batches)
 
     def practise(self, step: int, tasks: list[Task]) -> tuple[list[Batch], dict[str, float]]:
-        """Draw answers to tasks and learn from them: the batches, and what the step was like.
+        """Draw answers to tasks and learn from them; returns the batches and the step's metrics.
 
         Raises:
             OpenNemoError: a reward failed, here or on another rank; the state is saved.
@@ -220,7 +220,7 @@ class Trainer:
         return done, values | {"skipped": skipped, "seconds_drawing": seconds}
 
     def _agreed(self, work: Callable[[], Any]) -> Any:
-        """What a function gives, unless it raises on any rank; then the state is saved first."""
+        """A function's result, unless it raises on any rank; then the state is saved first."""
         error, result = None, None
         try:
             result = work()
@@ -229,19 +229,19 @@ class Trainer:
         if self._sum(torch.tensor(float(error is not None))) > 0:
             if self.checkpoints.latest() != self.step:
                 self.checkpoints.save(self.step, self._state(), wait=True)
-            kept = f"(the run is saved after {self.step:,} steps, and the same command goes on)"
+            kept = f"(the run is saved after {self.step:,} steps, and the same command resumes)"
             raise OpenNemoError(f"{error or 'another rank could not draw answers'} {kept}")
         return result
 
     def _as_many(self, batches: list[Batch], filler: Batch) -> list[Batch]:
-        """As many batches as every rank has, for ranks gather weights together."""
+        """As many batches as every rank has, since ranks gather weights together."""
         most = torch.tensor(float(len(batches))).to(self.device)
         if self.n_ranks > 1:
             dist.all_reduce(most, dist.ReduceOp.MAX)
         return batches + [filler] * (int(most) - len(batches))
 
     def _begin(self, step: int) -> None:
-        """Set what a step's computation follows."""
+        """Set the state that a step's computation depends on."""
         recipe = self.recipe
         torch.manual_seed(_mix(recipe.seed, step, self.rank))
         if recipe.qat is not None:
@@ -294,7 +294,7 @@ class Trainer:
         n_rows = min(recipe.data.valid_rows, getattr(rows, "__len__", lambda: 1 << 30)())
         copies = self.n_ranks // self.n_data_ranks  # of each row
         totals: dict[str, float] = {}
-        # All ranks take as many rows, for they gather weights together.
+        # All ranks take the same number of rows, since they gather weights together.
         for index in range(self.data_rank, max(1, n_rows // self.n_data_ranks) * self.n_data_ranks,
                            self.n_data_ranks):  # fmt: skip
             batch = self._collate(rows, [index]).to(self.device)
@@ -318,7 +318,7 @@ class Trainer:
         return values
 
     def _examine(self, rows: TaskRows) -> dict[str, float]:
-        """What the likeliest answers to held-out tasks are worth."""
+        """The rewards of the likeliest answers to held-out tasks."""
         assert self.practice is not None
         practice, n_rows = self.practice, min(self.recipe.data.valid_rows, len(rows))
         n_each = max(1, n_rows // self.n_data_ranks)
@@ -352,7 +352,7 @@ class Trainer:
         return collate([rows[i] for i in indices], window, self.references.get(id(rows)))
 
     def _compute_references(self) -> None:
-        """What the model thought of each pair that the run will come to, before it learned."""
+        """Log-probabilities of each pair that the run will use, from before training."""
         self.model.eval()
         if self.recipe.qat is not None:
             set_qat_(self.model, rounds=False, observe=False)
@@ -378,13 +378,13 @@ class Trainer:
         self._part_weights()
 
     def _part_weights(self) -> None:
-        """Let go of weights gathered for a pass forward that no pass backward followed."""
+        """Free weights gathered for a forward pass that no backward pass followed."""
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
 
     def _state(self) -> dict[str, Any]:
-        """All that a checkpoint holds, as references to what is there."""
+        """All that a checkpoint holds, as references to the present objects."""
         model = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         options = StateDictOptions(ignore_frozen_params=True)
         return {
@@ -406,7 +406,7 @@ class Trainer:
         return progress(what, total, done=done, seconds=LINE_EVERY, quiet=self.quiet)
 
     def _report(self, bar: Bar, step: int, values: dict[str, float]) -> None:
-        """Print what is worth a line of its own, and draw samples."""
+        """Print events that need a line of their own, and draw samples."""
         if values["skipped"]:
             bar.say(f"step {step}: the gradient is not finite; the step is skipped")
         held_out = {k: v for k, v in values.items() if k.startswith("valid_")}

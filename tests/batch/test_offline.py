@@ -140,9 +140,9 @@ def test_files_that_cannot_be_meant(tmp_path):
         refused("is not an answer of a batch")
         assert target.read_text() == text
     target.write_bytes(batch.output_line("batch_req_x", 1, "other", error={}).data)
-    refused("1 answers in it are to no line of")
+    refused("1 answers in it belong to no line of")
     target.unlink()
     target.mkdir()
-    refused("is no file")
+    refused("is not a file")
     target = source
-    refused("is the input, too")
+    refused("is also the input")

@@ -187,8 +187,8 @@ def wait_for_step(run: Path, step: int) -> None:
 def test_signals_and_kills_cost_nothing(recipe_file, tmp_path):
     train(read_recipe(recipe_file), tmp_path / "whole", quiet=True)
     for number, step, code, word in (
-        (signal.SIGTERM, 7, 143, "is saved; the same command goes on"),
-        (signal.SIGINT, 12, 130, "is saved; the same command goes on"),
+        (signal.SIGTERM, 7, 143, "is saved; the same command resumes"),
+        (signal.SIGINT, 12, 130, "is saved; the same command resumes"),
         (signal.SIGKILL, 17, -9, "goes on after step 1"),
     ):
         process = start(tmp_path / "run", recipe_file)
