@@ -1,1 +1,1 @@
-"""Ray: many engines behind one door, batches in parts. A wing."""
+"""Ray: many engines behind one interface, batches in parts. A wing."""

@@ -1,10 +1,10 @@
 """`opennemo batch --engine ray`: a file of requests in parts, answered by engines on many machines.
 
-A part is some lines that follow one another, and its answers a file that takes its name when all of
-them are there. Parts are all the state there is: after a kill the same command makes those that are
-missing. In the end they become the output, in the order of the input, by another renaming; so the
-output is there with every line answered once, or it is not there. The input, the model and the
-folder of the output must be at the same path on every machine. Which machines there are Ray knows.
+A part is some consecutive lines, and its answers are a file that gets its name when all of them are
+there. Parts are all the state there is: after a kill the same command makes those that are missing.
+In the end they become the output, in the order of the input, by another renaming; so the output
+exists with every line answered once, or does not exist. The input, the model and the folder of the
+output must be at the same path on every machine. Ray knows which machines there are.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ Make = Callable[[Path, Path, list[Part], Settings], Iterator[int]]
 
 
 def run_in_parts(source: Path, target: Path, settings: Settings, make: Make | None = None) -> bool:
-    """Answer the lines of a file, the parts by engines side by side; whether none had an error.
+    """Answer the lines of a file, in parts by several engines; returns whether none had an error.
 
     `make` makes the parts that are missing, by default `on_ray`.
 
@@ -50,7 +50,7 @@ def run_in_parts(source: Path, target: Path, settings: Settings, make: Make | No
         folder.mkdir(parents=True, exist_ok=True)
         made = {path.name for path in folder.glob("*.jsonl")}
         if foreign := made - {name for name, _ in parts}:
-            raise InvalidRequest(f"{folder}: {len(foreign)} parts in it are of another input")
+            raise InvalidRequest(f"{folder}: {len(foreign)} parts in it belong to another input")
         todo = [part for part in parts if part[0] not in made]
         n_done = len(places) - sum(len(lines) for _, lines in todo)
         if n_done:
@@ -82,7 +82,7 @@ class Maker:
                 self._answerer.answer(input, places, lines.extend)
             data = [line.data for line in sorted(lines, key=lambda line: line.number)]
             write_whole(self._folder / row["part"], *data)
-        except (OSError, OpenNemoError) as error:  # as a row: Ray would make pages of it
+        except (OSError, OpenNemoError) as error:  # as a row: Ray would turn it into pages of text
             return {"n_lines": 0, "error": str(error)}
         return {"n_lines": len(lines), "error": ""}
 
@@ -91,7 +91,7 @@ class Maker:
 
 
 def on_ray(source: Path, folder: Path, parts: list[Part], settings: Settings) -> Iterator[int]:
-    """As many engines as there are replicas, where Ray finds room for them."""
+    """One engine for each replica, where Ray finds room for it."""
     from opennemo.cluster.session import cpus_of, gpus_of, start_ray
 
     if not parts:
@@ -121,7 +121,7 @@ def _part(places: list[Place]) -> Part:
 
 
 def rows(parts: list[Part]) -> list[dict[str, str]]:
-    """Parts as what a `Maker` is called with."""
+    """Parts as the arguments of a `Maker`."""
     return [{"part": name, "places": json.dumps(places)} for name, places in parts]
 
 
@@ -133,7 +133,7 @@ def n_lines_of(row: dict[str, Any]) -> int:
 
 
 def _merge(folder: Path, names: list[str], target: Path) -> int:
-    """The parts, one after the other, under the output's name; how many lines have an error."""
+    """Join the parts under the output's name; returns how many lines have an error."""
     n_failed, merged = 0, folder / "whole"
     with open_whole(merged) as whole:
         for name in names:

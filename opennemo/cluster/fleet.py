@@ -1,16 +1,16 @@
-"""Many replicas of a model on Ray Serve, behind a door that looks like one engine.
+"""Many replicas of a model on Ray Serve, behind the interface of one engine.
 
     Service -> LLM -> Fleet.submit -> Ray's handle, routed by prefix -> Replica, an LLM of its own
                       Fleet's loop <- events, as many as have come <-
 
 The application with its gate, limits and protocols stays in the process that was started, as it is
-with one engine; what goes out is token ids, what comes back is the engine's events. Ray places the
-replicas, watches and replaces them, adds some as requests queue, and lets one that is to end answer
-what it has. A request whose replica is lost is put to another one if nothing has been heard of it;
-else it fails, and says so: what a client has seen is never answered anew.
+with one engine; it sends token ids and receives the engine's events. Ray places the replicas,
+watches and replaces them, adds some as requests queue, and lets one that is to end finish its
+requests. A request whose replica is lost goes to another one if no token of it has come; else it
+fails with an error: an answer that a client has begun to see is never started again.
 """
 
-# Few have Ray, which is an extra.
+# Ray is an extra, which few users install.
 # pyright: reportMissingImports=false
 import asyncio
 import itertools
@@ -71,7 +71,7 @@ class Fleet:
 
     def __init__(self, settings: Settings):
         self._settings, self._generation = settings, 0
-        # Servers that share a cluster have replicas of their own, and take them up again.
+        # Servers that share a cluster have replicas of their own, and find them again.
         port = settings.port or f"process-{os.getpid()}"
         self._app = f"opennemo-{socket.gethostname()}-{port}"
         self._n_most = settings.max_replicas or settings.replicas
@@ -89,7 +89,7 @@ class Fleet:
     def start(self) -> None:
         """Join or start a cluster, and deploy."""
         self._ray, settings = start_ray(self._settings), self._settings
-        from ray import serve  # not before: Ray reads its settings as it is imported
+        from ray import serve  # not before: Ray reads its settings when it is imported
 
         serve.start(proxy_location="Disabled")
         self._thread.start()
@@ -104,7 +104,7 @@ class Fleet:
         """Start the replicas, or replace those that run; waits until the last is ready.
 
         Raises:
-            OpenNemoError: one cannot be started; those that ran go on.
+            OpenNemoError: one cannot be started; those that ran continue.
         """
         from ray import serve
 
@@ -117,7 +117,7 @@ class Fleet:
                 "autoscaling_config": {
                     "min_replicas": settings.replicas,
                     "max_replicas": self._n_most,
-                    # Beyond it answers are not computed side by side, but wait.
+                    # Answers beyond it are not computed side by side, but wait.
                     "target_ongoing_requests": settings.max_num_seqs,
                 }
             }
@@ -213,11 +213,11 @@ class Fleet:
         self.broadcast("wake")
 
     def cancel(self, request_id: int, index: int | None = None) -> None:
-        """As Engine.cancel; of several answers the replica goes on with one that is given up."""
+        """As Engine.cancel; of several answers, the replica goes on computing a cancelled one."""
         self._loop.call_soon_threadsafe(self._cancel, request_id, index)
 
     def broadcast(self, method: str, *args: Any) -> list[Any]:
-        """Have all replicas do something; what each returns.
+        """Call a method of all replicas; returns what each returns.
 
         Raises:
             OpenNemoError: as one of them did, or one is lost.
@@ -238,7 +238,7 @@ class Fleet:
         return {"kv_cache_pages": 1, "kv_cache_pages_used": 0, **total, "replicas": len(replicas)}
 
     def close(self) -> None:
-        """End the replicas, and the cluster if it is ours; what runs is cancelled."""
+        """End the replicas, and the cluster if it is ours; running requests are cancelled."""
         if self._ray is None:
             return
         if self._thread.is_alive():
@@ -247,7 +247,7 @@ class Fleet:
         if self._settings.ray_address:  # else they end with the cluster
             from ray import serve
 
-            with suppress(Exception):  # whatever Ray has to say to that, it is over
+            with suppress(Exception):  # whatever Ray raises here, the cluster is ending
                 serve.delete(self._app)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10)
@@ -289,7 +289,7 @@ class Fleet:
                 failure = getattr(error, "cause", error)
                 if not isinstance(failure, OpenNemoError):
                     log.error("defect", exc_info=error)
-                    failure = "a replica has a defect; its log tells"
+                    failure = "a replica has a defect; see its log"
             break
         running.end("error", failure)
         self._running.pop(running.id, None)
@@ -318,9 +318,9 @@ class Fleet:
                 running.task.cancel()
 
     async def _look(self) -> None:
-        """Keep what the replicas count at hand."""
+        """Refresh the numbers that the replicas count."""
         while True:
-            with suppress(Exception):  # one that is being lost; the next look is soon
+            with suppress(Exception):  # a replica that is being lost; the next look is soon
                 self._stats = await self._handle.broadcast("stats").results_async(timeout_s=30)
             await asyncio.sleep(STATS)
 

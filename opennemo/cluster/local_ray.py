@@ -1,4 +1,4 @@
-"""A Ray for this process alone: on loopback, closed to others, and quiet.
+"""A Ray for this process only: on loopback, closed to others, and quiet.
 
 It changes the environment and the levels of Ray's loggers, and does not know what Ray is for.
 """
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def keep_ray_here() -> None:
-    """Set what Ray reads as it is imported; where that has happened, it is left as it is.
+    """Set what Ray reads when it is imported; if that has happened, change nothing.
 
     A process that may talk to Ray may run code, so Ray gets an address of this host alone, even on
     Linux, and a token that no other process knows. No usage is reported to its makers.

@@ -1,11 +1,11 @@
-"""Ray Serve's side of the router: Ray says which replicas there are, routing.py which is to answer.
+"""Ray Serve's side of the router: Ray names the replicas, routing.py chooses one for a request.
 
 Ray makes one in each process that has a handle, asks it about every call, and reports when a call
-has ended. What Ray does itself (it notices lost replicas, keeps those that are full or that are
-being replaced out, and holds calls while there is none) stays Ray's.
+has ended. The rest stays Ray's: it notices lost replicas, leaves out those that are full or being
+replaced, and holds calls while there is none.
 """
 
-# Few have Ray, which is an extra.
+# Ray is an extra, which few users install.
 # pyright: reportMissingImports=false
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
@@ -13,7 +13,7 @@ from opennemo.cluster.routing import Router
 
 
 class Prefixes(RequestRouter):
-    """Routes calls of (token ids, salt, ...) by their beginning; others go to any that is free."""
+    """Routes calls of (token ids, salt, ...) by their beginning; others go to any free replica."""
 
     def initialize_state(self, **_: object) -> None:
         self._router = Router()
@@ -31,14 +31,14 @@ class Prefixes(RequestRouter):
         candidate_replicas: list[RunningReplica],
         pending_request: PendingRequest | None = None,
     ) -> list[list[RunningReplica]]:
-        """The best by itself, then the others, in case that it is full."""
+        """The best replica by itself, then the others, in case that it is full."""
         if pending_request is None or not pending_request.args:
             return [candidate_replicas]
         pending_request.routing_context.should_backoff = True  # when all are full: wait, then ask
         request, ids, salt = _parts(pending_request)
         by_name = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
         best = by_name.get(self._router.choose(request, ids, salt, among=by_name))
-        # A call that is given up before it has a replica is one that Ray never says has ended.
+        # Ray never reports the end of a call that is given up before it has a replica.
         pending_request.future.add_done_callback(
             lambda future: self._router.finish(request) if future.cancelled() else None
         )

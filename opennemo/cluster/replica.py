@@ -1,8 +1,8 @@
-"""One engine of many, in a process that Ray watches: what it is asked, and what it answers.
+"""One engine of many, in a process that Ray watches: its requests, and its answers.
 
-It is asked for answers, and sends the engine's events, as many at a time as have come; what the
-application needs for all replicas alike (adapters, an empty cache, sleep) each does for itself. Ray
-asks whether it is well and lets it end when it has answered what it has. Text is not known here.
+It gets requests and sends the engine's events, as many at a time as have come. What the application
+asks of all replicas (adapters, an empty cache, sleep) each does for itself. Ray checks its health
+and lets it end when it has answered its requests. This file knows no text.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ class Replica:
     """One engine, in a process that Ray watches."""
 
     def __init__(self, settings: Settings, generation: int):
-        """A new `generation` is what Ray takes for new code, and replaces the old one by."""
+        """Ray takes a new `generation` for new code, and replaces the old one by it."""
         if settings.ray_address is None:
             listen_on_loopback()
         if settings.replica_cpus:
@@ -71,7 +71,7 @@ class Replica:
                 self._llm.engine.cancel(request_id)
 
     async def score(self, ids: list[int], salt: bytes, pairs: list[Pair]) -> list[Score]:
-        """As Engine.score; what is before `pairs` is for the router."""
+        """As Engine.score; the arguments before `pairs` are for the router."""
         return await asyncio.to_thread(self._llm.score, pairs)
 
     def load_adapter(self, adapter: tuple[str, str]) -> None:
@@ -91,7 +91,7 @@ class Replica:
         self._llm.engine.wake()
 
     def describe(self) -> dict[str, Any]:
-        """What the fleet must know of the engine."""
+        """What the fleet must know about the engine."""
         engine = self._llm.engine
         names = ("eos_ids", "vocab_size", "max_context", "model_config")
         return {name: getattr(engine, name) for name in names}

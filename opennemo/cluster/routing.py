@@ -3,12 +3,12 @@
 Replicas keep the prompts they have computed, so the one that answered a conversation before need
 not compute its beginning again. What a replica would have to compute for a request (tokens that it
 has not seen) and what it is computing already are both counted in tokens, and the smallest sum
-wins: a conversation returns to its cache, unless the queue there is longer than its beginning is
-worth. One number, so there is no threshold between the two aims.
+wins: a conversation returns to its cache, unless the queue there outweighs its beginning. Both aims
+are in one number, so no threshold between them is needed.
 
-What a replica holds is not asked for but remembered, from what was sent there: prompts in chunks,
-each named by a hash over all before it, forgotten in the order in which the replica itself forgets.
-A wrong guess costs time, never an answer. This file knows no Ray, no HTTP and no clock, so that a
+The router does not ask what a replica holds. It remembers what was sent there: prompts in chunks,
+each named by a hash over all before it, forgotten in the order in which the replica forgets them. A
+wrong guess costs time, never an answer. This file knows no Ray, no HTTP and no clock, so that a
 simulation runs it as it is (benchmarks/scale.py). The sum is that of Preble (arXiv:2407.00023), in
 tokens; Ray's own router for prefixes takes turns between two rules instead.
 """
@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 CHUNK = 64  # tokens; shorter ones find more and cost more memory, some 200 bytes each
-CAPACITY = 1 << 17  # tokens that a replica keeps, as long as it has not said how many
+CAPACITY = 1 << 17  # tokens that a replica keeps, until it has reported how many
 SEQUENCE = 256  # tokens that an answer under way counts for, besides its prompt: see docs/scale.md
 
 
@@ -40,7 +40,7 @@ class Router:
         self._under_way: dict[str, tuple[str, int]] = {}  # by request: where, and its work
 
     def update(self, replicas: dict[str, int | None]) -> None:
-        """Tell which replicas there are, and how many tokens each keeps, if that is known."""
+        """Set which replicas there are, and how many tokens each keeps, if that is known."""
         for name in self.replicas.keys() - replicas.keys():
             for key in self.replicas.pop(name).kept:
                 self._forget(key, name)
@@ -82,7 +82,7 @@ class Router:
         return self._under_way.get(request, ("", 0))[0]
 
     def finish(self, request: str) -> None:
-        """A request has ended, however; unknown ones are ignored."""
+        """Record that a request has ended, in any way; unknown ones are ignored."""
         if request in self._under_way:
             name, work = self._under_way.pop(request)
             self.replicas[name].work -= work

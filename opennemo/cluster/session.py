@@ -1,11 +1,11 @@
-"""Ray joined or started for engines, with everything that this changes in the process.
+"""Join or start Ray for engines, with everything that this changes in the process.
 
 That is: variables that Ray reads when it is imported (with local_ray.py), the levels of its
 loggers, a handler of SIGTERM, and one function of another package: `listen_on_loopback` changes
 `add_port_to_grpc_server` of Ray 2.60, which has no option for the address of that port.
 """
 
-# Few have Ray, which is an extra.
+# Ray is an extra, which few users install.
 # pyright: reportMissingImports=false
 import importlib
 import logging
@@ -26,7 +26,7 @@ log = structlog.get_logger("opennemo.serve")
 
 
 def listen_on_loopback() -> None:
-    """Ray Serve opens a port of each replica's on all addresses; here all is on this machine."""
+    """Ray Serve opens each replica's port on all addresses; here all are on this machine."""
     replica: Any = importlib.import_module("ray.serve._private.replica")
     if bind := getattr(replica, "add_port_to_grpc_server", None):
         replica.add_port_to_grpc_server = lambda server, address: bind(
@@ -36,12 +36,12 @@ def listen_on_loopback() -> None:
 
 def start_ray(settings: Settings) -> Any:
     """Ray, joined or started for this process: on loopback, with a token, without a dashboard."""
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # it would report to its makers
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # it would send usage reports
     n = settings.max_replicas or settings.replicas
     options: dict[str, Any] = {"address": settings.ray_address}
     if settings.ray_address is None:
         keep_ray_here()
-        # In milliseconds; with its own 15 seconds it gives up on a machine that is busy.
+        # In milliseconds; its default of 15 seconds is too short on a busy machine.
         os.environ |= {"RAY_agent_register_timeout_ms": "100000"}
         n_cpus = max(os.cpu_count() or 1, cpus_of(settings) * n)
         options = {
@@ -60,7 +60,7 @@ def start_ray(settings: Settings) -> Any:
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
     try:
         ray.init(**options, **quiet)
-    except Exception as error:  # Ray has many kinds, and bare ones
+    except Exception as error:  # Ray raises many kinds, and bare exceptions
         ray.shutdown()
         where = settings.ray_address or "a cluster of its own"
         raise OpenNemoError(f"--replicas: cannot use {where}: {reason(error)}") from error
@@ -78,7 +78,7 @@ def start_ray(settings: Settings) -> Any:
 
 
 def cpus_of(settings: Settings) -> int:
-    """Threads of a replica: by default its share of this host's, of a cluster's one."""
+    """Threads of a replica: by default its share of this host's; on a cluster, one."""
     n = settings.max_replicas or settings.replicas
     share = 1 if settings.ray_address else max(1, (os.cpu_count() or 1) // n)
     return settings.replica_cpus or share
@@ -92,6 +92,6 @@ def gpus_of(settings: Settings) -> float:
 
 
 def reason(error: BaseException) -> str:
-    """The last line of what Ray says, which is the reason, where it says why."""
+    """The last line of Ray's message, which is the reason if it gives one."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines or [type(error).__name__])[-1][:300]

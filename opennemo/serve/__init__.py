@@ -1,1 +1,1 @@
-"""The server: one model, spoken to in the protocols that clients know."""
+"""The server: one model, served in the protocols that clients know."""

@@ -1,4 +1,4 @@
-"""What only an administrator may do, behind a key of its own and absent without one."""
+"""Routes for the administrator, behind a key of their own; without that key they do not exist."""
 
 import asyncio
 
@@ -30,7 +30,7 @@ async def load_adapter(body: AdapterRequest, service: TheService) -> Response:
 
 @router.post("/v1/unload_lora_adapter")
 async def unload_adapter(body: AdapterRequest, service: TheService) -> Response:
-    """Forget an adapter; answers that follow it end as they began."""
+    """Unload an adapter; answers that use it finish with it."""
     if not service.llm.engine.unload_adapter(body.lora_name):
         raise Refusal(404, f"there is no adapter {body.lora_name!r}", type="invalid_model")
     return Json({"message": f"Success: LoRA adapter {body.lora_name} removed."})
@@ -54,14 +54,14 @@ async def restart_replicas(service: TheService) -> Response:
 
 @router.post("/sleep")
 async def sleep(service: TheService) -> Response:
-    """Finish what runs, then give the cache's memory back, and a GPU's; answer 503 meanwhile."""
+    """Finish running requests, then free the cache's memory, and a GPU's; answer 503 meanwhile."""
     await service.sleep()
     return Json({"is_sleeping": True})
 
 
 @router.post("/wake_up")
 async def wake_up(service: TheService) -> Response:
-    """Answer again."""
+    """Accept requests again."""
     await service.wake()
     return Json({"is_sleeping": service.asleep})
 

@@ -1,4 +1,4 @@
-"""The application: its routes, the page, and errors in the words of each protocol.
+"""The application: its routes, the page, and errors in the form of each protocol.
 
 A protocol is a file in protocols/ (bodies, routes, a `Story` for streams), and one entry here.
 """
@@ -98,14 +98,14 @@ async def _on_error(request: Request, error: Exception) -> Response:
 
 
 async def _on_invalid(request: Request, error: Exception) -> Response:
-    """A body that does not fit the schema: 400 if it is no JSON at all, else 422 with places."""
+    """A body that does not fit the schema: 400 if it is not JSON, else 422 with places."""
     assert isinstance(error, RequestValidationError)
     errors = error.errors()
     detail = [{"type": e["type"], "loc": list(e["loc"]), "msg": e["msg"]} for e in errors[:20]]
     first = detail[0]
     where = ".".join(str(part) for part in first["loc"][1:])
     message = f"{where}: {first['msg']}" if where else first["msg"]
-    is_json = first["type"] != "json_invalid"  # else `where` is a place in the text, and no field
+    is_json = first["type"] != "json_invalid"  # else `where` is a place in the text, not a field
     refused = Refusal(
         422 if is_json else 400, message, param=(where or None) if is_json else None, detail=detail
     )

@@ -1,8 +1,8 @@
 """API keys, hashed at rest, each with limits of its own.
 
 Keys are random and long, so SHA-256 is enough; every known key is compared with each time, in
-constant time, so that timing reveals nothing. Limits are windows that move with a clock nobody can
-set: by the time of day, a clock put back would lock a key out.
+constant time, so that timing reveals nothing. Limits are windows that move with a clock that nobody
+can set: with the time of day, a clock that is put back would lock a key out.
 """
 
 import hashlib
@@ -62,7 +62,7 @@ class Window:
 
 @dataclass(eq=False)
 class Client:
-    """Somebody with a key, or everybody where none is asked for."""
+    """A client with a key, or all clients where no key is required."""
 
     name: str
     limits: KeyLimits
@@ -103,7 +103,7 @@ class Gatekeeper:
             raise _unauthorised()
 
     def admit(self, client: Client, n_expected: int = 0, *, is_part: bool = False) -> None:
-        """Count a request in, with the tokens that it may come to; `release` must follow.
+        """Count a new request, with the tokens that it may use; `release` must follow.
 
         For a request in parts, only the first part is checked against the token limit.
 
@@ -123,7 +123,7 @@ class Gatekeeper:
         client.n_expected += n_expected
 
     def release(self, client: Client, n_tokens: int, n_expected: int = 0) -> None:
-        """Count a request out, with the tokens that it used instead of those expected."""
+        """Record the end of a request, with the tokens that it used instead of those expected."""
         client.n_running -= 1
         client.n_expected -= n_expected
         client.tokens.add(n_tokens)
@@ -163,7 +163,7 @@ def read_clients(keys: list[str], file: Path | None, limits: KeyLimits) -> list[
 
 
 def _presented(headers: dict[bytes, bytes]) -> bytes:
-    """The digest of the key that a request shows; of nothing, which is no key's, if none."""
+    """The digest of a request's key; without a key b"", which is no key's digest."""
     scheme, _, key = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
     if scheme.lower() != "bearer" or not key:
         key = headers.get(b"x-api-key", b"").decode("latin-1")

@@ -1,4 +1,4 @@
-"""A bound on what a JSON body is made of, counted while it comes in.
+"""A bound on the number of values in a JSON body, counted while it is received.
 
 Parsing JSON holds the interpreter lock, so no other request is answered then, and its time
 follows the number of values, not bytes: 16 MB of text are read in milliseconds, 16 MB of `[],` in
@@ -25,7 +25,7 @@ class ValueCounter:
         self.has_nul |= b"\0" in chunk
         data, self._rest = self._rest + chunk, b""
         n_escapes = len(data) - len(data.rstrip(b"\\"))
-        if n_escapes % 2:  # what it escapes comes with the next chunk
+        if n_escapes % 2:  # the escaped character comes with the next chunk
             data, self._rest = data[:-1], data[-1:]
         if b"\\" in data:
             data = data.replace(b"\\\\", b"  ").replace(b'\\"', b"  ")

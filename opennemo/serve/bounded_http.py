@@ -1,4 +1,4 @@
-"""uvicorn's HTTP protocol with bounds on headers, on standing still, and on connections.
+"""uvicorn's HTTP protocol with bounds on headers, on idle time, and on connections.
 
 This file changes another package. uvicorn bounds headers only with h11, which is several times
 slower than httptools. With either it bounds neither the time that a head or a body may take nor a
@@ -16,7 +16,7 @@ from opennemo.serve.error_bodies import Refusal, dumps, error_body
 
 MAX_HEADERS = 64 * 1024  # bytes
 MAX_CONNECTIONS = 4096  # where uvicorn is given no limit
-MIN_RATE = 256  # bytes a second of a body that goes on
+MIN_RATE = 256  # bytes a second of a body that is being received
 AT_ONCE = 1 / 32  # of all connections: closed together, so that searching for them is rare
 PHRASES = {400: "Bad Request", 408: "Request Timeout", 431: "Request Header Fields Too Large"}
 PHRASES |= {503: "Service Unavailable"}
@@ -33,8 +33,8 @@ class BoundedHeaders(HttpToolsProtocol):
 
     _n_head: int | None = None  # bytes of the headers being read
     _n_body = 0  # bytes that have come since the timer below began
-    _reading: asyncio.TimerHandle | None = None  # until a head is whole, or a body goes on
-    _writing: asyncio.TimerHandle | None = None  # until the client has taken some of what waits
+    _reading: asyncio.TimerHandle | None = None  # until a head is complete, or a body grows
+    _writing: asyncio.TimerHandle | None = None  # until the client has read some of the data
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -81,7 +81,7 @@ class BoundedHeaders(HttpToolsProtocol):
 
     @property
     def _rank(self) -> int:
-        """0: it has never asked; 1: its body is coming; 2: it was answered, and may ask again."""
+        """0: no request yet; 1: its body is coming; 2: it was answered, and may send another."""
         return 0 if self.cycle is None else 1 if self._is_asked else 2
 
     def connection_made(self, transport: Any) -> None:

@@ -18,7 +18,7 @@ from opennemo.errors import (
     Unavailable,
 )
 
-MESSAGES = "/v1/messages"  # paths that begin so speak Anthropic's protocol
+MESSAGES = "/v1/messages"  # paths that begin with this use Anthropic's protocol
 TYPES = {  # of an error, by status
     400: "invalid_request_error",
     401: "authentication_error",
@@ -36,7 +36,7 @@ ANTHROPIC_TYPES = dict.fromkeys((499, 500, 501), "api_error") | {503: "overloade
 
 
 class Refusal(OpenNemoError):
-    """A request that is turned down with a status; `retry_after` is in seconds."""
+    """A request that is refused with a status; `retry_after` is in seconds."""
 
     def __init__(
         self,
@@ -94,7 +94,7 @@ def error_response(error: Refusal, path: str) -> Response:
 
 
 class Json(Response):
-    """JSON, whatever strings hold: half a surrogate pair, which is no UTF-8, becomes a `?`."""
+    """JSON of any strings: half a surrogate pair, which UTF-8 cannot hold, becomes a `?`."""
 
     media_type = "application/json"
 
@@ -103,7 +103,7 @@ class Json(Response):
 
 
 def dumps(value: Any) -> str:
-    """JSON; numbers that it has no word for, which a request's own fields may hold, are null."""
+    """JSON; numbers that it cannot express, which a request's fields may hold, become null."""
     how: dict[str, Any] = {"ensure_ascii": False, "separators": (",", ":")}
     try:
         return json.dumps(value, allow_nan=False, **how)

@@ -1,7 +1,7 @@
-"""One gate before all routes: whatever happens to every request, before and after its route.
+"""One gate before all routes: everything that happens to every request around its route.
 
-The gate is deny by default: whatever path is not on its short open list needs a key, whether a
-route is there or not, and before a byte of the body is read. It also checks the Host header on
+The gate denies by default: every path that is not on its short open list needs a key, whether or
+not there is such a route, and before a byte of the body is read. It also checks the Host header on
 loopback (DNS rebinding), names each request, and writes one line of log for it, without prompts.
 """
 
@@ -23,7 +23,7 @@ from opennemo.serve.error_bodies import Refusal, error_response
 from opennemo.serve.protocols.nim import OPEN
 from opennemo.serve.service import INSIDE, Service
 
-# Nothing inline and nobody else's; HTML only through the sanitizer's Trusted Types policy.
+# Nothing inline, no other host; HTML only through the sanitizer's Trusted Types policy.
 PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
     "font-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
@@ -69,7 +69,7 @@ class Gate:
 
         self._n_running += 1
         try:
-            client = scope.get(INSIDE)  # a line of a batch was let in when the batch was
+            client = scope.get(INSIDE)  # a line of a batch was admitted with its batch
             if client is None:
                 self._check_host(headers)
                 self._check_head(scope)
@@ -87,7 +87,7 @@ class Gate:
         except Refusal as error:
             await error_response(error, path)(scope, receive, reply)
         except Exception:
-            if unsent:  # it came from outside, such as the bound on bodies, or a closed socket
+            if unsent:  # raised outside, such as by the bound on bodies, or a closed socket
                 raise
             log.exception("defect", id=request_id, path=path)
             if not begun:
@@ -119,7 +119,7 @@ class Gate:
             raise Refusal(403, "this server answers to localhost only")
 
     def _check_head(self, scope: Scope) -> None:
-        """A head that came in one read; bounded_http.py refuses one that goes on."""
+        """A head that came in one read; bounded_http.py refuses longer ones."""
         size = len(scope["raw_path"]) + len(scope["query_string"])
         if size + sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADERS:
             raise Refusal(431, f"headers may have {MAX_HEADERS:,} bytes")
@@ -174,6 +174,6 @@ class Gate:
             headers += [
                 (b"content-security-policy", PAGE_POLICY.encode()),
                 (b"referrer-policy", b"no-referrer"),
-                (b"cache-control", b"no-cache"),  # ask each time; unchanged is a 304
+                (b"cache-control", b"no-cache"),  # revalidate each time; unchanged is a 304
             ]
         return headers

@@ -1,4 +1,4 @@
-"""Prometheus metrics: counts and times of requests, and the engine's state when it is asked.
+"""Prometheus metrics: counts and times of requests, and the engine's state when scraped.
 
 Names are our own, `opennemo_...`; with `--metrics-compat vllm` the same series also appear under
 vLLM's names, and at NIM's path under those that NVIDIA's dashboards read (docs.nvidia.com/nim,
@@ -98,7 +98,7 @@ class Metrics:
 
     def watch(self, llm: LLM) -> None:
         """From now on, report this model's engine, too."""
-        for counter in (self._good, self._bad):  # of none there is a 0, not nothing
+        for counter in (self._good, self._bad):  # a series that never counted is 0, not absent
             counter.labels(self.model_name)
         self.registry.register(_EngineState(llm, self.model_name, self._n_requests))
 
@@ -134,7 +134,7 @@ class Metrics:
 
 
 class _EngineState(Collector):
-    """Numbers that the engine keeps anyway, read when asked for."""
+    """Numbers that the engine keeps anyway, read at each scrape."""
 
     def __init__(self, llm: LLM, name: str, n_requests: int):
         self._llm, self._model, self._n_requests = llm, name, n_requests

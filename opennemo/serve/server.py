@@ -30,11 +30,11 @@ class Server(uvicorn.Server):
     service: Service
 
     def handle_exit(self, sig: int, frame: Any) -> None:
-        if self.service.draining:  # the second signal means now
+        if self.service.draining:  # a second signal ends it at once
             self.should_exit = self.force_exit = True
             return
         self.service.draining = True
-        # The signal may have come within a line of log, whose lock this thread then holds.
+        # The signal may interrupt the writing of a log line, whose lock this thread then holds.
         asyncio.get_event_loop().call_soon_threadsafe(self._begin_drain, sig)
 
     def _begin_drain(self, sig: int) -> None:
@@ -75,7 +75,7 @@ def run(app: FastAPI) -> None:
             failure.append(error)
             server.should_exit = True
         elif llm := service.loaded:  # none, if the server is to end already
-            gc.freeze()  # the model stays; looking through it again would hold the loop for long
+            gc.freeze()  # the model stays; collecting it again would block the loop for long
             log.info("ready", names=service.names, context=llm.engine.max_context)
             if settings.is_talking:
                 port = listening.getsockname()[1]
@@ -95,7 +95,7 @@ def run(app: FastAPI) -> None:
 
 
 def _listen(config: uvicorn.Config) -> socket.socket:
-    """A socket at the address of the settings. Raises: OpenNemoError, there can be none."""
+    """A socket at the address of the settings. Raises: OpenNemoError, it cannot be opened."""
     try:
         config.load()  # reads certificates, too
     except OSError as error:
@@ -119,7 +119,7 @@ def _address(settings: Settings, port: int) -> str:
 def _raise_descriptors() -> int:
     """Raise the limit of open files, which connections count as, and return it."""
     soft = 1024
-    with suppress(ImportError, ValueError, OSError):  # Windows; or a system that does not want to
+    with suppress(ImportError, ValueError, OSError):  # Windows, or a system that refuses
         import resource
 
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -1,6 +1,6 @@
 """The server's state: the model, the answers under way, and whether it takes more.
 
-HTTP stays outside: routes ask `start` for a generation and put it into their protocol's words.
+HTTP stays outside: routes ask `start` for a generation and write it in their protocol's form.
 """
 
 import asyncio
@@ -38,7 +38,7 @@ ELSEWHERE = {  # how names of other services' models begin, which clients have a
     "magistral": "Mistral", "devstral": "Mistral", "pixtral": "Mistral", "open-mi": "Mistral",
     "deepseek": "DeepSeek", "grok": "xAI", "command-": "Cohere",
 }  # fmt: skip
-INSIDE = "opennemo.client"  # in the scope of a request that comes from a batch: for whom
+INSIDE = "opennemo.client"  # in the scope of a request from a batch: its client
 log = structlog.get_logger("opennemo.serve")
 
 
@@ -65,14 +65,14 @@ class Service:
         )  # fmt: skip
         self.created = int(time.time())
         self.active: set[Generation] = set()
-        self._n_starting = 0  # requests that are let in, and have no generation yet
+        self._n_starting = 0  # requests that are admitted, and have no generation yet
         self.draining = self.asleep = False
         self.names: list[str] = []
         self.typed: tuple[str, ...] = ()  # also accepted as the model's name
         self._llm: LLM | None = None
 
     def load(self) -> None:
-        """Load the model and see it compute a token; slow, for a thread of its own.
+        """Load the model and have it compute a token; slow, so run it on a thread of its own.
 
         Raises:
             OpenNemoError: it cannot be loaded.
@@ -95,7 +95,7 @@ class Service:
         except TypeError as error:
             raise InvalidRequest(f"--override-generation-config: {error}") from None
         llm.complete([llm.tokenizer.bos_id], max_tokens=1).finish()
-        assert llm.grammars  # made now: it holds the interpreter for seconds
+        assert llm.grammars  # made now: it blocks the interpreter for seconds
         config = llm.engine.model_config
         is_nemo = (config.dim, config.n_layers, config.vocab_size) == (5120, 40, 131072)
         is_instruct = llm.tokenizer.instruct_version is not None
@@ -187,10 +187,10 @@ class Service:
         Args:
             ask: calls the model on a worker thread, with keyword arguments to pass on.
             prefix: of the answer's id.
-            is_part: an earlier part of the same request was let in.
+            is_part: an earlier part of the same request was admitted.
 
         Raises:
-            OpenNemoError: the request is wrong, too much, or comes at a bad time.
+            OpenNemoError: the request is invalid, beyond a limit, or cannot be answered now.
         """
         adapter, llm = self.adapter(body.model), self.llm
         ignored = body.ignored(strict=self.settings.strict_params)
@@ -198,8 +198,8 @@ class Service:
         n_expected = body.n_expected(llm) if client.limits.tokens_per_minute else 0
         self.gatekeeper.admit(client, n_expected, is_part=is_part)
         self._n_starting += 1
-        # Between keys no pages are shared: timing would tell one what the other asked. Two keys may
-        # go by one name, so it is the key itself that counts.
+        # Keys share no pages: timing would reveal to one what the other asked. Two keys may have
+        # one name, so the key itself is used here.
         own = "" if self.settings.share_prefix_cache else client.digest.hex()
         options = {"adapter": adapter, "salt": f"{own}/{salt or ''}".encode()}
         task = asyncio.create_task(asyncio.to_thread(ask, llm, options))
@@ -207,7 +207,7 @@ class Service:
             reply = await asyncio.shield(task)
         except BaseException as error:
             self.gatekeeper.release(client, 0, n_expected)
-            if isinstance(error, asyncio.CancelledError):  # the thread goes on; its reply must not
+            if isinstance(error, asyncio.CancelledError):  # the thread runs on; its reply must not
                 task.add_done_callback(
                     lambda t: t.cancelled() or t.exception() or t.result().cancel()
                 )
@@ -252,7 +252,7 @@ class Service:
         )
 
     async def drain(self) -> None:
-        """Take nothing new, let answers finish within `shutdown_timeout`, then end them."""
+        """Accept no requests, let answers finish within `shutdown_timeout`, then end them."""
         self.draining = True
         await self._wait_until_idle(self.settings.shutdown_timeout)
         for generation in list(self.active):
@@ -260,7 +260,7 @@ class Service:
         await self._wait_until_idle(5)
 
     async def sleep(self) -> None:
-        """Let answers finish, then stop the engine and give its memory back."""
+        """Let answers finish, then stop the engine and free its memory."""
         llm = self.llm
         self.asleep = True
         await self._wait_until_idle(self.settings.shutdown_timeout)

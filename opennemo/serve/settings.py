@@ -50,7 +50,7 @@ TLS_MODE = "NIM_SSL_MODE"  # DISABLED, or TLS, which the certificate's path says
 PASSTHROUGH = "NIM_PASSTHROUGH_ARGS"
 LOG_FORMATS = {"true": "json", "1": "json", "false": "text", "0": "text"}  # NIM's
 LOG_LEVELS = {"default": "info", "trace": "debug", "warn": "warning", "fatal": "critical"}  # NIM's
-# Flags of vLLM's that change no answer: how memory, graphs and workers are arranged there.
+# vLLM's flags that change no answer here: they arrange its memory, graphs and workers.
 VLLM_ONLY = frozenset(
     {
         "api-server-count", "async-scheduling", "attention-backend", "compilation-config",
@@ -105,7 +105,7 @@ class Settings(BaseSettings):
     model: CliPositionalArg[str] = Field(
         "smollm2-135m-instruct", description="A model folder, a .gguf file or a Hugging Face id."
     )
-    served_model_name: Names = Field([], description="Name it goes by; repeatable.")
+    served_model_name: Names = Field([], description="Name of the model for clients; repeatable.")
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on.")
     device: str | None = Field(None, description="cpu or cuda; by default a GPU if there is one.")
@@ -144,7 +144,7 @@ class Settings(BaseSettings):
     api_key_file: Path | None = Field(None, description="Lines of: NAME SHA256 [LIMIT=NUMBER ...]")
     admin_key: str | None = Field(None, description="Key of the admin routes, off without one.")
     insecure: bool = Field(False, description="Allow other hosts in without a key.")
-    metrics_auth: bool = Field(False, description="Ask for a key at /metrics, too.")
+    metrics_auth: bool = Field(False, description="Require a key at /metrics, too.")
     allowed_origins: Names = Field([], description="CORS; off by default.")
     requests_per_minute: Count = Field(0, description="Of each key; 0 is no limit.")
     tokens_per_minute: Count = Field(0, description="Of each key; 0 is no limit.")
@@ -175,7 +175,7 @@ class Settings(BaseSettings):
     )
     max_cache_size: int = Field(10 * 2**30, ge=0, le=2**50, description="Bytes of --cache-dir.")
     share_prefix_cache: bool = Field(
-        False, description="Between keys, which must trust each other."
+        False, description="Share prefixes between keys, which must trust each other."
     )
     num_speculative_tokens: int | None = Field(
         None, ge=0, le=64,
@@ -230,7 +230,7 @@ class Settings(BaseSettings):
     @model_validator(mode="before")
     @classmethod
     def _read_file_and_lists(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """What the file says counts least; commas separate names in the environment, as in NIM."""
+        """The file has the lowest priority; commas separate names in the environment, as in NIM."""
         if file := values.get("config"):
             try:
                 values = tomllib.loads(Path(file).read_text("utf-8")) | values
@@ -291,14 +291,14 @@ def _state_home() -> Path:
 
 
 def without_effect() -> list[str]:
-    """NIM's variables, and flags of vLLM's among its arguments, that are set and change nothing."""
+    """NIM's variables, and vLLM's flags among its arguments, that are set and have no effect."""
     nim = {name for name, value in os.environ.items() if name.startswith("NIM_") and value}
     flags = [f"{PASSTHROUGH}: {flag}" for flag in _passed_through()[1]]
     return [*sorted(nim - NIM.keys() - {PASSTHROUGH, TLS_MODE}), *flags]
 
 
 def _passed_through() -> tuple[list[str], list[str]]:
-    """Arguments of NIM_PASSTHROUGH_ARGS that count, and flags that mean something to vLLM alone."""
+    """Arguments of NIM_PASSTHROUGH_ARGS that have an effect, and flags that only vLLM knows."""
     kept: list[str] = []
     dropped: list[str] = []
     into = kept

@@ -1,7 +1,7 @@
 """A span for each request, sent to a collector of OpenTelemetry, with the extra `otel`.
 
-Spans hold method, path, status and times, and take up the trace that a client names; never what was
-asked or answered, and no span stands for a single token.
+Spans hold method, path, status and times, and continue the trace that a client names. They never
+hold prompts or answers, and there is no span for a single token.
 """
 
 # pyright: reportMissingImports=false
@@ -10,7 +10,7 @@ from fastapi import FastAPI
 
 from opennemo.errors import InvalidRequest
 
-UNSEEN = "health,ping,metrics"  # what is asked every few seconds
+UNSEEN = "health,ping,metrics"  # paths that are requested every few seconds
 
 
 def trace(app: FastAPI, endpoint: str) -> None:

@@ -1,1 +1,1 @@
-"""What clients speak: OpenAI, Mistral, Anthropic and NVIDIA NIM."""
+"""The protocols of clients: OpenAI's, Mistral's, Anthropic's and NVIDIA NIM's."""

@@ -1,6 +1,6 @@
 """Fields of requests that fix the form of an answer, as the kind of a grammar and its source.
 
-They ask for a guarantee, so each is applied or refused, in every protocol.
+They ask for a guarantee, so every protocol applies or refuses each of them.
 """
 
 import json
@@ -52,7 +52,7 @@ def _named(name: str, value: Any) -> Format | None:
     if bare == "guided_decoding_backend":  # there is only one
         return None
     if bare not in GUIDED:
-        raise InvalidRequest(f"{name}: the server cannot hold an answer to this")
+        raise InvalidRequest(f"{name}: the server cannot enforce this")
     kind = GUIDED[bare]
     if kind in ("json_object", "json_schema") and value is True:
         return "json_object", ""

@@ -106,7 +106,7 @@ class MessagesRequest(CountRequest):
 
 
 def _messages(message: dict[str, Any], where: str) -> list[dict[str, Any]]:
-    """One message of blocks as messages of the chat API: results of tools stand by themselves."""
+    """One message of blocks as messages of the chat API: tool results become their own messages."""
     role, content = message.get("role"), message.get("content")
     if not isinstance(content, list):
         return [{"role": role, "content": content}]
@@ -264,7 +264,7 @@ def _tool_use(id: str, name: str, input: Any) -> dict[str, Any]:
 
 
 def _object(arguments: str) -> Any:
-    """Arguments that were cut off by the length limit are none."""
+    """Arguments that the length limit cut off become {}."""
     try:
         return json.loads(arguments)
     except ValueError:

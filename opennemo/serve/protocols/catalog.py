@@ -1,4 +1,4 @@
-"""Which models there are, and their tokenizer: lists, cards, text to ids and back."""
+"""The models, and their tokenizer: lists, cards, text to ids and back."""
 
 from typing import Any
 

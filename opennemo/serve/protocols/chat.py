@@ -25,7 +25,7 @@ async def chat_completions(
     body: ChatRequest, service: TheService, client: TheClient, request: Request
 ) -> Response:
     """Answer a conversation."""
-    llm = service.llm  # it is refused once the server drains; what has begun is answered
+    llm = service.llm  # refused once the server drains; running requests are answered
     generation = await service.chat(client, body, prefix="chatcmpl-", salt=body.cache_salt)
     generation.keep_stop = bool(body.include_stop_str_in_output)
     mistral = body.is_mistral() or "mistral" in request.headers.get("user-agent", "").lower()
@@ -40,7 +40,7 @@ async def chat_completions(
 def _chat_response(
     generation: Generation, llm: LLM, body: ChatRequest, mistral: bool
 ) -> dict[str, Any]:
-    """The body that answers a chat request, once all is there."""
+    """The body that answers a chat request, once it is complete."""
     choices = []
     for i, answer in enumerate(generation.answers):
         calls = [_call(call) for call in answer.calls]
@@ -97,7 +97,7 @@ class _ChatStory:
         self._generation, self._llm, self._body = generation, llm, body
         self._mistral = mistral
         self._n_open = len(generation.answers)
-        self._held: list[list[Token]] = [[] for _ in generation.answers]  # without text as yet
+        self._held: list[list[Token]] = [[] for _ in generation.answers]  # without text so far
         self._wants_usage = wants_usage
 
     def begin(self) -> Iterator[str]:
@@ -130,7 +130,7 @@ class _ChatStory:
             yield self._chunk(i, whole, usage, finish_reason=reason, **more)
 
     def _last_usage(self) -> dict[str, Any]:
-        """What the last finishing chunk says of usage: Mistral's clients look for counts there."""
+        """Usage for the last finishing chunk: Mistral's clients look for counts there."""
         wanted = self._wants_usage and not self._n_open and not self._body.include_usage
         return {"usage": self._generation.usage()} if wanted else {}
 
@@ -171,7 +171,7 @@ def _token(tokenizer: Tokenizer, id: int, logprob: float) -> dict[str, Any]:
 
 
 def _chat_logprobs(llm: LLM, tokens: list[Token]) -> dict[str, Any]:
-    """OpenAI's and Mistral's shape in one; the end of the answer is no token of it."""
+    """OpenAI's and Mistral's shape in one; the end of the answer is not a token of it."""
     content = []
     for token in tokens:
         if token.id is None or token.logprobs is None or token.id in llm.engine.eos_ids:
@@ -183,7 +183,7 @@ def _chat_logprobs(llm: LLM, tokens: list[Token]) -> dict[str, Any]:
 
 
 def finish_reason(reason: str | None) -> str | None:
-    """In OpenAI's words, which have none for an answer that was cut off as it repeated itself."""
+    """In OpenAI's words, which have none for an answer that ended because it repeated itself."""
     return "length" if reason == "repetition" else reason
 
 

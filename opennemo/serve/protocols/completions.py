@@ -76,7 +76,7 @@ class _CompletionText:
 
     def __init__(self, generation: Generation, index: int, llm: LLM, body: CompletionRequest):
         self._generation, self._index, self._llm, self._body = generation, index, llm, body
-        self._begun, self._n_characters = False, 0  # of the text that stands before a token
+        self._begun, self._n_characters = False, 0  # of the text before a token
         self._decoder = llm.tokenizer.stream()
 
     def choice(self, answer: Answer) -> dict[str, Any]:
@@ -136,7 +136,7 @@ class _CompletionStory:
         self._generations, self._body = generations, body
         places = [(g, i) for g in generations for i in range(len(g.answers))]
         self._texts = [_CompletionText(g, i, llm, body) for g, i in places]
-        self._held = [Answer() for _ in places]  # tokens without text as yet
+        self._held = [Answer() for _ in places]  # tokens without text so far
 
     def begin(self) -> Iterator[str]:
         return iter(())

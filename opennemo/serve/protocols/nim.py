@@ -23,7 +23,7 @@ LICENSE = {
 
 @router.get("/v1/health/live")
 async def live(service: TheService) -> Response:
-    """200 while the process runs and its engine moves."""
+    """200 while the process runs and its engine makes progress."""
     return _health(service.is_alive, "Service is live.", "Service hangs, or its engine has ended.")
 
 
@@ -31,7 +31,7 @@ async def live(service: TheService) -> Response:
 @router.get("/ping")
 @router.get("/v1/health/ready")
 async def ready(service: TheService) -> Response:
-    """200 while requests are answered: the model computed a token, and nothing shuts down."""
+    """200 while requests are accepted: the model has computed a token, and no shutdown began."""
     is_ready = service.is_ready and service.is_alive
     return _health(is_ready, "Service is ready.", "Service is not ready.")
 

@@ -238,7 +238,7 @@ class _Story:
         return text
 
     def response(self) -> dict[str, Any]:
-        """The response object as it stands."""
+        """The response object so far."""
         body, generation, defaults = self._body, self._generation, self._llm.defaults
         done, usage = self._status != "in_progress", None
         if done:

@@ -26,7 +26,7 @@ from opennemo.serve.protocols.answer_formats import (
 )
 from opennemo.tokenizer import Tokenizer
 
-# Fields of the protocols that cannot change an answer of ours; never refused.
+# Fields of the protocols that cannot change our answers; never refused.
 WITHOUT_EFFECT = frozenset(
     {
         "background", "guardrails", "guided_decoding_backend", "include", "metadata", "modalities",
@@ -120,7 +120,7 @@ class Body(BaseModel):
         """The format of the answer, from the protocol's own fields or another server's.
 
         Raises:
-            InvalidRequest: it cannot be held, or there are two.
+            InvalidRequest: it cannot be enforced, or there are two.
         """
         return only({*own, guided(self.model_extra or {})})
 
@@ -139,7 +139,7 @@ class StreamOptions(BaseModel):
 
 
 class RepetitionDetection(BaseModel):
-    """vLLM's, where 0 is its way to say off, or one token at the least."""
+    """vLLM's, where 0 means off, or one token at the least."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -226,10 +226,10 @@ class Sampling(Body):
         same = Sampling.model_fields.keys() & {"n", *(one.name for one in fields(SamplingParams))}
         given = {name: v for name in same if (v := getattr(self, name)) is not None}
         if self.top_k is not None:
-            given["top_k"] = max(self.top_k, 0)  # -1 is vLLM's way to say off
+            given["top_k"] = max(self.top_k, 0)  # -1 is vLLM's value for off
         if self.top_n_sigma is not None:
             given["top_n_sigma"] = max(self.top_n_sigma, 0.0)
-        if self.dry_multiplier and self.dry_penalty_last_n == 0:  # llama.cpp's way to say off
+        if self.dry_multiplier and self.dry_penalty_last_n == 0:  # llama.cpp's value for off
             given["dry_multiplier"] = 0.0
         elif self.dry_multiplier:
             given["dry_window"] = max(self.dry_penalty_last_n or 0, 0)
@@ -373,7 +373,7 @@ class CompletionRequest(Sampling):
 
 
 class Unnamed(Body):
-    """A body that may leave it open which model is meant."""
+    """A body that may leave out the model."""
 
     model: Annotated[str, Field(max_length=256)] | None = None  # pyright: ignore
 

@@ -52,7 +52,7 @@ class Generation:
         self._keep_alive, self._on_close, self._closed = keep_alive, on_close, False
 
     async def tokens(self) -> AsyncGenerator[list[Token], None]:
-        """What is new, again and again; [] when nothing was for a while.
+        """New tokens, again and again; [] when none came for a while.
 
         Raises:
             OpenNemoError: it cannot be finished.
@@ -90,7 +90,7 @@ class Generation:
         self.reply.cancel()
 
     def close(self) -> None:
-        """Free what it holds; safe to call twice."""
+        """Free its resources; safe to call twice."""
         if not self._closed:
             self._closed = True
             if not self.reply.finished:
@@ -98,7 +98,7 @@ class Generation:
             self._on_close(self)
 
     def fail(self, failure: OpenNemoError) -> None:
-        """Note why it did not end well."""
+        """Record why it failed."""
         self.failure = failure
 
     async def watch(self, receive: Receive) -> None:

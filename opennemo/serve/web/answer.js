@@ -1,17 +1,17 @@
-/** One answer, from the request to its end: what comes is put into a node, and timed. */
+/** One answer, from the request to its end: its text is put into a node, and timed. */
 
 import { ApiError, chat } from "./api.js";
 import { keep } from "./tokens.js";
 
 /**
- * Let an answer grow in `node` until it is complete, stopped or failed, which `node` then tells.
+ * Let an answer grow in `node` until it is complete, stopped or failed, which `node` then records.
  *
  * @param grew called after each piece
- * @param goesOn whether the answer goes on with what `node` has, which `body` ends with
+ * @param goesOn whether the answer continues the text of `node`, with which `body` ends
  */
 export async function answer(node, body, signal, grew, goesOn = false) {
   const clock = new Clock(goesOn ? node.stats : null);
-  // What it is if it never ends, because the page is left: stopped.
+  // Its state if the page is left before it ends: stopped.
   Object.assign(node, { model: body.model, error: null, finish: "stopped" });
   if (!goesOn) Object.assign(node, { message: { role: "assistant", content: "" }, stats: null, tokens: [] });
   try {
@@ -29,7 +29,7 @@ export async function answer(node, body, signal, grew, goesOn = false) {
   }
 }
 
-/** Add what a chunk brings; whether it brought any words. */
+/** Add a chunk's content; returns whether it had any words. */
 function take(node, { choices }) {
   const [choice] = choices;
   if (!choice) return false;

@@ -106,7 +106,7 @@ async function refusal(response) {
   try {
     error = JSON.parse(text).error ?? {};
   } catch {
-    // A proxy in between speaks HTML.
+    // A proxy in between may send HTML.
   }
   const message = error.message ?? `The server answered ${response.status}.`;
   const retryAfter = Number(response.headers.get("retry-after")) || null;

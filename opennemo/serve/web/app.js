@@ -1,4 +1,4 @@
-/** The chat page: what people do becomes requests, and what comes back is shown and kept. */
+/** The chat page: actions of the user become requests, and answers are shown and stored. */
 
 import { answer } from "./answer.js";
 import * as api from "./api.js";
@@ -77,7 +77,7 @@ function goOn(node) {
   run(node, node);
 }
 
-/** Have what ends with `parent` answered, in a new node or the one given; that one itself goes on. */
+/** Answer the messages up to `parent`, in a new node, or continue the node given. */
 async function run(parent, node = null) {
   const conversation = current;
   const goesOn = node === parent;
@@ -173,7 +173,7 @@ const context = {
       const count = await api.count({ model: modelName(), messages, tools });
       if (conversation === current && !runs.has(current)) this.show((this.n = count));
     } catch (error) {
-      if (!(error instanceof api.ApiError)) throw error; // sending will tell what is wrong
+      if (!(error instanceof api.ApiError)) throw error; // sending will show the error
     }
   },
 

@@ -59,7 +59,7 @@ export function path(conversation) {
 export const last = (conversation) => path(conversation).at(-1) ?? conversation.nodes[ROOT];
 export const parentOf = (conversation, node) => conversation.nodes[node.parent];
 
-/** Add a message behind another and choose it; `files` are what goes with it. */
+/** Add a message after another and choose it; `files` go with it. */
 export function append(conversation, parent, message, files = []) {
   const node = { id: newId(), parent: parent.id, children: [], chosen: null, message, files };
   conversation.nodes[node.id] = node;
@@ -137,7 +137,7 @@ function readJson(text) {
   }
 }
 
-/** Tool definitions out of what was typed: { tools, error }. */
+/** Tool definitions from the typed text: { tools, error }. */
 export function readTools(text) {
   if (!text.trim()) return { tools: [], error: "" };
   const fail = (error) => ({ tools: [], error });
@@ -169,7 +169,7 @@ export function toJson(conversation, model) {
   return { model, ...requestBody(conversation, end), metadata: { title: conversation.title } };
 }
 
-/** Conversations out of a file: a request's body, a list of messages, or a list of bodies. */
+/** Conversations from a file: a request's body, a list of messages, or a list of bodies. */
 export function fromJson(text) {
   const { value: read, error } = readJson(text);
   if (error) throw new Error(error);

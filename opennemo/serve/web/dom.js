@@ -69,7 +69,7 @@ export function setChildren(parent, wanted) {
   }
 }
 
-/** Tell those who listen rather than look. */
+/** Announce a text to screen readers. */
 export function say(text) {
   byId("status").textContent = text;
 }

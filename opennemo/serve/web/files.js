@@ -1,6 +1,6 @@
 /**
- * Files that people attach, as text. They are read here, in the browser: the server gets words of a
- * message. pdf.js and its tables for Chinese, Japanese and Korean come with the first PDF.
+ * Files that people attach, as text. They are read here, in the browser: the server gets their text
+ * in a message. pdf.js and its tables for Chinese, Japanese and Korean come with the first PDF.
  */
 
 const MOST_BYTES = 2 ** 26; // of a file

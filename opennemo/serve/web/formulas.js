@@ -1,5 +1,5 @@
 /**
- * Formulas: what marked must know of TeX, and KaTeX, which comes with the first of them.
+ * Formulas: marked's extensions for TeX, and KaTeX, which comes with the first of them.
  *
  * `$a$` and `\(a\)` stand within a line, `$$a$$` and `\[a\]` apart. As in pandoc a dollar opens no
  * formula before a space and closes none after a space or before a digit: "$5 or $10" is a price.

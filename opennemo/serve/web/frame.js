@@ -1,4 +1,4 @@
-/** What surrounds the conversation: panels, themes, messages that pass, the place one has scrolled to. */
+/** What surrounds the conversation: panels, themes, passing messages, the scroll position. */
 
 import { byId, h } from "./dom.js";
 

@@ -1,7 +1,7 @@
 /**
  * Markdown to the document, while it is still being written.
  *
- * What a model writes is hostile until shown otherwise, so there are three locks: HTML in it is
+ * What a model writes is treated as hostile, so there are three barriers: HTML in it is
  * shown as text, DOMPurify lets a short list of elements through, and the page's policy (Trusted
  * Types, no foreign hosts) would stop what came past both. Text grows at its end, so only blocks
  * that changed are made anew. Without the libraries (`make` brings them), text is shown as it is.
@@ -128,7 +128,7 @@ function finish(element, isComplete) {
     table.replaceWith(scroll);
     scroll.append(table);
   }
-  // Of the outermost alone: what has a direction of its own has no say in that of its parent.
+  // Only the outermost: an element with its own direction does not affect its parent's.
   for (const block of element.children) block.dir ||= "auto";
 }
 

@@ -1,5 +1,5 @@
 /**
- * Conversations, kept in this browser's IndexedDB; in memory alone where it is not allowed.
+ * Conversations, kept in this browser's IndexedDB; only in memory where that is not allowed.
  */
 
 const STORE = "conversations";

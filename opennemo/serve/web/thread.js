@@ -225,7 +225,7 @@ class MessageView {
   }
 }
 
-/** A file that went with a message, folded; its text is not made before it is wanted. */
+/** A file that went with a message, folded; its text is made only when it is opened. */
 function attached({ name, text }) {
   const fold = h("details.result", {
     ontoggle: () => fold.open && fold.childElementCount < 2 && fold.append(codeBlock(text, "")),
