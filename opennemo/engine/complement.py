@@ -54,7 +54,7 @@ class _Complement:
         self._resolve, self._lossy, self._n_parts = resolve, lossy, 0
 
     def of(self, schema: Any, inside: tuple[str, ...]) -> Any:
-        """`inside` are the references on the way here."""
+        """`inside` are the references that led here."""
         self._n_parts += 1
         if self._n_parts > MAX_PARTS:
             raise InexpressibleError("its complement is too large")
@@ -75,7 +75,7 @@ class _Complement:
         return any_of(parts)
 
     def _refused(self, name: str, schema: Schema, inside: tuple[str, ...]) -> Any:
-        """What one keyword refuses."""
+        """The values that one keyword refuses."""
         value = schema[name]
         if name in OPPOSITE_BOUNDS and is_number(value):
             return {"type": "number", OPPOSITE_BOUNDS[name]: value}

@@ -1,4 +1,4 @@
-"""Guesses at the tokens that come next: the model checks several of them in one step.
+"""Guesses at the next tokens: the model checks several of them in one step.
 
 A guess changes no answer. The token of every place is chosen from the model's own distribution by
 that place's own random number (`Sequence.uniform`), with guesses as without them, and a guess is
@@ -6,9 +6,9 @@ kept if it is that token. For a guess that involves no chance this is the reject
 arXiv:2211.17192. A small model guesses with the same random numbers, so that both choose alike
 where their distributions are alike (arXiv:2408.07978).
 
-A guess is free to make (it followed the last time the latest tokens stood together) or asked of a
-small model. How many are made follows from two things that are measured all along: how often
-guesses of a kind were kept, and what else could be computed in the time that checking one takes.
+A guess is free to make (the token that followed the previous occurrence of the latest tokens) or
+comes from a small model. How many are made follows from two running measurements: how often guesses
+of a kind were kept, and what else could be computed in the time that checking one takes.
 """
 
 import logging
@@ -32,11 +32,11 @@ from opennemo.engine.sequence import Chunk, Prefix, Sequence
 from opennemo.engine.sizes import CPU_KV, CacheSize, EngineConfig, cache_size
 from opennemo.model.transformer import Transformer
 
-if TYPE_CHECKING:  # llguidance is needed where there are grammars alone
+if TYPE_CHECKING:  # llguidance is only needed for grammars
     from opennemo.engine.grammar import Matcher
 
 log = logging.getLogger(__name__)
-LONGEST = 3  # tokens that must stand together again, at most
+LONGEST = 3  # the longest run of tokens to look up
 FIRST_ODDS = (0.7, 0.2, 0.4, 0.6)  # of a guess by the small model, and after 1, 2 and 3 tokens
 MODEL = 0  # the small model's place there
 FIRST_PRICE = 0.2
@@ -71,7 +71,7 @@ class Pace:
 
 @dataclass
 class _Record:
-    """What became of one sequence's guesses."""
+    """How one sequence's guesses fared."""
 
     odds: list[float]  # that a guess is kept, by its kind
     kind: int = 0
@@ -114,7 +114,7 @@ class Drafter:
             asks = n and not sequence.guesses and cache.n_free >= len(sequences)
             if asks and cache.extend(sequence, len(sequence.tokens) + n):
                 record.kind, asked[sequence] = MODEL, n
-            if not (sequence.guesses or asked.get(sequence)):  # so that it is tried again some time
+            if not (sequence.guesses or asked.get(sequence)):  # so that it is tried again
                 record.odds = [o + 0.002 * (u - o) for o, u in zip(odds, FIRST_ODDS, strict=True)]
         if asked and model is not None:
             for sequence, guesses in model.guess(asked, self._eos_ids).items():
@@ -195,7 +195,7 @@ class SmallModel:
         guesses: dict[Sequence, list[int]] = {sequence: [] for sequence in lengths}
         matchers = {s: s.matcher.copy() for s in lengths if s.matcher}
         going = [] if self._failed else list(lengths)
-        for sequence in going:  # what was guessed and never checked is computed anew
+        for sequence in going:  # guesses that were never checked are computed again
             sequence.n_drafted = min(sequence.n_drafted, len(sequence.tokens) - 1)
         while going:
             stretches = []
@@ -228,7 +228,7 @@ class SmallModel:
         return guesses
 
     def _compute(self, stretches: list[Stretch]) -> torch.Tensor | None:
-        """Logits (R, V), or None after an error, which ends its guessing for good."""
+        """Logits (R, V), or None after an error, after which it never guesses again."""
         # The vocabulary may be padded further in the large model.
         last = self.runner.model.config.vocab_size - 1
         stretches = [s._replace(tokens=[min(t, last) for t in s.tokens]) for s in stretches]
@@ -263,11 +263,11 @@ def _mask(matcher: "Matcher", vocab_size: int) -> np.ndarray:
 
 
 def look_up(tokens: list[int], n: int, longest: int = LONGEST) -> tuple[tuple[int, ...], int]:
-    """Guess the next n tokens: what followed the last time the latest few tokens stood together.
+    """Guess the next n tokens: those that followed the previous occurrence of the latest few.
 
     Prompt-lookup decoding: answers that quote, edit or summarise their prompt repeat it. Tries
-    the last `longest` tokens first, then fewer -> guesses, and how many tokens had stood together;
-    () when not even the last one occurred before.
+    the last `longest` tokens first, then fewer -> guesses, and how many tokens occurred before; ()
+    when not even the last one did.
 
     >>> look_up([1, 2, 3, 4, 9, 1, 2, 3], 2)
     ((4, 9), 3)
@@ -279,6 +279,6 @@ def look_up(tokens: list[int], n: int, longest: int = LONGEST) -> tuple[tuple[in
         while at > 0 and at % width:  # found astride two tokens
             at = text.rfind(tail, 0, at + len(tail) - 1)
         if at >= 0:
-            # After the tail's end the text goes on as after the tail before.
+            # After the tail the text continues as it did after its previous occurrence.
             return tuple(islice(cycle(tokens[at // width + size :]), n)), size
     return (), 0

@@ -1,4 +1,4 @@
-"""What an engine is, for all that ask one: token ids in, `Token`s out, many requests at once.
+"""The interface of every engine: token ids in, `Token`s out, many requests at once.
 
 `LocalEngine` (local.py) computes in this process; `Fleet` (cluster/fleet.py) has replicas of it.
 """
@@ -24,7 +24,7 @@ class Engine(Protocol):
         eos_ids: ids that end an answer.
         vocab_size: how many ids there are to choose from.
         max_context: tokens that one request can have, prompt and answer together.
-        failed: it has ended and only a restart helps.
+        failed: it has ended, and only a restart helps.
         adapters: names of those that requests may follow.
         seconds_in_step: how long the step in progress has taken; 0 between steps.
     """
@@ -91,24 +91,24 @@ class Engine(Protocol):
         """
 
     def unload_adapter(self, name: str) -> bool:
-        """Forget an adapter; answers that follow it end as they began. False if unknown."""
+        """Unload an adapter; answers that use it finish with it. False if unknown."""
         ...
 
     def reset_prefix_cache(self) -> None:
         """Forget all cached prompts, before the next step."""
 
     def sleep(self) -> None:
-        """Cancel what runs and give the cache's memory back, on a GPU the weights', too."""
+        """Cancel running requests and free the cache's memory, on a GPU the weights', too."""
 
     def wake(self) -> None:
         """The opposite of `sleep`."""
 
     def stats(self) -> dict[str, float]:
-        """What happens now and has happened since the start, in numbers that are kept anyway."""
+        """Numbers about the present state and since the start; all are kept anyway."""
         ...
 
     def close(self) -> None:
-        """Stop for good; what was not finished is cancelled."""
+        """Stop for good; unfinished requests are cancelled."""
 
 
 def check_request(

@@ -16,7 +16,7 @@ from torch import Tensor
 from opennemo.engine.params import SamplingParams
 from opennemo.engine.sequence import Prefix
 
-IMPOSSIBLE = -1e8  # what a request forbids is below it, and finite
+IMPOSSIBLE = -1e8  # logits of forbidden tokens are below it, and finite
 LONGEST_REPEAT = 64  # tokens; the penalty is beyond any logit long before
 # What a byte of a mask adds to the logits of its eight tokens.
 MASKED = np.where(np.unpackbits(np.arange(256, dtype=np.uint8), bitorder="little"), 0, -np.inf)
@@ -69,7 +69,7 @@ def last_taken(ranks: np.ndarray, weights: np.ndarray, share: float, most: int) 
     No more than `most` of the items are taken. `ranks` (V,) int32 are not negative. Counting by
     their upper bits leaves few to sort.
     """
-    buckets = (ranks >> 17).astype(np.int64)  # what bincount wants: it converts others slowly
+    buckets = (ranks >> 17).astype(np.int64)  # for bincount, which converts others slowly
     mass = np.bincount(buckets, weights).cumsum()
     at, n_before, wanted = len(mass) - 1, 0, share * mass[-1]
     if wanted > 0:
@@ -86,7 +86,7 @@ def last_taken(ranks: np.ndarray, weights: np.ndarray, share: float, most: int) 
 
 
 def mask_(logits: Tensor, masks: dict[int, np.ndarray]) -> None:
-    """Forbid what the bits (ceil(V / 32),) of a row of logits (S, V) do not allow."""
+    """Forbid the tokens that the bits (ceil(V / 32),) of a row of logits (S, V) do not allow."""
     n_tokens = logits.shape[1]
     if logits.is_cpu:
         for i, bits in masks.items():
@@ -148,9 +148,9 @@ def penalise_repeats_(row: Tensor, params: SamplingParams, tokens: Sequence[int]
 def heal_(logits: Tensor, prefixes: list[Prefix]) -> None:
     """Let answers spell the ends of their prompts first; changes their rows of logits (S, V).
 
-    To stay on the path is as likely as its next token and, behind it, all ways to go on together.
-    So rows are looked at from the last to the first of a sequence, and each adds the probability of
-    the rows behind to that token. (A row that is not in this step counts as certain.)
+    Staying on the path is as likely as its next token times the sum of all ways to continue after
+    it. So rows are visited from the last to the first of a sequence, and each adds the probability
+    of the later rows to that token. (A row that is not in this step counts as certain.)
     """
     behind: dict[int, tuple[int, Tensor]] = {}  # by sequence: the place, and its log-probability
     for row, prefix in zip(reversed(logits.unbind()), reversed(prefixes), strict=True):

@@ -3,8 +3,8 @@
 llguidance does the work: a grammar, compiled against the vocabulary's bytes, says in some tens of
 microseconds which tokens may come next. Compiling happens outside the engine's step, within
 bounds, and errors in a grammar are reported there; masks are computed while the model runs.
-lark.py writes the grammars of calls and thinking; schemas.py says what of a JSON schema holds.
-The engine sees only `Grammar.start()` and what `Matcher` offers.
+lark.py writes the grammars of calls and thinking; schemas.py finds what can be enforced of a JSON
+schema. The engine sees only `Grammar.start()` and what `Matcher` offers.
 """
 
 import json
@@ -39,8 +39,8 @@ Kind = Literal["json_object", "json_schema", "regex", "choice", "lark", "grammar
 
 MAX_SOURCE = 64 * 1024  # characters of a grammar
 MAX_SCHEMA = 512 * 1024  # of a JSON schema, whose descriptions count, too
-MAX_SECONDS = 1.0  # of a thread's computing, to find out what of a schema can be held
-MAX_TOOLS_SECONDS = 2.0  # of all tools of a request; compiling what is held takes as long again
+MAX_SECONDS = 1.0  # of a thread's time, to find out what of a schema can be enforced
+MAX_TOOLS_SECONDS = 2.0  # of all tools of a request; compiling the result takes as long again
 MAX_RULES = 500  # of llama.cpp's grammars: translating takes the square of their number
 KEPT = 256  # compiled grammars, least recently used first out
 MAX_KEPT = 16 * 1024 * 1024  # characters of them together
@@ -50,7 +50,7 @@ LIMITS = LLParserLimits(max_items_in_row=20_000, verbose_errors=False)
 
 
 class _TakesTooLong(Exception):
-    """The time to find out what can be held of a schema is over."""
+    """The time to find out what can be enforced of a schema is over."""
 
 
 class Matcher:
@@ -64,7 +64,7 @@ class Matcher:
         self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
 
     def advance(self, token: int) -> str | None:
-        """Take the token that was chosen; returns what went wrong, if anything did."""
+        """Take the token that was chosen; returns the error, if there is one."""
         return None if self._matcher.consume_token(token) else self.error
 
     def copy(self) -> "Matcher":
@@ -73,7 +73,7 @@ class Matcher:
 
     @property
     def error(self) -> str:
-        """Why nothing may follow, in one line; "" if nothing is wrong."""
+        """Why no token may follow, in one line; "" if there is no error."""
         return _first_line(self._matcher.get_error())
 
     @property
@@ -83,7 +83,7 @@ class Matcher:
 
     @property
     def complete(self) -> bool:
-        """Nothing but the end may follow."""
+        """Only the end may follow."""
         return self._matcher.is_stopped()
 
 
@@ -142,7 +142,7 @@ class GrammarCompiler:
         return grammar
 
     def compile_after_thinking(self, kind: Kind, source: str, thinking: Thinking) -> Grammar:
-        """A grammar of an answer's words, which lets it think first; see `call_grammar`.
+        """A grammar of an answer's text, which lets it think first; see `call_grammar`.
 
         Raises:
             InvalidRequest: as `compile`; or a grammar in Lark would begin within thinking.
@@ -178,11 +178,11 @@ class GrammarCompiler:
 
         It may think first.
 
-        -> the grammar, and what of the tools' schemas it does not hold, by tool and path.
+        -> the grammar, and what of the tools' schemas it does not enforce, by tool and path.
 
         Raises:
-            InvalidRequest: what cannot be held must be, because a call is required or the tool is
-                strict; or `format` is one that cannot be combined with tools.
+            InvalidRequest: a part that cannot be enforced must be, because a call is required or
+                the tool is strict; or `format` is one that cannot be combined with tools.
         """
         text = None
         if format is not None and not required:
@@ -249,7 +249,7 @@ class GrammarCompiler:
         return FittedSchema(schema, tuple(gaps), fitted.why)
 
     def fit(self, source: str) -> FittedSchema:
-        """What can be held of a JSON schema."""
+        """What can be enforced of a JSON schema."""
         if len(source) > MAX_SCHEMA:
             why = f"it has {len(source):,} characters, allowed are {MAX_SCHEMA:,}"
             return FittedSchema({}, ("the schema",), why)
@@ -285,7 +285,7 @@ class GrammarCompiler:
                 makes. For any JSON object it is not needed.
 
         Raises:
-            InvalidRequest: too large, too deep, or not understood; with llguidance's own words.
+            InvalidRequest: too large, too deep, or not understood; with llguidance's message.
         """
         most = {"json_schema": MAX_SCHEMA, "calls": MAX_CALLS_SOURCE}.get(kind, MAX_SOURCE)
         if len(source) > most:
@@ -296,7 +296,7 @@ class GrammarCompiler:
             what = _first_line(str(error)) or type(error).__name__
             raise InvalidRequest(f"the {kind} is not valid: {what}") from None
         matcher = LLMatcher(self._vocabulary, text, log_level=0, limits=LIMITS)
-        if not matcher.is_error():  # some grammars fail only when they are asked for a token
+        if not matcher.is_error():  # some grammars fail only when a token is requested
             Matcher(matcher.deep_copy()).fill(np.zeros(self._n_words, np.int32))
         if matcher.is_error():
             raise InvalidRequest(f"the {kind} is not valid: {_first_line(matcher.get_error())}")
@@ -321,13 +321,13 @@ class GrammarCompiler:
 
 
 def unheld(fitted: FittedSchema) -> str:
-    """What of a schema cannot be held, and why, in a line."""
+    """What of a schema cannot be enforced, and why, in a line."""
     why = f": {fitted.why}" if fitted.why else ""
-    return f"{', '.join(fitted.gaps[:5])} cannot be held by a grammar{why}"[:500]
+    return f"{', '.join(fitted.gaps[:5])} cannot be enforced by a grammar{why}"[:500]
 
 
 class _Vocabulary:
-    """What LLTokenizer asks of a tokenizer."""
+    """The interface that LLTokenizer needs of a tokenizer."""
 
     bos_token_id = None
 
@@ -348,8 +348,8 @@ class _Vocabulary:
     def __call__(self, text: bytes | str) -> list[int]:
         """Ids of text that a grammar forces, the model's own spelling of it if `encode` is known.
 
-        Byte by byte would be as valid, but takes several times the steps, and models that are made
-        to spell what they never spelt go on badly.
+        Byte by byte would be valid too, but takes several times the steps, and a model continues
+        badly after a spelling that it has never seen.
         """
         data = text if isinstance(text, bytes) else text.encode()
         if self._encode is not None:

@@ -42,7 +42,7 @@ class KVCache:
         self.n_pages, self.page_size, self.prefix_caching = n_pages, page_size, prefix_caching
         self.n_hit_tokens = 0  # prompt tokens that lay in the cache, of
         self.n_asked_tokens = 0  # prompt tokens looked up, since the start
-        self._free = dict.fromkeys(range(n_pages))  # in order of use: the first is the next to go
+        self._free = dict.fromkeys(range(n_pages))  # in order of use: the first is reused next
         self._pages = [_Page() for _ in range(n_pages)]
         self._by_key: dict[bytes, int] = {}
         # Without the secret, a client who can compute hashes could aim for a collision.
@@ -58,7 +58,7 @@ class KVCache:
         return self.n_pages - self.n_free
 
     def match(self, sequence: Sequence) -> int | None:
-        """Give a sequence without pages those that already hold the beginning of its tokens.
+        """Give a sequence that has no pages those that already hold the beginning of its tokens.
 
         The tokens from `first_row` on are left to compute: there must be rows to take logits from.
         -> a page of its leader's that also begins with its next tokens, to be copied: they count as
@@ -88,14 +88,14 @@ class KVCache:
         i = len(sequence.pages)
         if leader.pages:
             page = leader.pages[i]
-        else:  # it has ended, but its page may still be there
+        else:  # it has ended, but its page may still be cached
             page = self._find(*self._name(leader, i, sequence.page_keys))
         if page is not None:
             sequence.n_computed = n_shared
         return page
 
     def extend(self, sequence: Sequence, n_tokens: int) -> bool:
-        """See that the sequence has pages for its first `n_tokens`; False if too few are free."""
+        """Give the sequence pages for its first `n_tokens`; False if too few are free."""
         missing = -(-n_tokens // self.page_size) - len(sequence.pages)
         if missing > self.n_free:
             return False
@@ -110,7 +110,7 @@ class KVCache:
     def publish(self, sequence: Sequence) -> None:
         """Name the pages that the sequence has filled, so that others can find them.
 
-        Of a score that is computed, also the last page, which those that it leads copy.
+        For a score that is computed, also the last page, which the sequences that it leads copy.
         """
         n_full, n_rest = divmod(sequence.n_computed, self.page_size)
         n_full += n_rest > 0 and sequence.max_tokens == 0 and sequence.n_pending == 0
@@ -146,7 +146,7 @@ class KVCache:
         return page if page is not None and self._pages[page].tokens == data else None
 
     def _restore(self, sequence: Sequence, key: bytes, data: bytes) -> int | None:
-        """A free page that now holds what is on the disk of that name."""
+        """A free page that now holds the content of the file of that name."""
         if self._free and self._store is not None and self._stores(sequence):
             page = next(iter(self._free))
             self._forget(page)
@@ -156,7 +156,7 @@ class KVCache:
         return None
 
     def _stores(self, sequence: Sequence) -> bool:
-        """Whether a sequence's pages are kept on the disk: answers', of the model as it is."""
+        """Whether a sequence's pages are kept on the disk: those of answers without an adapter."""
         return sequence.adapter is None and sequence.max_tokens > 0
 
     def _give_name(self, page: int, key: bytes, data: bytes) -> None:

@@ -13,7 +13,7 @@ from opennemo.engine.schemas import Schema
 from opennemo.errors import InvalidRequest
 from opennemo.tokenizer.calls import CallSyntax
 
-MAX_CALLS_SOURCE = 4 * 1024 * 1024  # of what call_grammar makes of all tools together
+MAX_CALLS_SOURCE = 4 * 1024 * 1024  # of the grammar of all tools together
 MAX_CHOICES = 10_000
 MAX_CALLS = 16  # in one answer, where only tags separate calls
 MAX_UNORDERED = 60  # properties of an object, as bits of a number
@@ -24,11 +24,11 @@ JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separat
 
 
 class Thinking(NamedTuple):
-    """How an answer thinks before its words or calls.
+    """How an answer thinks before its text or calls.
 
     Attributes:
         opening, closing: the marks around it.
-        begun: the prompt has begun it, so it must end first.
+        begun: the prompt has begun the thinking, so it must end first.
         budget: tokens after which its closing mark comes, if that is a token.
     """
 
@@ -68,7 +68,7 @@ def call_grammar(
         # Models whose calls are named by control tokens were trained to write text before a call.
         behind = " calls?" if text is None and not syntax.is_object else ""
         instead = f" | text{behind}\ntext: {anything if text is None else json_value(text)}"
-    # Small models would call for ever where only tags separate calls.
+    # Small models would make calls without end where only tags separate them.
     times = "*" if syntax.is_list else f"{{0,{MAX_CALLS - 1}}}"
     many = f"({lark(syntax.separator)} call){times}" if parallel else ""
     calls = f"calls: {lark(syntax.before)} call {many} {lark(syntax.after)}"
@@ -98,7 +98,7 @@ def thought_grammar(thinking: Thinking, control: Collection[str]) -> str:
 
 
 def _lark(pieces: list[str], arguments: str = "") -> str:
-    """What CallSyntax.fill gives, in Lark; `arguments` is the rule for them."""
+    """The result of CallSyntax.fill, in Lark; `arguments` is the rule for the arguments."""
     names = {"$arguments": arguments}
     terms = [names.get(p, f"<{bare(p)}>") if i % 2 else json.dumps(p) for i, p in enumerate(pieces)]
     return " ".join(term for term in terms if term != '""')
@@ -118,7 +118,7 @@ def _calls_of(
         raise InvalidRequest("a tool call is required, but no tools are given")
     functions = [(tool["function"]["name"], tool["function"].get("parameters")) for tool in tools]
     for free in (True, False):
-        values: dict[str, str] = {}  # rules of arguments by what they say: many tools say the same
+        values: dict[str, str] = {}  # rules of arguments by their text: many tools have the same
         rules = [f"call: {' | '.join(f'call_{i}' for i in range(len(tools)))}"]
         for i, (name, schema) in enumerate(functions):
             filled = {"$name": syntax.spell(name), "$id": ""}
@@ -133,14 +133,14 @@ def _calls_of(
 
 
 def _in_any_order(i: int, schema: Any, values: dict[str, str]) -> list[str] | None:
-    """Rules `args_i` of an object whose properties come as the model likes, each once at most.
+    """Rules `args_i` of an object whose properties come in any order, each once at most.
 
     Rules that their values follow are added to `values`.
 
-    A JSON schema says nothing of order, and models put first what was said first: held to the
-    schema's order, one that had learned so made an eighth fewer exact calls
-    (docs/results/training.md). The properties that are there are bits of a rule's parameter. None
-    where the schema says more than which properties there are and which must be.
+    A JSON schema says nothing about order, and models put first what was said first: forced into
+    the schema's order, such a model made an eighth fewer exact calls (docs/results/training.md).
+    The properties that are present are bits of a rule's parameter. None where the schema says more
+    than which properties exist and which are required.
     """
     plain = {"type", "properties", "required", "title", "description", "additionalProperties"}
     if not isinstance(schema, dict) or not schema.keys() <= plain:
@@ -175,7 +175,7 @@ def _in_any_order(i: int, schema: Any, values: dict[str, str]) -> list[str] | No
 
 
 def json_value(schema: Any) -> str:
-    """Lark of a value; what has no separators needs no style."""
+    """Lark of a value; one without separators needs no style."""
     if schema is True:
         schema = {}
     if isinstance(schema, dict) and schema.get("type") not in ("string", "number", "integer"):

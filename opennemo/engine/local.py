@@ -3,7 +3,7 @@
     step:  calls -> Scheduler.next_step -> Runner.run -> sample -> tokens
 
 A request that fails (no room, numbers that are not finite) gets the error in a token of its own,
-and the others go on. The engine knows ids, not text.
+and the others continue. The engine knows ids, not text.
 """
 
 import itertools
@@ -58,8 +58,8 @@ class LocalEngine(Loop):
         """`kv_scale` (L, 2) are the scales of keys and of values, for a cache in fp8.
 
         With `ranks` the model is the share of rank 0. A model may have more rows than `n_tokens`,
-        the tokens of its vocabulary; none of the others is taken or chosen. `draft` is a small
-        model of the same vocabulary, which guesses at what comes next.
+        the tokens of its vocabulary; ids beyond it are neither accepted nor chosen. `draft` is a
+        small model of the same vocabulary, which guesses the next tokens.
 
         Raises:
             InvalidRequest: the KV cache's format is unknown, or fp8 and without scales; `cache_dir`
@@ -142,7 +142,7 @@ class LocalEngine(Loop):
             while self._thread is None and not scoring.done.done():
                 self.step()
             return scoring.done.result()
-        except BaseException:  # an interrupt: the rest is not wanted
+        except BaseException:  # an interrupt: the rest is not needed
             if not scoring.done.done():
                 with suppress(OpenNemoError):  # the engine has stopped
                     self.cancel(scoring.request_id)
@@ -205,7 +205,7 @@ class LocalEngine(Loop):
         masks = self._masks.submit(fill_masks, chunks, self.vocab_size)  # while the model runs
         try:
             logits = self.runner.run(chunks)[:, : self.vocab_size]
-        except RuntimeError as error:  # out of memory, a kernel that fails: other requests go on
+        except RuntimeError as error:  # out of memory, a kernel that fails: other requests continue
             log.exception("a step of %d sequences failed", len(chunks))
             for chunk in chunks:
                 self._finish(chunk.sequence, "error", f"the model failed: {error}")
@@ -234,9 +234,9 @@ class LocalEngine(Loop):
     def _advance(
         self, chunks: list[Chunk], logits: Tensor, masks: dict[Sequence, list[np.ndarray]]
     ) -> int:
-        """Book what was computed, choose tokens where a chunk reached its end, and pass them on.
+        """Record what was computed, choose tokens where a chunk reached its end, and pass them on.
 
-        -> how many came.
+        -> the number of tokens.
         """
         ends = list(itertools.accumulate(chunk.n_rows for chunk in chunks))
         choices, bits, prefixes, rows = [chunk.prefixes for chunk in chunks], {}, [], []
@@ -253,7 +253,7 @@ class LocalEngine(Loop):
         scores = target_logprobs(logits, top, chunks)
         for chunk, end in zip(chunks, ends, strict=True):
             sequence, start = chunk.sequence, end - chunk.n_rows
-            if sequence.finished:  # another one of its request has failed
+            if sequence.finished:  # another answer of its request has failed
                 continue
             if not all(healthy[start:end]):
                 self._finish(sequence, "error", "the model computed a number that is not finite")
@@ -298,7 +298,7 @@ class LocalEngine(Loop):
         return sequence.n_output - before
 
     def _note_prompt_logprobs(self, chunk: Chunk, logits: Tensor) -> None:
-        """Keep how likely the model found each token of the prompt; row i predicts token i + 1."""
+        """Store the log-probability of each token of the prompt; row i predicts token i + 1."""
         sequence = chunk.sequence
         n_top = sequence.params.prompt_logprobs or 0
         following = sequence.tokens[len(sequence.prompt_logprobs) :]
@@ -313,7 +313,7 @@ class LocalEngine(Loop):
             self._finish(sequence, "error", InvalidRequest(f"the grammar cannot go on: {error}"))
             return
         ends = token in self.eos_ids and not params.ignore_eos
-        if token in params.stop_ids:  # never in the middle of what a grammar promises
+        if token in params.stop_ids:  # never in the middle of what a grammar guarantees
             ends |= matcher is None or matcher.accepts
         if ends or (matcher is not None and matcher.complete):
             reason = "stop"
@@ -330,7 +330,7 @@ class LocalEngine(Loop):
     def _finish(
         self, sequence: Sequence, reason: FinishReason, error: str | OpenNemoError | None = None
     ) -> None:
-        """End a sequence without a further token: a score, or cancelled, or failed."""
+        """End a sequence without a further token: it is a score, was cancelled, or failed."""
         if not sequence.finished:
             self._pass_on(sequence, reason, error=error)
 

@@ -25,7 +25,7 @@ class Loop(ABC):
 
     def __init__(self) -> None:
         self.failed = self._stopping = False
-        self._calls: deque[Callable[[], None]] = deque()  # what to do before the next step
+        self._calls: deque[Callable[[], None]] = deque()  # calls to run before the next step
         self._step_began: float | None = None
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -39,7 +39,7 @@ class Loop(ABC):
         """End all work, because of an error or of `stop`."""
 
     def call(self, function: Callable[[], None]) -> None:
-        """Run something small between two steps, on the thread that steps. Thread-safe."""
+        """Run a short call between two steps, on the thread of the steps. Thread-safe."""
         with self._wake:
             if self._stopping:
                 raise OpenNemoError("the engine has stopped")
@@ -69,7 +69,7 @@ class Loop(ABC):
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread after the step in progress; what was not finished is cancelled."""
+        """End the thread after the step in progress; unfinished requests are cancelled."""
         with self._wake:
             self._stopping = True
             self._wake.notify()
@@ -82,7 +82,7 @@ class Loop(ABC):
     def _run(self) -> None:
         try:
             self._step_until_stopped()
-        except BaseException:  # not even an exit in some library may leave a request waiting
+        except BaseException:  # even an exit in a library must not leave a request waiting
             log.critical("the engine's thread has ended", exc_info=True)
             with self._wake:
                 self.failed = self._stopping = True  # from now on `call` refuses
@@ -102,5 +102,5 @@ class Loop(ABC):
                     self._wake.wait_for(lambda: self._calls or self._stopping)
 
     def _run_calls(self) -> None:
-        for _ in range(len(self._calls)):  # what is put in meanwhile waits for the next step
+        for _ in range(len(self._calls)):  # calls added meanwhile wait for the next step
             self._calls.popleft()()

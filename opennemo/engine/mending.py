@@ -18,7 +18,7 @@ OneOf = Callable[[list[Any], str], tuple[Any, list[Any]] | None]
 def mend(
     schema: Schema, error_of: Callable[[Any], str], say_one_of: OneOf
 ) -> tuple[Schema, list[str], str]:
-    """A schema without what cannot be compiled, the paths of that, the compiler's last error.
+    """A schema without the parts that cannot be compiled, their paths, the compiler's last error.
 
     Args:
         error_of: why a schema cannot be compiled, "" if it can.
@@ -54,7 +54,7 @@ class _Mending:
     def mend(self, schema: Any, path: str) -> Any:
         """A schema without the smallest parts that cannot be compiled."""
         if not (isinstance(schema, dict) and self._try(schema)):
-            return schema  # the schema around it decides what becomes of false
+            return schema  # the schema around it decides what false means there
         new = each(schema, path, self.mend, NAMED if path == "" else (*NAMED, *DEFINITIONS))
         if not (error := self._try(new)):
             return new

@@ -1,4 +1,4 @@
-"""How a request wants its tokens chosen, with bounds for every number."""
+"""How to choose the tokens of a request, with bounds for every number."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,10 +11,10 @@ import numpy as np
 from opennemo.engine.repetition import Repetition
 from opennemo.errors import InvalidRequest
 
-if TYPE_CHECKING:  # llguidance is needed where there are grammars alone
+if TYPE_CHECKING:  # llguidance is only needed for grammars
     from opennemo.engine.grammar import Grammar
 
-FORBIDDEN = -1e9  # finite: where a grammar allows nothing but such tokens, one of them comes
+FORBIDDEN = -1e9  # finite: where a grammar allows only such tokens, one of them is chosen
 _BOUNDS: dict[str, tuple[float, float]] = {
     "max_tokens": (1, 2**31),
     "min_tokens": (0, 2**31),
@@ -40,16 +40,16 @@ _BOUNDS: dict[str, tuple[float, float]] = {
 
 @dataclass(frozen=True)
 class Healing:
-    """How an answer may spell the last tokens of a prompt again, which were taken back.
+    """How an answer may spell the last tokens of a prompt, which were taken back, again.
 
     The prompt's end may lie within a token that the model would have written. So the answer follows
-    `path`, the tokens as they were, for as long as it likes, and leaves it by a token that begins
-    with all that is left to spell. What it writes then is as likely as if the model had been asked
-    for any text that begins with the prompt.
+    `path`, the original tokens, for any length, and leaves it by a token that begins with all the
+    text that is left to spell. The answer is then as likely as if the model had been asked for any
+    text that begins with the prompt.
 
     Attributes:
         path: the tokens that were taken back, without the last one.
-        ends: by which tokens the answer may leave at each place of the path, and at its end.
+        ends: the tokens by which the answer may leave at each place of the path, and at its end.
     """
 
     path: tuple[int, ...]
@@ -61,7 +61,7 @@ class Healing:
         return frozenset(self.path).union(*self.ends)
 
     def ahead(self, answer: list[int]) -> tuple[int, ...] | None:
-        """What is left of the path; None once the answer has left it."""
+        """The rest of the path; None once the answer has left it."""
         n = len(answer)
         return self.path[n:] if n <= len(self.path) and self.path[:n] == (*answer,) else None
 
@@ -81,27 +81,27 @@ class SamplingParams:
     top_p: float = 1.0
     min_p: float = 0.0  # drop tokens below this share of the likeliest one's probability
     typical_p: float = 1.0  # keep this mass of the tokens whose surprise is nearest the entropy
-    top_n_sigma: float = 0.0  # keep what is this many deviations below the likeliest; 0: off
+    top_n_sigma: float = 0.0  # keep tokens at most this many deviations below the likeliest; 0: off
     xtc_probability: float = 0.0  # how often all likely tokens but the least likely are dropped
-    xtc_threshold: float = 0.1  # likely is what has this probability
+    xtc_threshold: float = 0.1  # tokens of at least this probability are likely
     repetition_penalty: float = 1.0  # divides logits of tokens seen in prompt or answer (CTRL)
     presence_penalty: float = 0.0  # subtracted once from tokens seen in the answer
     frequency_penalty: float = 0.0  # subtracted for each time a token stands in the answer
-    dry_multiplier: float = 0.0  # of DRY's penalty on tokens that would go on with a repetition
-    dry_base: float = 1.75  # to the power of how much longer it is than
-    dry_allowed_length: int = 2  # so many tokens
+    dry_multiplier: float = 0.0  # of DRY's penalty on tokens that would continue a repetition
+    dry_base: float = 1.75  # to the power of how much longer the repetition is than
+    dry_allowed_length: int = 2  # this many tokens
     dry_window: int = 0  # the last tokens that are searched; 0: all
     dry_breakers: frozenset[int] = frozenset()  # ids that a repetition does not reach across
     logit_bias: Mapping[int, float] = field(default_factory=lambda: MappingProxyType({}))
-    allowed_ids: frozenset[int] | None = None  # nothing else is chosen; a grammar goes before it
-    bad_words: tuple[tuple[int, ...], ...] = ()  # ids that never follow one another in the answer
+    allowed_ids: frozenset[int] | None = None  # nothing else is chosen; a grammar overrides it
+    bad_words: tuple[tuple[int, ...], ...] = ()  # runs of ids that never occur in the answer
     stop_ids: frozenset[int] = frozenset()  # besides the model's EOS
     ignore_eos: bool = False
     repetition_detection: Repetition | None = None  # None: an answer may repeat itself
     seed: int | None = None  # same seed, same answer, whatever else is in the batch
     logprobs: int | None = None  # report the chosen token's, and this many of the likeliest
     prompt_logprobs: int | None = None  # the same for the tokens of the prompt
-    healing: Healing | None = None  # first of all the answer spells the prompt's end
+    healing: Healing | None = None  # the answer first spells the prompt's end
     grammar: "Grammar | None" = None  # the answer follows it to its end; min_tokens gives way
 
     def __post_init__(self) -> None:

@@ -47,7 +47,7 @@ class PrefixStore:
     def __init__(
         self, folder: Path, max_bytes: int, identity: bytes, pages: Callable[[], list[Pages]]
     ):
-        """`identity` stands for what computes keys and values; `pages` are where they lie.
+        """`identity` names the model that computes keys and values; `pages` hold them.
 
         Raises:
             InvalidRequest: the folder cannot be used.
@@ -76,7 +76,7 @@ class PrefixStore:
         self._writer.submit(self._begin)
 
     def save(self, sequence: TokenSequence, page_size: int) -> None:
-        """Write the pages that a sequence has filled, unless they are there, at the next chance."""
+        """Queue the pages that a sequence has filled for writing, unless they are stored."""
         for i in range(sequence.n_stored, len(sequence.page_keys)):
             path = self._path(sequence.page_keys[i])
             if path not in self._under_way and not path.exists():
@@ -151,19 +151,19 @@ class PrefixStore:
             self._room.release()
 
     def _touch(self, paths: list[Path]) -> None:
-        now = time.time_ns()  # the file system's own clock would give many of them the same time
+        now = time.time_ns()  # the file system's clock would give many of them the same time
         for i, path in enumerate(reversed(paths)):
             with suppress(OSError):
                 os.utime(path, ns=(now + i, now + i))
 
     def _begin(self) -> None:
-        """Remove what processes that are gone had half written, and what is above the bound."""
+        """Remove partial files of processes that are gone, and files above the bound."""
         with suppress(OSError):
             remove_partials(self._folder, f"*{SUFFIX}")
         self._trim(self._max_bytes)
 
     def _trim(self, max_bytes: int) -> None:
-        """Remove what was used least recently, as far as files take more than `max_bytes`."""
+        """Remove the least recently used files while all take more than `max_bytes`."""
         files = []
         for path in self._folder.glob(f"[!.]*{SUFFIX}"):
             with suppress(OSError):  # another process has removed it
@@ -206,7 +206,7 @@ def fingerprint(*models: Transformer) -> bytes:
             data = tensor.detach().flatten().view(torch.uint8)
             data = data if data.storage_offset() % 8 == 0 else data.clone()
             n = len(data) // 8192 * 8192
-            # Sums go at the speed of memory, where a hash of all bytes would take many seconds.
+            # Sums run at the speed of memory; a hash of all bytes would take many seconds.
             table = data[:n].view(torch.int64).view(-1, 1024)
             for part in (table.sum(0), table.sum(1), data[n:]):
                 digest.update(part.cpu().view(torch.uint8).numpy().data)

@@ -1,10 +1,10 @@
-"""The other ranks of a model that is divided: processes that compute what the engine computes.
+"""The other ranks of a divided model: processes that compute what the engine computes.
 
 Rank 0 is the engine. It alone knows of requests: it lays out each step, sends it to the others over
-a pipe (plain lists of numbers), and all compute it, each with its share of heads and channels; what
-they must know of each other they sum up inside the model (model/tensor_parallel.py), by gloo on
-CPUs and NCCL on GPUs. The others end with the process that started them. When one of them ends, or
-does not keep up, the model is broken for good: every request gets that error, and none waits.
+a pipe (plain lists of numbers), and all compute it, each with its share of heads and channels;
+inside the model they sum their results (model/tensor_parallel.py), by gloo on CPUs and NCCL on
+GPUs. The others end with the process that started them. When one of them ends, or does not keep up,
+the model is broken for good: every request gets that error, and none waits.
 """
 
 import multiprocessing
@@ -25,12 +25,12 @@ from opennemo.engine.sizes import CacheSize
 from opennemo.errors import OpenNemoError
 from opennemo.model.transformer import Transformer
 
-PATIENCE = timedelta(minutes=5)  # with a rank that does not join in
+PATIENCE = timedelta(minutes=5)  # with a rank that does not join
 Load = Callable[[int, str], Transformer]  # a rank's share, by its number and its device
 
 
 class Ranks:
-    """Those besides this process, which is rank 0.
+    """The ranks besides this process, which is rank 0.
 
     Attributes:
         model: the share of rank 0.
@@ -59,10 +59,10 @@ class Ranks:
             self._pipes.append(ours)
             self._processes.append(process)
         try:
-            self._await_all()  # that all are there
+            self._await_all()  # until all have joined
             _join(0, *place)
             self.model = load(0, _device(device, 0))
-            self._await_all()  # that all have loaded
+            self._await_all()  # until all have loaded
         except BaseException:
             self.close()
             raise
@@ -114,7 +114,7 @@ class Ranks:
                 raise OpenNemoError(self._end_of_a_rank() or f"{process.name}: {error}")
 
     def _end_of_a_rank(self) -> str | None:
-        # The news may be younger.
+        # The message may have come since.
         ended = wait([process.sentinel for process in self._processes], 1)
         for rank, process in enumerate(self._processes, 1):
             if process.sentinel in ended:  # its files are closed, but it may not be gone yet
@@ -132,7 +132,7 @@ class Ranks:
 def follow(
     pipe: Connection, load: Load, rank: int, store: str, n_ranks: int, device: str, n_threads: int
 ) -> None:
-    """The life of another rank: do what rank 0 sends, until it ends."""
+    """The loop of another rank: do what rank 0 sends, until that ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 gets it, too, and ends this one
     try:
         pipe.send("")

@@ -17,7 +17,7 @@ class Repetition:
         InvalidRequest: a number out of bounds, naming the field and what is allowed.
     """
 
-    max_pattern_size: int  # tokens of the longest pattern that is looked for
+    max_pattern_size: int  # tokens of the longest pattern that is searched for
     min_pattern_size: int = 1
     min_count: int = 2  # how often it must stand at the end, in a row
 

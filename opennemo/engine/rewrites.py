@@ -1,8 +1,8 @@
-"""Keywords of JSON Schema that the compiler lacks, expressed by those that it has.
+"""Keywords of JSON Schema that the compiler lacks, expressed by keywords that it has.
 
 Each function takes a schema with the keyword, removes it, and returns a schema that must hold as
 well. Where a keyword can be satisfied in too many ways, fewer are allowed: a list's `contains` is
-met among its first items, for instance. What is generated is valid in any case.
+met among its first items, for instance. The answer is valid in any case.
 """
 
 import itertools
@@ -27,7 +27,7 @@ from opennemo.engine.keywords import (
 Complement = Callable[[Any], Any]
 LATER = 3  # items that may come before those that `contains` asks for
 MAX_SHAPES = 64  # of a list, by which of its items satisfy `contains`
-MAX_DEPTH = 8  # of schemas within each other whose types are looked for
+MAX_DEPTH = 8  # of nested schemas whose types are examined
 MAX_LISTS = 70  # in a schema that are written out, since their items must be unique
 
 
@@ -190,7 +190,7 @@ class Uniqueness:
 
 
 def _values(schema: Any) -> list[Any]:
-    """The values that a schema of few accepts."""
+    """The values that a schema accepts, if it accepts few."""
     if isinstance(schema, dict):
         if isinstance(values := schema.get("enum"), list) or "const" in schema:
             values = [schema["const"]] if "const" in schema else values
@@ -282,7 +282,7 @@ class Closing:
         return self._rest([schema], value)
 
     def _rest(self, schemas: list[Any], value: Any) -> Any:
-        """What holds for everything that none of these schemas, all of which hold, evaluates."""
+        """The schema of everything that none of these schemas, all of which hold, evaluates."""
         parts = [part for schema in schemas for part in self._parts(schema, ())]
         if self._kind == "Items":
             if any({"items", "unevaluatedItems"} & part.keys() for part in parts):
@@ -310,7 +310,7 @@ class Closing:
 
 
 def _for_type(schema: Schema, kind: str, asked: Any) -> Any:
-    """What holds for values of one type; others may be anything."""
+    """A schema that applies to values of one type; others may be anything."""
     if as_list(schema.get("type")) == [kind]:
         return asked
     return any_of([asked, {"type": types_but(kind)}])

@@ -1,8 +1,8 @@
 """Turns a step's chunks into one flat forward pass, and the wanted rows of it into logits.
 
 The runner owns what lives on the device: the model, compiled for it, and the pages of the KV
-cache. It knows nothing of requests' fates, only which tokens stand where and which rows are wanted.
-Rows that follow an adapter take PyTorch's path through the same pages, beside the compiled one.
+cache. It does not know what becomes of requests, only where tokens are and which rows are wanted.
+Rows that use an adapter take PyTorch's path through the same pages, beside the compiled one.
 """
 
 from collections.abc import Iterable
@@ -26,11 +26,11 @@ from opennemo.model.transformer import Transformer
 
 
 class Stretch(NamedTuple):
-    """Tokens of one sequence that follow one another, to be computed."""
+    """Consecutive tokens of one sequence, to be computed."""
 
     start: int  # the place of the first
     tokens: list[int]
-    n_rows: int  # of how many, at the end, logits are wanted
+    n_rows: int  # for how many, at the end, logits are wanted
     pages: list[int]  # of the sequence
 
 
@@ -60,7 +60,7 @@ class Runner:
 
     A CPU model's matrices are handed over to the kernel, which keeps its own, packed copy; PyTorch
     cannot run the model afterwards, unless it is to `keep` its matrices. With `adapters` PyTorch
-    asks the kernel for products with those it has. Without `kernels` PyTorch runs it as it is.
+    asks the kernel for products with its copies. Without `kernels` PyTorch runs the model as it is.
     """
 
     def __init__(

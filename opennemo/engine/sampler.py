@@ -2,12 +2,12 @@
 
 Seeds hold in any batch: a row has exactly one uniform number, its sequence's for that place of the
 answer, and finds its token by inverting the cumulative distribution. So a place's token is the same
-whether or not those before it were guessed. (Where filters.py needs a number, it has the lower bits
-of that one.) top-k and top-p look at the likeliest `HEAD` tokens, sorted; where more are wanted, or
-all, tokens keep the vocabulary's order and a filter is a threshold. Nothing sorts a vocabulary of
-tokens: at a high temperature one request would slow everybody's step many times over. A CPU takes
-one row after the other, since its caches hold a row of a large vocabulary but no batch of them, and
-numpy where it is faster; a GPU takes all rows at once.
+whether or not those before it were guessed. (Where filters.py needs a number, it uses the lower
+bits of that one.) top-k and top-p look at the likeliest `HEAD` tokens, sorted; where more are
+wanted, or all, tokens keep the vocabulary's order and a filter is a threshold. Nothing sorts a
+vocabulary of tokens: at a high temperature one request would slow everybody's step many times over.
+A CPU takes one row after the other, since its caches hold a row of a large vocabulary but no batch
+of them, and numpy where it is faster; a GPU takes all rows at once.
 """
 
 from collections.abc import Sequence as Many
@@ -79,7 +79,7 @@ def token_logprobs(logits: Tensor, token: int, n_top: int) -> TokenLogprobs:
 
 
 def _bias_(row: Tensor, prefix: Prefix, eos_ids: frozenset[int]) -> None:
-    """Apply what a request asks for single tokens to its row of logits (V,), in place."""
+    """Apply a request's settings for single tokens to its row of logits (V,), in place."""
     params = prefix.params
     if params.logit_bias:
         ids, biases = (torch.from_numpy(part).to(row.device) for part in params.biases)
@@ -107,7 +107,7 @@ def _draw(logits: Tensor, prefixes: list[Prefix]) -> Tensor:
     uniform = torch.tensor([p.uniform for p in prefixes], device=logits.device).double()
     temperature = torch.tensor([p.temperature for p in params], device=logits.device)
     logits.div_(temperature[:, None])
-    # Not a number: the row allows nothing, or the model failed; the engine sees that by itself.
+    # Not a number: the row allows nothing, or the model failed; the engine detects that.
     probs = logits.sub_(logits.amax(-1, keepdim=True)).exp_().nan_to_num_(0)
     tokens = torch.zeros(len(params), dtype=torch.int64, device=logits.device)
     few = [i for i, p in enumerate(params) if p.top_k or p.top_p < 1]
@@ -118,7 +118,7 @@ def _draw(logits: Tensor, prefixes: list[Prefix]) -> Tensor:
         top, ids = _likeliest(_rows(probs, few), HEAD)
         chosen, complete = _pick(top / total, ids, uniform[few], [params[i] for i in few])
         tokens[few] = chosen
-        # Asking makes the host wait for a GPU; the head holds any choice of fewer than it has.
+        # Checking makes the host wait for a GPU; the head covers every smaller choice.
         unsure = [j for j, i in enumerate(few) if not 0 < params[i].top_k < HEAD]
         if unsure:
             done = complete[unsure].tolist()
@@ -133,7 +133,7 @@ def _likeliest(weights: Tensor, n: int) -> tuple[Tensor, Tensor]:
     n, n_blocks = min(n, weights.shape[-1]), weights.shape[-1] // STRIDE
     if not (weights.is_cpu and len(weights) == 1 and 0 < n < n_blocks):
         return weights.topk(n)
-    # The n-th largest of the blocks' largest: so many weights, at least, are as large.
+    # The n-th largest of the blocks' maxima: at least n weights are as large.
     least = weights[0, : n_blocks * STRIDE].view(-1, STRIDE).amax(-1).topk(n)[0][-1].item()
     ids = torch.from_numpy(np.flatnonzero(weights[0].numpy() >= least))
     top, places = weights[0, ids].topk(n)

@@ -2,8 +2,8 @@
 
 Every step first gives decoding sequences their tokens (turns.py), so that answers never stall, then
 spends what is left of the budget on prompts, in chunks where they are long, and then on scores.
-When pages run out, the sequence that came last gives its own back and is computed anew later (the
-prefix cache often saves it from that). Plain Python, no tensors: tests drive it with random
+When pages run out, the sequence that came last gives up its pages and is computed again later
+(often the prefix cache still has them). Plain Python, no tensors: tests drive it with random
 requests.
 
 Continuous batching is Orca's (OSDI 2022), chunked prefill Sarathi's (arXiv:2403.02310).
@@ -17,7 +17,7 @@ from opennemo.engine.kv_cache import KVCache
 from opennemo.engine.sequence import Chunk, Sequence
 from opennemo.engine.turns import Turns
 
-LOOKAHEAD = 256  # sequences that are looked at for one step; some wait for their leaders
+LOOKAHEAD = 256  # sequences that are considered for one step; some wait for their leaders
 
 
 @dataclass
@@ -49,7 +49,7 @@ class Scheduler:
         """Chunks to compute together; empty only when nothing runs or waits."""
         budget, rows = self.max_batched_tokens, self.max_rows
         chunks, preempted = [], False
-        # Guesses take no room from other sequences' next tokens.
+        # Guesses do not displace other sequences' next tokens.
         spare = max(0, min(budget, rows) - sum(s.n_pending == 1 for s in self.running))
         for sequence in self.turns.order(self.running):  # decoding first
             if min(budget, rows) <= 0:
@@ -59,7 +59,7 @@ class Scheduler:
             chunk = self._chunk(sequence, budget, rows, spare)
             end = sequence.n_computed + chunk.n_new
             if not self.cache.extend(sequence, end + len(chunk.draft)):
-                chunk = replace(chunk, draft=())  # no other gives way to guesses
+                chunk = replace(chunk, draft=())  # no other sequence gives way to guesses
             while not self.cache.extend(sequence, end):
                 preempted = True
                 busy = {id(c.sequence) for c in chunks}

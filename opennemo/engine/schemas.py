@@ -1,11 +1,11 @@
-"""JSON schemas as the grammar compiler takes them, and what of them it cannot hold.
+"""JSON schemas in the form that the grammar compiler takes, and the parts that it cannot enforce.
 
-llguidance holds most of JSON Schema 2020-12. Clients send every draft of it and OpenAPI's dialect,
-so `fit` says what it can in other words (`nullable`, lists of `items`, `dependentRequired`; `if`,
+llguidance enforces most of JSON Schema 2020-12. Clients send every draft of it and OpenAPI's
+dialect, so `fit` rewrites what it can (`nullable`, lists of `items`, `dependentRequired`; `if`,
 `not`, `contains` and others by rewrites.py), drops annotations, and reports the rest as gaps, by
-path and keyword: what a gap asks for is not in the schema that comes back (mending.py). `format`
-is an annotation, as the specification has it: those that the compiler knows are held, others
-change nothing.
+path and keyword: the schema that it returns does not contain them (mending.py). `format` is an
+annotation, as in the specification: those that the compiler knows are enforced, others have no
+effect.
 """
 
 import json
@@ -30,11 +30,11 @@ from opennemo.engine.keywords import (
 from opennemo.engine.mending import mend
 
 MAX_DEPTH = 64  # of nested objects and lists in a schema
-MAX_REWRITES = 100  # of keywords; what is said by others may hold more of them
+MAX_REWRITES = 100  # of keywords; rewriting may add more
 MAX_REWRITES_INSIDE = 2
 
 BOUNDS = ("minimum", "maximum")
-UNHELD = ("$dynamicRef", "$recursiveRef")  # what no rewriting says
+UNHELD = ("$dynamicRef", "$recursiveRef")  # what no rewriting can express
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class FittedSchema:
 
     Attributes:
         gaps: paths of keywords, such as `properties.tags.uniqueItems`.
-        why: the compiler's words about the last of them, if it had any.
+        why: the compiler's message about the last of them, if it had one.
     """
 
     schema: Schema
@@ -52,7 +52,7 @@ class FittedSchema:
 
 
 def fit(schema: Any, error_of: Callable[[Any], str]) -> FittedSchema:
-    """A schema without what the compiler cannot hold.
+    """A schema without the parts that the compiler cannot enforce.
 
     Args:
         error_of: why a schema cannot be compiled, "" if it can.
@@ -73,7 +73,7 @@ def fit(schema: Any, error_of: Callable[[Any], str]) -> FittedSchema:
 
 
 class _Fitting:
-    """One schema on its way; `gaps` fills up."""
+    """One schema in progress; `gaps` fills up."""
 
     def __init__(self, root: Schema, error_of: Callable[[Any], str]):
         self.gaps: list[str] = []
@@ -88,7 +88,7 @@ class _Fitting:
         self._refers_otherwise = re.search(r'"\$(id|anchor|dynamicAnchor)"|#/[^"]*[~%]', text)
         self._definitions: Schema = {}
         self._root, self._n_rewrites, self._n_inside = root, 0, 0
-        self._exclusive: dict[str, list[Any]] = {}  # branches of `oneOf`, by how they were said
+        self._exclusive: dict[str, list[Any]] = {}  # branches of `oneOf`, by their rewriting
         anchors = re.findall(r'"\$dynamicAnchor": "([^"]*)"', text)
         self._dynamic = {f"#{name}" for name in anchors if anchors.count(name) > 1}
         if '"$recursiveAnchor": true' in text:
@@ -150,7 +150,7 @@ class _Fitting:
         return self._say_instead(asked, f"{path}{keyword}")
 
     def _say_instead(self, asked: Any, path: str) -> Any:
-        """`say` what stands for the keyword at `path`; its gaps are the keyword's."""
+        """`say` the replacement of the keyword at `path`; its gaps are the keyword's."""
         n_gaps, self._n_rewrites = len(self.gaps), self._n_rewrites + 1
         if self._n_rewrites > MAX_REWRITES or self._n_inside >= MAX_REWRITES_INSIDE:
             self._gap(path, "it asks for too many schemas within each other")
@@ -165,7 +165,7 @@ class _Fitting:
     def say_one_of(self, said: list[Any], path: str) -> tuple[Any, list[Any]] | None:
         """Instead of `oneOf`, whose branches are given as `say` has them.
 
-        -> what must hold, and parts of it that must be possible; None if nothing says it.
+        -> what must hold, and parts of it that must be possible; None if nothing expresses it.
         """
         n_gaps, lossy = len(self.gaps), []
 
@@ -205,7 +205,7 @@ class _Fitting:
         return f"#{rest}" if own else name
 
     def _say_drafts(self, new: Schema) -> None:
-        """Draft 4 to 7 in the words of 2020-12, and types in capitals, as Google's clients have."""
+        """Draft 4 to 7 in keywords of 2020-12; types in capitals, as Google's clients send them."""
         if isinstance(items := new.get("items"), list):
             new["prefixItems"] = items
             del new["items"]
@@ -221,7 +221,7 @@ class _Fitting:
         if isinstance(anchor := new.pop("$dynamicAnchor", None), str):
             new.setdefault("$anchor", anchor)
         new.pop("$recursiveAnchor", None)
-        for name in UNHELD:  # where no second anchor has the name, it refers as `$ref` does
+        for name in UNHELD:  # where no second anchor has the name, it works like `$ref`
             refers = new.get(name)
             if not isinstance(refers, str) or "$ref" in new:
                 continue
@@ -255,7 +255,7 @@ class _Fitting:
                 new[name] = {k: v for k, v in parts.items() if k in self._referred}
 
     def _drop_idle(self, new: Schema) -> None:
-        """Remove keywords that ask for nothing."""
+        """Remove keywords that require nothing."""
         idle = {
             "uniqueItems": new.get("uniqueItems") is False or new.get("maxItems") in (0, 1),
             "if": not {"then", "else"} & new.keys(),
@@ -285,7 +285,7 @@ class _Fitting:
                 new["patternProperties"] = {
                     k: v for k, v in new["patternProperties"].items() if k != pattern
                 }
-                if new.get("additionalProperties") is False:  # or no such name could come
+                if new.get("additionalProperties") is False:  # or no such name could occur
                     new["additionalProperties"] = patterns[pattern]
                 self._gap(f"{path}patternProperties.{pattern}", error)
 

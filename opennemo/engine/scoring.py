@@ -1,4 +1,4 @@
-"""How likely a model finds given continuations: requests that the scheduler treats as all others.
+"""How likely a model finds given continuations: requests that the scheduler treats like any other.
 
 In the order of their ids, a request differs from those before it only in its end. The
 sequence that computes its beginning leads it: it waits for that, shares its pages and computes the
@@ -20,7 +20,7 @@ from opennemo.engine.sequence import Chunk, Sequence, Target
 from opennemo.engine.token import Token, TokenCallback
 from opennemo.errors import OpenNemoError
 
-Pair = tuple[list[int], list[int]]  # ids of a context, and of what is to follow it
+Pair = tuple[list[int], list[int]]  # ids of a context, and of its continuation
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Score:
 
 
 class Scoring:
-    """What has come of a request to score pairs.
+    """The progress of a request to score pairs.
 
     Attributes:
         sequences: what is to be computed.
@@ -58,7 +58,7 @@ class Scoring:
             self.done.set_result([])
 
     def end(self, token: Token) -> None:
-        """Take up the end of a sequence."""
+        """Record the end of a sequence."""
         sequence = self.sequences[token.index]
         for target, (logprob, likeliest) in zip(sequence.targets, sequence.scores, strict=False):
             i = target.pair
@@ -116,7 +116,7 @@ def target_logprobs(
     rows, tokens, owners, end = [], [], [], 0
     for chunk in chunks:
         end += chunk.n_rows
-        first = end - (chunk.sequence.n_computed + chunk.n_new)  # the row of place 0, were it here
+        first = end - (chunk.sequence.n_computed + chunk.n_new)  # the row that place 0 would have
         for target in chunk.targets:
             rows.append(first + target.place)
             tokens.append(target.token)
@@ -135,6 +135,6 @@ def target_logprobs(
 
 
 def _n_common(a: list[int], b: list[int]) -> int:
-    """With how many equal tokens both begin."""
+    """The number of equal tokens with which both begin."""
     n = min(len(a), len(b))
     return n if a[:n] == b[:n] else next(i for i in range(n) if a[i] != b[i])

@@ -18,7 +18,7 @@ from opennemo.engine.repetition import Runs
 from opennemo.engine.token import TokenCallback, TokenLogprobs
 from opennemo.model.lora import Adapter
 
-if TYPE_CHECKING:  # llguidance is needed where there are grammars alone
+if TYPE_CHECKING:  # llguidance is only needed for grammars
     from opennemo.engine.grammar import Matcher
 
 
@@ -38,7 +38,7 @@ class Sequence:
     tokens: list[int]
     params: SamplingParams
     on_token: TokenCallback
-    max_tokens: int  # of the answer, after the context's room is taken into account; 0: a score
+    max_tokens: int  # of the answer, at most what the context has room for; 0: a score
     index: int = 0
     salt: bytes = b""  # sequences share cached pages only within the same salt
     adapter: Adapter | None = None
@@ -171,7 +171,7 @@ class Chunk:
 
     @property
     def targets(self) -> list[Target]:
-        """What it computes the log-probabilities of."""
+        """The tokens whose log-probabilities it computes."""
         sequence = self.sequence
         end = sequence.n_computed + self.n_new
         return [t for t in sequence.targets[len(sequence.scores) :] if t.place < end]

@@ -1,4 +1,4 @@
-"""How large an engine is, by its settings, its model and the memory there is.
+"""How large an engine is, by its settings, its model and the available memory.
 
 `fit` decides before a model is loaded: the form that its weights run in, and the context beside
 them. `cache_size` lays that out.
@@ -47,8 +47,8 @@ class EngineConfig:
 
     max_context: int | None = None  # tokens of one sequence; None: what the model was trained for
     n_pages: int | None = None  # None: one sequence of `max_context` and some more, if they fit
-    page_size: int | None = None  # tokens; None: what fused attention takes on a GPU, else 16
-    # Of FORMATS; None: fp8 if the model brings scales, else int8 on a CPU, and as the embedding is
+    page_size: int | None = None  # tokens; None: the size for fused attention on a GPU, else 16
+    # Of FORMATS; None: fp8 if the model brings scales, else int8 on a CPU, and the embedding's type
     # on a GPU, or where an engine is made around a model that was loaded before.
     kv_format: str | None = None
     kv_scale: float | None = None  # for fp8 where the model brings none
@@ -63,11 +63,11 @@ class EngineConfig:
     cache_dir: Path | None = None  # keys and values of prefixes are kept here
     max_cache_size: int = 10 * 2**30  # bytes, there
     adapters: bool = False  # whether requests may name one
-    # Whether somebody else uses the model that an engine is made around: on a CPU its weights are
-    # then there twice.
+    # Whether the model that an engine is made around is also used elsewhere: on a CPU its weights
+    # are then in memory twice.
     keep_model: bool = False
-    # Whether steps are computed by kernels, which on a CPU want a copy of the weights packed in
-    # their way; or by PyTorch, with the model's own.
+    # Whether steps are computed by kernels, which on a CPU need a packed copy of the weights; or by
+    # PyTorch, with the model's own.
     kernels: bool = True
     tensor_parallel_size: int = 1  # ranks that share every layer
 
@@ -138,8 +138,8 @@ class Fit:
     page_size: int
     n_pages: int  # that fit, at most what one sequence of the longest context and some more take
     context: int  # tokens of one sequence that fit, at most what the model was trained for
-    fixed: int  # what is needed besides the cache
-    room: int  # what may be taken
+    fixed: int  # needed besides the cache
+    room: int  # available
 
     def shortage(self, n_pages: int, n_tokens: int) -> str:
         """Why so many pages do not fit, in numbers."""
@@ -247,7 +247,7 @@ def fit(
 
 
 def announcement(checkpoint: Checkpoint, config: EngineConfig, chosen: Fit, format: str) -> str:
-    """One line that tells a user what was given up to fit; empty where nothing was."""
+    """One line about what was reduced to fit; empty where nothing was."""
     longest, said = _longest(checkpoint.config, config), []
     if format == "auto" and chosen.form.format is not None:
         said.append(f"weights are rounded to {chosen.name} as they are read")

@@ -1,4 +1,4 @@
-"""One generated token, on its way from the engine to a client: the only type that carries it.
+"""One generated token, from the engine to a client: the only type that carries it.
 
 The engine makes a `Token` and passes it to the request's callback; `Reply` adds the text that it
 completes, and protocols render lists of them. `Answer` (reply.py) is what they add up to.
@@ -25,7 +25,7 @@ class TokenLogprobs:
 
 @dataclass(kw_only=True, slots=True)
 class Token:
-    """What is new of one answer: a token, its end, or both."""
+    """What one answer adds: a token, its end, or both."""
 
     request_id: int
     index: int = 0  # which of the n answers

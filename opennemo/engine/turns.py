@@ -1,10 +1,10 @@
-"""Whose answers the next step goes on with, so that one request does not slow the others' streams.
+"""Which answers the next step continues, so that one request does not slow the others' streams.
 
-A step computes a token of every answer that runs, and then chooses these one after the other. On a
+A step computes a token of every running answer, and then chooses these one after the other. On a
 CPU both may take long: sixteen answers of one request, sampled at a high temperature out of 131,072
-tokens, beside another request's one. Then answers of the same request take turns, as many in a step
-as let it take two and a half times as long as a step of one answer. A request that runs alone is
-not held back, each has an answer in each step, and no token depends on whose turn it is.
+tokens, beside another request's one. Then answers of the same request take turns, so many in a step
+that it takes at most two and a half times as long as a step of one answer. A request that runs
+alone is not slowed, each has an answer in each step, and no token depends on whose turn it is.
 """
 
 from collections import Counter
@@ -13,15 +13,15 @@ from dataclasses import dataclass
 
 from opennemo.engine.sequence import Sequence
 
-MEMORY = 0.8  # of what is measured: some five steps
-SLOWER = 1.5  # by how much a step may take longer than one of one answer, as its multiple
+MEMORY = 0.8  # of the averages: some five steps
+SLOWER = 1.5  # extra time that a step may take, as a multiple of a step with one answer
 
 
 @dataclass
 class Turns:
-    """What the latest steps took, in seconds, and how many answers of a request go on next."""
+    """Seconds of the latest steps, and how many answers of a request continue next."""
 
-    alone: float = 0.0  # a step of one row; 0: there was none yet
+    alone: float = 0.0  # a step of one row; 0: none so far
     computing: float = 0.0  # a step, without choosing tokens
     choosing: float = 0.0  # of one row
     n_rows: float = 0.0
@@ -46,7 +46,7 @@ class Turns:
         return SLOWER * self.alone / max(more + self.choosing, 1e-9)
 
     def order(self, running: Many[Sequence]) -> list[Sequence]:
-        """Those whose turn it is to decode, and then those whose prompts are computed."""
+        """The sequences whose turn it is to decode, and then those whose prompts are computed."""
         decoding = [s for s in running if s.n_pending == 1]
         prompts = [s for s in running if s.n_pending != 1]
         counts, n_rows = Counter(s.request_id for s in decoding), self.most_rows

@@ -422,7 +422,7 @@ def test_schemas_that_take_long_are_refused_by_name(monkeypatch):
     names = {name: {"type": "string"} for pair in pairs for name in pair["required"]}
     schema = {"type": "object", "properties": names, "not": {"anyOf": pairs}}
     monkeypatch.setattr("opennemo.engine.grammar.MAX_SECONDS", 0.0)
-    with pytest.raises(InvalidRequest, match=r"the schema cannot be held .*: it takes too long"):
+    with pytest.raises(InvalidRequest, match=r"schema cannot be enforced .*: it takes too long"):
         compiler.compile("json_schema", json.dumps(schema))
     monkeypatch.setattr("opennemo.engine.grammar.MAX_TOOLS_SECONDS", 0.0)
     tools = [tool_of(schema), tool_of({"type": "object", "properties": {}})]
