@@ -1,10 +1,10 @@
-"""What may happen to a text before it is learned from, as stages that one can choose.
+"""Cleaning of texts before a model learns from them, as stages to choose from.
 
-One idea makes it simple: a stage is a function from a list of documents to a list of as many. It
-changes a document, or says why it is to be left out; nothing is counted or kept on the side. So
-any number of processes of any engine gives the same result, and the report is a count of what the
-documents say of themselves. Copies of a text elsewhere are no business of a stage: `keys` gives
-what copies have in common, and preparation.py compares.
+A stage is a function from a list of documents to a list of the same length. It changes a document,
+or records in it why it is left out; a stage has no other state. So any number of processes of any
+engine gives the same result, and the report is a count of what the documents record. Stages do not
+look for copies of a text elsewhere: `keys` gives what copies have in common, and preparation.py
+compares them.
 
 Mending is ftfy's, naming languages py3langid's, signatures are rensa's. Repetition: the rules of
 Gopher (arXiv:2112.11446, table A1). Near copies: bands of MinHash signatures as for FineWeb
@@ -26,7 +26,7 @@ STAGES = ("mojibake", "nfc", "identify", "repetition", "exact", "near")  # in th
 IDENTIFY_CHARS = 1000  # of a text by which its language is identified
 SHINGLE, BANDS, ROWS = 5, 14, 8
 MIN_WORDS = 50  # of a text that the rules of repetition fit; Gopher has no shorter ones
-# Thai to Khmer, kana and Han put no space between words: there each character counts as one.
+# Thai to Khmer, kana and Han put no space between words: there each character counts as a word.
 UNSPACED = (
     r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff"
     r"\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"
@@ -69,12 +69,12 @@ class Cleaning:
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
-    """A text on its way through the stages.
+    """A text that goes through the stages.
 
     Attributes:
         text_bytes: of the text in UTF-8, as it was read.
         changes: the stages that changed the text.
-        dropped: why it is left out; "" while it is not.
+        dropped: why it is left out; "" if it is kept.
     """
 
     text: str
@@ -166,7 +166,7 @@ def repetition(text: str) -> str:
         share = widths[np.cumsum(borders)[:-1] > 0].sum() / widths.sum()
         if share > most:
             return f"repeats {n} words"
-        if share <= min(MAX_REPEATED.values()):  # which longer ones can only lie within
+        if share <= min(MAX_REPEATED.values()):  # longer ones can only lie within these
             break
     return ""
 
@@ -188,7 +188,7 @@ def _mojibake() -> Callable[[Document], Document]:
 
     def mend(document: Document) -> Document:
         text = document.text
-        if text.isascii() or not is_bad(text):  # which ftfy would find out line by line
+        if text.isascii() or not is_bad(text):  # ftfy would check it line by line
             return document
         return _changed(document, "mojibake", ftfy.fix_text(text, config))
 
@@ -243,7 +243,7 @@ def _bands(text: str) -> list[int]:
     from rensa import RMinHash  # pyright: ignore[reportAttributeAccessIssue]
 
     words = WORDS.findall(text.lower())
-    if not words:  # like its copies alone
+    if not words:  # only copies have the same
         return [_hash(text.encode("utf-8", "replace"))] * BANDS
     sequences = _sequences(_codes(words), min(SHINGLE, len(words)))
     signature = RMinHash.digest_matrix_from_flat_token_hashes(

@@ -1,10 +1,10 @@
-"""How few tokens tokenizers need: for any texts by language, as a table, as numbers, as a plot.
+"""How few tokens tokenizers need for any texts, by language, as a table, as numbers, as a plot.
 
-One idea makes it simple: the only measurement is how many tokens each tokenizer makes of each
-language; tokens a byte, ratios and shares are arithmetic on that. The announcement of Mistral
-NeMo made its claims about Tekken in these terms ("Figure 2: Tekken compression rate").
+The only measurement is how many tokens each tokenizer makes of each language; tokens per byte,
+ratios and shares are arithmetic on that. The announcement of Mistral NeMo made its claims about
+Tekken in these terms ("Figure 2: Tekken compression rate").
 
-It does not know where texts come from (texts.py), nor how a tokenizer works.
+It does not know where texts come from (texts.py) or how a tokenizer works.
 """
 
 import csv

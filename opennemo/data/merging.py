@@ -2,10 +2,10 @@
 
 All words lie in one array, a cell for each byte: the cell where a symbol begins holds its number,
 and a second array says which symbol ends in a cell. A merge is then a few gathers and scatters at
-the places of its pair. Two ideas keep the bookkeeping small. A pair only ever loses occurrences
-once its younger symbol is made, so the places and the count noted at that moment are bounds that
-need looking at only when the pair comes to the top. And pairs rarer than a floor are not noted at
-all: when the others are used up, all words are looked through again with a lower floor.
+the places of its pair. Two facts keep the bookkeeping small. A pair only loses occurrences once its
+younger symbol is made, so the places and the count recorded at that moment are bounds that need
+checking only when the pair comes to the top. And pairs rarer than a floor are not recorded at all:
+when the others are used up, all words are scanned again with a lower floor.
 
 Of equally frequent pairs the one with the lowest numbers is merged first, so the result depends on
 the counts alone. BPE: arXiv:1508.07909.
@@ -20,8 +20,8 @@ import numpy as np
 from opennemo.progress import Stages
 
 EDGE, DEAD = -1, -2  # cells between words, and cells in which no symbol begins or ends
-FLOORS = 16  # how much rarer than the most frequent pair the noted ones may be
-ENOUGH = 1.2  # pairs are noted for each one that is still to be merged
+FLOORS = 16  # how much rarer than the most frequent pair a recorded one may be
+ENOUGH = 1.2  # pairs recorded for each one that is still to be merged
 RIGHT = 1 << 30  # marks the numbers of right neighbours among those of left ones
 MAX_BITS = 63  # of a number that can be sorted
 NOT_UTF8 = b"\xff"

@@ -1,9 +1,9 @@
-"""From files of text to token shards: parts are made, copies found, what is left written.
+"""From files of text to token shards: make parts, find copies, write the rest.
 
-One idea makes it simple: everything that takes long is done to parts of the input, each by itself
-(parts.py). Only then are copies found, in the order of the input and over all of it, and what is
-left is laid end to end. So the result does not depend on which process made a part, nor on their
-order, nor on interruptions; of dates and paths only the inputs' own are in it.
+Everything slow is done to parts of the input, each by itself (parts.py). Only then are copies
+found, in the order of the input and over all of it, and the remaining texts are laid end to end. So
+the result does not depend on which process made a part, on their order, or on interruptions; the
+only dates and paths in it are those of the inputs.
 
 It does not know what cleaning is (cleaning.py), nor how shards are read (corpus.py).
 """
@@ -33,9 +33,9 @@ LIBRARIES = ("ftfy", "py3langid", "rensa")  # whose results may change with thei
 def prepare(
     job: Job, *, engine: str = "processes", workers: int = 1, progress: Stages | None = None
 ) -> dict[str, Any]:
-    """Make shards of texts, or go on with it; returns the report, which also lies beside them.
+    """Make shards of texts, or resume that; returns the report, which is also beside them.
 
-    Engine and number of workers change nothing but the time: "processes" of this machine, or "ray"
+    Engine and number of workers change only the time: "processes" of this machine, or "ray"
     for Ray Data, on a cluster if one is there, whose nodes must all see the input and `out`.
 
     Raises:
@@ -65,7 +65,7 @@ def prepare(
 
 
 def _begin(job: Job, texts: Texts) -> dict[str, Any]:
-    """Put the job on record, or compare it with the one of the run that is to go on."""
+    """Record the job, or compare it with that of the run to resume."""
     versions = {}
     for name in LIBRARIES if job.cleaning.stages else ():
         try:
@@ -104,7 +104,7 @@ def _begin(job: Job, texts: Texts) -> dict[str, Any]:
 
 
 def _finish(job: Job, record: dict[str, Any], say: Stages) -> dict[str, Any]:
-    """Leave out copies, write shards, the report and the index, and throw the parts away."""
+    """Leave out copies, write shards, the report and the index, and delete the parts."""
     parts = sorted((job.out / "parts").glob("[0-9]*.npz"))
     copies = _copies(parts, job.cleaning)
     n_bytes, written = sum(path.stat().st_size for path in parts), 0
@@ -139,7 +139,7 @@ def _count(
     text_bytes: np.ndarray,
     tokens: np.ndarray,
 ) -> None:
-    """Count the documents (S,) of a part by what became of them, and of what origin they are."""
+    """Count the documents (S,) of a part by what became of them, and by origin."""
     for number, (language, source, licence) in enumerate(origins):
         for kind in range(3):
             which = (origin == number) & (copy == kind)

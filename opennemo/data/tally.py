@@ -1,7 +1,7 @@
-"""What became of the texts of a corpus: how many were read, changed, left out and kept, and why.
+"""Counts of a corpus: how many texts were read, changed, left out and kept, and why.
 
-One idea makes it simple: everything is a count under a section, a name and a language, and counts
-of parts add up to counts of the whole in any order.
+Everything is a count under a section, a name and a language, and counts of parts add up to counts
+of the whole in any order.
 """
 
 from collections.abc import Iterable, Mapping
@@ -46,7 +46,7 @@ class Tally:
         return [[*key, *counts] for key, counts in self._counts.items()]
 
     def content(self) -> dict[str, Any]:
-        """All counts in an order that does not depend on how they came; see docs/data.md."""
+        """All counts, in an order that does not depend on how they were added; see docs/data.md."""
         sections: dict[str, dict[str, Any]] = {name: {} for name in ("read", "changed", "dropped")}
         sections |= {name: {} for name in ORIGINS}
         n_unreadable = 0
@@ -67,7 +67,7 @@ class Tally:
 
 
 def table(content: Mapping[str, Any]) -> Group:
-    """A report's content for a terminal: what happened, and what is kept."""
+    """A report for a terminal: what happened, and what is kept."""
     happened = Table("", "documents", "MB", "most of them in", box=None, header_style="bold")
     names = {"read": content["read"]}
     names |= {f"changed by {name}": row for name, row in content["changed"].items()}

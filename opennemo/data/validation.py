@@ -1,7 +1,7 @@
-"""Chat files looked at before a run: what is in them, what is wrong, and a copy without it.
+"""Chat files checked before a run: what is in them, what is wrong, and a repaired copy.
 
 Repairing has one rule: a conversation is cut back to its last answer up to which it is good.
-That takes care of questions without an answer, results without a call, calls to no tool and
+That repairs questions without an answer, results without a call, calls to unknown tools and
 conversations that are too long; roles under other names are renamed first. A line without a good
 beginning is left out, and listed. planning/ estimates what a run would take.
 
@@ -81,7 +81,7 @@ def fix(
     paths: Sequence[Path], out: Path, report: Report, tokenizer: Tokenizer, max_tokens: int,
     *, prompts: bool = False,
 ) -> list[BadLine]:  # fmt: skip
-    """Write good lines as they are and bad ones repaired; the lines that had to be left out.
+    """Write good lines as they are and bad ones repaired; returns the lines left out.
 
     A bad prompt is left out.
 
@@ -108,7 +108,7 @@ def fix(
 
 
 def repair(line: bytes, reader: Reader) -> dict[str, Any] | None:
-    """What is good of a line, in the shape of `messages`; None if nothing is."""
+    """The good part of a line, in the shape of `messages`; None if there is none."""
     try:
         row = _renamed(parse_line(line))
         if reader.pairs:
@@ -143,7 +143,7 @@ def _beginnings(turns: list[Message]) -> Iterator[list[Message]]:
 
 
 def _renamed(row: dict[str, Any]) -> dict[str, Any]:
-    """The line with roles under the names that they have today."""
+    """The line with roles under their present names."""
     if not isinstance(row.get("messages"), list):
         return row
     messages = []

@@ -1,9 +1,9 @@
 """Learn a byte-level BPE vocabulary from text in many languages, as Tekken was, or extend one.
 
-One idea makes it simple: words.py says how often each word counts, and merging.py turns that into
-merges. The same texts and settings give the same file, byte for byte.
+words.py says how often each word counts, and merging.py turns that into merges. The same texts and
+settings give the same file, byte for byte.
 
-It does not know where texts lie (texts.py), nor how ids are made of a vocabulary (tekken.py).
+It does not know where texts are (texts.py) or how a vocabulary encodes text (tekken.py).
 BPE: arXiv:1508.07909.
 """
 

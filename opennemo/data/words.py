@@ -1,8 +1,7 @@
 """How often each word occurs in texts of many languages: all that learning a vocabulary needs.
 
-One idea makes it simple: once words are counted per language, the weights of languages, sampling
-by temperature and bounded memory are arithmetic on counts. The order in which processes finish
-changes nothing.
+Once words are counted per language, the weights of languages, sampling by temperature and bounded
+memory are arithmetic on counts. The order in which processes finish changes nothing.
 
 It does not know what a token is. Sampling by temperature: arXiv:1907.05019. Pruned counts: Manku
 and Motwani, "Approximate Frequency Counts over Data Streams" (2002).
@@ -25,8 +24,8 @@ from opennemo.texts import CODE, Texts, lay_out
 from opennemo.tokenizer.patterns import PATTERNS
 from opennemo.tokenizer.tokenizer import repair_surrogates
 
-# With these patterns a word may begin with a space, and nowhere else does it hold a space that is
-# followed by something. So a text is cut there first, fast, and only different parts are matched.
+# With these patterns a word may begin with a space, and has no other space that is followed by
+# text. So a text is first cut there, which is fast, and only different parts are matched.
 CUT = re.compile(r" (?=\S)")
 BATCH_CHARS = 4 << 20  # characters that a process counts at a time
 MAX_WORD_CHARS = 1_000  # a longer word, such as an image in base64, teaches nothing
@@ -89,9 +88,9 @@ class PhraseCounts:
     """A sample of phrases, of which hardly any occurs twice, with how often each counts.
 
     A phrase that occurs *n* times is kept with probability *n* / *t* and then counts *t* times,
-    where *t* is a power of two of its language, so that what any run of words counts is right on
-    average. What occurs more often than that is kept and counted. Chance is a hash of the phrase,
-    so the same texts give the same sample.
+    where *t* is a power of two of its language, so that the count of any run of words is right on
+    average. Phrases that occur more often than that are kept and counted. Chance is a hash of the
+    phrase, so the same texts give the same sample.
 
     Attributes:
         max_bytes: of all phrases that are kept. A language's share is in proportion to the square
@@ -127,7 +126,7 @@ class PhraseCounts:
         return self.weights.get(language, self.weights.get("*", 1.0))
 
     def record(self) -> dict:
-        """How many phrases were kept, and of which languages not all."""
+        """How many phrases were kept, and of which languages only some."""
         one_of = {language: 1 << level for language, level in sorted(self.levels.items())}
         return {"phrases": sum(map(len, self.words.values())), "one_phrase_kept_of": one_of}
 
@@ -148,7 +147,7 @@ def _chance(data: bytes, salt: bytes) -> int:
 
 
 def compiled(pattern: str) -> regex.Pattern[str]:
-    """The pattern, sure to lose nothing of a text that is split with it.
+    """The pattern, checked to lose nothing of a text that it splits.
 
     Raises:
         InvalidRequest: it does not compile, has groups, or matches some character nowhere.
@@ -214,7 +213,7 @@ def _batches(
     for language, text in texts:
         try:
             n_bytes[language] += len(text.encode())
-        except UnicodeEncodeError:  # JSON can say "\\ud800"
+        except UnicodeEncodeError:  # JSON can contain "\\ud800"
             text = repair_surrogates(text)
             n_bytes[language] += len(text.encode())
         batch.append((language, text))
@@ -236,7 +235,7 @@ def _count(pattern: str, batch: list[tuple[str, str]]) -> dict[str, Counter[str]
         parts.setdefault(language, Counter()).update(others)
     for language, counts in words.items():
         for n, equally_often in _by_count(parts[language]).items():
-            # Every part began with the space that it was cut at.
+            # Every part begins with the space that it was cut at.
             for word, m in Counter(find(" " + " ".join(equally_often))).items():
                 counts[word] += m * n
         for word in [word for word in counts if len(word) > MAX_WORD_CHARS]:

@@ -1,6 +1,6 @@
 """Work spread over processes of this machine, its results in order.
 
-Workers are spawned, not forked, for the caller may have threads: a script that uses them does so
+Workers are spawned, not forked, since the caller may have threads: a script that uses them does so
 under `if __name__ == "__main__"`.
 """
 
@@ -20,7 +20,7 @@ Result = TypeVar("Result")
 def in_order(
     function: Callable[[Item], Result], items: Iterable[Item], workers: int
 ) -> Iterator[Result]:
-    """What a function makes of each item, in order; one worker is this process itself.
+    """A function's results for each item, in order; one worker means this process itself.
 
     Items are taken as they are needed, so that they do not pile up.
 

@@ -1,8 +1,9 @@
 """The benchmarks of four suites: a table of tasks of the harness, with the metric of each and why.
 
-A new benchmark is a new entry. What was announced (Table 1 of https://mistral.ai/news/mistral-nemo;
-by language, the model card of the base model) stands beside what is measured and is not the same
-thing: Mistral says only that it used a library of its own.
+A new benchmark is a new entry. The announced numbers (Table 1 of
+https://mistral.ai/news/mistral-nemo; by language, the model card of the base model) are shown
+beside the measured ones and are not the same measure: Mistral says only that it used a library of
+its own.
 """
 
 from collections.abc import Mapping
@@ -47,17 +48,17 @@ TABLE1 = [
     Benchmark(
         name="Winogrande", task="winogrande", folder="winogrande", shots=0, metric="acc",
         data="allenai/winogrande", announced=_announced(76.8, 74.0, 73.5),
-        why="what follows the two names is the same text, so nothing needs dividing",
+        why="the same text follows both names, so nothing needs dividing",
     ),
     Benchmark(
         name="NaturalQuestions", task="nq_open", folder="nq_open", shots=5, metric="exact_match",
         filter="remove_whitespace", announced=_announced(31.2, 29.8, 28.2),
-        why="a written answer, the same as one of the given ones but for case, articles and marks",
+        why="a written answer, equal to a given one except for case, articles and punctuation",
         data="google-research-datasets/nq_open", ),
     Benchmark(
         name="TriviaQA", task="triviaqa", folder="triviaqa", shots=5, metric="exact_match",
         filter="remove_whitespace", announced=_announced(73.8, 71.3, 61.0),
-        why="a written answer, the same as one of the aliases but for case and marks",
+        why="a written answer, equal to one of the aliases except for case and punctuation",
         data="mandarjoshi/trivia_qa", ),
     Benchmark(
         name="MMLU", task="mmlu", data="cais/mmlu", folder="mmlu/default", shots=5, metric="acc",
@@ -92,7 +93,7 @@ MMLU_BY_LANGUAGE = {
 
 
 def _in(languages: str, task: str, *, name: str, folder: str, **fields: Any) -> list[Benchmark]:
-    """A benchmark for each language, whose code stands in the name of the task."""
+    """A benchmark for each language; the name of the task contains its code."""
     scores = MMLU_BY_LANGUAGE if name == "MMLU" else {}
     return [
         Benchmark(

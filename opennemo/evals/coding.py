@@ -1,8 +1,8 @@
 """Programs that a model writes, run against their tests: HumanEval, HumanEval+ and MBPP.
 
-They are run only when that is asked for, each in a process of its own, isolated from the user's
-site packages, in an empty folder, with bounds on time, memory and file sizes. That stops accidents,
-not attacks: use a container for models that are not trusted.
+They run only on request, each in a process of its own, isolated from the user's site packages, in
+an empty folder, with bounds on time, memory and file sizes. That stops accidents, not attacks: use
+a container for models that are not trusted.
 
 HumanEval: arXiv:2107.03374; with more tests, arXiv:2305.01210; MBPP: arXiv:2108.07732. Prompts and
 stops are the harness's, whose own scoring downloads the code that runs programs.
@@ -54,7 +54,7 @@ def _descriptions(lines: Sequence[Mapping[str, Any]]) -> list[Problem]:
 
 @dataclass(frozen=True)
 class ProgramSet:
-    """Problems of a file, and how they are put to a model."""
+    """Problems of a file, and how a model is asked to solve them."""
 
     file: str
     source: str
@@ -129,7 +129,7 @@ def measure(llm: LLM, request: Request, run: Run) -> Outcome:
 
 
 def run_program(text: str) -> str | None:
-    """None if the program ends well, else the last line of its error."""
+    """None if the program succeeds, else the last line of its error."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Runs side by side: differences on the same items, their errors, and whether they can be chance.
+"""Runs side by side: differences on the same items, their errors, and whether they may be chance.
 
 Two models that answer the same questions differ by far less than their standard errors
 suggest, so the difference is taken item by item. Its p-value is McNemar's exact one where values
@@ -20,7 +20,7 @@ LEVEL = 0.05
 
 @dataclass(frozen=True)
 class Difference:
-    """Of one row of two runs, on the items that both have."""
+    """The difference between one row of two runs, on the items that both have."""
 
     n: int
     value: float  # in the row's own unit
@@ -63,7 +63,7 @@ def holm(values: Sequence[float]) -> list[float]:
 
 
 def side_by_side(runs: Mapping[str, Sequence[ResultRow]]) -> Cells:
-    """A line for each row that all have, differences against the first run, and the mean of all."""
+    """A line for each row that all have, differences from the first run, and the mean of all."""
     (base_name, base), *others = ((name, {r.key: r for r in rows}) for name, rows in runs.items())
     keys = [k for k in base if all(k in rows for _, rows in others) and base[k].items]
     if not keys:
@@ -87,7 +87,7 @@ def side_by_side(runs: Mapping[str, Sequence[ResultRow]]) -> Cells:
             ["p", *chances, _p(_normal(value, error))],
         ]
     lines = [list(line) for line in zip(*columns, strict=True)]
-    alike = len({base[key].percent for key in keys}) == 1 < len(keys)  # else a mean says nothing
+    alike = len({base[key].percent for key in keys}) == 1 < len(keys)  # else a mean is meaningless
     return lines if alike else lines[:-1]
 
 

@@ -1,7 +1,7 @@
 """Models that answer conversations: in this process, or behind OpenAI's chat completions API.
 
 Both answer `ask(messages, ...)` with a message, from many threads at once, and both raise an
-OpenNemoError with the reason where no answer came: that is counted, never taken for an empty one.
+OpenNemoError with the reason if no answer comes: that is counted, never treated as an empty one.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ from opennemo.tokenizer import Tokenizer, load_tokenizer
 from opennemo.tokenizer.chat import Message, encode_chat, parse_reply
 
 Tools = list[dict[str, Any]] | None
-RETRIES = 2  # where they can help: no connection, a busy server, a timeout
+RETRIES = 2  # retries, for no connection, a busy server, a timeout
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class LocalModel:
     def ask(
         self, messages: list[Message], tools: Tools = None, grammar: bool = True, **sampling: Any
     ) -> Message:
-        """The answer; without `grammar` nothing holds it to the tools and their arguments."""
+        """The answer; without `grammar` nothing restricts it to the tools and their arguments."""
         if grammar:
             return self.llm.chat(messages, tools=tools, **sampling).message
         ids = encode_chat(self.llm.tokenizer, messages, tools)
@@ -78,7 +78,7 @@ class RemoteModel:
         return OpenAI(base_url=self.url, api_key=self.key, **settings)
 
     def _call(self, path: str, group: str, part: str, body: dict[str, Any] | None = None) -> Any:
-        """A part of the first of a group in the answer to a POST, or a GET without a body."""
+        """A part of the first item of a group in the answer to a POST, or a GET without a body."""
         import openai
 
         try:
@@ -113,7 +113,7 @@ def is_server(model: str) -> bool:
 def open_model(
     model: str, name: str | None, key: str, tokenizer: str | None, load: Callable[[], LLM]
 ) -> Iterator[ChatModel]:
-    """The model at an address, or the one that `load` makes, while the block runs."""
+    """The model at an address, or the one that `load` returns, while the block runs."""
     if is_server(model):
         own = load_tokenizer(locate(tokenizer)) if tokenizer else None
         yield RemoteModel.connect(model, name, key, own)

@@ -25,12 +25,12 @@ Load = Callable[[Request, str | None], LLM]  # in a number format, if one is nam
 def evaluate(
     request: Request, formats: Sequence[str], load: Load | None = None, n_engines: int = 1
 ) -> tuple[list[Path], report.Cells, list[str]]:
-    """Measure a model, in several number formats one after the other if so many are named.
+    """Measure a model, in several number formats one after the other if several are named.
 
     -> the folders of results, a table of them, and notes that belong beside it.
 
     Args:
-        load: for a model that is not in this process, and has so many engines.
+        load: for a model that is not in this process, and has that many engines.
 
     Raises:
         InvalidRequest: the suite is unknown, or something that it needs is missing.
@@ -79,7 +79,7 @@ def evaluate(
 
 
 def compare(folder: Path | None, runs: dict[str, list[ResultRow]]) -> report.Cells:
-    """Runs side by side, the first being what others are compared with; written down and drawn."""
+    """Runs side by side, compared with the first; written to files and drawn."""
     lines = side_by_side(runs)
     if folder:
         folder.mkdir(parents=True, exist_ok=True)
@@ -94,7 +94,7 @@ def _load(request: Request, format: str | None) -> LLM:
 
 
 def _settings(request: Request) -> dict[str, Any]:
-    """Everything that decides an answer; keys of servers do not, and are never written."""
+    """Everything that determines an answer; keys of servers do not, and are never written."""
     values = {k: v for k, v in asdict(request).items() if k not in PLACES} | asdict(request.options)
     settings = {k: v for k, v in values.items() if not k.endswith("key")}
     settings["weights"] = _weights(request.model)

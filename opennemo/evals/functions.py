@@ -36,7 +36,7 @@ def prepare(request: Request) -> None:
 def measure(model: ChatModel, request: Request, run: Run) -> Outcome:
     """Share of questions whose calls are right, by category, and the calls one by one.
 
-    With `required` an answer must be a call, and only one where one is asked for; BFCL leaves both
+    With `required` an answer must be a call, and only one where one is expected; BFCL leaves both
     to the model.
     """
     options: Calls = request.options
@@ -76,7 +76,7 @@ def measure(model: ChatModel, request: Request, run: Run) -> Outcome:
 def verdict(
     check: Callable[..., dict[str, Any]], category: str, question: Mapping[str, Any], answer: Any
 ) -> str | None:
-    """None if the answer's calls are right, else the checker's word for the error."""
+    """None if the answer's calls are right, else the checker's name of the error."""
     calls = []
     for call in answer.get("tool_calls") or ():
         try:

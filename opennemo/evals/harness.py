@@ -1,9 +1,9 @@
-"""Our engine as a model of lm-evaluation-harness, whose tasks are what published numbers mean.
+"""Our engine as a model of lm-evaluation-harness, whose tasks define what published numbers mean.
 
 The harness hands over all requests of all tasks at once, and `LLM.score` computes what
 they share once. Everything that decides a score (cutting a text into context and continuation,
 stop strings, the default of 256 tokens) is done as the harness's own `hf` model does it, so that
-the choices are the same; tests hold the two together.
+the choices are the same; tests compare the two.
 
 Importing this registers `opennemo`; `python -m opennemo.evals` is the harness's command line.
 """
@@ -25,7 +25,7 @@ from opennemo.llm import LLM
 from opennemo.tokenizer.chat import encode_chat
 
 MAX_ANSWER = 256  # tokens, where a task does not say; the harness's default
-IN_FLIGHT = 512  # answers asked for at once
+IN_FLIGHT = 512  # answers requested at once
 
 
 class OpenNemoLM(TemplateLM):
@@ -68,7 +68,7 @@ class OpenNemoLM(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
-        """Ids of a text, after BOS where the model wants one."""
+        """Ids of a text, after BOS where the model uses one."""
         return list(self._encode(string, add_special_tokens is not False))
 
     def _encode_once(self, text: str, with_bos: bool) -> list[int]:

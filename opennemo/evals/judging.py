@@ -1,8 +1,8 @@
 """Conversations marked by another model: MT-Bench, and WildBench's score (Table 2).
 
 A judge sees a question and an answer and writes a mark. A mark that is not in the judge's text, or
-an answer that does not come, is counted as missing, never guessed. Judges are biased (towards what
-stands first, what is long, and themselves), so three controls go with the marks: `repeats` marks
+an answer that does not come, is counted as missing, never guessed. Judges are biased (towards the
+first answer, long answers, and their own), so three controls go with the marks: `repeats` marks
 each answer more than once; `duel` shows two models' answers in both orders and counts a win only if
 both agree; `calibrate` and `agree` measure how far a judge can tell right from broken, and how it
 compares with given marks.
@@ -57,7 +57,7 @@ def prepare(request: Request) -> None:
 
 
 def measure(model: ChatModel, request: Request, run: Run) -> Outcome:
-    """Marks of a judge for the model's answers, and the controls that were asked for."""
+    """Marks of a judge for the model's answers, and the controls that were requested."""
     options: Judges = request.options
     data, judge = BenchmarkData(request.data), options.judge
     assert judge, "prepare asks for one"
@@ -109,7 +109,7 @@ class Judging:
     spreads: list[float] = field(default_factory=list)  # between an answer's repeated marks
 
     def marks(self, prompts: Mapping[str, list[dict[str, Any]] | str], find: Any) -> dict:
-        """What `find` reads out of the judge's answers, by item; a text where it reads nothing.
+        """What `find` reads from the judge's answers, by item; a text where it finds nothing.
 
         With repeats an item's mark is their mean. A text in place of a prompt is the reason why
         nothing can be asked, and is returned in place of the mark.

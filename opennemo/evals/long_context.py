@@ -2,12 +2,12 @@
 
 Every task is a haystack that grows in units (sentences, words, documents) and needles that go into
 it at given depths; a prompt is the largest that fits its length by the model's own tokenizer.
-Prompts, answer prefixes, limits and marking are RULER's (arXiv:2404.06654), so that numbers
-compare; words are ours, and so is the text between needles, as RULER's essays have no licence. Two
+Prompts, answer prefixes, limits and marking are RULER's (arXiv:2404.06654), so that numbers can be
+compared; words are ours, and so is the text between needles, as RULER's essays have no licence. Two
 of its tasks are missing (cwe, fwe: counting words). Passkey is that of Landmark Attention
 (arXiv:2305.16300). The harness has RULER's tasks, too, but fetches words, essays and a sentence
 splitter from the network, runs code of the tokenizer's author, makes 500 prompts of a length and
-chooses no depth.
+has no setting for depth.
 """
 
 import itertools
@@ -41,7 +41,7 @@ NOUNS = (
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text, how the answer begins, and what must stand in it."""
+    """A text, how the answer begins, and what it must contain."""
 
     text: str
     begins: str
@@ -74,7 +74,7 @@ def needles(
     sentences: Sequence[str] | None, *, keys: int = 1, values: int = 1, queries: int = 1,
     kind: str = "numbers", hay: str = "noise",
 ) -> Make:  # fmt: skip
-    """Needles in noise, in sentences of a text, or among other needles; some are asked for."""
+    """Needles in noise, in sentences of a text, or among other needles; some are queried."""
 
     def value(rng: random.Random) -> str:
         if kind == "numbers":
@@ -93,7 +93,7 @@ def needles(
         else:
             lines = [sentences[i % len(sentences)] for i in range(n)] if sentences else [NOISE] * n
         hidden = [NEEDLE.format(kind=kind, key=k, value=v) for k, vs in truth.items() for v in vs]
-        first, *rest = hidden  # the first, which is always asked for, stands at the wanted depth
+        first, *rest = hidden  # the first, which is always queried, is at the wanted depth
         places = sorted([round(depth * n), *(rng.randint(0, n) for _ in rest)], reverse=True)
         at = places.index(round(depth * n))
         rng.shuffle(rest)
@@ -117,7 +117,7 @@ def needles(
 
 
 def variable_tracking(rng: random.Random, n: int, depth: float, hops: int = 4) -> Prompt:
-    """A chain of assignments through the noise; all its variables are asked for."""
+    """A chain of assignments through the noise; all its variables are queried."""
 
     def chain(length: int, n_lines: int) -> tuple[str, str, list[str]]:
         names = ["".join(rng.choices(string.ascii_uppercase, k=length)) for _ in range(hops + 1)]
@@ -146,7 +146,7 @@ def variable_tracking(rng: random.Random, n: int, depth: float, hops: int = 4) -
 
 
 def documents(questions: Sequence[tuple[str, Sequence[str], Sequence[str]]]) -> Make:
-    """A question whose own documents stand among those of others."""
+    """A question whose own documents are among those of others."""
     every = sorted({document for _, _, own in questions for document in own})
     order = " Only give me the answer and do not output any other words."
     order = "Answer the question based on the given documents." + order
@@ -267,7 +267,7 @@ def measure(llm: LLM, request: Request, run: Run) -> Outcome:
 
 
 def mark(prompt: Prompt, answer: str) -> float:
-    """RULER's: the share of what was asked for that stands in the answer, or whether any does."""
+    """RULER's: the share of the expected strings in the answer, or whether any is there."""
     hits = [wanted.lower() in answer.lower() for wanted in prompt.answers]
     return float(any(hits)) if prompt.any_of else sum(hits) / len(hits)
 
@@ -277,7 +277,7 @@ def _n_tokens(llm: LLM, prompt: Prompt) -> int:
 
 
 def largest(llm: LLM, make: Make, room: int) -> int:
-    """Units of haystack that surely fit."""
+    """Units of haystack that certainly fit."""
     fits = lambda n: _n_tokens(llm, make(random.Random(0), n, 0.5)) <= room  # noqa: E731
     if not fits(1):
         raise InvalidRequest(f"--lengths: {room} tokens are too few for this task")
@@ -291,7 +291,7 @@ def largest(llm: LLM, make: Make, room: int) -> int:
 
 
 def fitting(llm: LLM, make: Make, key: str, size: int, depth: float, room: int) -> Prompt:
-    """A prompt of its own random numbers, a little smaller where its words take more tokens."""
+    """A prompt with random numbers of its own, a little smaller if its words take more tokens."""
     while True:
         prompt = make(random.Random(key), size, depth)
         if size == 1 or _n_tokens(llm, prompt) <= room:

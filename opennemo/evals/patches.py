@@ -1,11 +1,11 @@
-"""Changes to other packages while ours uses them; nothing else in `evals` changes a package.
+"""Changes to other packages while ours uses them; no other file in `evals` changes a package.
 
     lm-eval 0.4.13           shows bars and logs of its own, with no setting against the bars
     datasets 5               finds a data set by a path only in the working directory
     bfcl-eval 2026.3.23      imports every vendor's client beside its checker of calls
 
-Each is undone when the block ends, but for BFCL's table of models, which is missing otherwise.
-tests/evals/test_patches.py fails when one of them no longer works as it is changed here.
+Each is undone when the block ends, except BFCL's table of models, which is missing otherwise.
+tests/evals/test_patches.py fails when one of these changes no longer works.
 """
 
 import logging

@@ -1,4 +1,4 @@
-"""Perplexity as bits per byte of text, so that models with different tokenizers compare.
+"""Perplexity as bits per byte of text, so that models with different tokenizers can be compared.
 
 A text is cut into windows of the model's context; each token is predicted once, from up to a whole
 window before it (the harness's rolling windows do the same).
@@ -48,7 +48,7 @@ def bits_per_byte(
         sizes[name] = float(len(text.encode()))
         for start in range(1, len(ids), window):
             end = min(len(ids), start + window)
-            begin = max(0, end - 1 - window)  # the last window looks back as far as others
+            begin = max(0, end - 1 - window)  # the last window looks back as far as the others
             pairs.append((ids[begin:start], ids[start:end]))
             owners.append(name)
     bits = dict.fromkeys(sizes, 0.0)

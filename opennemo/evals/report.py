@@ -1,7 +1,7 @@
 """Rows as a table in the terminal, as Markdown, CSV and JSON, and as plots.
 
-What was announced for other models stands in columns of its own, under a line that says what the
-two have in common; a number without its standard error, or with trouble, is never shown bare.
+Announced numbers of other models have columns of their own, under a line that says how comparable
+they are; a missing standard error, or trouble, is always shown beside its number.
 """
 
 import csv
@@ -86,7 +86,7 @@ def write(folder: Path, rows: Sequence[ResultRow], model: str, notes: Sequence[s
         for row in rows:
             trouble = sum(row.trouble.values())
             out.writerow([row.name, row.part, row.setting, row.n, row.score, row.error, trouble])
-    write_json(folder / "results.json", results)  # last, for it says that the run is done
+    write_json(folder / "results.json", results)  # last, since it marks the run as done
 
 
 def read(folder: Path) -> tuple[str, list[ResultRow]]:

@@ -1,4 +1,4 @@
-"""A number of a report together with the items it was made of.
+"""A number of a report together with the items that it was computed from.
 
 Every suite measures one value for each item, so means, standard errors, tables and comparisons of
 runs are written once, and two runs can be compared item by item.

@@ -3,7 +3,7 @@
     config.json    settings, versions, machine       items.jsonl  every answer, with its value
     answers.jsonl  answers as they came, by key      results.json, .md, .csv, plots
 
-Every answer is written the moment it is there, under a key made of all that it depends on. After a
+Every answer is written as soon as it exists, under a key made of all that it depends on. After a
 kill the same command reads them and asks for the rest.
 """
 
@@ -31,24 +31,25 @@ PACKAGES = ("opennemo", "torch", "lm_eval", "bfcl-eval", "datasets")
 
 
 def digest(*parts: Any) -> str:
-    """A short name of what was asked: the same for the same, on every machine."""
+    """A short name of a request: equal for equal requests, on every machine."""
     text = json.dumps(parts, sort_keys=True, ensure_ascii=False)
     return hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=12).hexdigest()
 
 
 def fingerprint(path: Path) -> str:
-    """Of a model's files, so that answers of one are never taken for those of another."""
+    """A hash of a model's files, so that answers of two models are never confused."""
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     return digest([(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()])
 
 
 class Run:
-    """A folder of results, new or gone on with."""
+    """A folder of results, new or resumed."""
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], n_engines: int = 1):
-        """Take up the folder, if there is one; a new one is made with the first answer.
+        """Resume the folder, if there is one; a new one is made with the first answer.
 
-        How many engines answer, which may be asked that many times more at once, is not noted.
+        The number of engines, which only sets how many answers are requested at once, is not
+        recorded.
 
         Raises:
             InvalidRequest: it holds a run of other settings, or its files are damaged.
@@ -73,12 +74,12 @@ class Run:
             self._read()
 
     def close(self) -> None:
-        """Let another process go on with it."""
+        """Let another process continue it."""
         if self._file is not None:
             self._file.close()
 
     def _check(self, config: Path) -> None:
-        """Refuse a folder whose settings or versions are others."""
+        """Refuse a folder with other settings or versions."""
         try:
             written = json.loads(config.read_text("utf-8"))
             before = {**written["settings"], **written["versions"]}
@@ -93,7 +94,7 @@ class Run:
                 )
 
     def _read(self) -> None:
-        """What was answered before; a last line that was cut off by a kill is taken away."""
+        """The earlier answers; an incomplete last line, cut off by a kill, is removed."""
         self._file = (self.folder / "answers.jsonl").open("a+b")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -115,11 +116,11 @@ class Run:
         self._file.truncate(whole)
 
     def recall(self, key: str) -> Any:
-        """What was noted under a key, or None."""
+        """The record under a key, or None."""
         return self._answers.get(key)
 
     def note(self, key: str, value: Any) -> None:
-        """Write an answer down. Thread-safe."""
+        """Record an answer. Thread-safe."""
         with self._lock:
             self._begin()
             assert self._file is not None
@@ -131,10 +132,10 @@ class Run:
         self, what: str, questions: Sequence[T], key: Callable[[T], str], ask: Callable[[T], Any],
         side_by_side: int = 16,
     ) -> list[Any]:  # fmt: skip
-        """The answer to each question, remembered or asked for now, some of an engine at once.
+        """The answer to each question, recorded or requested now, several of an engine at once.
 
         Where a question cannot be answered there is an OpenNemoError in its place, which is not
-        remembered: the next run asks again.
+        recorded: the next run asks again.
         """
 
         def ask_rest(todo: list[int], note: Note) -> None:
@@ -145,7 +146,7 @@ class Run:
                     note(i, error)
 
             with ThreadPoolExecutor(side_by_side * self.n_engines) as pool:
-                for _ in pool.map(work, todo):  # which raises, and cancels what has not begun
+                for _ in pool.map(work, todo):  # which raises, and cancels pending questions
                     pass
 
         return remembered(what, [key(question) for question in questions], self, ask_rest)
@@ -160,7 +161,7 @@ class Run:
 def remembered(
     what: str, keys: Sequence[str], run: Run | None, answer: Callable[[list[int], Note], None]
 ) -> list[Any]:
-    """The answer under each key: the run's, or a new one, which is noted; an error is not.
+    """The answer under each key: the run's, or a new one, which is recorded; errors are not.
 
     Args:
         answer: gets the places of keys that have no answer, each key once, and reports theirs.
@@ -184,7 +185,7 @@ def remembered(
 
 
 def score_all(llm: LLM, pairs: Sequence[Pair], run: Run | None) -> list[tuple[float, bool]]:
-    """Log-probability of each pair's continuation, and whether it is greedy; remembered."""
+    """Log-probability of each pair's continuation, and whether it is greedy; recorded."""
 
     def score_rest(todo: list[int], note: Note) -> None:
         def listen(index: int, score: Score) -> None:

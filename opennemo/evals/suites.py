@@ -1,9 +1,9 @@
-"""The suites by name: the module of each, the options that only it has, what it gets and returns.
+"""The suites by name: the module of each, its own options, what it gets and returns.
 
 A new suite is an entry of `SUITES` and a module with a function `measure(model, request, run)`,
 which returns an `Outcome`, and perhaps `prepare(request)`, which raises InvalidRequest where
 something that the suite needs is missing, before a model is loaded. The command line makes its
-options from the fields here, so this module imports nothing that takes long.
+options from the fields here, so this module imports nothing slow.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,12 +28,12 @@ class Option:
 
 @dataclass(frozen=True, kw_only=True)
 class NoOptions:
-    """Of suites that need none."""
+    """Options of suites that need none."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Judges:
-    """Of the suite `chat`."""
+    """Options of the suite `chat`."""
 
     judge: Annotated[str | None, Option("a model, or a server's URL.", weights=True)] = None
     judge_name: Annotated[str | None, Option("its name at that server.")] = None
@@ -46,15 +46,15 @@ class Judges:
 
 @dataclass(frozen=True, kw_only=True)
 class Calls:
-    """Of the suite `tools`."""
+    """Options of the suite `tools`."""
 
-    grammar: Annotated[bool, Option("hold answers to valid calls.")] = True
+    grammar: Annotated[bool, Option("restrict answers to valid calls.")] = True
     required: Annotated[bool, Option("every answer must be a call.")] = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Haystacks:
-    """Of the suite `long`."""
+    """Options of the suite `long`."""
 
     lengths: Annotated[tuple[int, ...], Option("tokens, commas between.")] = (
         4096, 8192, 16384, 32768, 65536, 131072,
@@ -66,14 +66,14 @@ class Haystacks:
 
 @dataclass(frozen=True, kw_only=True)
 class Programs:
-    """Of the suite `code`."""
+    """Options of the suite `code`."""
 
     run_code: Annotated[bool, Option("run what the model wrote, on this machine.")] = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextFiles:
-    """Of the suite `ppl`."""
+    """Options of the suite `ppl`."""
 
     texts: Annotated[tuple[Path, ...], Option(".jsonl, .txt; repeatable.")] = ()
 
@@ -98,7 +98,7 @@ class Request:
     kv_scale: float | None = None
 
     def chosen(self, names: Sequence[str], default: Sequence[str] | None = None) -> Sequence[str]:
-        """The tasks that were asked for, each one of the names; else the default ones, else all."""
+        """The requested tasks, each one of the names; else the default ones, else all."""
         if unknown := [task for task in self.tasks if task not in names]:
             raise InvalidRequest(f"--tasks {', '.join(unknown)}: there are {', '.join(names)}")
         return self.tasks or default or names
@@ -110,12 +110,12 @@ class Outcome:
 
     rows: list[ResultRow]
     items: list[dict[str, Any]] = field(default_factory=list)  # the answers one by one
-    notes: list[str] = field(default_factory=list)  # what must stand beside the rows
+    notes: list[str] = field(default_factory=list)  # notes that belong beside the rows
 
 
 @dataclass(frozen=True, kw_only=True)
 class Suite:
-    """One suite; `servers`: whether a model at a server will do, which measures as a ChatModel."""
+    """One suite; `servers`: whether it accepts a model at a server, as a ChatModel."""
 
     module: str
     options: type = NoOptions
@@ -129,7 +129,7 @@ class Suite:
             check(request)
 
     def measure(self, model: Any, request: Request, run: Any) -> Outcome:
-        """Call the module's function; model is an LLM, or a ChatModel where servers will do."""
+        """Call the module's function; model is an LLM, or a ChatModel if `servers`."""
         return self._module().measure(model, request, run)
 
     def _module(self) -> Any:

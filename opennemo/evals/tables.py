@@ -22,7 +22,7 @@ SHOTS_SEED = 1234  # the harness's own
 
 
 def measure(llm: LLM, request: Request, run: Run) -> Outcome:
-    """Rows of the suite's benchmarks that were asked for by name, task or part; all by default."""
+    """Rows of the suite's benchmarks, chosen by name, task or part; all by default."""
     from opennemo.evals.harness import OpenNemoLM
 
     chosen = _chosen(request)
@@ -53,7 +53,7 @@ def _chosen(request: Request) -> list[Benchmark]:
 
 
 def _lack(benchmark: Benchmark, data: BenchmarkData) -> str | None:
-    """What a benchmark needs and does not find, as far as that shows before it is loaded."""
+    """What a benchmark needs and lacks, as far as that is known before it is loaded."""
     if missing := [name for name in benchmark.packages if find_spec(name) is None]:
         return f"needs pip install {' '.join(missing)}"
     if "nltk" in benchmark.packages and not _has_sentences():
@@ -121,7 +121,7 @@ def run_tasks(
 
 
 def _load(benchmark: Benchmark, data: BenchmarkData) -> tuple[dict[str, Any], dict[str, int]]:
-    """Its tasks by name, and as trouble why there are none."""
+    """Its tasks by name, and as trouble the reason if there are none."""
     from lm_eval import tasks
 
     if lack := _lack(benchmark, data):

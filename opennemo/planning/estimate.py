@@ -2,8 +2,8 @@
 
 Arithmetic over the shape of a model, written out so that anyone can check it: each line says what
 it counts and multiplies. Nothing is loaded. Activations are counted as PyTorch keeps them for the
-backward pass, tensor by tensor; tests hold that against what it does keep, and a model of NeMo's
-width against the memory that a step of it takes. What is assumed is printed.
+backward pass, tensor by tensor; tests compare that with what it keeps, and a model of NeMo's width
+with the memory that its step takes. Assumptions are printed.
 """
 
 import math
@@ -39,7 +39,7 @@ class Base(NamedTuple):
 
 @dataclass
 class Plan:
-    """The arithmetic: lines of what, how, and bytes; of speed; and what stands in the way."""
+    """The arithmetic: lines of what, how, and bytes; of speed; and the problems."""
 
     memory: list[tuple[str, str, float]] = field(default_factory=list)
     speed: list[tuple[str, str]] = field(default_factory=list)
@@ -55,10 +55,10 @@ class Plan:
 def resolve_shape(recipe: Recipe, shape: str | None, stored: str | None) -> Base:
     """The shape of a recipe's model and how its weights are stored, `PLAIN` if not in codes.
 
-    A model that is not there yet has the shape that is named.
+    A model that does not exist yet has the shape that is named.
 
     Raises:
-        InvalidRequest: it is not there, and no shape is named; or there is no such shape.
+        InvalidRequest: it does not exist, and no shape is named; or there is no such shape.
     """
     config = recipe.model.new_shape
     if shape is not None:
@@ -132,7 +132,7 @@ class Work:
         shard = parallel.data_parallel_shard
         self.shard = machines.n_ranks // others if shard == -1 else shard
         self.n_data = self.replicate * self.shard  # ranks that see different windows
-        self.fsdp = self.shard * self.cp  # ranks over which weights are divided, and tp besides
+        self.fsdp = self.shard * self.cp  # ranks over which weights are divided, in addition to tp
         self.rows = max(1, data.rows // max(1, self.n_data))  # of a step, on a rank
         self.micro_rows = min(data.micro_rows, self.rows)
         self.passes = -(-self.rows // self.micro_rows)
@@ -361,7 +361,7 @@ def _count_time(made: Plan, work: Work, share_of_peak: float) -> None:
         f"x {share_of_peak:.0%}, assumed) = {seconds:,.2f} s",
     )
     if machines.n_ranks > 1:
-        # Weights travel while computing goes on, activations while it waits.
+        # Weights are sent during the computation; for activations it waits.
         weights, activations = _count_communication(made, work)
         seconds = max(weights, seconds + activations)
     if recipe.draws:
@@ -385,7 +385,7 @@ def _count_time(made: Plan, work: Work, share_of_peak: float) -> None:
 
 
 def _count_communication(made: Plan, work: Work) -> tuple[float, float]:
-    """Seconds that weights with gradients, and activations, take to travel in a step."""
+    """Seconds that a step needs to send weights and gradients, and activations."""
     c, card, number, gpus = (
         work.config,
         work.machines.card,

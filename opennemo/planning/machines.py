@@ -12,7 +12,7 @@ GB, GIB = 1e9, 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
-    memory: float  # bytes, as the driver tells
+    memory: float  # bytes, as the driver reports
     flops: float  # a second, dense, bf16 with sums in float32
     link: float = 0.0  # bytes a second to the other cards of a node, one way
     network: float = 0.0  # to other nodes, for each card
@@ -20,8 +20,8 @@ class Card:
     bytes: int = 2  # of a number while computing
 
 
-# From NVIDIA's data sheets; "with sparsity" there is twice as much. Networks are what such machines
-# are sold with: 400 Gb/s for each card, A100s 200; cards without NVLink have PCIe 4.0.
+# From NVIDIA's data sheets, where "with sparsity" is twice as much. Networks are those that such
+# machines are sold with: 400 Gb/s for each card, A100s 200; cards without NVLink have PCIe 4.0.
 CARDS = {
     "h100": Card(memory=79.6 * GIB, flops=989e12, link=450 * GB, network=50 * GB),
     "h200": Card(memory=140.4 * GIB, flops=989e12, link=450 * GB, network=50 * GB),
@@ -38,7 +38,7 @@ def read_bandwidth() -> float:
     import torch
 
     block, seconds = torch.ones(1 << 26), []
-    # Which of them waits for nothing but memory depends on the processor.
+    # Which of them is bound by memory alone depends on the processor.
     for read in 5 * (block.sum, lambda: torch.dot(block, block)):
         start = time.perf_counter()
         read()
@@ -70,7 +70,7 @@ def this_machine(device: str, ranks: int = 1, nodes: int = 1) -> Machines:
     else:
         import torch
 
-        # This process's own GPU alone: to ask another takes some hundred MB of it.
+        # Only this process's own GPU: querying another takes some hundred MB of it.
         memory, kind = torch.cuda.mem_get_info()[0], {}
     card = Card(memory=memory, flops=1, link=1, network=1, **kind)
     return Machines(device, card, ranks, nodes)
