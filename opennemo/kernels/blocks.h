@@ -6,10 +6,10 @@
 //     x_scale * (scale * sum(code * x) - min * sum(x)),
 // where the first sum is of integers and exact, and the second is known once for a token.
 //
-// A file's rows are laid out anew, in as many bits: a panel has 32 rows, and each vector holds the
-// codes of as many of them, so that the sums of a product need not be gathered from their lanes.
-// Along K, 256 weights of a row are a span, and 8 spans are a chunk. What a chunk holds is in the
-// order in which it is read: group 0 of each span, group 1 of each, to group 7.
+// A file's rows are rearranged, in the same number of bits: a panel has 32 rows, and each vector
+// holds the codes of as many of them, so that the sums of a product need not be gathered from their
+// lanes. Along K, 256 weights of a row are a span, and 8 spans are a chunk. What a chunk holds is
+// in the order in which it is read: group 0 of each span, group 1 of each, to group 7.
 //
 // That is also the order of additions, so a token's result has the same bits in any batch: group i of
 // each span of a chunk adds to sum i; the 8 sums of a chunk are added to the result from the first to

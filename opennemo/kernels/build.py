@@ -2,8 +2,8 @@
 
 `cpu.cpp` is built once for each set of instructions, under a name made of its text, its flags and
 those instructions. A wheel brings all of them in `prebuilt/`, and no compiler is needed. Elsewhere
-whatever C++ compiler there is builds the one that is needed, into the user's cache folder. Wheels
-are built without PyTorch, so this file does not import it.
+any C++ compiler builds the one that is needed, in the user's cache folder. Wheels are built without
+PyTorch, so this file does not import it.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
-# Instruction sets, best first: what the processor must offer, and its flags for the compiler. No
+# Instruction sets, best first: the features of the processor, and the flags for the compiler. No
 # -mtune=native, so that wheels are as fast: on a Zen 3 haswell is 0.99 of it, and none 0.97.
 INSTRUCTIONS = {
     "avx512": (
@@ -35,8 +35,8 @@ OF_MACHINE = {
     "x86_64": ["avx512", "avxvnni", "avx2", "portable"],
     "aarch64": ["neon", "portable"],
 }
-# Without the last, GCC moves additions behind the products that they are of, whose sums then no
-# longer fit in registers: 74 instead of 105 billion products a second with codes of four bits.
+# Without the last, GCC moves additions behind their products, whose sums then no longer fit in
+# registers: 74 instead of 105 billion products a second with codes of four bits.
 FLAGS = ["-std=c++20", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math",
          "-shared", "-fPIC", "-pthread", "-fno-tree-ter"]  # fmt: skip
 PREBUILT = Path(__file__).with_name("prebuilt")
@@ -83,7 +83,7 @@ def library_path(name: str) -> Path:
         folder = Path(tempfile.gettempdir()) / f"opennemo-{os.getuid()}"
         folder.mkdir(mode=0o700, exist_ok=True)
         about = folder.stat()
-        # The library is run, so nobody else may have put it there.
+        # The library will run, so no other user may have written it.
         if about.st_uid == os.getuid() and not about.st_mode & 0o077:
             return folder / name
     return Path(tempfile.mkdtemp(prefix="opennemo-")) / name

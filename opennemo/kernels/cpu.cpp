@@ -8,7 +8,7 @@
 //
 // A row's result never depends on what else is in the batch: each sum runs over its own terms in a
 // fixed order, whatever the shape of the tile, and attention walks keys in tiles that are aligned
-// to the beginning of the sequence. Tests hold this bit for bit; mind it when you change a loop.
+// to the beginning of the sequence. Tests check this bit for bit; keep it when you change a loop.
 //
 // Letters as in transformer.py: T tokens, D dim, N and K heads, H head_dim, F hidden_dim.
 
@@ -601,7 +601,7 @@ static inline void relax() {
 }
 
 // Wait for the word to leave `old`: spin briefly, as phases are microseconds apart, then sleep, as
-// the other core may have been given to somebody else.
+// the other core may run another process.
 static void wait_for_change(std::atomic<uint32_t>& word, uint32_t old) {
   for (int i = 0; i < 3000; i++) {
     if (word.load(std::memory_order_acquire) != old) return;
@@ -645,7 +645,7 @@ class Pool {
   }
 
   // Share out 0 to n: large pieces first, small ones last, so that a thread that lost its core
-  // for a while holds nobody up.
+  // for a while does not delay the others.
   template <class F> void share(int n, F&& f, int least = 1) {
     for (int from = taken_.load(std::memory_order_relaxed); from < n;) {
       int to = std::min(n, from + std::max(least, (n - from) / (2 * n_)));
@@ -809,7 +809,7 @@ struct Model {
     for (int i = 0; i < D; i++) y[i] = x[i] * r * gain[i];
   }
 
-  // Nothing that a step names may lie outside of what it is looked up in.
+  // Every index in a step must lie inside the array that it indexes.
   bool valid(const Step& s) const {
     auto below = [](int64_t x, int64_t end) { return x >= 0 && x < end; };
     if (s.cu_seqlens[0] != 0 || s.cu_seqlens[s.n_sequences] != s.n_tokens) return false;
@@ -1123,7 +1123,7 @@ void Model::step(const Step& step) {
   });
 }
 
-// ---- the door, called by cpu.py ---------------------------------------------------------------
+// ---- the calls, made by cpu.py ----------------------------------------------------------------
 
 extern "C" {
 Model* model_new(const Shape* shape, const double* frequencies, const uint8_t* embedding,

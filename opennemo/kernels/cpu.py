@@ -1,6 +1,6 @@
 """The decoder's step on a CPU as one native call.
 
-The kernel is called through ctypes: no headers of Python or PyTorch, and the interpreter runs on
+The kernel is called through ctypes: no headers of Python or PyTorch, and other threads run
 meanwhile. `build.py` finds it or compiles it. What a step must compute is defined by the model
 itself in PyTorch; model/cpu_step.py packs its weights and calls the step.
 """
@@ -51,7 +51,7 @@ CACHES = {
 
 
 class Shape(ctypes.Structure):
-    """The model's shape, how many threads to use, and by what queries and rotations are scaled."""
+    """The model's shape, the number of threads, and the scales of queries and rotations."""
 
     _fields_ = [
         *((name, ctypes.c_int32) for name in (
@@ -171,7 +171,7 @@ class LayerWeights:
 
 
 def load_library(instructions: str) -> ctypes.CDLL:
-    """The kernel for these instructions, compiled if need be; an error is not tried again."""
+    """The kernel for these instructions, compiled if needed; after an error it is not retried."""
     library = _load(instructions)
     if isinstance(library, CompilerMissing):
         raise library
@@ -184,7 +184,7 @@ def _load(instructions: str) -> ctypes.CDLL | CompilerMissing:
         library = ctypes.CDLL(str(build(instructions)))
     except CompilerMissing as error:
         return error
-    except OSError as error:  # damaged, or on a file system that runs nothing
+    except OSError as error:  # damaged, or on a file system without execution
         reason = f"{error}; remove it, or name another folder in XDG_CACHE_HOME"
         return CompilerMissing(f"the CPU kernels cannot be loaded: {reason}")
     pointer, number = ctypes.c_void_p, ctypes.c_int
@@ -210,7 +210,7 @@ def _load(instructions: str) -> ctypes.CDLL | CompilerMissing:
 class CpuModel:
     """A decoder whose weights lie packed for the kernel; `step` is one pass through all of it."""
 
-    _model: int | None = None  # until it is made: the kernel may not be there
+    _model: int | None = None  # until it is made: the kernel may be missing
 
     def __init__(
         self, shape: Shape, frequencies: Tensor, embedding: Weights, norm: Tensor,
@@ -219,7 +219,7 @@ class CpuModel:
         """Pack the weights; the embedding is kept and read in place.
 
         `frequencies` (H/2,) float64 are the angles of one position. A layer is read only when its
-        turn comes, so `layers` may make them as it is walked.
+        turn comes, so `layers` may be a generator.
 
         Raises:
             CompilerMissing: the kernel cannot be built here.

@@ -1,4 +1,4 @@
-"""What stands between the matrix products of a decoder's layer on a GPU, each as one kernel.
+"""The operations between the matrix products of a decoder's layer on a GPU, each as one kernel.
 
 PyTorch would run some forty small kernels a layer, and at one token a step they would take about
 as long as reading the weights. Here a row (one token's channels) is read once: residual sum and
@@ -10,7 +10,7 @@ this file knows nothing of them. In Triton; its interpreter runs it on a CPU.
 """
 
 # pyright: reportIndexIssue=false
-# (kernel[grid] is Triton's way to say where a kernel runs.)
+# (kernel[grid] is Triton's syntax for launching a kernel.)
 
 from typing import NamedTuple
 
@@ -26,7 +26,7 @@ CACHES = {FP8: 1, torch.int8: 2}  # of codes; any other holds the numbers themse
 
 
 class RoundedRows(NamedTuple):
-    """Rows (T, D) as the next product wants them: numbers, or E4M3 codes with scales (T, 1)."""
+    """Rows (T, D) as the next product takes them: numbers, or E4M3 codes with scales (T, 1)."""
 
     values: Tensor
     scale: Tensor | None = None
@@ -50,8 +50,8 @@ def multiplies_fp8(device: torch.device) -> bool:
 def fp8_linear(rows: RoundedRows, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Codes of rows (T, D) times codes (O, D) with scales (1, O) -> (T, O); D and O by 16.
 
-    Sums are kept in float32. The tensor cores' faster sums, of 14 bits, are left alone: speed is
-    not bought with quality.
+    Sums are kept in float32. The tensor cores' faster sums, of 14 bits, are not used: they would
+    cost quality.
     """
     assert rows.scale is not None
     by_row = ScalingType.RowWise
@@ -77,7 +77,7 @@ def swiglu(gate_up: Tensor, rounding: ToFP8 | None = None) -> RoundedRows:
 
 
 def round_rows(x: Tensor, rounding: ToFP8 | None = None) -> RoundedRows:
-    """x (T, D) as the next product wants it."""
+    """x (T, D) as the next product takes it."""
     if rounding is None:
         return RoundedRows(x)
     rows, arguments = _prepare(x, x.shape[-1], rounding)
@@ -106,7 +106,7 @@ def rotate_and_write(
 
 
 def _prepare(x: Tensor, width: int, rounding: ToFP8 | None) -> tuple[RoundedRows, dict]:
-    """Room for the rows that a kernel makes of x, and what it must know to make them."""
+    """Buffers for the rows that a kernel makes of x, and its arguments for making them."""
     assert x.is_contiguous()
     given = None if rounding is None else rounding.scale
     rows = RoundedRows(x.new_empty(len(x), width))

@@ -3,15 +3,15 @@
 A few rows of inputs are multiplied by weights that are unpacked in registers, so that a step reads
 no more than the codes. For many rows a part of the matrix is unpacked into 16 bits and PyTorch
 multiplies. Where a format rounds its inputs to int8 in groups, the rows are rounded in the same
-way. One body serves all types: a weight is `scale * code - min`, and where the bits of these lie is
-all that differs.
+way. One body serves all types: a weight is `scale * code - min`, and only the places of their bits
+differ.
 
 What must be computed is defined by model/formats.py and model/blocks.py; this file knows nothing of
 models. In Triton; its interpreter runs it on a CPU. Layouts: ggml-common.h of ggml.
 """
 
 # pyright: reportIndexIssue=false
-# (kernel[grid] is Triton's way to say where a kernel runs.)
+# (kernel[grid] is Triton's syntax for launching a kernel.)
 
 from typing import NamedTuple
 

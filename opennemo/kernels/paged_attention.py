@@ -1,16 +1,16 @@
 """Decode attention on a GPU: one new token a sequence, over keys and values that lie in pages.
 
 A sequence's keys are split among `SPLITS` programs, so that one long sequence alone keeps the whole
-card busy; each keeps a running softmax over its part, and a second kernel weighs the parts. How a
-sequence is split depends on its own length alone: its bits do not depend on who else is in the
-batch. Scales of codes factor out of both products, so codes are multiplied as they are, exactly.
+card busy; each keeps a running softmax over its part, and a second kernel combines the parts. How a
+sequence is split depends on its own length alone: its bits do not depend on the rest of the batch.
+Scales of codes factor out of both products, so codes are multiplied as they are, exactly.
 
 What it must compute is defined by attention.Paged. It knows nothing of models. In Triton; its
 interpreter runs it on a CPU. Sources: FlashAttention-2 (arXiv:2307.08691), Flash-Decoding.
 """
 
 # pyright: reportIndexIssue=false
-# (kernel[grid] is Triton's way to say where a kernel runs.)
+# (kernel[grid] is Triton's syntax for launching a kernel.)
 
 import math
 
@@ -22,7 +22,7 @@ from torch import Tensor
 # With NeMo's 8 key heads, one sequence makes 256 programs: two for each multiprocessor of an H100.
 SPLITS = 32
 BLOCK = 64  # keys at a time
-# Keys in a split: with fewer, weighing the parts costs more than it gains.
+# Keys in a split: with fewer, combining the parts costs more than it gains.
 SHORTEST = tl.constexpr(128)
 
 
@@ -93,7 +93,7 @@ def take_in(
         scores *= tl.load(k_scale + slot)[None, :]
     scores = tl.where(seen, scores, float("-inf"))
     peak = tl.maximum(largest, tl.max(scores, 1))
-    # A row that has seen nothing yet, before its window, stays at nothing.
+    # A row that has seen no key yet, before its window, stays at zero.
     level = tl.where(peak == float("-inf"), 0.0, peak)
     shrink = tl.exp2(largest - level)
     p = tl.exp2(scores - level[:, None])
@@ -153,7 +153,7 @@ def _combine(
     WINDOW: tl.constexpr, HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Weigh the parts of one head of one sequence."""
+    """Combine the parts of one head of one sequence."""
     sequence = tl.program_id(0)
     head = sequence * HEADS + tl.program_id(1)
     length = tl.load(context_lens + sequence)

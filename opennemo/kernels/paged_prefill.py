@@ -11,7 +11,7 @@ interpreter runs it on a CPU. Source: FlashAttention-2 (arXiv:2307.08691).
 """
 
 # pyright: reportIndexIssue=false
-# (kernel[grid] is Triton's way to say where a kernel runs.)
+# (kernel[grid] is Triton's syntax for launching a kernel.)
 
 import math
 

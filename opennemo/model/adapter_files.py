@@ -22,7 +22,7 @@ from opennemo.model.transformer import ModelConfig
 LAYERS = {names[COLUMN["hf"]]: ours for ours, names in WEIGHTS.items() if ".w" in ours}
 # Files of PEFT's, and of mistral-finetune's, whose settings are in params.json.
 ADAPTER, FINETUNED = "adapter_model.safetensors", "lora.safetensors"
-# PEFT's settings that are read here, or change nothing once there are tensors.
+# PEFT's settings that are read here, or have no effect once there are tensors.
 KNOWN_SETTINGS = {
     "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern",
     "init_lora_weights", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path",
@@ -31,7 +31,7 @@ KNOWN_SETTINGS = {
     "qalora_group_size", "runtime_config", "ensure_weight_tying",
 }  # fmt: skip
 HARMLESS = [("bias", "none")]
-# How A and B begin: without a trace in the base weights, or by taking their product off them.
+# How A and B begin: without changing the base weights, or by subtracting their product from them.
 ONLY_BEGINS = ("true", "gaussian", "orthogonal", "eva", "mica")
 CHANGES_BASE = ("olora", "corda", "loftq", "lora_ga")
 
@@ -82,7 +82,7 @@ def read_adapter(folder: Path, config: ModelConfig) -> dict[str, tuple[float, Te
 
 @dataclass(frozen=True)
 class _Scales:
-    """Rank and s of every layer, some by a pattern of its name, and which layers there are."""
+    """Rank and s of every layer, some by a pattern of its name, and which layers are adapted."""
 
     rank: int
     alpha: float
@@ -105,7 +105,7 @@ class _Scales:
         return rank, first(self.alphas, self.alpha) / (rank**0.5 if self.rslora else rank)
 
     def left_out(self, module: str) -> str | None:
-        """The setting by which PEFT would drop the weights of this layer, if there is one."""
+        """The setting by which PEFT would ignore the weights of this layer, if there is one."""
 
         def named(names: Any) -> bool:
             if isinstance(names, str):
@@ -123,7 +123,7 @@ class _Scales:
 
 
 def _read_config(path: Path) -> _Scales:
-    """PEFT's settings; unknown settings that are not empty are refused: they may matter."""
+    """PEFT's settings; unknown settings that are not empty are refused, since they may matter."""
     config = read_json(path)
     if (kind := config.get("peft_type")) != "LORA":
         raise CheckpointError(f"{path}: peft_type is {short(kind)}; only LORA is supported")

@@ -49,14 +49,14 @@ class Packed:
 
 @dataclass
 class Forked:
-    """Sequences laid end to end, some of which go on where an earlier one ends.
+    """Sequences laid end to end, some of which continue where an earlier one ends.
 
     A branch sees its trunk and itself, with positions that count on from the fork, so it computes
     what trunk and branch would as one sequence, while the trunk is computed once for all branches.
     """
 
     cu_seqlens: Tensor  # (S + 1,) int32, as of `Packed`
-    parents: Sequence[int]  # (S,) the place of the sequence that each goes on with, or -1
+    parents: Sequence[int]  # (S,) the place of the sequence that each continues, or -1
     window: Window = None  # ModelConfig.sliding_window
     positions: Tensor = field(init=False)  # (T,)
     keys: Tensor = field(init=False)  # (T',) the tokens that each sequence sees, one after another
@@ -101,10 +101,10 @@ class Paged:
         return self.attention(layer, q)
 
     def attention(self, layer: int, q: Tensor) -> Tensor:
-        """Of the new tokens' queries (T, N, H) to what the pages hold."""
+        """Attention of the new tokens' queries (T, N, H) to the keys and values in the pages."""
         k_pages, v_pages = self.pages.codes[layer]
         table = self.page_table
-        if k_pages.dtype != q.dtype:  # the definition for codes: bring back the pages in use
+        if k_pages.dtype != q.dtype:  # the definition for codes: dequantise the pages in use
             used, table = table.unique(return_inverse=True)
             k_pages, v_pages = (self.pages.read(layer, part, used, q.dtype) for part in (0, 1))
             table = table.to(self.page_table.dtype)

@@ -7,7 +7,7 @@ scales, keeps the best and alternates between the two. Where groups of a block h
 numbers as scales, the unit of these numbers is found in the same way.
 
 Weights of a group lie along the first axis, (n, groups), where sums over them are fast. This file
-knows nothing of bytes; blocks.py does.
+knows nothing about bytes; blocks.py does.
 
 Ideas: the k-quants and importance matrices of llama.cpp, Lloyd's algorithm for scalar quantisation.
 """
@@ -53,13 +53,13 @@ class Grid:
         return self._look_up(values, x)
 
     def codes(self, values: Tensor) -> Tensor:
-        """What `nearest` returned to codes from 0: how many lower values there are."""
+        """The result of `nearest` as codes from 0: how many lower values there are."""
         if self.table is None:
             return (values - self.low).to(torch.uint8)
         return self._look_up(torch.arange(len(self.table), dtype=torch.uint8), values)
 
     def _look_up(self, entries: Tensor, x: Tensor) -> Tensor:
-        """Of entries, one for each value, that of the nearest value."""
+        """The entry of the nearest value; `entries` has one for each value."""
         assert self.table is not None
         # Half-way marks are multiples of a half: doubled, rounding down decides exactly.
         marks = torch.tensor([a + b for a, b in pairwise(self.table)])
@@ -94,7 +94,7 @@ def fit(weights: Tensor, importance: Tensor, grid: Grid) -> Scaled:
 def fit_by_kernel(
     weights: Tensor, importance: Tensor, grid: Grid, instructions: str | None = None
 ) -> Scaled:
-    """As the definition, but for the order of additions. Raises: CompilerMissing."""
+    """As the definition, except for the order of additions. Raises: CompilerMissing."""
     least, most = grid.units or (0, 0)
     table, starts = grid.table or (), _starts(grid)
     search = cpu.Search(

@@ -1,9 +1,9 @@
-"""Blocks of codes as GGUF files hold them: what the bytes of each type mean.
+"""Blocks of codes as GGUF files store them: what the bytes of each type mean.
 
 In every type of block a weight is `scale * code - min`, and 16 or 32 weights share scale and min:
 one family, whatever the bits. A row of weights is a row of bytes. This is the definition that the
-CPU kernel (kernels/blocks.h), which lays the rows out anew, is tested against. Which codes
-and scales stand for given weights is block_scales.py's business.
+CPU kernel (kernels/blocks.h), which rearranges the rows, is tested against. block_scales.py chooses
+the codes and scales for given weights.
 
 Layouts: ggml-common.h of ggml; tests compare with `gguf.dequantize`.
 """
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from opennemo.model.block_scales import Grid, Scaled, fit
 
-# Weights that are rounded at a time. What the search keeps of them stays in a core's cache, and
-# PyTorch does not divide its operations between threads, which would wait for each other each time.
+# Weights that are rounded at a time. The search's intermediate results stay in a core's cache, and
+# PyTorch does not divide its operations among threads, which would wait for each other each time.
 CHUNK = 2**17
 
 
@@ -33,9 +33,9 @@ class Codes(NamedTuple):
 
 @dataclass(frozen=True)
 class BlockType:
-    """How many weights lie in how many bytes, and how blocks (..., bytes) are read and made.
+    """How many weights are in how many bytes, and how blocks (..., bytes) are read and made.
 
-    `pack` takes codes (B, n_weights), the smallest being 0, and all else that was found for them.
+    `pack` takes codes (B, n_weights), the smallest being 0, and their scales and minima.
     """
 
     n_weights: int
@@ -51,7 +51,7 @@ class BlockType:
 
 
 def at_width(type: str, width: int) -> str:
-    """A type, or the one that llama.cpp takes in its place where rows are not whole blocks."""
+    """A type, or the one that llama.cpp uses instead where rows are not whole blocks."""
     return type if width % TYPES[type].n_weights == 0 else NARROWER.get(type, type)
 
 
@@ -313,7 +313,7 @@ TYPES = {
     "q4_1": BlockType(32, 20, _q4_1, _as_q4_1, Grid(32, 0, 15, has_min=True, free_min=True)),
     "q5_0": BlockType(32, 22, _q5_0, _as_q5_0, Grid(32, -16, 15)),
     "q5_1": BlockType(32, 24, _q5_1, _as_q5_1, Grid(32, 0, 31, has_min=True, free_min=True)),
-    # -128 is left out: its magnitude is not an int8, which some kernels rely on.
+    # -128 is not used: its magnitude is not an int8, and some kernels rely on that.
     "q8_0": BlockType(32, 34, _q8_0, _as_q8_0, Grid(32, -127, 127)),
     "q2_k": BlockType(256, 84, _q2_k, _as_q2_k, Grid(16, 0, 3, has_min=True, units=(0, 15)), 100),
     "q3_k": BlockType(256, 110, _q3_k, _as_q3_k, Grid(16, -4, 3, units=(-32, 31)), 114),

@@ -5,10 +5,9 @@ Mistral's name and in Mistral's order of channels. Loading reads them into a mod
 streams them into another folder, in codes if export.py does it; neither holds two copies, and
 files are memory-mapped.
 
-Only safetensors and GGUF are read: they hold numbers, and nothing that could run. A folder takes
-its name when everything is in it, never before. What each layout calls things is layouts.py's
-business, which files a folder has model_folder.py's, what goes along with the weights
-companions.py's, the hub hub.py's.
+Only safetensors and GGUF are read: they hold numbers, and nothing that could run. A folder gets its
+name when everything is in it, never before. layouts.py knows the names in each layout,
+model_folder.py the files of a folder, companions.py what accompanies the weights, hub.py the hub.
 """
 
 import math
@@ -56,7 +55,7 @@ class Checkpoint:
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every weight's, as if nothing were stored in codes."""
+        """Every weight's shape, as if nothing were stored in codes."""
         return weight_shapes(self.config)
 
     @cached_property
@@ -66,16 +65,16 @@ class Checkpoint:
 
     @property
     def unpacked_on_gpu(self) -> bool:
-        """Whether a GPU's kernels multiply with whatever is in blocks."""
+        """Whether a GPU's kernels can multiply with all matrices in blocks."""
         return all(b.unpacked_on_gpu for n in self.shapes if (b := self._blocks_of(n)))
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the embedding is stored in, which stands for the rest; float32 if in blocks."""
+        """The type of the embedding, which stands for the rest; float32 if it is in blocks."""
         return self.files.dtypes[layouts.spell(EMBEDDING, self.layout)]
 
     def stored_types(self) -> dict[str, tuple[int, int]]:
-        """What tensors are stored in, the largest part first: how many, and their bytes."""
+        """Types of the tensors, the largest part first: how many, and their bytes."""
         types: dict[str, tuple[int, int]] = {}
         for type, n_bytes in self.files.stored_types():
             n, total = types.get(type, (0, 0))
@@ -86,7 +85,7 @@ class Checkpoint:
         """One tensor by Mistral's name: a view of the file where that is possible, else a copy."""
         own = layouts.spell(name, self.layout)
         tensor = self.files.read(own, dtype or self.files.dtypes[own])
-        # Codes, and scales of rows, follow their rows; what belongs to a whole matrix stays.
+        # Codes, and scales of rows, move with their rows; scales of a whole matrix stay.
         if self.layout == "hf" and layouts.is_rotated(name) and tensor.numel() > 2:
             turned = layouts.halves_to_pairs(tensor, self.config.head_dim)
             forget_pages(tensor)
@@ -116,9 +115,9 @@ class Checkpoint:
         return kept
 
     def read_in(self, name: str, format: Format) -> dict[str, Tensor]:
-        """One matrix as the tensors of a format in codes: those stored, or rounded as it is read.
+        """One matrix as the tensors of a format in codes: as stored, or rounded while it is read.
 
-        What is in blocks that nothing multiplies becomes q8_0, and a warning says so.
+        Blocks that no kernel multiplies become q8_0, and a warning says so.
         """
         if self.format and compressed.is_stored_in_codes(name):
             return self.read_linear(name.removesuffix(".weight")).tensors
@@ -142,7 +141,7 @@ class Checkpoint:
         return name if name in self.shapes else EMBEDDING
 
     def _blocks_of(self, name: str) -> BlockFormat | None:
-        """What a matrix of a GGUF file runs in if it stays in its blocks; None if it is in none."""
+        """The format of a matrix of a GGUF file that stays in its blocks; None if it has none."""
         own = layouts.spell(self._stored_name(name), self.layout)
         if self.layout != "gguf" or len(self.files.shapes[own]) != 2:
             return None
@@ -180,7 +179,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         where = path / FILES[layout][0]
         settings, files = read_json(where), SafetensorFiles(weight_files(path, layout))
         settings = text_part(settings, layout, files, where)
-    # Settings that do not say whether the head is tied: it is where the weights have no head.
+    # Where settings do not say whether the head is tied, it is tied if the weights have no head.
     head = layouts.spell("output.", layout)
     has_head = any(name.startswith(head) for name in files.shapes)
     settings = {layouts.key("tied_embeddings", layout): not has_head, **settings}
@@ -200,13 +199,13 @@ def read_config(path: Path) -> ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Form:
-    """What weights become as they are loaded; `Checkpoint.runs_in` says it of each."""
+    """What weights become as they are loaded; `Checkpoint.runs_in` gives it for each."""
 
-    dtype: torch.dtype | None = None  # of what is not in codes; None: the embedding's as stored
-    blocks: bool = False  # what a GGUF file has in blocks stays so, but for what `format` names
+    dtype: torch.dtype | None = None  # of weights not in codes; None: the embedding's, as stored
+    blocks: bool = False  # matrices in a GGUF file's blocks stay so, unless `format` names another
     format: Format | None = None  # the matrices of the model's blocks are rounded to it
-    head: Format | None = None  # the head is, where it is in no blocks
-    head_in_blocks: bool = True  # whether the head, and what is tied to it, stays so, too
+    head: Format | None = None  # the head is rounded to it, if it is not in blocks
+    head_in_blocks: bool = True  # whether the head, and an embedding tied to it, stays so, too
 
 
 def load(
@@ -218,12 +217,12 @@ def load(
 ) -> Transformer:
     """A model folder or `.gguf` file as a model, by default in the type it is stored in.
 
-    Takes the memory of the model and of one weight more. Weights that lie in the file as they are
-    wanted take none: they are mapped, privately, so that training may write to them. So are the
+    Takes the memory of the model and of one weight more. Weights that the file has in the wanted
+    type take none: they are mapped, privately, so that training may write to them. So are the
     matrices of a GGUF file in codes, if `form` keeps them; otherwise they are dequantised.
 
     Args:
-        dtype: in place of a `form`, the type of what is not in codes.
+        dtype: in place of a `form`, the type of weights that are not in codes.
 
     Raises:
         CheckpointError: not a model, incomplete, damaged, or of a kind that is not supported.
@@ -305,7 +304,7 @@ def empty_model(config: ModelConfig) -> Transformer:
 
 
 class _Uninitialised(TorchFunctionMode):
-    """Skips initial values, which do nothing on the meta device but import sympy: 2 s."""
+    """Skips initial values, which on the meta device only import sympy: 2 s."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -330,8 +329,8 @@ def _compare(
             kind = files.dtypes.get(own)
             if kind not in (None, dtype, *PLAIN.values()):
                 odd.append(f"{own} in {str(kind).removeprefix('torch.')}")
-    # What may be stored though it is not needed: a tied head, in old files RoPE's angles, and the
-    # scales of a KV cache in FP8.
+    # Tensors that may be stored though they are not needed: a tied head, in old files RoPE's
+    # angles, and the scales of a KV cache in FP8.
     ignored = (
         layouts.spell(HEAD, layout), "rotary_emb.inv_freq", "rope_freqs.weight",
         *(name for pair in compressed.KV_SCALES[layout] for name in pair),

@@ -1,6 +1,6 @@
-"""What goes along with a model's weights: its tokenizer, and how it likes to be sampled.
+"""What accompanies a model's weights: its tokenizer, and its own sampling settings.
 
-Files are copied as they are. What the new layout needs besides is made from what the source says:
+Files are copied as they are. Other files that the new layout needs are made from the source:
 tokenizer.json from tekken.json, or from the fields of a GGUF file.
 """
 
@@ -23,19 +23,19 @@ OTHERS = (
 )  # fmt: skip
 # The settings of generation that are read, and the largest value of each that makes sense.
 SAMPLING = {"temperature": 100.0, "top_p": 1.0, "top_k": 2**22}
-# What they are called in GGUF files.
+# Their names in GGUF files.
 GGUF_SAMPLING = {"temperature": "general.sampling.temp"}
 GGUF_SAMPLING |= {name: f"general.sampling.{name}" for name in ("top_p", "top_k")}
 
 
 def read_generation_config(path: Path) -> dict[str, Any]:
-    """What a model folder or `.gguf` file says of generation, as far as it says anything.
+    """The settings of generation in a model folder or `.gguf` file, as far as it has any.
 
     Returns:
         Some of `temperature`, `top_p`, `top_k`, and `eos_token_ids`, a list.
 
     Raises:
-        CheckpointError: it says something that makes no sense.
+        CheckpointError: a setting is invalid.
     """
     if path.suffix == ".gguf":
         fields = read_metadata(path)
@@ -48,7 +48,7 @@ def read_generation_config(path: Path) -> dict[str, Any]:
             read_json(file) if file.exists() else {}
             for file in (path / "config.json", path / "generation_config.json")
         )
-        text = config.get("text_config") or {}  # of a model that also sees
+        text = config.get("text_config") or {}  # of a vision model
         eos = raw.get("eos_token_id", config.get("eos_token_id", text.get("eos_token_id")))
     settings: dict[str, Any] = {}
     for key, most in SAMPLING.items():

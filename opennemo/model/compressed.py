@@ -1,8 +1,8 @@
-"""Quantised models on disk: what a folder says of its number format, and how its codes are kept.
+"""Quantised models on disk: what a folder says about its number format, and how codes are stored.
 
 Hugging Face's layout holds them as `compressed-tensors` does, which vLLM, SGLang and transformers
 read: `weight` in codes, `weight_scale`, for static inputs `input_scale`, and in config.json what
-they mean; foreign.py reads what others write. Mistral's own folders of that kind say
+they mean; foreign.py reads what others write. Mistral's own folders of that kind have
 `qscale_weight` and `qscale_act`, one number each. Either may bring scales for keys and values,
 which a cache in FP8 needs.
 
@@ -25,7 +25,7 @@ from opennemo.model.quantization import QuantizedLinear
 
 Shape = tuple[int, ...]
 
-# What the scales of keys and of values are called: as written here, and as others do.
+# Names of the scales of keys and of values: as written here, and as others do.
 KV_SCALES: dict[Layout, tuple[tuple[str, str], ...]] = {
     "hf": (
         ("self_attn.k_scale", "self_attn.v_scale"),
@@ -42,12 +42,12 @@ KV_SCALES: dict[Layout, tuple[tuple[str, str], ...]] = {
 
 
 def describe(format: Format, layout: Layout, kv: bool = False) -> dict[str, Any]:
-    """What settings say of a format, and with `kv` of scales for a cache in FP8.
+    """The settings for a format, and with `kv` for scales of a cache in FP8.
 
     An entry of config.json or of params.json.
 
     Raises:
-        ValueError: the layout has no way to say it.
+        ValueError: the layout cannot express it.
     """
     if layout == "mistral":
         if format.mistral is None:
@@ -75,7 +75,7 @@ def recognise(
 ) -> tuple[str | None, Any]:
     """The name in FORMATS of what settings describe, None if weights are plain, and the files.
 
-    What is quantised in another way, or in part, is decoded as it is read.
+    A model that is quantised in another way, or in part, is decoded as it is read.
 
     Args:
         shapes: of all matrices, by the names of their modules in Hugging Face's layout.
@@ -136,7 +136,7 @@ def _is_stored_as(
         return False
     if not all(f"{module}.{suffix}" in files.shapes for suffix in sizes):
         return False
-    # Such a folder says nothing of how inputs find their scales. Ours have powers of two for both.
+    # Such a folder does not say how inputs find their scales. Ours have powers of two for both.
     dynamic = format.inputs is not None and format.inputs.power_of_two and not format.static
     return not dynamic or _are_powers_of_two(files.read(f"{module}.weight_scale"))
 
@@ -146,7 +146,7 @@ def _are_powers_of_two(scale: Tensor) -> bool:
 
 
 def _scheme(format: Format) -> tuple[str, dict[str, Any], dict[str, Any] | None]:
-    """How compressed-tensors calls a format, and describes the rounding of weights and inputs."""
+    """compressed-tensors' name of a format, and its description of the roundings."""
     weights, inputs = format.weights, format.inputs
     kind = "float" if weights.dtype.is_floating_point else "pack" if _packed(format) else "int"
     of_inputs = None if inputs is None else _arguments(inputs, dynamic=not format.static)
@@ -154,7 +154,7 @@ def _scheme(format: Format) -> tuple[str, dict[str, Any], dict[str, Any] | None]
 
 
 def _arguments(rounding: Rounding, dynamic: bool = False) -> dict[str, Any]:
-    """A rounding in the words of compressed-tensors."""
+    """A rounding as compressed-tensors describes it."""
     groups = isinstance(rounding.share, int)
     strategy = {"row": "token" if dynamic else "channel", "tensor": "tensor"}
     return {
@@ -172,7 +172,7 @@ def _packed(format: Format) -> bool:
 
 
 def _includes(entry: Any, wanted: Mapping[str, Any] | None) -> bool:
-    """Whether an entry means what is wanted, whatever else it mentions."""
+    """Whether an entry has the wanted meaning, whatever else it contains."""
     if wanted is None or not isinstance(entry, dict):
         return entry == wanted
     return all(entry.get(key) == value for key, value in wanted.items())
@@ -213,7 +213,7 @@ def parts(format: Format, layout: Layout, shape: tuple[int, ...]) -> Shapes:
 
 
 def _suffixes(format: Format, layout: Layout) -> dict[str, str]:
-    """What a layout calls the tensors of a format."""
+    """A layout's names for the tensors of a format."""
     if layout == "mistral":
         suffixes = {"weight": "weight", "scale": "qscale_weight", "input_scale": "qscale_act"}
     else:
@@ -250,7 +250,7 @@ def unpack(
 
 
 def kv_scale_names(layer: int, layout: FolderLayout) -> tuple[str, str]:
-    """What the scales of a layer's keys and values are called in a file that is written."""
+    """The names of a layer's scales of keys and values in a file that is written."""
     prefix = "layers" if layout == "mistral" else "model.layers"
     keys, values = KV_SCALES[layout][0]
     return f"{prefix}.{layer}.{keys}", f"{prefix}.{layer}.{values}"

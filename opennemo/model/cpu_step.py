@@ -1,7 +1,7 @@
 """A model's step on a CPU as one native call.
 
 Its weights are packed for the kernel, whatever number format they are in; the model's own can be
-let go of meanwhile.
+freed meanwhile.
 """
 
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ MATRICES = (
 
 
 class NativeStep:
-    """The kernel, equal to the definition but for the order of additions."""
+    """The kernel, equal to the definition except for the order of additions."""
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class NativeStep:
 
 
 class KernelLinear(nn.Module):
-    """A matrix that lies in the kernel alone, multiplied outside of its step."""
+    """A matrix that only the kernel holds, multiplied outside of its step."""
 
     def __init__(self, kernel: cpu.CpuModel, index: int, n_rows: int):
         super().__init__()

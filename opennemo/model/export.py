@@ -1,10 +1,10 @@
-"""A model written anew, matrix by matrix: in a number format, as GGUF, or with an adapter.
+"""Write a model again, matrix by matrix: in a number format, as GGUF, or with an adapter.
 
 Formats with fixed scales need to know how large things get, so `calibrate` runs the model over real
 text once: the inputs of its layers, and its keys and values for a KV cache in FP8. Blocks of codes
-lose less where it counts if they know how large each input is (`importance`), for which one layer
+lose less where it counts if the size of each input is known (`importance`); for that, one layer
 after the other is in memory. `quantize`, `to_gguf` and `merge` then stream the weights, so that a
-12B model is converted where it would not fit.
+12B model can be converted where it would not fit.
 """
 
 import math
@@ -39,7 +39,7 @@ from opennemo.tokenizer.load import difference_beside
 WINDOW = 512  # tokens of each text
 
 
-# A warning, by what weights are stored in.
+# A warning, with the type that weights are stored in.
 TWICE = "weights in {} are rounded a second time: begin with 16 bits if you can"
 
 
@@ -53,7 +53,7 @@ class Calibration:
 
 @dataclass
 class _Watched:
-    """Attends as `attend` does, and notes the largest key and value of each layer."""
+    """Attends as `attend` does, and records the largest key and value of each layer."""
 
     attend: Packed
     largest: Tensor  # (L, 2)
@@ -73,7 +73,7 @@ def calibrate(path: Path, texts: Iterable[str], n_tokens: int) -> Calibration:
     """Run a model over the beginning of some texts, `n_tokens` in all.
 
     Raises:
-        InvalidRequest: there is no text, or no memory for it in float32.
+        InvalidRequest: there is no text, or not enough memory for the model in float32.
     """
     checkpoint = open_checkpoint(path)
     refuse_beyond(4 * sum(map(math.prod, checkpoint.shapes.values())), f"{path} in float32")
@@ -91,7 +91,7 @@ def calibrate(path: Path, texts: Iterable[str], n_tokens: int) -> Calibration:
 
 
 def _windows(path: Path, texts: Iterable[str], n_tokens: int) -> list[list[int]]:
-    """The beginnings of texts in ids, `n_tokens` in all."""
+    """The beginnings of texts as ids, `n_tokens` in all."""
     tokenizer, windows, left = load_tokenizer(path), [], n_tokens
     for text in texts:
         start = [tokenizer.bos_id] if tokenizer.add_bos else []
@@ -114,7 +114,7 @@ def importance(
 ) -> dict[str, Tensor]:
     """The mean square of each input (D,) of every matrix, by path of the module, over some texts.
 
-    Takes the memory of one layer in float32 and of what goes through it, whatever the model has.
+    Takes the memory of one layer in float32 and its inputs, however many layers the model has.
 
     Args:
         progress: called with the layers that are done, and all.
@@ -185,7 +185,7 @@ def to_gguf(
         dtype: of the matrices, where no format is given.
         importance: of inputs, as the function of that name returns it.
         progress: called with the bytes of weights that are written, and of all.
-        say: called with a line where something is worth knowing.
+        say: called with each warning, one line.
 
     Raises:
         CheckpointError: as for `write_gguf`; or the model is stored in codes other than blocks.

@@ -1,10 +1,10 @@
-"""Folders that others quantised: their codes, read as the weights that these stand for.
+"""Folders that other tools quantised: their codes, read as the weights that they stand for.
 
 Every scheme is one family: a weight is `scale * (code - zero)`, where a block of rows and columns
 shares scale and zero, or it is an entry of a table times a scale. They differ in how codes lie in
-the file. `schemes` says of each matrix how it is stored, and refuses by name what it does not
-know; `Decoded` shows such files as if they held the weights. What a scheme does to the inputs of
-layers is not done: they stay as they are, which a warning says.
+the file. `schemes` says how each matrix is stored, and refuses by name what it does not know;
+`Decoded` presents such files as if they held the weights. A scheme's rounding of the inputs of
+layers is not applied, and a warning says so.
 
 Sources: compressed-tensors 0.20; AutoAWQ's `gemm`; AutoGPTQ and GPTQModel, formats `gptq` and
 `gptq_v2`; bitsandbytes' `QuantState`; AutoFP8, transformers' FineGrainedFP8Config; ModelOpt's
@@ -45,8 +45,8 @@ from opennemo.model.tensor_files import SafetensorFiles
 MODULE = re.compile(r"(lm_head|.+?\.(?:[qkvo]_proj|gate_proj|up_proj|down_proj))\.(.+)")
 KV_CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
 PACKED, CODES = "pack-quantized", ("float-quantized", "int-quantized", "naive-quantized")
-# Entries of quantization_config by method: what is understood of each; None is any value. A value
-# that is empty (null, false, {}) is as good as none. `CHECKED` entries are read below.
+# Entries of quantization_config by method: the values that are understood; None is any value. An
+# empty value (null, false, {}) counts as none. `CHECKED` entries are read below.
 CHECKED: tuple[Any, ...] = ("read below",)
 UNDERSTOOD: dict[str, dict[str, tuple[Any, ...] | None]] = {
     "compressed-tensors": {
@@ -89,7 +89,7 @@ UNDERSTOOD: dict[str, dict[str, tuple[Any, ...] | None]] = {
         )),
     },
 }  # fmt: skip
-# Of a group's `weights` and `input_activations`.
+# The same for a group's `weights` and `input_activations`.
 ARGUMENTS: dict[str, tuple[Any, ...] | None] = {
     "num_bits": (2, 4, 8), "type": ("int", "float"), "symmetric": None, "group_size": None,
     "strategy": ("tensor", "channel", "group", "block", "token"), "block_structure": None,
@@ -107,7 +107,7 @@ class Scheme:
         parts: the suffixes of its tensors, those that may be absent among them.
         needed: those that may not.
         decode: makes the weights (O, D) of them, in float32.
-        weights, inputs: the roundings in the words of compressed-tensors, if it is in those.
+        weights, inputs: the roundings as compressed-tensors describes them, if it does.
     """
 
     parts: tuple[str, ...]
@@ -168,7 +168,7 @@ class Decoded:
 
 
 def quantization_of(settings: Mapping[str, Any], where: Path) -> tuple[Any, Path]:
-    """What a folder says of its quantisation, under any of the names it has had, and where."""
+    """A folder's entry about its quantisation, under any of its names so far, and where it is."""
     for key in ("quantization_config", "compression_config"):
         if settings.get(key):
             return settings[key], where
@@ -185,7 +185,7 @@ def schemes(
     """How each matrix is stored: module -> scheme, None for what is left as it was.
 
     Raises:
-        CheckpointError: a key or a value that is not understood, with what is.
+        CheckpointError: a key or a value that is not understood, with what is understood.
     """
     method = "compressed-tensors" if "config_groups" in config else None
     method = config.get("quant_method", method)
@@ -244,7 +244,7 @@ def schemes(
 
 
 def refuse(where: Path, key: str, value: Any, understood: tuple[Any, ...]) -> NoReturn:
-    """Raise, saying what is not supported and what is."""
+    """Raise an error that says what is not supported and what is."""
     able = f"not supported, only {' or '.join(map(str, understood))}"
     raise CheckpointError(
         f"{where}: quantization_config: {key} is {short(value)}, "
@@ -253,7 +253,7 @@ def refuse(where: Path, key: str, value: Any, understood: tuple[Any, ...]) -> No
 
 
 def warn_of_inputs(where: Path, stored: Mapping[str, Scheme], config: Mapping[str, Any]) -> None:
-    """Say what is done with a folder whose codes are not multiplied as they are."""
+    """Warn about a folder whose codes are not multiplied as they are."""
     inputs = any(s.inputs for s in stored.values()) or config.get("activation_scheme")
     message = f"{where}: weights are decoded as they are read" + (
         ", and inputs of layers are not rounded" if inputs else ""
@@ -339,7 +339,7 @@ def _compressed_tensors(
                     return made[name]
         return None
 
-    # Heads are often left as they were without a word.
+    # Heads are often left as they were, and no entry says so.
     plain_head = parts.get("lm_head", set()) == {"weight"}
     return {m: None if m == "lm_head" and plain_head else of(m) for m in parts}
 

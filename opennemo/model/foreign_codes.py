@@ -1,4 +1,4 @@
-"""How others' codes lie in their tensors: tensors by suffix -> weights (O, D) in float32.
+"""How other tools' codes lie in their tensors: tensors by suffix -> weights (O, D) in float32.
 
 foreign.py says which of these ways a folder uses, and names the sources.
 """

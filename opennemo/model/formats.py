@@ -3,8 +3,9 @@
 A row of `FORMATS` says how weights and inputs are rounded and multiplied, what the format may be
 used for, what keys and values in a cache look like, and what others call it. Training
 (`prepare_qat_`), export (`quantize_`) and serving (`QuantizedLinear`) derive from the same few
-functions, so a model that learned in a format loses nothing when it is stored in it: a test holds
-the two outputs equal bit for bit. All other modules read the table; to add a format, add a row.
+functions, so a model that learned in a format loses nothing when it is stored in it: a test checks
+that both outputs are equal bit for bit. All other modules read the table; to add a format, add a
+row.
 
 `Rounding` is the arithmetic of one tensor. `Format` owns the storage of a matrix: it names the
 tensors that stand for it, makes them, turns them back and multiplies with them. A format whose
@@ -42,24 +43,24 @@ class Rounding:
 
     dtype: torch.dtype
     limit: float = 0.0  # the largest code; 0 for a plain cast, which needs no scale
-    share: Share = "row"  # one scale a row, for the whole tensor, or for so many columns
+    share: Share = "row"  # one scale a row, for the whole tensor, or for this many columns
     # A scale that is a power of two only moves the exponent. Products of codes and scales are then
     # exact in bf16 too, so training in bf16 and serving in FP8 are the same arithmetic.
     power_of_two: bool = False
 
     @property
     def bits(self) -> int:
-        """Of a code."""
+        """Bytes of a code."""
         return 8 * self.dtype.itemsize
 
     def scales_in_row(self, columns: int) -> int:
-        """How many scales a row of so many numbers has for itself."""
+        """How many scales a row of this many numbers has for itself."""
         if not self.limit or self.share == "tensor":
             return 0
         return 1 if self.share == "row" else -(-columns // self.share)
 
     def row_bytes(self, columns: int) -> float:
-        """What a row of so many numbers takes, with its scales in float32."""
+        """Bytes of a row of this many numbers, with its scales in float32."""
         return columns * self.bits / 8 + 4 * self.scales_in_row(columns)
 
     def largest(self, x: Tensor) -> Tensor:
@@ -136,11 +137,11 @@ class BlockRounding(Rounding):
     """To a type of GGUF's blocks, which hold scales and minima with the codes."""
 
     type: str
-    limit: float = 1.0  # only that it is in codes
+    limit: float = 1.0  # says only that it is in codes
 
     @property
     def width(self) -> int:
-        """Of a block: rows are whole blocks."""
+        """Bytes of a row, which is whole blocks."""
         return blocks.TYPES[self.type].n_weights
 
     def row_bytes(self, columns: int) -> float:
@@ -200,7 +201,7 @@ class Format:
         return bool(self.weights.limit)
 
     def at_width(self, columns: int) -> "Format":
-        """The format of a matrix of so many columns, where not all fit in this one."""
+        """The format of a matrix of this many columns, since not all fit this one."""
         return self
 
     @property
@@ -209,11 +210,11 @@ class Format:
         return self.name if self.in_codes else str(self.weights.dtype).removeprefix("torch.")
 
     def nbytes(self, rows: int, columns: int) -> int:
-        """Of a stored matrix, but for what belongs to it as a whole."""
+        """Bytes of a stored matrix, without scales of the whole matrix."""
         return round(rows * self.weights.row_bytes(columns))
 
     def packed_bytes(self, rows: int, columns: int) -> int:
-        """Of the same as the CPU kernel lays it out."""
+        """The same in the CPU kernel's layout."""
         n_bytes = self.nbytes(rows, columns)
         if not isinstance(self.weights, BlockRounding):
             return n_bytes
@@ -293,14 +294,14 @@ _ROWS = (
         name="bf16", weights=_cast(torch.bfloat16), kv=_cast(torch.bfloat16),
         uses=("load", "cache"), kernel=CpuFormat.BF16, fused_kv=True,
     ),
-    # What a model in float16 runs in on a GPU; it is not chosen by name.
+    # For a model in float16 on a GPU; it is not chosen by name.
     Format(name="fp16", weights=_cast(torch.float16), kv=_cast(torch.float16), fused_kv=True),
     Format(
         name="fp8", weights=_float8("row"), inputs=_float8("row"), kv=_float8("tensor"),
         uses=("load", "train", "store", "cache"), kernel=CpuFormat.FP8, tensor_cores=True,
         fused_kv=True,
     ),
-    # What every FP8 engine can run: one scale a tensor, the inputs' from calibration.
+    # Every FP8 engine can run it: one scale a tensor, the inputs' from calibration.
     Format(
         name="fp8-static", weights=_float8("tensor"), inputs=_float8("tensor"), static=True,
         uses=("train", "store"), kernel=CpuFormat.FP8, tensor_cores=True,
@@ -325,14 +326,14 @@ _ROWS = (
         name="fp8-dynamic", weights=_float8("row", False), inputs=_float8("row", False),
         uses=("train", "store"), kernel=CpuFormat.FP8, tensor_cores=True,
     ),
-    # What other engines have in int8: inputs with one scale a token. They lose more than groups.
+    # Other engines' int8: inputs with one scale a token, which lose more than groups.
     Format(
         name="w8a8", weights=_int8("row"), inputs=_int8("row"), uses=("train", "store"),
         kernel=CpuFormat.INT8,
     ),
 )  # fmt: skip
 FORMATS: dict[str, Format] = {format.name: format for format in _ROWS}
-# What GGUF files hold: inputs become int8 in groups of 32.
+# The types of GGUF files: inputs become int8 in groups of 32.
 BLOCKS: dict[str, BlockFormat] = {
     name: BlockFormat(
         name=name, weights=BlockRounding(dtype=torch.uint8, type=name), inputs=_int8(32),
@@ -347,7 +348,7 @@ SCALED_KV = "fp8"
 
 
 def names(use: Use) -> tuple[str, ...]:
-    """The formats that may be used so, in the order of the table."""
+    """The formats that may be used in this way, in the order of the table."""
     return tuple(name for name, format in {**FORMATS, **BLOCKS}.items() if use in format.uses)
 
 
@@ -357,6 +358,6 @@ def by_name(name: str) -> Format:
 
 
 def plain(dtype: torch.dtype) -> Format | None:
-    """The format of numbers that are merely of this type."""
+    """The format of plain numbers of this type."""
     rows = (f for f in FORMATS.values() if not f.in_codes and f.weights.dtype == dtype)
     return next(rows, None)

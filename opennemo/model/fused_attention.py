@@ -1,6 +1,6 @@
-"""PyTorch's fused attention on a GPU, as the version that is installed offers it.
+"""PyTorch's fused attention on a GPU, as the installed version offers it.
 
-Its FlashAttention-2 needs Ampere or newer. Before 2.12 it knows neither pages nor key heads that
+Its FlashAttention-2 needs Ampere or newer. Before 2.12 it supports neither pages nor key heads that
 several query heads share.
 """
 
@@ -18,14 +18,14 @@ FUSED_PAGE_SIZE = 256  # it takes pages of multiples of this
 
 @cache
 def fused_kernel() -> tuple[Callable[..., Any], bool]:
-    """PyTorch's kernel, and whether it knows pages and shared key heads: it does from 2.12 on."""
+    """PyTorch's kernel, and whether it supports pages and shared key heads, as from 2.12 on."""
     from torch.nn.attention.varlen import varlen_attn  # imports sympy: 2 s that a CPU saves
 
     return varlen_attn, "block_table" in inspect.signature(varlen_attn).parameters
 
 
 def fuses_pages(page_size: int) -> bool:
-    """Whether PyTorch's kernel reads keys and values from pages of so many tokens."""
+    """Whether PyTorch's kernel reads keys and values from pages of this many tokens."""
     return page_size % FUSED_PAGE_SIZE == 0 and fused_kernel()[1]
 
 

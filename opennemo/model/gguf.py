@@ -2,7 +2,7 @@
 
 The header is read by the tokenizer's cursor, which cannot leave the file. (`GGUFReader` of the
 `gguf` package takes 5 s for SmolLM2's, and does not end on a forged array length.) Types of blocks
-that formats.py has can stay as they are; what the others mean is left to that package.
+that formats.py has can stay as they are; that package decodes the others.
 
 A model may be split into files NAME-00001-of-00003.gguf and so on, the first of which has the
 settings; all of them stand for the model.
@@ -52,7 +52,7 @@ class Entry(NamedTuple):
 
 
 class _Unsupported(Exception):
-    """A sound file with something in it that we cannot run."""
+    """A valid file with something in it that we cannot run."""
 
 
 class GGUF:
@@ -91,7 +91,7 @@ class GGUF:
         self.shapes = {name: entry.shape for name, entry in self._entries.items()}
         # Numbers in blocks become float32, unless they stay in codes.
         self.dtypes = {n: PLAIN.get(e.type, torch.float32) for n, e in self._entries.items()}
-        # What the tensors say and the fields may not: the vocabulary, and Llama 3's RoPE.
+        # Facts from tensors that fields may lack: the size of the vocabulary, and Llama 3's RoPE.
         if "token_embd.weight" in self.shapes:
             self.settings.setdefault("llama.vocab_size", self.shapes["token_embd.weight"][0])
         if "rope_freqs.weight" in self.shapes:
@@ -108,21 +108,21 @@ class GGUF:
             raise CheckpointError(f"{path}: damaged, or not GGUF: {error}") from error
 
     def stored_types(self) -> Iterator[tuple[str, int]]:
-        """What each tensor is stored in, as ggml calls it, and its bytes."""
+        """The type of each tensor, by ggml's name, and its bytes."""
         for entry in self._entries.values():
             yield entry.type.name, entry.n_bytes
 
     def type_of(self, name: str) -> str:
-        """What a tensor is stored in, as ggml calls it."""
+        """The type of a tensor, by ggml's name."""
         return self._entries[name].type.name
 
     def format_of(self, name: str) -> str | None:
-        """The name in BLOCKS of what a tensor is stored in, if it can stay so."""
+        """The name in BLOCKS of a tensor's type, if it can stay so."""
         shape, type, *_ = self._entries[name]
         return FORMATS.get(type) if len(shape) == 2 else None
 
     def is_rare(self, name: str) -> bool:
-        """Whether a tensor is in blocks that nothing here multiplies."""
+        """Whether a tensor is in blocks that no kernel here multiplies."""
         return self._entries[name].type in RARE
 
     def read_codes(self, name: str) -> Tensor:

@@ -1,11 +1,11 @@
 """Any model written as one `.gguf` file, in 16 or 32 bits or in blocks of codes.
 
 The head is written by the `gguf` package; then the tensors follow as they are read, some rows at a
-time, so that a file is made in little memory however large the model is. What lies in the source in
-the wanted type already is copied byte for byte.
+time, so that a file is made in little memory however large the model is. Tensors that the source
+has in the wanted type already are copied byte for byte.
 
-`MIXTURES` says which type each matrix gets. As llama.cpp has it, matrices that matter more have
-more bits: the head, and in some layers the values and the second matrix of the feed-forward.
+`MIXTURES` says which type each matrix gets. As in llama.cpp, matrices that matter more have more
+bits: the head, and in some layers the values and the second matrix of the feed-forward.
 
 Specification: docs/gguf.md of ggml; mixtures: `llama-quant.cpp` of llama.cpp.
 """
@@ -39,7 +39,7 @@ from opennemo.tokenizer.gguf_saving import gguf_fields
 
 ALIGNMENT = 32
 CHUNK = 2**22  # weights that are read at a time
-# The type in layer i of n, or None where it is that of most matrices.
+# The type in layer i of n, or None for that of most matrices.
 InLayer = Callable[[int, int], str | None]
 
 
@@ -152,7 +152,7 @@ def write_gguf(
 
     Args:
         types: of every weight, by Mistral's name: "f32", "f16", "bf16" or one of `blocks.TYPES`.
-        file_type: what the head says of the types, a number of llama.cpp's.
+        file_type: llama.cpp's number for the types, for the head.
         importance: of the inputs of matrices (D,), by the path of the module.
         read: gives a weight in place of the source's own, as when an adapter is folded in.
         progress: called with the bytes of weights that are written, and of all.
@@ -209,7 +209,7 @@ def write_adapter(dst: Path, adapter: Path, config: ModelConfig) -> None:
 
 
 class Place(NamedTuple):
-    """What the head says of a tensor."""
+    """The head's entry for a tensor."""
 
     shape: tuple[int, ...]
     type: Type
@@ -258,7 +258,7 @@ def _write(
 
 
 def head_fields(src: Path, source: Checkpoint) -> dict[str, Any]:
-    """What the file says beside its weights: settings, vocabulary, how it is sampled."""
+    """The fields of the file besides its weights: settings, vocabulary, sampling."""
     fields: dict[str, Any] = {"general.type": "model"}
     settings = layouts.write_settings(source.config, "gguf")
     if source.layout == "gguf":

@@ -1,13 +1,13 @@
 """A model's step on a GPU: few kernels a layer, and while decoding one recorded graph for all.
 
 The pass is the model's own, with matrices that see the same input laid into one and the rest in
-kernels that end in the rounding of what comes next. At one token a step even those few are started
-more slowly than they run; so a step in which each sequence has one token is padded to one of
-`BATCHES`, recorded once as a CUDA graph and replayed. Rows that only fill it up write to the last
-page of the KV cache, which must belong to nobody.
+kernels that end in the rounding of the next product. At one token a step launching even those few
+takes longer than running them; so a step in which each sequence has one token is padded to one of
+`BATCHES`, recorded once as a CUDA graph and replayed. Padding rows write to the last page of the KV
+cache, which no sequence may use.
 
-The definition is `TorchStep`; tests hold the two together, the kernels in Triton's interpreter on a
-CPU, the graphs on a GPU alone.
+The definition is `TorchStep`; tests compare the two, the kernels in Triton's interpreter on a CPU,
+the graphs only on a GPU.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,8 +37,8 @@ class Product:
     """Linear layers that see the same input, as one product; their weights become views of it.
 
     Float weights go to PyTorch's product, FP8 to the tensor cores where the card has them. Codes of
-    four to eight bits are unpacked as they are multiplied, each matrix by itself. All else is
-    computed as it is defined, from weights brought back at each use.
+    four to eight bits are unpacked as they are multiplied, each matrix by itself. Everything else
+    is computed by its definition, from weights that are dequantised at each use.
     """
 
     def __init__(self, *linears: nn.Module):
@@ -94,7 +94,7 @@ class FusedLayer:
 
 
 class GpuStep:
-    """The fused pass, equal to the definition but for the order of additions."""
+    """The fused pass, equal to the definition except for the order of additions."""
 
     def __init__(self, model: Transformer):
         self.model = model
@@ -177,7 +177,7 @@ class GpuStep:
         )
 
     def _room(self, attend: Paged) -> tuple[Tensor, Paged]:
-        """Inputs of the largest batch with the longest sequences, at an address that stays."""
+        """Inputs of the largest batch with the longest sequences, at a fixed address."""
         pages, size = attend.pages, BATCHES[-1]
         longest = -(-self.model.config.max_position_embeddings // pages.codes.shape[3])
 
@@ -199,8 +199,8 @@ class GpuStep:
         """`hidden` as a graph, recorded when a batch of this size first comes; valid until then."""
         size = len(tokens)
         if size not in self._graphs:
-            # Once as it is: compiles kernels and lets libraries set themselves up, which a
-            # recording cannot. It writes the keys and values that the replay will write again.
+            # Once unrecorded: compiles kernels and lets libraries initialise, which a recording
+            # cannot. It writes the keys and values that the replay will write again.
             self.hidden(tokens, attend)
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
@@ -215,7 +215,7 @@ class GpuStep:
 
 
 def _attention(layer: int, q: Tensor, attend: Paged) -> Tensor:
-    """Queries (T, N, H) to what a layer's pages hold: the kernel that this step calls for."""
+    """Attention of queries (T, N, H) to a layer's pages, by the kernel that suits this step."""
     pages, window = attend.pages, window_in(attend.window, layer)
     keys, values = pages.codes[layer]
     k_scale, v_scale = (None, None) if pages.scale is None else pages.scale[layer]
@@ -240,7 +240,7 @@ def _product(linear: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def _embedding(embedding: nn.Module) -> Callable[[Tensor], Tensor]:
-    """Tokens (T,) -> (T, D). What stands in a graph must not copy constants from the CPU."""
+    """Tokens (T,) -> (T, D). Code in a graph must not copy constants from the CPU."""
     if not isinstance(embedding, QuantizedEmbedding) or (packed := _packed(embedding)) is None:
         return embedding
     return lambda tokens: packed_weights.unpack(packed, embedding.dtype, tokens)
@@ -264,7 +264,7 @@ def _fits_tensor_cores(linear: nn.Module) -> bool:
 
 
 def _fuse(weights: Sequence[Tensor]) -> Tensor:
-    """Lay weights (O, D) into one and make them views of it, so that nothing is kept twice."""
+    """Lay weights (O, D) into one and make them views of it, so that memory holds them once."""
     if len(weights) == 1:
         return weights[0].detach()
     # As bytes: PyTorch lays those together in every build.

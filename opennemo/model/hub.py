@@ -2,7 +2,7 @@
 
 `huggingface_hub` does the fetching: its progress bars, its resuming, its cache (`HF_HOME`), mirrors
 (`HF_ENDPOINT`), tokens and offline mode (`HF_HUB_OFFLINE`). This file says which files are wanted,
-which never include code or pickles, and what to do when there is no way to get them.
+which never include code or pickles, and what to do when they cannot be fetched.
 """
 
 import importlib.util
@@ -24,7 +24,7 @@ def locate(model: str) -> Path:
             `mistralai/Mistral-Nemo-Instruct-2407`. A path that exists comes first.
 
     Raises:
-        CheckpointError: there is no such thing, or it cannot be fetched; says what to do.
+        CheckpointError: there is no such model, or it cannot be fetched; says what to do.
     """
     if model and (path := Path(model).expanduser()).exists():
         return path
@@ -36,8 +36,8 @@ def locate(model: str) -> Path:
             "Hugging Face id such as mistralai/Mistral-Nemo-Instruct-2407"
         )
     folder = _fetch(model, SMALL_FILES)
-    # Where a repository has both layouts, as Mistral's do, Hugging Face's is the one that is
-    # surely whole: copies of a model often keep params.json without its weights.
+    # Where a repository has both layouts, as Mistral's do, only Hugging Face's is certainly
+    # complete: copies of a model often keep params.json without its weights.
     stem = "model" if (folder / "config.json").exists() else "consolidated"
     index = folder / f"{stem}.safetensors.index.json"
     weight_map = read_json(index).get("weight_map") if index.exists() else None
@@ -59,7 +59,7 @@ def _built_in() -> Path:
 
 def _fetch(model: str, patterns: list[str]) -> Path:
     """The files in a repository's root that match the patterns, as a folder of the cache."""
-    # Imported here: that takes longer than to find a local model.
+    # Imported here, since that takes longer than finding a local model.
     from huggingface_hub import constants, errors, snapshot_download
 
     hub = constants.ENDPOINT
@@ -72,6 +72,6 @@ def _fetch(model: str, patterns: list[str]) -> Path:
         cause, problem = error, f"no such folder, and not on {hub}; if private, run: hf auth login"
     except (http_error, OSError) as error:
         cause, reason = error, str(error).strip().partition("\n")[0]
-        problem = f"not in the cache, and not to be had from {hub} ({reason}); check the network, "
+        problem = f"not in the cache, and not available from {hub} ({reason}); check the network, "
         problem += "HF_ENDPOINT and HF_HUB_OFFLINE and try again (it resumes), or give a folder"
     raise CheckpointError(f"{model}: {problem}") from cause

@@ -2,7 +2,7 @@
 
 Mistral's names of settings and weights are the package's own; the other two are the columns of the
 tables below, with a few rules. A setting that would change what the model computes is refused by
-name, never skipped. This file knows dictionaries and names only; it opens no file.
+name, never skipped. This file handles only dictionaries and names; it opens no file.
 
 Sources: `mistral_inference/args.py` for params.json (vLLM reads some keys more), `MistralConfig`
 and `LlamaConfig` of transformers for config.json, docs/gguf.md of ggml for GGUF.
@@ -55,8 +55,8 @@ WEIGHTS = {
     "feed_forward.w3": ("mlp.up_proj", "ffn_up"),
     "ffn_norm": ("post_attention_layernorm", "ffn_norm"),
 }
-# Settings that change what a model computes, and the values of them that are understood here;
-# an empty value (false, null, 0, {}) is as good as none.
+# Settings that change what a model computes, and their values that are understood here; an empty
+# value (false, null, 0, {}) counts as none.
 ONLY: dict[Layout, dict[str, list]] = {
     "mistral": {
         "model_type": ["transformer"], "activation": ["silu"], "moe": [], "rope_scaling": [],
@@ -83,7 +83,7 @@ ONLY: dict[Layout, dict[str, list]] = {
         "llama.attention.bidirectional": [],
     },
 }  # fmt: skip
-# What a GGUF file may say of a model's shape beside SETTINGS.
+# What a GGUF file may say about a model's shape beside SETTINGS.
 FIELDS = (
     "attention.value_length", "attention.sliding_window_pattern", "attention.temperature_scale",
     "attention.temperature_length", "expert_count", "expert_used_count", "rope.dimension_count",
@@ -186,7 +186,7 @@ def write_settings(config: ModelConfig, layout: Layout) -> dict[str, Any]:
         name = values["model_type"].title()
         return {"architectures": [f"{name}ForCausalLM"], "hidden_act": "silu"} | values
     if layout == "gguf":
-        del values["tied_embeddings"]  # that there is no head says it
+        del values["tied_embeddings"]  # the missing head says it
         values |= {"llama.attention.value_length": config.head_dim}
         values |= {"llama.rope.dimension_count": config.head_dim}
         prefix = values.get("general.architecture", "llama")
@@ -213,7 +213,7 @@ def _params_json(raw: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _config_json(raw: Mapping[str, Any]) -> Mapping[str, Any]:
-    # Since transformers 5 one dictionary has all about RoPE; before, only how it is scaled.
+    # Since transformers 5 one dictionary has all of RoPE; before, only its scaling.
     ropes = [raw.get(name) or {} for name in ("rope_scaling", "rope_parameters")]
     ropes = [rope if isinstance(rope, dict) else {"rope_type": rope} for rope in ropes]
     kind = raw.get("model_type")

@@ -47,7 +47,7 @@ class Adapter:
 
     name: str
     weights: dict[str, tuple[Tensor, Tensor]]
-    # Tells apart two adapters of one name, loaded one after the other, in the prefix cache.
+    # Distinguishes two adapters of one name, loaded one after the other, in the prefix cache.
     number: int = field(default_factory=lambda: next(_numbers))
 
 
@@ -109,7 +109,7 @@ class LowRank(nn.Module):
 
 
 def fold(weight: Tensor, scale: float, a: Tensor, b: Tensor) -> Tensor:
-    """W (O, D) + s * B (O, r) @ A (r, D), added up in float32; the one place where it is."""
+    """W (O, D) + s * B (O, r) @ A (r, D), added in float32; the only place that does it."""
     return (weight.float() + scale * (b @ a)).to(weight.dtype)
 
 
@@ -128,7 +128,7 @@ class LoRALinear(nn.Module):
             if self.dropout:
                 x = F.dropout(x, self.dropout, self.training)
             down = F.linear(x, lora.a.to(x.dtype))
-            # In place, for nobody needs y without it, and a second one would be (T, O) again.
+            # In place, since y is not needed without it, and a second one would be (T, O) again.
             y.addmm_(down, lora.b.to(down.dtype).T, alpha=lora.scale)
         return y
 
@@ -152,7 +152,7 @@ class RoundedLoRA(QATLinear):
 class _ThroughCodes(torch.autograd.Function):
     """A stored layer whose input has a gradient: that of the weights which the codes stand for.
 
-    Nothing is kept for the way back but the codes, which are there anyway. Rounding the input
+    Only the codes are kept for the backward pass, and they are there anyway. Rounding the input
     passes the gradient straight through, unless a fixed scale clipped it.
     """
 
@@ -183,8 +183,8 @@ def add_lora_(
 ) -> None:
     """Freeze the model and give linear layers of its blocks an adapter each that learns.
 
-    At first it changes nothing, for B is zero. With `format`, or in a model from `prepare_qat_`,
-    the sum of weights and adapter is what is rounded.
+    At first it changes nothing, since B is zero. With `format`, or in a model from `prepare_qat_`,
+    the sum of weights and adapter is rounded.
 
     Args:
         layers: names of `LINEAR`; s is `alpha / rank`.
@@ -218,14 +218,14 @@ def add_lora_(
 
 
 def start_from_(model: nn.Module, weights: Mapping[str, tuple[float, Tensor, Tensor]]) -> None:
-    """Give adapters that are to learn the values of one that was read (`read_adapter`).
+    """Start adapters that are to learn from the values of one that was read (`read_adapter`).
 
     Raises:
         InvalidRequest: it adapts other layers, or its rank is another.
     """
     parts = dict(_low_ranks(model))
     if differing := sorted(parts.keys() ^ weights.keys()):
-        raise InvalidRequest(f"lora.start: of {differing[0]}, one adapter has a part, one has none")
+        raise InvalidRequest(f"lora.start: only one of both adapters has {differing[0]}")
     for path, part in parts.items():
         scale, a, b = weights[path]
         if a.shape != part.a.shape:
@@ -236,10 +236,10 @@ def start_from_(model: nn.Module, weights: Mapping[str, tuple[float, Tensor, Ten
 
 
 def merge_lora_(model: Transformer) -> None:
-    """Fold every adapter into the weights below it, and take it away.
+    """Fold every adapter into the weights below it, and remove it.
 
-    Codes become plain weights again, for the sum is nothing that codes could hold. A model that
-    learned in a number format computes the same as before, bit for bit.
+    Codes become plain weights again, since codes cannot hold the sum. A model that learned in a
+    number format computes the same as before, bit for bit.
     """
     dtype = model.norm.weight.dtype
     with torch.no_grad():

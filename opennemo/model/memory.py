@@ -1,7 +1,7 @@
-"""What a model needs and what there is: arithmetic over its shape, before anything is loaded.
+"""The memory that a model needs and that is available: arithmetic before anything is loaded.
 
 A `Form` says what weights become as they are loaded, `forms` which of them a model can have, and
-`Needs` what one takes. How much context goes beside it is the engine's business (engine/sizes.py).
+`Needs` what one takes. The engine decides how much context fits beside it (engine/sizes.py).
 """
 
 import math
@@ -23,7 +23,7 @@ from opennemo.model.pages import rounding_of
 from opennemo.model.transformer import ModelConfig
 from opennemo.progress import size
 
-# Leaves room for what is not counted: PyTorch's own, grammars, fragments.
+# Leaves room for uncounted memory: PyTorch's own, grammars, fragments.
 USABLE = 0.9
 STORED = "stored"  # the form of a model that stays in the codes it is stored in
 # What weights that do not fit are rounded to, best first.
@@ -80,16 +80,16 @@ def forms(checkpoint: Checkpoint, device: str, *, ranks: bool = False) -> dict[s
 
 
 def automatic(made: Iterable[str], device: str) -> list[str]:
-    """The names of `forms` that are tried where none is asked for, in this order."""
+    """The names of `forms` that are tried by default, in this order."""
     tried = [name for name in made if name in (STORED, "fp32", "bf16")]
-    # After codes, or 16 bits, wider numbers would say nothing new.
+    # After codes, or 16 bits, wider numbers would add no precision.
     tried = tried if tried[0] == "fp32" else tried[:1]
     return tried + [name for name in ROUNDED[device] if name in made]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Needs:
-    """What a model takes in a form, in bytes."""
+    """The bytes that a model takes in a form."""
 
     weights: int  # as they run
     loading: int  # besides, while they are loaded
@@ -118,25 +118,25 @@ class Needs:
             largest = max(largest, number * math.prod(shape) * (not stays))
             of_layer = name.split(".")[1] if name.startswith("layers.") else name
             layers[of_layer] += n_bytes * packed
-        # First matrices get their form one by one; then a CPU packs layer after layer.
+        # First, matrices get their form one by one; then a CPU packs layer after layer.
         return cls(weights=weights, loading=max(largest, *layers.values()), read=read)
 
 
 def kv_bytes(config: ModelConfig, kv: str) -> int:
-    """What a token of context takes in a KV cache of a format, on all layers."""
+    """Bytes of a token of context in a KV cache of a format, in all layers."""
     heads = 2 * config.n_layers * config.n_kv_heads
     return math.ceil(heads * rounding_of(kv).row_bytes(config.head_dim))
 
 
 def activations(config: ModelConfig, n_tokens: int, n_rows: int) -> int:
-    """What a step of so many tokens takes on a CPU, with logits of `n_rows`, thrice: to choose."""
+    """Bytes of a CPU's step of this many tokens, with three copies of the logits of `n_rows`."""
     c = config
     attention = (2 * c.n_heads + 2 * c.n_kv_heads + 1) * c.head_dim
     return 4 * (n_tokens * (3 * c.dim + attention + 2 * c.hidden_dim) + 3 * n_rows * c.vocab_size)
 
 
 def machine_memory() -> dict[str, int]:
-    """Bytes of memory by device: "cpu", what a container may use of it, and each "cuda:N"."""
+    """Bytes of memory by device: "cpu", within a container's limit, and each "cuda:N"."""
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     memory = {"cpu": min([physical, *(limit for limit, _ in _control_groups())])}
     for i in range(torch.cuda.device_count()):
@@ -145,7 +145,7 @@ def machine_memory() -> dict[str, int]:
 
 
 def available_memory() -> dict[str, int]:
-    """The memory that can be taken now; cached files do not count as used."""
+    """The memory that is available now; cached files do not count as used."""
     free = [machine_memory()["cpu"], *(limit - used for limit, used in _control_groups())]
     if (meminfo := Path("/proc/meminfo")).exists():
         match = re.search(r"^MemAvailable: +(\d+) kB", meminfo.read_text("ascii"), re.MULTILINE)
@@ -157,7 +157,7 @@ def available_memory() -> dict[str, int]:
 
 
 def refuse_beyond(n_bytes: int, what: str) -> None:
-    """Raises: InvalidRequest, so much main memory is not available."""
+    """Raises: InvalidRequest, this much main memory is not available."""
     room = int(USABLE * available_memory()["cpu"])
     if n_bytes > room:
         raise InvalidRequest(f"{what} takes {size(n_bytes)}, and {size(room)} may be taken")

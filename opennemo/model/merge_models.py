@@ -43,7 +43,7 @@ MAX_MODELS = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Mixing:
-    """How models are merged, in mergekit's words.
+    """How models are merged, with mergekit's names.
 
     Attributes:
         weights: of each model; one number stands for all, none for equal shares.
@@ -131,7 +131,7 @@ def merge_models(
             the base, or else the first.
         dtype: of the weights, by default as those of `companions` are stored.
         progress: called with the bytes of weights that are written, and of all.
-        say: called with a line where something is worth knowing.
+        say: called with each warning, one line.
 
     Raises:
         InvalidRequest: a setting of the method is missing or invalid.
@@ -331,7 +331,7 @@ def _compare(first: Path, one: Checkpoint, path: Path, other: Checkpoint) -> Non
         if one.shapes.get(name) != other.shapes.get(name)
     ]
     mine, theirs = asdict(one.config), asdict(other.config)
-    # It says how long contexts may get, and changes no number of a shorter one.
+    # It limits the context, and changes no number of a shorter one.
     ignored = "max_position_embeddings"
     problems = problems or [
         f"{name} is {theirs[name]}, not {mine[name]}"

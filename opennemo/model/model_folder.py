@@ -56,7 +56,7 @@ def weight_files(folder: Path, layout: FolderLayout) -> dict[Path, set[str] | No
         raise CheckpointError(f"{folder}: files missing: {first_five(missing)}; fetch it again"
             f"{hint}")  # fmt: skip
     if stray:
-        message = f"{folder}: {single.name} is not read, for {index.name} does not name it"
+        message = f"{folder}: {single.name} is not read, since {index.name} does not name it"
         warnings.warn(message, stacklevel=4)
     assert isinstance(weight_map, dict)  # or there would be no names
     return {folder / n: {key for key, file in weight_map.items() if file == n} for n in names}
@@ -66,7 +66,7 @@ def _refuse_pickles(paths: Iterable[Path]) -> None:
     for path in paths:
         if path.suffix in PICKLES and path.is_file():
             raise CheckpointError(
-                f"{path}: pickle files are never read, for opening one runs whatever its maker "
+                f"{path}: pickle files are never read, since opening one runs whatever its maker "
                 "wrote; convert it where that can do no harm, and use the result: "
                 "https://huggingface.co/docs/safetensors/convert-weights"
             )

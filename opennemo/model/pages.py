@@ -1,9 +1,9 @@
-"""The pages that keys and values lie in, in one of the number formats that a cache can have.
+"""The pages of keys and values, in one of the number formats that a cache can have.
 
 A cache in 8 bits holds twice the context of one in bf16, and four times that of float32. In `fp8`
 a layer has one scale for its keys and one for its values, known beforehand: they come with the
 model, or from calibration. In `int8` each head of each token has its own, so nothing needs to be
-known. Which page belongs to whom is the engine's business (engine/kv_cache.py).
+known. The engine decides which page belongs to which sequence (engine/kv_cache.py).
 """
 
 import math
@@ -58,11 +58,11 @@ class Pages:
 
     @property
     def nbytes(self) -> int:
-        """Of all pages, their scales included."""
+        """Bytes of all pages, their scales included."""
         return self.codes.nbytes + (0 if self.scale is None else self.scale.nbytes)
 
     def of(self, page: int) -> list[Tensor]:
-        """What one page holds: codes (L, 2, page_size, K, H), and scales where it has its own."""
+        """The content of a page: codes (L, 2, page_size, K, H), and scales if it has its own."""
         scales = [] if self.scale is None or self.scale.dim() == 2 else [self.scale[:, :, page]]
         return [self.codes[:, :, page], *scales]
 
@@ -93,7 +93,7 @@ class Pages:
 
 
 def rounding_of(format: str) -> Rounding:
-    """How keys and values are rounded in a format. Raises: InvalidRequest, it is not for them."""
+    """How a format rounds keys and values. Raises: InvalidRequest, it cannot."""
     row = FORMATS.get(format)
     if row is None or row.kv is None:
         allowed = ", ".join(name for name, row in FORMATS.items() if row.kv)
@@ -102,7 +102,7 @@ def rounding_of(format: str) -> Rounding:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    """Zeros that on a CPU take no memory before they are written to; torch.zeros writes them."""
+    """Zeros that on a CPU take no memory until they are written; torch.zeros writes them."""
     if torch.device(device).type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     untouched = np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)

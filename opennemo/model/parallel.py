@@ -197,7 +197,7 @@ def share(
 
 
 def data_rank(mesh: Mesh | None) -> tuple[int, int]:
-    """Which windows this rank sees: its number among those who see others, and how many do."""
+    """Which windows this rank sees: its number among the ranks that see others, and how many."""
     if mesh is None:
         return 0, 1
     rank = mesh.replicate.get_local_rank() * mesh.shard.size() + mesh.shard.get_local_rank()
@@ -207,7 +207,7 @@ def data_rank(mesh: Mesh | None) -> tuple[int, int]:
 def head_weight(model: Transformer) -> Tensor:
     """The head's weight (V, D), whole on this rank, to multiply hidden states with.
 
-    Only between a forward pass and its backward do gradients find their way back.
+    Gradients flow back only between a forward pass and its backward pass.
     """
     weight = model.output.weight
     if not isinstance(weight, DTensor):
@@ -223,7 +223,7 @@ def whole(tensor: Tensor) -> Tensor:
 class _Linear(ParallelStyle):
     """A linear layer divided by its outputs or by its inputs, with the adapter it may have.
 
-    PyTorch's own styles, ColwiseParallel and RowwiseParallel, know plain layers only.
+    PyTorch's own styles, ColwiseParallel and RowwiseParallel, support only plain layers.
     """
 
     def __init__(self, by: Literal["outputs", "inputs"]):
@@ -291,7 +291,7 @@ def _gathered(*others: None) -> ParallelStyle:
 
 
 def _divide_(module: nn.Module, mesh: Mesh | None, plan: _Plan) -> None:
-    """As parallelize_module, which forgets what is frozen."""
+    """As parallelize_module, but frozen parameters stay frozen."""
     if mesh is None or mesh.tensor.size() == 1:
         return
     for path, style in plan.items():
@@ -303,12 +303,12 @@ def _divide_(module: nn.Module, mesh: Mesh | None, plan: _Plan) -> None:
         if isinstance(part, QATLinear):
             part.format = spread(part.format)
         if isinstance(part, nn.Embedding):
-            # Compiled code that takes what is still under way gives it no gradient: exactly 0.
+            # Compiled code gives a tensor that is still being gathered a gradient of exactly 0.
             part.register_forward_hook(lambda *call: funcol.wait_tensor(call[-1]))
 
 
 def _fully_shard(mesh: Mesh | None, compute_dtype: torch.dtype | None) -> Callable:
-    """Divides a module's parameters, but for those in it that are divided already."""
+    """Divides a module's parameters, except those in it that are divided already."""
     if mesh is None:
         return lambda module: None
     policy = MixedPrecisionPolicy(
@@ -334,7 +334,7 @@ def _recomputed(forward: Callable) -> Callable:
 
 
 def _set_forward(module: nn.Module, forward: Callable) -> None:
-    """Instead of a wrapper, which would change the names of all weights in it."""
+    """Replaces a wrapper, which would change the names of all weights in it."""
     module.forward = forward  # pyright: ignore
 
 

@@ -1,8 +1,8 @@
-"""What a token's place does to attention: angles of RoPE, the scale of queries, windows.
+"""How a token's place affects attention: angles of RoPE, the scale of queries, windows.
 
-Plain models have one base for RoPE's angles and no more. Models for long contexts slow angles down,
-scale queries far out, or let some layers see only the last tokens. This file knows numbers; which
-file of a model calls them what is the business of scaling_fields.py.
+Plain models only have one base for RoPE's angles. Models for long contexts slow angles down, scale
+queries far out, or let some layers see only the last tokens. This file knows numbers;
+scaling_fields.py knows their names in the files of models.
 
 Sources: YaRN (arXiv:2309.00071), and `modeling_rope_utils.py` of transformers for Llama 3's.
 """
@@ -56,7 +56,7 @@ def query_scale(positions: Tensor, scaling: QueryScaling) -> Tensor:
 
 
 def yarn_gain(factor: float, mscale: float = 1.0) -> float:
-    """YaRN's attention factor where nothing else is said."""
+    """YaRN's attention factor by default."""
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
@@ -65,7 +65,7 @@ def frequencies(
 ) -> Tensor:
     """RoPE's angles of one position, (H/2,) in float64, in radians.
 
-    They are made on the device, for nothing may be copied to it while a graph is recorded.
+    They are made on the device, since nothing may be copied to it while a graph is recorded.
     """
     channels = torch.arange(0, head_dim, 2, device=device, dtype=torch.float64)
     plain = theta ** (-channels / head_dim)
@@ -77,7 +77,7 @@ def frequencies(
         turns = scaling.original * plain / (2 * math.pi)
         fast = (turns - scaling.low) / (scaling.high - scaling.low)
     else:
-        # In channels, of which a pair counts as one: where so many turns are made.
+        # In channels, of which a pair counts as one: where this many turns are made.
         first, last = (
             head_dim * math.log(scaling.original / (turns * 2 * math.pi)) / (2 * math.log(theta))
             for turns in (scaling.high, scaling.low)

@@ -1,7 +1,7 @@
 """Linear layers and caches that learn, are stored and run in a number format.
 
-`prepare_qat_` makes layers learn as if rounded, `quantize_` replaces them by what is stored, and
-both take the arithmetic of formats.py. Static formats need to know how large inputs get:
+`prepare_qat_` makes layers learn as if rounded, `quantize_` replaces them by their stored form, and
+both use the arithmetic of formats.py. Static formats need to know how large inputs get:
 `calibration` records it, or the layers watch as they train.
 
 This module does not read files (checkpoint.py names the tensors there).
@@ -24,8 +24,8 @@ PART = 2**18  # weights that are rounded at a time
 class QATLinear(nn.Linear):
     """A linear layer that computes as if already rounded, while learning in full precision.
 
-    In a static format it watches its inputs while it trains (`largest`), and stops when `observe`
-    is taken back. Watching the same inputs twice changes nothing, so that a pass may be recomputed.
+    In a static format it watches its inputs while it trains (`largest`), until `observe` is set to
+    false. Watching the same inputs twice changes nothing, so that a pass may be recomputed.
     """
 
     format: Format
@@ -35,7 +35,7 @@ class QATLinear(nn.Linear):
     rounds: bool = True
 
     def __init__(self, weight: nn.Parameter, format: Format, largest: Tensor | None):
-        """Takes over the parameter; `link_fused_` sets `fused` when all layers are there."""
+        """Takes over the parameter; `link_fused_` sets `fused` when all layers exist."""
         super().__init__(weight.shape[1], weight.shape[0], bias=False, device="meta")
         self.weight, self.format = weight, format
         self.register_buffer("largest", largest)
@@ -65,10 +65,10 @@ class QATLinear(nn.Linear):
 
 
 class KVRounding(nn.Module):
-    """Keys and values as a KV cache in FP8 holds them, with a scale a layer for each.
+    """Keys and values as a KV cache in FP8 stores them, with one scale a layer for each.
 
     A model from `prepare_qat_(..., kv=True)` has one as `kv_rounding`. Mistral's checkpoints in FP8
-    have a fake quantiser for queries, too; ours have none, for no engine of ours rounds those.
+    have a fake quantiser for queries, too; ours have none, since our engine does not round those.
     """
 
     largest: Tensor  # (L, 2) magnitudes of keys and of values so far
@@ -130,7 +130,7 @@ class _Stored(nn.Module):
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """What stands for the matrix, by the format's names."""
+        """The tensors that stand for the matrix, by the format's names."""
         return dict(self.named_buffers())
 
 
@@ -205,7 +205,7 @@ def prepare_qat_(
 
 
 def link_fused_(model: nn.Module) -> None:
-    """Let layers that learn in a format know those that share a scale with them."""
+    """Link layers that learn in a format with those that share a scale with them."""
     linears = dict(_linears(model))
     for path, linear in linears.items():
         if isinstance(linear, QATLinear):
@@ -213,12 +213,12 @@ def link_fused_(model: nn.Module) -> None:
 
 
 def observers(model: nn.Module) -> dict[str, Tensor]:
-    """What static scales follow, by path: buffers that ranks may bring together, and forget by."""
+    """Magnitudes behind static scales, by path: buffers that ranks may combine and decay."""
     return {name: b for name, b in model.named_buffers() if name.rpartition(".")[2] == "largest"}
 
 
 def set_qat_(model: nn.Module, *, rounds: bool = True, observe: bool = True) -> None:
-    """Whether a prepared model rounds (or only watches), and whether static scales still follow."""
+    """Set whether a prepared model rounds or only watches, and whether static scales change."""
     for module in model.modules():
         if isinstance(module, QATLinear | KVRounding):
             module.rounds, module.observe = rounds, observe
@@ -232,7 +232,7 @@ def quantize_(
 ) -> None:
     """Replace every linear layer of the blocks by its stored form, one after the other.
 
-    A model from `prepare_qat_` gives what it learned to give, bit for bit. The embedding and the
+    A model from `prepare_qat_` computes what it learned to, bit for bit. The embedding and the
     norms keep their precision, and so does the output head unless `head` names a format for it.
 
     Raises:
@@ -323,6 +323,6 @@ def _stored(
 
 
 def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Put a module in the place of the one at this path."""
+    """Replace the module at this path."""
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, module)

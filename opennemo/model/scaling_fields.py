@@ -1,8 +1,9 @@
-"""How each layout says what positions do: RoPE's scaling, that of queries, windows by layer.
+"""How each layout describes positions: RoPE's scaling, that of queries, windows by layer.
 
-As in layouts.py, whose part this is, what is not understood is refused by name, and what a layout
-has no name for is not written. Sources: `modeling_rope_utils.py` and the configs of transformers,
-vLLM's reader of params.json, `convert_hf_to_gguf.py` and `llama-context.cpp` of llama.cpp.
+As in layouts.py, to which this belongs, a setting that is not understood is refused by name, and a
+setting that a layout has no name for is not written. Sources: `modeling_rope_utils.py` and the
+configs of transformers, vLLM's reader of params.json, `convert_hf_to_gguf.py` and
+`llama-context.cpp` of llama.cpp.
 """
 
 import math
@@ -32,7 +33,7 @@ from opennemo.model.positions import (
 from opennemo.model.transformer import ModelConfig
 
 Scalings = tuple[RopeScaling | None, QueryScaling | None]
-# What config.json may say of each kind of RoPE.
+# What config.json may say about each kind of RoPE.
 ROPES = {
     "default": (),
     "linear": ("factor",),
@@ -67,12 +68,12 @@ def read_window(raw: Mapping[str, Any], n_layers: int, layout: Layout, where: Pa
 
 
 def write_scalings(config: ModelConfig, layout: Layout) -> dict[str, Any]:
-    """What settings say of positions. Raises: CheckpointError, the layout has no name for it."""
+    """The settings for positions. Raises: CheckpointError, the layout has no name for one."""
     return {"mistral": _write_params, "hf": _write_config, "gguf": _write_gguf}[layout](config)
 
 
 def rope_factors(config: ModelConfig) -> Tensor | None:
-    """What angles (H/2,) are divided by, where a GGUF file says so by a tensor: float32."""
+    """The divisors of angles (H/2,) in float32, for a GGUF file that has them as a tensor."""
     if config.rope_scaling is None or config.rope_scaling.kind != "llama3":
         return None
     plain, scaled = (
@@ -117,7 +118,7 @@ def _config_rope(raw: Mapping[str, Any], config: ModelConfig, where: Path) -> Sc
     if raw.get("model_type") == "ministral3" and len(rope) == 1:
         refuse(where, "rope_parameters", None, ["those of Ministral 3"])
     read_table(rope, name, (*ANY_ROPE, *ROPES[kind]), where)
-    # Outside of the table it counts more, as in transformers; in neither it is the context.
+    # A value outside of the table takes precedence, as in transformers; by default the context.
     original = raw.get("original_max_position_embeddings")
     original = original or rope.get("original_max_position_embeddings")
     rope["original_max_position_embeddings"] = original or config.max_position_embeddings
@@ -190,7 +191,7 @@ def _gguf_rope(raw: Mapping[str, Any], config: ModelConfig, where: Path) -> Scal
 
 
 def _llama3_of(factors: Sequence[float], config: ModelConfig, where: Path) -> RopeScaling | None:
-    """Llama 3's RoPE from what it divides angles by, if its numbers are those of Llama 3.1 on."""
+    """Llama 3's RoPE from its divisors of angles, if its numbers are those of Llama 3.1 on."""
     if all(factor == 1 for factor in factors):
         return None
     originals = (8192, config.max_position_embeddings) if max(factors) < 2**16 else ()
@@ -246,7 +247,7 @@ def _gguf_window(raw: Mapping[str, Any], n_layers: int, where: Path) -> Window:
 
 
 def _shortest(window: Window) -> Window:
-    """The same windows, said in the shortest way."""
+    """The same windows in their shortest form."""
     if not isinstance(window, tuple):
         return window
     n = next(n for n in range(1, len(window) + 1)
@@ -285,7 +286,7 @@ def _write_params(config: ModelConfig) -> dict[str, Any]:
 
 
 def _write_config(config: ModelConfig) -> dict[str, Any]:
-    # Without a window Mistral's architecture is Llama's; RoPE is said for old readers and new.
+    # Without a window Mistral's architecture is Llama's; RoPE is written for old and new readers.
     values: dict[str, Any] = {}
     scaling, far, kind = config.rope_scaling, config.query_scaling, "mistral"
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}

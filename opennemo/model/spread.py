@@ -1,8 +1,8 @@
 """Number formats for tensors that lie in parts on several ranks, with the scales of the whole.
 
 Under tensor parallelism a weight, and the input of a layer that is divided by its inputs, are
-DTensors. Scales are found over all their parts and each rank rounds its own, so the codes are those
-that one rank alone would find, and export as well.
+DTensors. Scales are found over all their parts and each rank rounds its own, so the codes equal
+those that one rank alone, or an export, would find.
 """
 
 from dataclasses import replace
@@ -27,7 +27,7 @@ def spread(format: Format) -> Format:
 
 
 class _Spread(Rounding):
-    """Finds scales over all parts, and rounds the part that is here."""
+    """Finds scales over all parts, and rounds this rank's part."""
 
     def largest(self, x: Tensor) -> Tensor:
         if not isinstance(x, DTensor):
@@ -51,7 +51,7 @@ class _SpreadInt4(_Spread, Int4):
 
 
 class _SpreadStraightThrough(torch.autograd.Function):
-    """As quantization.py's: the gradient passes, but for numbers that a given scale clipped."""
+    """As in quantization.py: the gradient passes, except for numbers that a given scale clipped."""
 
     @staticmethod
     def forward(ctx: Any, x: DTensor, rounding: _Spread, scale: Tensor | None) -> DTensor:

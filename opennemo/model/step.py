@@ -1,7 +1,6 @@
 """A model's step, tokens to logits: native on a CPU, fused on a GPU, or as PyTorch defines it.
 
-`compile_step` gives a function of (tokens, attend, rows); which of them it is makes a difference in
-speed alone.
+`compile_step` gives a function of (tokens, attend, rows); the choice affects only speed.
 """
 
 import importlib.util
@@ -30,13 +29,13 @@ def compile_step(
     release: bool = False,
     kv_format: str = "fp32",
 ) -> Step:
-    """The fastest step there is for this model; without C++ compiler or Triton, PyTorch's.
+    """The fastest step for this model; without a C++ compiler or Triton, PyTorch's.
 
-    A warning says so. On a GPU the last page of the KV cache must belong to nobody.
+    A warning says so. On a GPU no sequence may use the last page of the KV cache.
 
     `kv_format` is that of the pages. `n_threads`, of a CPU, defaults to PyTorch's. With `release`
-    the model's own matrices are emptied as they are packed for it, so that they lie in memory once;
-    PyTorch cannot run it then.
+    the model's own matrices are emptied as they are packed, so that memory holds them once; PyTorch
+    cannot run the model then.
     """
     device = model.norm.weight.device.type
     if device == "cuda" and importlib.util.find_spec("triton"):

@@ -1,8 +1,8 @@
 """Read and write safetensors, one tensor at a time.
 
-The files of a folder act as one: `shapes` and `dtypes` say what is there, `read` maps a tensor. The
-library checks a header against its file (sizes, gaps, overlaps) before anything else. It can write
-only what lies in memory whole, so writing is done here: a length, a JSON header, then the bytes.
+The files of a folder act as one: `shapes` and `dtypes` list the tensors, `read` maps one. The
+library checks a header against its file (sizes, gaps, overlaps) before anything else. It can only
+write tensors that are all in memory, so writing is done here: a length, a JSON header, the bytes.
 
 Specification: https://github.com/huggingface/safetensors#format
 """
@@ -28,7 +28,7 @@ QUANTIZED = {
     "U8": torch.uint8,
 }  # fmt: skip
 DTYPES = PLAIN | QUANTIZED
-# What the state of a run holds besides.
+# Other types in the state of a run.
 STATE = {"BOOL": torch.bool, "F64": torch.float64}
 CODES = {dtype: code for code, dtype in (DTYPES | STATE).items()}
 
@@ -81,23 +81,23 @@ class SafetensorFiles:
         return stored if dtype is None else converted(stored, dtype)
 
     def choose(self, names: Mapping[str, str]) -> None:
-        """Forget all tensors but these, which have other names from now on."""
+        """Forget all tensors but these, and give those other names."""
         self.shapes = {new: self.shapes[old] for old, new in names.items()}
         self.dtypes = {new: self.dtypes[old] for old, new in names.items()}
         self._files = {new: self._files[old] for old, new in names.items()}
 
     def stored_types(self) -> Iterator[tuple[str, int]]:
-        """What each tensor is stored in, and its bytes."""
+        """The type of each tensor, and its bytes."""
         for name, dtype in self.dtypes.items():
             n_bytes = math.prod(self.shapes[name]) * dtype.itemsize
             yield str(dtype).removeprefix("torch."), n_bytes
 
 
 def forget_pages(tensor: Tensor) -> None:
-    """Take the memory pages that lie wholly inside a tensor from it.
+    """Free the memory pages that lie wholly inside a tensor.
 
-    Its numbers are lost, unless it is a view of a file, which they come back from. A file stays
-    mapped as long as one of its tensors lives, and what was read of it counts as ours: loading
+    Its numbers are lost, unless it is a view of a file, from which they are read again. A file
+    stays mapped as long as one of its tensors lives, and its pages in memory count as ours: loading
     would seem to take, and in a container would take, twice the model.
     """
     page = mmap.PAGESIZE
@@ -110,7 +110,7 @@ def forget_pages(tensor: Tensor) -> None:
 
 
 def converted(stored: Tensor, dtype: torch.dtype) -> Tensor:
-    """A view of a file as numbers of a type; what was read of the file to make them is let go."""
+    """A view of a file as numbers of a type; the pages of the file that were read are freed."""
     tensor = stored.to(dtype)
     if tensor is not stored:
         forget_pages(stored)

@@ -1,9 +1,9 @@
 """A model of which each rank computes a share of every layer, for serving.
 
 A rank's share is a model like any other, with fewer heads and a narrower feed-forward; only two of
-its layers know of the others: what comes out of `wo` and of `w2` is summed over all ranks. So
+its layers know about the other ranks: the outputs of `wo` and `w2` are summed over all of them. So
 attention, the KV cache and the steps that compute them are those of one rank. The head is divided
-by words, and logits are gathered; the embedding and the norms each rank has whole.
+by words, and logits are gathered; each rank has the whole embedding and norms.
 
 Training divides a model in place, with gradients and optimizer states in mind (parallel.py); here
 a rank reads only its share from the files. Megatron-LM's division (arXiv:1909.08053).
@@ -28,7 +28,7 @@ DIM = {"wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "output": 0, "wo": 1, "w2": 
 
 
 class Summed(nn.Linear):
-    """A linear layer of which each rank has some of the inputs: what comes out is added up."""
+    """A linear layer of which each rank has some of the inputs; outputs are summed."""
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.linear(x, self.weight)

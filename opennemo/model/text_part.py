@@ -21,12 +21,12 @@ ARCHITECTURES = (
     "LlavaForConditionalGeneration",
     "PixtralForConditionalGeneration",
 )
-# How the names of vision tensors begin, in either layout.
+# Prefixes of the names of vision tensors, in either layout.
 SEEING = re.compile(
     r"(model\.)?(vision_tower|multi_modal_projector|vision_encoder|vision_language_adapter"
     r"|patch_merger|pre_mm_projector_norm)\."
 )
-# What a `text_config` may leave out.
+# Entries that a `text_config` may leave out.
 _MISTRAL = {
     "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
     "num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 32000,
@@ -50,7 +50,7 @@ def text_part(
 ) -> Mapping[str, Any]:
     """The settings of the text model; `files` are left with its tensors, by their usual names.
 
-    Those of a folder that holds a text model alone stay as they are.
+    The settings of a folder with only a text model stay as they are.
 
     Raises:
         CheckpointError: the folder is of an audio model, or uses other names.

@@ -1,9 +1,9 @@
 """The decoder: a stack of pre-norm blocks of grouped-query attention and SwiGLU.
 
-The model sees one flat run of tokens, never a padded batch. Which tokens may see which is the
-business of the `attend` argument (see attention.py): in training it separates packed documents,
-in serving it reads and writes the paged KV cache. So this file is the same for both, and knows
-nothing of caches, masks, number formats, adapters or devices.
+The model sees one flat run of tokens, never a padded batch. The `attend` argument decides which
+tokens may see which (attention.py): in training it separates packed documents, in serving it reads
+and writes the paged KV cache. So this file is the same for both, and knows nothing about caches,
+masks, number formats, adapters or devices.
 
 Shapes are written as letters throughout the package:
 
@@ -66,7 +66,7 @@ class Attend(Protocol):
 
 
 class Transformer(nn.Module):
-    """tokens (T,) -> hidden states (T, D); `output` turns the rows one wants into logits."""
+    """tokens (T,) -> hidden states (T, D); `output` turns the wanted rows into logits."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -133,7 +133,7 @@ class FeedForward(nn.Module):
 
 
 def rotary(positions: Tensor, config: ModelConfig) -> Tensor:
-    """What rotates queries and keys: positions (T,) -> (T, 1, H/2, 2), cosine and sine, float32.
+    """The rotations of queries and keys: positions (T,) -> (T, 1, H/2, 2), cosine, sine, float32.
 
     Where queries are scaled by position it is (T, 2, H/2, 2): theirs first, then that of keys.
 
