@@ -1,10 +1,10 @@
 """Byte-pair encoding: a split pattern and ranked tokens turn text into ids, exactly and fast.
 
 The definition is `merge` and `encode_plainly`, twenty lines of Python. `tiktoken` does the same in
-Rust and is ready within a quarter of a second; a CorpusEncoder is faster. The tests hold both
-equal to the definition on every kind of text.
+Rust and is ready within a quarter of a second; a CorpusEncoder is faster. The tests compare both
+with the definition on every kind of text.
 
-Knows nothing of files and control tokens. BPE: arXiv:1508.07909, on bytes: GPT-2 (2019).
+Knows nothing about files and control tokens. BPE: arXiv:1508.07909, on bytes: GPT-2 (2019).
 """
 
 import base64
@@ -89,9 +89,9 @@ class BytePairTokenizer(CorpusTokenizer):
             return self.encode_prompt(repair_surrogates(text))
 
     def build_fastokens(self, library: "type[fastokens.Tokenizer]") -> "fastokens.Tokenizer":
-        """This vocabulary for fastokens, by way of a file of ranks."""
-        # Ids start at `first_id`, but fastokens wants them dense: pairs of bytes that occur
-        # in no UTF-8 fill the places below and can never match.
+        """This vocabulary for fastokens, through a file of ranks."""
+        # Ids start at `first_id`, but fastokens needs them dense: pairs of bytes that no UTF-8
+        # contains fill the places below and can never match.
         unused = (bytes([high, low]) for high in range(0xF8, 0x100) for low in range(256))
         fillers = [next(unused) for _ in range(self.first_id)]
         lines = (

@@ -1,9 +1,9 @@
 """How models write tool calls: one object, which layouts, parsers and grammars follow.
 
-A `CallSyntax` is the pattern of one call and what stands around calls. From it follow what a layout
+A `CallSyntax` is the pattern of one call and of the text around calls. From it follow what a layout
 writes for earlier calls (`write`), what a grammar allows (engine/grammar.py), and how answers are
 read: `CallParser` reads streams, and `read_calls` gives it whole answers and is strict, since an
-answer that is no call stays text. To add a syntax, add an object here and name it in a row of
+answer that is not a call stays text. To add a syntax, add an object here and name it in a row of
 chat_layouts.py, or, for templates, in TEMPLATE_SYNTAXES.
 """
 
@@ -39,7 +39,7 @@ class CallSyntax:
 
     @property
     def is_list(self) -> bool:
-        """Calls are announced once, not each by itself."""
+        """Whether one mark announces all calls, not one for each."""
         return bool(self.before)
 
     @property
@@ -58,7 +58,7 @@ class CallSyntax:
     ) -> list[str]:
         """A pattern with values for $name and the like: text, part, text, part, ..., text.
 
-        The parts are marks or the like that are in `apart`; values never become one.
+        The parts are marks, or other strings in `apart`; values never become one.
         """
         pieces = [""]
         for part in re.split(f"({'|'.join(map(re.escape, self.marks))}|\\$[a-z]+)", pattern):
@@ -124,7 +124,7 @@ TEMPLATE_SYNTAXES = (NAMED_WITH_IDS, NAMED, ARRAY, TAGS)
 
 @dataclass(kw_only=True)
 class Call:
-    """A call, or with `id` and `name` empty, what has come of one since."""
+    """A call, or with `id` and `name` empty, the continuation of one."""
 
     index: int
     id: str = ""
@@ -133,7 +133,7 @@ class Call:
 
 
 class CallParser:
-    """Reads calls out of text that is still being written, in time linear in the text.
+    """Reads calls from text that is still being written, in time linear in the text.
 
     It looks for objects in JSON that have the keys of the syntax, and passes arguments on as the
     model wrote them. It keeps the text between objects, for `read_calls` to check. Where calls are
@@ -223,7 +223,7 @@ class CallParser:
 
     @property
     def _is_string_of_arguments(self) -> bool:
-        """The arguments are an object in a string, which nothing is passed on of until it ends."""
+        """The arguments are an object in a string, which is passed on only when it ends."""
         return not self._n_arguments and self._pending[:1] == ['"']
 
     def _end_value(self, news: list[Call]) -> None:
@@ -326,7 +326,7 @@ def _to_call(call: Mapping[str, Any]) -> dict:
         arguments = json.dumps(arguments, ensure_ascii=False)
     elif not isinstance(arguments, str) or not isinstance(_from_json(arguments), dict):
         raise ValueError("arguments are an object, or a string that holds one")
-    (name + arguments).encode()  # half a surrogate pair could not be sent to anyone
+    (name + arguments).encode()  # half a surrogate pair could not be sent to a client
     function = {"name": name, "arguments": arguments}
     return {"id": id if isinstance(id, str) else "", "type": "function", "function": function}
 

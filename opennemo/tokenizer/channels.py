@@ -1,10 +1,10 @@
-"""What a model writes, by channel: words, thinking, and calls.
+"""An answer by channel: words, thinking, and calls.
 
-An answer is one sequence of ids in which marks change the channel: `[THINK]` and `[/THINK]`, what
-announces calls, or texts such as `<think>` in vocabularies without such tokens. One reader follows
-them, id by id, so that a stream and a whole answer are split alike. A mark that is a control token
-is recognised only by its id. A mark that is text is recognised at the beginning of the words or,
-if it ends thinking, anywhere in the thinking.
+An answer is one sequence of ids in which marks change the channel: `[THINK]` and `[/THINK]`, the
+announcement of calls, or texts such as `<think>` in vocabularies without such tokens. One reader
+follows them, id by id, so that a stream and a whole answer are split alike. A mark that is a
+control token is recognised only by its id. A mark that is text is recognised at the beginning of
+the words or, if it ends thinking, anywhere in the thinking.
 """
 
 from typing import Literal
@@ -54,7 +54,7 @@ class Channels:
         self._tokenizer, self._stream, self._held = tokenizer, tokenizer.stream(known), ""
 
     def push(self, id: int) -> list[Piece]:
-        """What this id completes; text that may be the beginning of a mark is held back."""
+        """The pieces that this id completes; text that may begin a mark is held back."""
         if (mark := self._names.get(id)) is None:
             return self._read(self._stream.push(id))
         pieces = self.flush()
@@ -63,7 +63,7 @@ class Channels:
         return [*pieces, ("mark", mark)] if self.channel == "calls" else pieces
 
     def flush(self) -> list[Piece]:
-        """What was held back, at the end."""
+        """The text that was held back, at the end."""
         return self._read(self._stream.flush(), last=True)
 
     def _enter(self, mark: str) -> None:

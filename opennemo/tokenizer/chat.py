@@ -1,14 +1,14 @@
 """Conversations to ids, and generated ids back to a message.
 
 A conversation in its normal form (messages.py) is laid out as segments, each a control id or a
-piece of text, trained or not, and encoded segment by segment. That one idea gives three things:
-a training example and a served prompt come out of the same lines, the loss mask costs nothing,
-and a user who types `[/INST]` has typed seven characters of text.
+piece of text, trained or not, and encoded segment by segment. Three things follow: a training
+example and a served prompt come from the same code, the loss mask costs nothing, and a user who
+types `[/INST]` has typed seven characters of text.
 
 The layout is one of Mistral's, which `Tokenizer.instruct_version` names and chat_layouts.py lists,
 or the Jinja template that came with the model (template.py).
 
-Not known here: what a model can do, how long its context is, how ids are sampled.
+This file does not know what a model can do, how long its context is, or how ids are sampled.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -69,8 +69,8 @@ def encode_for_training(
 ) -> tuple[list[int], list[bool]]:
     """Ids (T,) of the whole conversation, and a mask (T,): True on ids that a model should write.
 
-    Those are the assistant's turns and the EOS of each, but for turns of `weight: 0`. In Mistral's
-    layouts calls that end the conversation have no id, as in mistral-finetune, for a model cannot
+    Those are the assistant's turns and the EOS of each, except turns of `weight: 0`. In Mistral's
+    layouts calls that end the conversation have no id, as in mistral-finetune, since a model cannot
     learn to guess it.
 
     Raises:
@@ -93,9 +93,9 @@ def _form_of(tokenizer: Tokenizer) -> NormalForm:
 
 @lru_cache(maxsize=8)
 def turn_end(tokenizer: Tokenizer) -> int | str | None:
-    """What ends an answer: an id, or a text where the template writes a mark that is no token.
+    """What ends an answer: an id, or a text where the template writes a mark that is not a token.
 
-    None if the template writes nothing of the kind; then EOS alone ends an answer.
+    None if the template writes neither; then only EOS ends an answer.
     """
     if tokenizer.instruct_version in LAYOUTS:
         return tokenizer.eos_id
@@ -117,7 +117,7 @@ def call_syntax(tokenizer: Tokenizer) -> CallSyntax:
 
 
 def thinking_marks(tokenizer: Tokenizer) -> tuple[str, str] | None:
-    """What stands around the thinking of the model behind a tokenizer; None if it does not think.
+    """The marks around the thinking of the model behind a tokenizer; None if it does not think.
 
     A layout says so, or a template that writes both marks.
     """
@@ -152,7 +152,7 @@ def parse_reply(
     Where the vocabulary has a control token that announces calls, only that id does; elsewhere
     the text does. Calls that are not well-formed stay content: this never fails, and takes time
     linear in the ids. Calls without a usable id get one hashed from the call and `request_id`,
-    which tells apart the same call made twice in a conversation. Thinking becomes
+    which distinguishes the same call made twice in a conversation. Thinking becomes
     `reasoning_content`; with `begun` the prompt has opened it.
     """
     ids, syntax = list(ids), call_syntax(tokenizer)

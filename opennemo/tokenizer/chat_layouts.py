@@ -9,12 +9,12 @@
     v13         tools before the first user message, no ids, thinking: Magistral, Ministral 3
     v15         settings before the first user message: Small 4
 
-To add a layout, add a row to LAYOUTS, and to `segments` what no row says yet. `mistral-common` is
-the reference, which the tests compare id for id. The Jinja sources are for libraries that know no
-other way to lay out a chat; the tests hold them to the rows. In them a first loop brings messages
-to the normal form of messages.py, and a second one prints it. Jinja can neither read JSON nor
-hash: arguments and results that are JSON already are repeated as they stand, and the id of a call
-must have its nine letters.
+To add a layout, add a row to LAYOUTS, and to `segments` what no row expresses yet. `mistral-common`
+is the reference, which the tests compare id for id. The Jinja sources are for libraries that have
+no other way to lay out a chat; the tests compare them with the rows. In them a first loop brings
+messages to the normal form of messages.py, and a second one prints it. Jinja can neither read JSON
+nor hash: arguments and results that are JSON already are repeated as they stand, and the id of a
+call must have its nine letters.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -63,18 +63,18 @@ def _plain_result(turn: Message) -> Sequence[str]:
 
 @dataclass(frozen=True)
 class ChatLayout:
-    """What tells a layout from the others.
+    """What distinguishes a layout from the others.
 
     Attributes:
         source: the file of its Jinja source.
-        places: what stands in that file for the names marked with %.
+        places: the text that replaces the names marked with % in that file.
         calls: how calls are written; None for models that know neither tools nor control tokens.
         result: what a tool message becomes: text, control token, text, ..., text.
         form: the normal form of messages that it starts from.
         forgets: calls and results are left out once the user speaks again, and there is one
             result in a turn.
         tools_first: tools stand before the first user message, not the last.
-        has_settings: settings of the model stand behind the tools.
+        has_settings: settings of the model come after the tools.
     """
 
     source: str
@@ -110,7 +110,7 @@ class ChatLayout:
 
     @property
     def control(self) -> set[str]:
-        """The control tokens that it cannot do without."""
+        """The control tokens that it requires."""
         names = set(CONTROL_TOKENS) if self.calls else set()
         if self.calls and not self.calls.is_object:
             names |= {*self.calls.marks}
@@ -242,7 +242,7 @@ def segments(
     tools: list[Tool],
     settings: Mapping[str, Any] | None = None,
 ) -> Iterator[Segment]:
-    """A conversation in normal form as the layout has it; InvalidRequest if it has no place."""
+    """A conversation in normal form in the layout; InvalidRequest if it cannot be laid out."""
     control = tokenizer.control
     if missing := sorted(layout.control - control.keys()):
         raise InvalidRequest(f"messages: this vocabulary has no {missing[0]}, which layouts need")

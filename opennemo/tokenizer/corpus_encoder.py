@@ -1,12 +1,12 @@
 """Encodes corpora by `fastokens`, up to ten times as fast as the libraries that encode prompts.
 
-Building it takes up to a second, so only a caller that asks gets it (`Tokenizer.expect_corpus`).
-It is taken only if it agrees with the other library on a text that would show a difference, since
-the two read patterns by regular expression engines of their own; the tests compare far more text.
+Building it takes up to a second, so it is built only on request (`Tokenizer.expect_corpus`). It is
+used only if it agrees with the other library on a text that would show a difference, since both
+have their own regular expression engines; the tests compare far more text.
 
-fastokens 0.3.5 would start threads of its own for long texts, which never come back from a hundred
-thousand newlines. It reads how many from the environment at its first long text, and takes no other
-setting, so `_one_thread` stands around that one. `tests/tokenizer/test_bpe.py` shows both.
+fastokens 0.3.5 would start threads of its own for long texts, which never return from a hundred
+thousand newlines. It reads their number from the environment at its first long text, and has no
+other setting, so `_one_thread` surrounds that one. `tests/tokenizer/test_bpe.py` shows both.
 """
 
 import os
@@ -32,8 +32,8 @@ class CorpusTokenizer(Tokenizer):
     """A tokenizer that fastokens makes faster once a corpus is expected.
 
     Attributes:
-        fastokens: None before, and where there is none for this platform or vocabulary.
-        plain_tokens: texts that are a token each by decree, not by merging.
+        fastokens: None until built, and where there is none for this platform or vocabulary.
+        plain_tokens: texts that are a token each by definition, not by merging.
     """
 
     fastokens: "fastokens.Tokenizer | None" = None
@@ -41,7 +41,7 @@ class CorpusTokenizer(Tokenizer):
 
     @abstractmethod
     def encode_prompt(self, text: str) -> list[int]:
-        """`encode` by the library that is ready at once."""
+        """`encode` by the library that needs no preparation."""
 
     @abstractmethod
     def build_fastokens(self, library: "type[fastokens.Tokenizer]") -> "fastokens.Tokenizer | None":

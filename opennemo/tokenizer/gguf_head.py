@@ -29,7 +29,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
     Any file of a split model stands for the first.
 
     Raises:
-        CheckpointError: the file cannot be read, is no GGUF file, or ends too early.
+        CheckpointError: the file cannot be read, is not a GGUF file, or ends too early.
     """
     if match := PART.fullmatch(path.name):
         path = path.with_name(f"{match[1]}-{1:05}-of-{match[3]}.gguf")
@@ -43,7 +43,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 
 class Cursor:
-    """A place in a GGUF file that moves on as values are read, and never leaves the file."""
+    """A place in a GGUF file that advances as values are read, and never leaves the file."""
 
     def __init__(self, data: mmap.mmap | memoryview):
         self.data, self.at = data, 0

@@ -1,8 +1,8 @@
 """A vocabulary as the fields of a GGUF file, which give llama.cpp and us the same ids.
 
 tokenizer.json can express any vocabulary, so the fields are made from that. GGUF
-has no regular expressions, only names of some (patterns.py): what has no name there is refused. Of
-SentencePiece's merges it has only scores, which are the places in the list of merges.
+has no regular expressions, only names of some (patterns.py): others are refused. Of SentencePiece's
+merges it has only scores, which are the places in the list of merges.
 
 Format: docs/gguf.md of ggml; llama.cpp's reader: `llama-vocab.cpp`.
 """
@@ -25,7 +25,7 @@ def gguf_fields(tokenizer: Tokenizer, n_rows: int) -> dict[str, Any]:
     """The keys `tokenizer.*` of a file whose embedding has so many rows.
 
     Raises:
-        ValueError: something in the vocabulary has no place in such a file; names it.
+        ValueError: a part of the vocabulary has no place in such a file; names it.
     """
     spec, control = spec_of(tokenizer)
     names = token_names(spec)
@@ -79,7 +79,7 @@ def gguf_fields(tokenizer: Tokenizer, n_rows: int) -> dict[str, Any]:
 
 
 def _name_of_splits(spec: dict[str, Any]) -> str:
-    """What GGUF files call the way that a byte-level vocabulary splits text."""
+    """GGUF's name for how a byte-level vocabulary splits text."""
     if spec.get("normalizer"):
         raise ValueError(f"its normalizer {spec['normalizer'].get('type')!r} has no place in GGUF")
     first = spec.get("pre_tokenizer") or {}
@@ -114,7 +114,7 @@ def _refuse_normalizers(spec: dict[str, Any]) -> None:
 
 
 def _scores(tokens: list[str], merges: list[str]) -> list[float]:
-    """The sooner a token is merged, the higher; what is not merged is never compared."""
+    """The sooner a token is merged, the higher; tokens that are not merged are never compared."""
     place: dict[str, int] = {}
     for i, merge in enumerate(merges):
         place.setdefault(merge.replace(" ", "", 1), i)

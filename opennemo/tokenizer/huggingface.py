@@ -1,9 +1,9 @@
-"""`tokenizer.json` of Hugging Face behind the same interface (export.py writes such files).
+"""`tokenizer.json` of Hugging Face behind the same interface (saving.py writes such files).
 
-One idea makes it safe: the control tokens are taken out of the vocabulary before the `tokenizers`
-library sees it, so no text, however spelled, can come out as one. Two families of vocabularies
-are supported, those whose tokens spell bytes in GPT-2's alphabet (NeMo, Llama 3, Qwen, SmolLM) and
-SentencePiece's with `▁` for a space and `<0x0A>` for a byte (Mistral 7B, Llama 2).
+The control tokens are taken out of the vocabulary before the `tokenizers` library sees it, so no
+text, however spelled, can become one. Two families of vocabularies are supported, those whose
+tokens spell bytes in GPT-2's alphabet (NeMo, Llama 3, Qwen, SmolLM) and SentencePiece's with `▁`
+for a space and `<0x0A>` for a byte (Mistral 7B, Llama 2).
 
 The `tokenizers` library encodes prompts, a CorpusEncoder corpora and very long texts, for the same
 ids in a ninth of the time (docs/results/tokenizer.md).
@@ -49,7 +49,7 @@ class HuggingFace(CorpusTokenizer):
         bos_id, eos_id: ids that begin a text and end an answer, control tokens in any case.
         end_ids: others that end an answer or are special. Control tokens are these, what
             `added_tokens` call special, and what the chat template writes as control; the last are
-            shown when decoded, for they may be a part of the answer (`<think>`).
+            shown when decoded, since they may be a part of the answer (`<think>`).
 
     Raises:
         ValueError: a kind of vocabulary that is not supported, or one that is inconsistent.
@@ -103,7 +103,7 @@ class HuggingFace(CorpusTokenizer):
         text_only = json.dumps(without, ensure_ascii=False)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(text_only)
-        except Exception as error:  # the library raises nothing narrower
+        except Exception as error:  # the library raises nothing more specific
             raise ValueError(str(error)) from error
         # Only bytes as they are: normalizing, fastokens was seen to compose some characters that
         # tokenizers leaves apart.
@@ -168,7 +168,7 @@ class HuggingFace(CorpusTokenizer):
             return None
         spec = json.loads(self._tokenizer.to_str())
         vocabulary = spec["model"]["vocab"]
-        # It wants ids without holes: names that no merge leads to can never match.
+        # It needs ids without gaps: names that no merge leads to can never match.
         holes = {*range(self.vocab_size)} - {*vocabulary.values()}
         vocabulary |= {f"\uf8ff{id}": id for id in holes}
         return library.from_json_str(json.dumps(spec))
@@ -192,7 +192,7 @@ def _shown_control(
     ids = {name: id for id, name in names.items()}
     added = [entry["content"] for entry in spec.get("added_tokens") or []]
     written = names_written_by(chat_template, ids, added)
-    if made := written.difference(added):  # in the vocabulary only: control if no text becomes it
+    if made := written.difference(added):  # only in the vocabulary: control if no text becomes it
         merges = (m if isinstance(m, list) else m.split(" ") for m in spec["model"]["merges"])
         written -= made.intersection("".join(merge) for merge in merges)
     return {ids[name] for name in written}

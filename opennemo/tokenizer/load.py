@@ -29,7 +29,7 @@ def load_tokenizer(model: Path | str) -> Tokenizer:
     Raises:
         CheckpointError: there is no tokenizer, or the file is damaged.
     """
-    # Imported late: the libraries behind them take 30 to 90 ms each.
+    # Imported late: their libraries take 30 to 90 ms each.
     from opennemo.tokenizer.chat_layouts import LAYOUTS
     from opennemo.tokenizer.gguf_vocabulary import load_gguf
     from opennemo.tokenizer.huggingface import HuggingFace, read_chat_template

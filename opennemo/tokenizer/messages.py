@@ -1,8 +1,8 @@
 """The normal form of a conversation, which every layout of chat.py starts from.
 
 A conversation is OpenAI's `messages` list, as plain dicts, everywhere. Clients send more shapes
-than models were trained on; what has one sensible meaning is brought to one form here, so that
-nothing behind it asks again, and the rest is refused with the place and what is allowed there:
+than models were trained on; a shape with one sensible meaning is converted here, so that later code
+need not check again, and the rest is refused with the place and what is allowed there:
 
     developer               system; those anywhere make up one text, or stay where a layout says so
     user, user              one message, joined by an empty line; assistants likewise
@@ -43,7 +43,7 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class NormalForm:
-    """What of the normal form depends on the layout.
+    """The parts of the normal form that depend on the layout.
 
     Attributes:
         system_stays: system messages are turns, which stay where they are.
@@ -134,7 +134,7 @@ def normalize(messages: Sequence[Message], form: NormalForm = PLAIN) -> list[Mes
 
 
 def check_tools(tools: Sequence[Tool] | None) -> list[Tool]:
-    """The tools as they came, once it is sure that a layout can print them; [] for none.
+    """The tools as they came, after a check that a layout can print them; [] for none.
 
     Raises:
         InvalidRequest: what is wrong, where (`tools[0].function.name`), and what is allowed.
@@ -219,7 +219,7 @@ def _parts(content: Any, where: str, role: str, form: NormalForm) -> list[Part]:
 
 
 def _reasoning(message: Message, where: str, parts: list[Part]) -> str:
-    """The thinking that stands beside the content, as OpenAI's clients send it back."""
+    """The thinking beside the content, as OpenAI's clients send it back."""
     given = {k: message[k] for k in ("reasoning_content", "reasoning") if message.get(k)}
     for key, value in given.items():
         if not isinstance(value, str):
@@ -298,7 +298,7 @@ def _nine(id: Any, where: str) -> str | None:
 
 
 def _close_call(id: Any, where: str, open_calls: list[str]) -> str:
-    """The id of the call that a result answers, which is open no longer."""
+    """The id of the call that a result answers, which is then no longer open."""
     if not open_calls:
         raise InvalidRequest(f"{where}: a tool message must answer a call made just before")
     id = _nine(id, f"{where}.tool_call_id") or open_calls[0]

@@ -32,7 +32,7 @@ _REST = rf"\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_BLANK}"
 SUPERWORDS = {
     "tekken": rf"[^\S\r\n]*(?:{_PART})++(?: ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|\s*[\r\n]+| )?|{_REST}",
 }
-# A file of ranks does not say how it splits text; its number of ranks gives it away.
+# A file of ranks does not say how it splits text; its number of ranks identifies that.
 PATTERN_OF_RANKS = {50_256: "gpt2", 100_256: "llama3", 128_000: "llama3", 199_998: "o200k"}
 PATTERN_OF_RANKS |= {200_000: "o200k"}  # Llama 4
 

@@ -1,8 +1,8 @@
-"""Files of ranks as tiktoken has them: Llama 3's to compare with, and OpenNemo's own vocabulary.
+"""Files of ranks in tiktoken's format: Llama 3's for comparison, and OpenNemo's own vocabulary.
 
 Each line is a token in base64 and its rank, which is a fifth of a tekken.json. Such a file names
-no control tokens and no split pattern: they are known for OpenNemo's own, and others' serve to
-measure and to look at, not to run a model. Format: tiktoken, `load.py`.
+no control tokens and no split pattern: for OpenNemo's own they are known; others serve for
+measuring and inspection, not to run a model. Format: tiktoken, `load.py`.
 """
 
 import base64

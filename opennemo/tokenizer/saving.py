@@ -1,8 +1,8 @@
 """Any tokenizer of the package as the files that Hugging Face's libraries read.
 
-One idea makes it simple: `tokenizer.json` can say all that a tokenizer here knows, so that one file
-serves whatever the vocabulary came from, with a `tokenizer_config.json` of names beside it. Where a
-model has one of Mistral's chat layouts and no template, a template of that layout is written too.
+`tokenizer.json` can express every tokenizer of this package, so one file serves any source of a
+vocabulary, with a `tokenizer_config.json` of names beside it. Where a model has one of Mistral's
+chat layouts and no template, a template of that layout is written too.
 
 Formats: the `tokenizers` library; `PreTrainedTokenizerBase` of transformers.
 """
@@ -70,7 +70,7 @@ def spec_of(tokenizer: Tokenizer) -> tuple[dict[str, Any], dict[int, str]]:
 def _tekken_spec(tokenizer: Tekken) -> tuple[dict[str, Any], dict[int, str]]:
     control = list(tokenizer.control)
     if tokenizer.version == "v3":
-        # NeMo was not trained on these, which came later; that they are absent marks it as v3.
+        # NeMo was not trained on these, which came later; their absence marks it as v3.
         control[17:20] = [f"<SPECIAL_{id}>" for id in (17, 18, 19)]
     names = [*control, *map(spelled, tokenizer.tokens)]
     vocab = {name: id for id, name in enumerate(names)}

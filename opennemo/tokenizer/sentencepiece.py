@@ -28,7 +28,7 @@ class SentencePiece(Tokenizer):
             and no template says better.
 
     Raises:
-        ValueError: these bytes are no SentencePiece model.
+        ValueError: these bytes are not a SentencePiece model.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class SentencePiece(Tokenizer):
         chat_template: str | None = None,
         add_bos: bool = True,
     ):
-        if not model:  # the library takes this for a model and logs to stderr from then on
+        if not model:  # the library accepts this as a model and logs to stderr from then on
             raise ValueError("it is empty")
         try:
             self._model = SentencePieceProcessor(model_proto=model)
@@ -54,7 +54,7 @@ class SentencePiece(Tokenizer):
             if self._model.is_control(id) or self._model.is_unknown(id)
         }
         ids = {piece: id for id, piece in enumerate(pieces)}
-        # What text is merged to may be what the template writes as control; as text it is bytes.
+        # Text may merge to a token that the template writes as control; such text becomes bytes.
         self._spelled = {
             ids[name]: [ids[f"<0x{byte:02X}>"] for byte in name.encode()]
             for name in (names_written_by(chat_template, ids, ()) if chat_template else ())
@@ -80,7 +80,7 @@ class SentencePiece(Tokenizer):
         """Read a `tokenizer.model`; a last suffix such as `.v2` names the chat layout.
 
         Raises:
-            CheckpointError: the file cannot be read or is no SentencePiece model.
+            CheckpointError: the file cannot be read or is not a SentencePiece model.
         """
         # The second number in "v7m1" is of image tokens.
         version = re.fullmatch(r"\.(v\d+)(m\d+)?", path.suffix)

@@ -90,7 +90,7 @@ def how_it_decodes(decoder: dict[str, Any]) -> tuple[bool, bool]:
 
 
 def byte_level_meaning(name: str) -> bytes:
-    """What a token of the first family stands for; one outside the alphabet, for itself."""
+    """The bytes of a token of the first family; one outside the alphabet stands for itself."""
     try:
         return bytes(BYTE_OF[character] for character in name)
     except KeyError:
@@ -98,7 +98,7 @@ def byte_level_meaning(name: str) -> bytes:
 
 
 def metaspace_meaning(name: str) -> bytes:
-    """What a token of the second family stands for."""
+    """The bytes of a token of the second family."""
     if byte := re.fullmatch("<0x([0-9A-F]{2})>", name):
         return bytes.fromhex(byte[1])
     return name.replace("▁", " ").encode()
@@ -108,7 +108,7 @@ def without_control(spec: dict[str, Any], control: dict[str, int]) -> dict[str, 
     """The tokenizer without its control tokens, the other tokens keeping their ids."""
     model = spec["model"]
     added = [a for a in spec.get("added_tokens") or [] if a["content"] not in control]
-    # In the vocabulary as well, or the library would number them anew.
+    # In the vocabulary as well, or the library would renumber them.
     vocab = {name: id for name, id in model["vocab"].items() if name not in control}
     vocab |= {a["content"]: a["id"] for a in added}
     merges = (m if isinstance(m, list) else m.split(" ") for m in model["merges"])

@@ -1,8 +1,8 @@
-"""Tekken, the tokenizer of Mistral NeMo: `tekken.json` in and out, and text <-> ids.
+"""Tekken, the tokenizer of Mistral NeMo: reads and writes `tekken.json`, and maps text <-> ids.
 
-One idea makes it simple: an id is a control token if it is below `n_special`, and else the rank
-of a run of bytes plus `n_special`. Text only ever becomes ranks, so it cannot become control. How
-text is split into ranks is bpe.py's business, and what the control tokens mean is chat.py's.
+An id is a control token if it is below `n_special`, and else the rank of a run of bytes plus
+`n_special`. Text only becomes ranks, so it cannot become control. bpe.py splits text into ranks,
+and chat.py knows what the control tokens mean.
 
 The official file is 15 MB of JSON and takes half a second to read, so its content is kept in the
 user's cache folder in a form that takes a tenth of that. Format: mistral-common, `tekken.py`.
@@ -81,10 +81,10 @@ class Tekken(BytePairTokenizer):
 
     @classmethod
     def load(cls, path: Path) -> "Tekken":
-        """Read a `tekken.json`, or what the cache has kept of it.
+        """Read a `tekken.json`, or its copy in the cache.
 
         Raises:
-            CheckpointError: the file is no tekken.json; says what is wrong with it.
+            CheckpointError: the file is not a tekken.json; says what is wrong with it.
         """
         try:
             status = path.stat()
@@ -231,7 +231,7 @@ def _read_cache(file: Path) -> dict[str, Any] | None:
 
 
 def _write_cache(file: Path, parts: dict[str, Any]) -> None:
-    """Keep the parts for the next time; a cache folder that cannot be written costs only time."""
+    """Cache the parts for the next time; a cache folder that cannot be written costs only time."""
     tokens = parts["tokens"]
     header = json.dumps({**parts, "tokens": len(tokens)}).encode()
     ends = np.array(list(accumulate(map(len, tokens))), "<u4").tobytes()

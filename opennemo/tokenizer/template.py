@@ -1,15 +1,15 @@
 """Chat templates from model folders: Jinja in a sandbox, and text that cannot forge a turn.
 
-A template answers with one string in which control tokens are spelled out, so what a user typed
-has to be told from what the template wrote. One idea does it: before rendering, a sentinel
-character that occurs nowhere in the conversation is put behind the first character of everything
-that looks like a control token or the beginning of one. No control token can then start inside a
-user's text, however the template trims, cuts and joins; once the result is split at control
-tokens, the sentinel is taken out again. (A template that itself writes half a control token, as
-in ``'<' + name + '>'``, must mean it.)
+A template returns one string in which control tokens are spelled out, so text that a user typed has
+to be distinguished from what the template wrote. Before rendering, a sentinel character that occurs
+nowhere in the conversation is put behind the first character of everything that looks like a
+control token or the beginning of one. No control token can then start inside a user's text, however
+the template trims, cuts and joins; once the result is split at control tokens, the sentinel is
+taken out again. (A template that itself writes half a control token, as in ``'<' + name + '>'``,
+must mean it.)
 
-Conventions: Hugging Face's chat templates. How messages are validated, and Mistral's own layouts,
-are chat.py's business.
+Conventions: Hugging Face's chat templates. chat.py validates messages and knows Mistral's own
+layouts.
 """
 
 import json
@@ -43,7 +43,7 @@ PROBES = tuple(
         (("user", "xone"),),
     )
 )
-MARK = re.compile(r"<[^<>\s]{1,64}>|\[[^\[\]\s]{1,64}\]")  # what names of control tokens look like
+MARK = re.compile(r"<[^<>\s]{1,64}>|\[[^\[\]\s]{1,64}\]")  # the form of names of control tokens
 RAISED_BY_TEMPLATES = (
     jinja2.TemplateError,
     ArithmeticError,
@@ -105,7 +105,7 @@ class ChatTemplate:
         }
 
     def prompt(self) -> list[Segment]:
-        """Everything up to where the answer begins, or goes on after a `prefix` message."""
+        """Everything up to where the answer begins, or continues a `prefix` message."""
         *earlier, last = self._messages
         if not last.get("prefix"):
             return self._split(self._render(self._messages, add_generation_prompt=True))
@@ -134,7 +134,7 @@ class ChatTemplate:
             through = self._render(self._messages[: i + 1])
             if i and i > (self._messages[0]["role"] == "system"):
                 before = self._render(self._messages[:i], add_generation_prompt=True)
-            else:  # nothing was said that could be answered, and templates may add a system text
+            else:  # there is nothing to answer, and templates may add a system text
                 words = _first_words(message["content"])
                 before = through[: max(0, through.rfind(words))]
             if not (through.startswith(before) and whole.startswith(through)):
@@ -243,7 +243,7 @@ def follow_own_template(tokenizer: Tokenizer) -> None:
 
 
 def turn_end(tokenizer: Tokenizer) -> int | str | None:
-    """What a template writes behind the assistant's words: a control token, or else a mark.
+    """What a template writes after the assistant's words: a control token, or else a mark.
 
     None if the template writes neither, or is not usable.
     """
@@ -283,7 +283,7 @@ def _with_blocks(message: dict) -> dict:
 
 
 def _with_reasoning(message: dict) -> dict:
-    """A message whose thinking stands where templates look for it, if they do."""
+    """A message whose thinking is where templates look for it, if they do."""
     thinking = "".join(part.text for part in message["parts"] if part.thinking)
     rest = {key: value for key, value in message.items() if key != "parts"}
     return rest | {"reasoning_content": thinking}
@@ -356,7 +356,7 @@ def _patterns(names: tuple[str, ...]) -> tuple[re.Pattern[str], re.Pattern[str]]
 def _any_of(names: Sequence[str], *, unfinished: bool = False) -> str:
     """A regular expression for any of the names, the longest that fits; or for how one begins.
 
-    It branches character by character, for NeMo has a thousand names and a list of a thousand
+    It branches character by character, since NeMo has a thousand names and a list of a thousand
     alternatives would be tried one by one at every `<`.
     """
     branches = [
@@ -404,7 +404,7 @@ def _compile(source: str) -> tuple[jinja2.Template, bool, str]:
 
 
 class _Generation(Extension):
-    """Lets templates mark the assistant's words; we find them ourselves, with any template."""
+    """Lets templates mark the assistant's words; this file finds them itself, in any template."""
 
     tags = {"generation"}  # noqa: RUF012
 

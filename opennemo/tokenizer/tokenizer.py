@@ -1,9 +1,9 @@
-"""What every tokenizer of the package is: a map between text and ids that no text can trick.
+"""The interface of every tokenizer: a map between text and ids that no text can trick.
 
-One idea makes the rest small: each token stands for fixed bytes (`token_bytes`), control tokens
-for none. Decoding is then joining bytes, and streaming is the same with an incremental UTF-8
-decoder. Control ids are asked for by name (`control`) and never come out of `encode`, so nothing
-that a user types can forge a turn. How conversations are laid out is chat.py's business.
+Each token stands for fixed bytes (`token_bytes`), control tokens for none. Decoding is then joining
+bytes, and streaming is the same with an incremental UTF-8 decoder. Control ids are looked up by
+name (`control`) and `encode` never returns them, so nothing that a user types can forge a turn.
+chat.py lays out conversations.
 """
 
 import codecs
@@ -135,7 +135,7 @@ class StreamDecoder:
         return self._clean(self._utf8.decode(new))
 
     def flush(self) -> str:
-        """What is left at the end: U+FFFD if the last character never became whole."""
+        """The rest at the end: U+FFFD if the last character is incomplete."""
         return self._clean(self._utf8.decode(b"", final=True))
 
     def _clean(self, text: str) -> str:
@@ -146,7 +146,7 @@ class StreamDecoder:
 
 
 def repair_surrogates(text: str) -> str:
-    """Join surrogates that form a pair, and make U+FFFD of the others: what UTF-8 cannot hold."""
+    """Join surrogates that form a pair, and replace others, which UTF-8 cannot hold, by U+FFFD."""
     if text.isascii():
         return text
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
