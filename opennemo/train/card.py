@@ -1,6 +1,6 @@
-"""The model card of a run: what a model is, of what it was made and how, filled in by the tool.
+"""The model card of a run: what a model is, what it was made from and how, filled in by code.
 
-Nothing in it is written by hand and nothing is left empty: a missing fact is stated as missing.
+Nothing in it is written by hand and nothing is left empty: a missing fact is called missing.
 Format: the Hugging Face hub's README.md with YAML in front.
 """
 
@@ -23,7 +23,7 @@ SHOWN = (
 
 def write_card(recipe: Recipe, run: Path, folder: Path, *, stored: str = "float32") -> None:
     """Write README.md into a folder that a run made, whose weights are in the format `stored`."""
-    from huggingface_hub import ModelCard, ModelCardData  # training itself does without
+    from huggingface_hub import ModelCard, ModelCardData  # training itself does not need it
 
     records, data, parent = read_metrics(run), read_json(run / "data.json"), recipe.model.path
     facts = {

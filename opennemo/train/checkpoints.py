@@ -1,14 +1,14 @@
-"""Checkpoints of a run: all that is needed to go on, written while training goes on.
+"""Checkpoints of a run: all that is needed to resume, written while training continues.
 
-A checkpoint is a folder `step-00001000` that takes its name when everything is in it: each rank
+A checkpoint is a folder `step-00001000` that gets its name when everything is in it: each rank
 writes its own shards into a hidden folder beside it, then rank 0 writes `checkpoint.json`, which
-lists every file and plain number, and renames the folder. So what has a name is complete, and older
-ones go only after that. Planning, resharding (any number of ranks reads what any other wrote),
-copying aside so that training can go on, and reading are torch.distributed.checkpoint's; files are
-its safetensors. This file adds what that does not promise: names for what is complete, refusal of
-what is damaged or foreign, plain numbers without a pickle, and writing tensor by tensor. PyTorch's
-own writer holds all of a rank's tensors twice more in memory, and Python's lock while it copies
-them, for which training would wait.
+lists every file and plain number, and renames the folder. So a folder with a name is complete, and
+older ones are removed only after that. Planning, resharding (any number of ranks reads what any
+other wrote), copying aside so that training can continue, and reading are
+torch.distributed.checkpoint's; files are its safetensors. This file adds guarantees: names only for
+complete checkpoints, refusal of damaged or foreign ones, plain numbers without a pickle, and
+writing tensor by tensor. PyTorch's own writer holds all of a rank's tensors twice more in memory,
+and Python's lock while it copies them, which would block training.
 
 All ranks must see the same folder. This file does not know what a model, an optimizer or a run is.
 """
@@ -51,14 +51,14 @@ DAMAGED = (
 
 
 class Checkpoints:
-    """The checkpoints of one run; of a process group, every rank makes one and calls alike."""
+    """The checkpoints of one run; in a process group, every rank makes one and calls the same."""
 
     def __init__(self, folder: Path, *, keep: int):
         """Keep the newest `keep` checkpoints in `folder`, which is made with the first."""
         if keep < 1:
             raise ValueError(f"keep is {keep}, must be 1 or more")
         self.folder, self.keep = folder, keep
-        # Of its own: saving goes on in a thread beside training, which uses the default group.
+        # Its own group: saving runs in a thread beside training, which uses the default group.
         self._group: dist.ProcessGroup | None = None
         if dist.is_initialized():
             self._group = dist.new_group(backend="gloo")  # pyright: ignore[reportAttributeAccessIssue]
@@ -70,7 +70,7 @@ class Checkpoints:
         Args:
             state: dicts and lists of tensors, sharded or the same on every rank, and of plain
                 numbers and strings, the same on every rank.
-            wait: until it is written; else only for the copy, and for the save before this one.
+            wait: until it is written; else only for the copy, and for the previous save.
 
         Raises:
             CheckpointError: as `wait`.
@@ -95,7 +95,7 @@ class Checkpoints:
             self.wait()
 
     def wait(self) -> None:
-        """Until nothing is being written.
+        """Wait until nothing is being written.
 
         Raises:
             CheckpointError: what was being written could not be; older checkpoints are intact.
@@ -124,8 +124,8 @@ class Checkpoints:
     def load(self, state: dict, step: int | None = None) -> int:
         """Fill a state in place from a checkpoint, by default the newest; returns its step.
 
-        What the state names must be there, in the same shape and type; what else is there is left.
-        However many ranks wrote it, each of these reads its own part.
+        Everything in the state must be there, in the same shape and type; other content is ignored.
+        However many ranks wrote it, each of the present ranks reads its own part.
 
         Raises:
             CheckpointError: no checkpoint is there, it is damaged, or another kind of run wrote it.
@@ -211,7 +211,7 @@ class _Writer(HuggingFaceStorageWriter):
         return written
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """On rank 0, when all have written: give the folder its name, then let old ones go."""
+        """On rank 0, when all have written: give the folder its name, then remove old ones."""
         sizes = {file.name: file.stat().st_size for file in sorted(self.partial.iterdir())}
         index = {"step": self.step, "files": sizes, "values": self.values}
         write_json(self.partial / INDEX, index)
@@ -228,7 +228,7 @@ class _Writer(HuggingFaceStorageWriter):
 
 
 def _leaves(node: dict | list, path: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Every leaf of nested dicts and lists: its name, what holds it, and under which key."""
+    """Every leaf of nested dicts and lists: its name, its container, and its key there."""
     for key, value in node.items() if isinstance(node, dict) else enumerate(node):
         name = f"{path}/{key}" if path else str(key)
         if isinstance(value, dict) or (isinstance(value, list) and not _is_plain(value)):
@@ -265,7 +265,7 @@ def _steps(folder: Path) -> set[int]:
 
 
 def _remove(path: Path) -> None:
-    """A checkpoint; it loses its name first, so that a part of one is never taken for it."""
+    """Remove a checkpoint; it loses its name first, so that a part is never mistaken for it."""
     doomed = path.with_name(f".{path.name}.old")
     shutil.rmtree(doomed, ignore_errors=True)
     path.rename(doomed)

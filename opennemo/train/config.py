@@ -1,9 +1,9 @@
 """A run's settings: one TOML file, one strict tree of frozen dataclasses.
 
-Whatever a recipe may say stands here, with its default and its bounds. An unknown key or a value of
-the wrong type is an error that names the key (`optim.lr`); `--set optim.lr=3e-4` is the only way to
-override a file. The resolved tree is saved with the run, and a run is only resumed under the tree
-that it began with. What the settings do is the business of the modules they are handed to.
+Everything that a recipe may contain is here, with its default and its bounds. An unknown key or a
+value of the wrong type is an error that names the key (`optim.lr`); `--set optim.lr=3e-4` is the
+only way to override a file. The resolved tree is saved with the run, and a run is only resumed
+under the tree that it began with. The modules that get the settings define what they do.
 """
 
 import json
@@ -44,13 +44,13 @@ def _trained_format(name: str) -> str:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Model:
-    """What is trained: a model that is there (`path`), or a new one of a `shape`."""
+    """What is trained: an existing model (`path`), or a new one of a `shape`."""
 
     path: str | None = None  # a folder, a .gguf file or a Hugging Face id
     # A name of PRESETS, or the fields of a shape.
     shape: str | Shape | None = None  # pyright: ignore[reportInvalidTypeForm]
     tokenizer: str | None = None  # for a new model: a folder or file
-    # For a longer context than the model had: its rotation is slowed down, its limit raised.
+    # For a longer context than the model had: a slower rotation, a higher limit.
     rope_theta: Annotated[float, Field(gt=0)] | None = None
     max_position_embeddings: Positive | None = None  # tokens
 
@@ -77,7 +77,7 @@ class Model:
 class Source:
     """A folder of shards that `opennemo tokenize` wrote, or a file of conversations or pairs.
 
-    Of conversations to draw answers to, each ends with what is asked, or with a reference answer.
+    A conversation to draw answers to ends with a question, or with a reference answer.
     """
 
     path: Path  # that folder or file
@@ -86,10 +86,10 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class TrainingData:
-    """What is learned from, and how it is divided into steps."""
+    """The training data, and how it is divided into steps."""
 
-    train: Annotated[tuple[Source, ...], Field(min_length=1)]  # what is learned from
-    valid: tuple[Source, ...] = ()  # what the held-out loss is measured on
+    train: Annotated[tuple[Source, ...], Field(min_length=1)]  # the training data
+    valid: tuple[Source, ...] = ()  # data for the held-out loss
     # Tokens of a row, into which documents or conversations are packed; of a prompt and one answer.
     window: Positive = 1024
     rows: Positive = 8  # of a step, over all ranks; where answers are drawn, prompts
@@ -138,9 +138,9 @@ class Lora:
     rank: Annotated[int, Field(gt=0, le=1024)] = 16  # of the low-rank part
     alpha: Annotated[float, Field(gt=0)] = 32.0  # that part is scaled by alpha / rank
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of inputs left out
-    layers: tuple[str, ...] = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")  # that get one
-    start: str | None = None  # an adapter's folder to go on from: this rank, these layers
-    # What the frozen weights are in, and products; auto: as they are stored on a GPU; on a CPU
+    layers: tuple[str, ...] = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")  # layers that get one
+    start: str | None = None  # an adapter's folder to continue from: this rank, these layers
+    # The type of the frozen weights and of products; auto: as they are stored on a GPU; on a CPU
     # float32, or the blocks of a GGUF file.
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
@@ -150,15 +150,15 @@ class Preference:
     """Direct preference optimisation (arXiv:2305.18290), its usual amendments, and its successors.
 
     "ipo" (arXiv:2310.12036) aims at a margin and "apo-zero" (2408.06266) at answers likelier and
-    less likely than before; "simpo" (2405.14734) and "orpo" (2403.07691) need no model before.
+    less likely than before; "simpo" (2405.14734) and "orpo" (2403.07691) need no reference model.
     """
 
     loss: Literal["dpo", "ipo", "apo-zero", "simpo", "orpo"] = "dpo"  # of each pair
-    beta: Annotated[float, Field(gt=0)] = 0.1  # the larger, the closer to the first model
-    margin: Number = 0.0  # that the chosen answer is to be ahead by; simpo's gamma
+    beta: Annotated[float, Field(gt=0)] = 0.1  # the larger, the closer to the reference model
+    margin: Number = 0.0  # by which the chosen answer is to be ahead; simpo's gamma
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0  # conservative DPO
-    sft: Number = 0.0  # weight of the chosen answer's own loss, a token (arXiv:2404.19733)
-    length_normalized: bool = False  # compare log-probabilities a token (arXiv:2411.15124)
+    sft: Number = 0.0  # weight of the chosen answer's own loss per token (arXiv:2404.19733)
+    length_normalized: bool = False  # compare log-probabilities per token (arXiv:2411.15124)
 
     @model_validator(mode="after")
     def _goes_together(self) -> Self:
@@ -172,7 +172,7 @@ class Preference:
 
     @property
     def has_reference(self) -> bool:
-        """Whether answers are compared with what the model thought of them at first."""
+        """Whether the loss uses the model's log-probabilities from before training."""
         return self.loss not in ("simpo", "orpo")
 
 
@@ -194,11 +194,11 @@ class Drawing:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Reward:
-    """What an answer is worth: a function of rewards.py, or the user's own, and its weight."""
+    """A reward for answers: a function of rewards.py, or the user's own, and its weight."""
 
-    name: str  # "module:function" or "file.py:function" for one's own
+    name: str  # "module:function" or "file.py:function" for one of your own
     weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0  # in the sum
-    pattern: str | None = None  # of `format` alone: the whole answer matches it
+    pattern: str | None = None  # only of `format`: the whole answer matches it
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -206,27 +206,27 @@ class Reinforcement:
     """GRPO (arXiv:2402.03300) as DAPO (2503.14476) and Dr. GRPO (2503.20783) corrected it.
 
     A loss is a mean over tokens, gains are not divided by their spread or by lengths, and groups
-    whose answers are all worth the same are left out.
+    whose answers all have the same reward are left out.
     """
 
     rewards: tuple[Reward, ...] = ()  # what is summed
     updates: Positive = 1  # of a step, among which its prompts are divided
-    epochs: Positive = 1  # how often they are gone through
+    epochs: Positive = 1  # passes over them
     clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2  # how far an update may lower a token ...
     clip_high: Annotated[float, Field(gt=0)] = 0.28  # ... or raise it, as shares
-    kl: Number = 0.0  # weight of the divergence from the model at first, a token
+    kl: Number = 0.0  # weight of the divergence from the first model, per token
     timeout: Annotated[float, Field(gt=0)] = 30.0  # seconds that a reward may take for an answer
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Saving:
-    every: Count = 100  # steps; 0 for the last one alone
+    every: Count = 100  # steps; 0 for only the last one
     keep: Positive = 2  # checkpoints, the newest
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Evaluation:
-    every: Count = 100  # steps; 0 for the last one alone
+    every: Count = 100  # steps; 0 for only the last one
     prompts: Path | None = None  # JSON lines of messages, answered for the log
     max_tokens: Positive = 64  # of such an answer
 
@@ -235,7 +235,7 @@ class Evaluation:
 class Parallel:
     """How the ranks divide the work; their product is the number of ranks."""
 
-    data_parallel_replicate: Positive = 1  # groups that hold a whole model each
+    data_parallel_replicate: Positive = 1  # groups that each hold a whole model
     data_parallel_shard: Annotated[int, Field(ge=-1)] = -1  # that divide weights; -1: the rest
     tensor_parallel: Positive = 1  # ranks that divide every matrix
     context_parallel: Positive = 1  # ranks that divide the tokens of a row

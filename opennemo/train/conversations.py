@@ -1,8 +1,8 @@
 """Chat files to examples: ids, and a mask of those that a model should learn to write.
 
-Ids and mask come from `tokenizer/chat.py` alone, from the lines that serve a prompt, so a model is
-asked in training exactly as it will be asked in use. A line that cannot be learned from is never
-skipped in silence: its file, number and reason are in the report.
+Ids and mask come only from `tokenizer/chat.py`, from the code that serves a prompt, so a model gets
+the same prompts in training as in use. A line that cannot be learned from is never skipped
+silently: its file, number and reason are in the report.
 
 It does not know the shapes of lines (shapes.py), how examples are packed, or what the loss is.
 """
@@ -71,10 +71,10 @@ class Task:
 
 
 def n_shared(examples: Sequence[Example]) -> int:
-    """How many ids all of several examples begin with, before the first that is learned from."""
+    """The number of ids with which several examples all begin, before the first learned id."""
     if len(examples) < 2:
         return 0
-    # Of an answer's first id the id before it is the place, which each example keeps.
+    # The place of an answer's first id is the id before it, which each example keeps.
     end = max(0, min(int(e.mask.argmax()) if e.mask.any() else len(e.ids) for e in examples) - 1)
     first, *others = (e.ids[:end] for e in examples)
     for other in others:
@@ -84,7 +84,7 @@ def n_shared(examples: Sequence[Example]) -> int:
 
 
 class BadLine(NamedTuple):
-    """A line that nothing can be learned from as it stands."""
+    """A line that cannot be learned from as it is."""
 
     file: str
     line: int
@@ -96,7 +96,7 @@ class BadLine(NamedTuple):
 
 @dataclass
 class Report:
-    """What some files hold.
+    """The content of some files.
 
     Attributes:
         lengths: tokens of each sequence, in order; of a pair there are two.
@@ -118,12 +118,12 @@ class Report:
         return sum(self.lengths)
 
     def percentiles(self, *shares: float) -> list[int]:
-        """Lengths that so many percent of the sequences do not exceed; 0 if there are none."""
+        """Lengths that given percentages of the sequences do not exceed; 0 if there are none."""
         lengths = np.percentile(self.lengths or [0], shares, method="lower")
         return [int(length) for length in lengths]
 
     def add(self, other: "Report") -> None:
-        """Take over what another part of the same files gave."""
+        """Add the report on another part of the same files."""
         self.n_conversations += other.n_conversations
         self.n_turns += other.n_turns
         self.n_tool_calls += other.n_tool_calls
@@ -187,7 +187,7 @@ def read_tasks(
 
 
 class Reader:
-    """What turns lines into examples, into pairs or into tasks."""
+    """Turns lines into examples, into pairs or into tasks."""
 
     def __init__(
         self, tokenizer: Tokenizer, max_tokens: int, *, pairs: bool = False, tasks: bool = False
@@ -291,7 +291,7 @@ def _read(paths: Sequence[Path], reader: Reader, processes: int | None) -> tuple
 def _read_share(
     paths: Sequence[Path], reader: Reader, rank: int, n_ranks: int
 ) -> list[tuple[list[Any], Report]]:
-    """Every nth batch of lines; going through the others, too, costs next to nothing."""
+    """Every nth batch of lines; reading past the others costs next to nothing."""
     if n_ranks > 1:
         reader.tokenizer.expect_corpus()
     mine = (batch for i, batch in enumerate(batches_of_lines(paths)) if i % n_ranks == rank)
@@ -312,7 +312,7 @@ def batches_of_lines(paths: Iterable[Path]) -> Iterator[tuple[str, list[tuple[in
         batch, size, number, is_rest, is_empty = [], 0, 1, False, True
         with open_lines(path) as (_, lines):
             for line in lines:
-                # What is too long for one piece comes as several; the first is bad enough.
+                # A line too long for one piece comes as several; the first makes it bad.
                 if not is_rest and not line.isspace():
                     batch.append((number, line))
                     size, is_empty = size + len(line), False

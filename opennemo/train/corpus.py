@@ -1,15 +1,15 @@
-"""Token shards on disk, and mixtures of them as an endless row of windows.
+"""Token shards on disk, and mixtures of them as an endless sequence of windows.
 
-One idea makes it simple: which tokens window i holds is arithmetic on (seed, sources, i). Nothing
-is drawn, kept or advanced, so a run resumes exactly at any step, and any number of processes see
-the same data. Windows follow shares of a mixture as evenly as whole numbers can, and the windows
-of a source pass in a new order each epoch, by a permutation that is computed and never stored.
+The tokens of window i follow from (seed, sources, i) by arithmetic. No state is drawn, kept or
+advanced, so a run resumes exactly at any step, and any number of processes see the same data.
+Windows follow shares of a mixture as evenly as whole numbers can, and the windows of a source pass
+in a new order each epoch, by a permutation that is computed and never stored.
 
 A folder of shards holds `NNNNN.ids` (uint32), `NNNNN.ends` (int64: where each document ends, in
 tokens of this shard; both little-endian) and `index.json`, written last, with the size and the
 SHA-256 of each file. A document is BOS, if the tokenizer puts it before texts, its ids, and EOS.
 
-It does not know what the documents say, nor how windows become batches. Permutation: Luby and
+It does not know what the documents say or how windows become batches. Permutation: Luby and
 Rackoff (1988), with the cycle walking of Black and Rogaway (2002).
 """
 
@@ -98,7 +98,7 @@ class Corpus:
         self.n_tokens = sum(shards.n_tokens for shards in self._shards)
         parts = [Fraction(weight) for weight in self._weights]
         self._shares = [part / sum(parts) for part in parts]
-        # The share of each source in what those before it have left.
+        # The share of each source in what the earlier ones leave.
         left = [sum(parts[j:]) for j in range(len(parts))]
         self._splits = [(w / rest).as_integer_ratio() for w, rest in zip(parts, left, strict=True)]
 
@@ -118,7 +118,7 @@ class Corpus:
         return shards.read(begin, begin + self._window)
 
     def describe(self) -> dict[str, Any]:
-        """What the windows are made of, for the folder of a run.
+        """The data behind the windows, for the folder of a run.
 
         After n windows a source has been seen n / `windows_an_epoch` times.
         """
@@ -143,7 +143,7 @@ class Corpus:
         """The source of window i, and how many windows before i were of the same.
 
         The first source with share s gets those i where floor(i s) steps up, the others share the
-        rest in the same way. So every stretch of windows holds a source as often as it should,
+        rest in the same way. So every stretch of windows holds the right number of each source,
         within one for the first and one more for each that follows.
         """
         for source, (numerator, denominator) in enumerate(self._splits):
@@ -174,10 +174,10 @@ def vocabulary_hash(tokenizer: Tokenizer) -> str:
 
 
 class ShardWriter:
-    """Writes documents into a folder of shards; `finish` makes it whole.
+    """Writes documents into a folder of shards; `finish` completes it.
 
-    The same documents give the same bytes. Until `finish` there is no `index.json`, so a folder
-    that was left unfinished is never taken for a corpus.
+    The same documents give the same bytes. Until `finish` there is no `index.json`, so an
+    unfinished folder is never taken for a corpus.
     """
 
     def __init__(
@@ -237,7 +237,7 @@ class ShardWriter:
 
 
 def describe_tokenizer(tokenizer: Tokenizer, name: str) -> dict[str, Any]:
-    """What an index says of the tokenizer that its ids are of."""
+    """What an index says about the tokenizer of its ids."""
     return {
         "name": name,
         "hash": vocabulary_hash(tokenizer),
@@ -284,12 +284,12 @@ class _Shards:
             raise CheckpointError(f"{path}: its documents do not end where its tokens do")
 
     def __reduce__(self) -> tuple[type["_Shards"], tuple[Path]]:
-        return _Shards, (self.path,)  # another process maps the files anew, instead of a copy
+        return _Shards, (self.path,)  # another process maps the files again, instead of a copy
 
     def read(self, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens begin to end: ids (T,) uint32, and how they fall into documents (S,) int64."""
         ids, lengths = zip(*self._pieces(begin, end), strict=True)
-        # Copied in any case: what is mapped cannot be written to, which PyTorch wants to.
+        # Always copied: mapped files are read-only, and PyTorch needs a writable array.
         return np.concatenate(ids, dtype=np.uint32), np.concatenate(lengths)
 
     def verify(self) -> None:
@@ -329,7 +329,7 @@ class _Shards:
 
 
 def _key(*parts: int) -> int:
-    """64 bits that are another number for any other parts, as good as random."""
+    """A hash of 64 bits over the parts, as good as random."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest())
 
 
@@ -342,12 +342,12 @@ def _permuted(place: int, n: int, key: int) -> int:
         for round in range(ROUNDS):
             left, right = right, left ^ _mixed(key + round * GOLDEN ^ right) & mask
         place = left << half | right
-        if place < n:  # else go on: what lies outside leads back inside
+        if place < n:  # else continue: places outside lead back inside
             return place
 
 
 def _mixed(x: int) -> int:
-    """64 bits each of which hangs on each of x's, as in splitmix64."""
+    """64 bits, each of which depends on every bit of x, as in splitmix64."""
     x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & WORD
     x = (x ^ x >> 27) * 0x94D049BB133111EB & WORD
     return x ^ x >> 31

@@ -1,4 +1,4 @@
-"""Cross-entropy with the head's product in it, so that logits are never all there at once."""
+"""Cross-entropy fused with the head's product, so that not all logits exist at once."""
 
 import torch
 import torch.nn.functional as F

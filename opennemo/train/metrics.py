@@ -1,8 +1,8 @@
 """What a run records: a line of JSON a step, TensorBoard's events, and plots of them.
 
-`metrics.jsonl` is the record; everything else can be made from it. A run that goes on from a
-checkpoint first drops what was written after it, so that the record reads as if nothing had
-happened. The trainer decides which numbers there are.
+`metrics.jsonl` is the record; everything else can be made from it. A run that resumes from a
+checkpoint first drops the lines after it, so that the record reads as if nothing had happened. The
+trainer decides which numbers there are.
 """
 
 import json
@@ -41,7 +41,7 @@ class Log:
     """The record of one run, as a file and as TensorBoard's events."""
 
     def __init__(self, run: Path, first_step: int):
-        """Go on at `first_step`: what was recorded of later ones is dropped."""
+        """Continue at `first_step`: records of later steps are dropped."""
         from tensorboardX import SummaryWriter
 
         path = run / FILE
@@ -66,7 +66,7 @@ class Log:
 
 
 def note(values: Mapping[str, float]) -> str:
-    """What a person wants to see of a step, in one line."""
+    """The main numbers of a step, in one line."""
     shapes = (
         ("loss", "loss", ".4f"), ("reward", "reward", ".3f"), ("accuracy", "right", ".1%"),
         ("tokens_per_second", "tok/s", ",.0f"), ("mfu", "MFU", ".0%"),
@@ -137,7 +137,7 @@ def plot(runs: Sequence[Path], out: Path) -> None:
 
 
 def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of a large matrix product here: what MFU is a share of."""
+    """Operations a second of a large matrix product here, the base of MFU."""
     n = 1024 if device.type == "cpu" else 8192
     a = torch.ones(n, n, device=device, dtype=dtype)
     best = math.inf
@@ -166,7 +166,7 @@ def _wait(device: torch.device) -> None:
 
 
 def _records(path: Path) -> Iterable[dict[str, Any]]:
-    """The lines of a record, but for a last one that a kill cut off."""
+    """The lines of a record, except an incomplete last one that a kill cut off."""
     if not path.exists():
         return
     for line in path.read_text("utf-8").splitlines(keepends=True):

@@ -1,11 +1,11 @@
-"""What is minimised: the next token, answers alone, preferences, or drawn answers' lack of reward.
+"""The losses: for the next token, for answers alone, for preferences, for rewards of answers.
 
 An objective takes a model and a batch and gives the *sum* of the losses over the batch's units
-(targets, or pairs) and sums of what is worth a curve; the trainer divides by the units of the whole
+(targets, or pairs) and the sums of other metrics; the trainer divides by the units of the whole
 step, so that parts of a step, and ranks, add up to what one pass would give.
 
-The head is fused with the loss: rows without a target never meet it, and of the others so many at a
-time that memory does not grow with the vocabulary. Sources: DPO (arXiv:2305.18290), PPO
+The head is fused with the loss: rows without a target never go through it, and the others go in
+chunks, so that memory does not grow with the vocabulary. Sources: DPO (arXiv:2305.18290), PPO
 (arXiv:1707.06347), GRPO (arXiv:2402.03300), the estimate of its divergence (joschu.net, 2020).
 """
 
@@ -27,7 +27,7 @@ from opennemo.model.transformer import Transformer
 from opennemo.train.fused_losses import fused_losses
 from opennemo.train.packing import IGNORED, Batch
 
-if TYPE_CHECKING:  # pydantic is needed where recipes are read alone
+if TYPE_CHECKING:  # pydantic is only needed for reading recipes
     from opennemo.train.config import Preference, Recipe, Reinforcement
 
 Objective = Callable[[Transformer, Batch], tuple[Tensor, dict[str, Tensor]]]
@@ -84,7 +84,7 @@ def preference(
     """Direct preference optimisation and its kin: answers come in pairs, the chosen one first."""
     assert batch.reference is not None
     log_probs, counts = sequence_log_probs(model, batch)
-    gains = log_probs - batch.reference  # which is zero where there is no model before
+    gains = log_probs - batch.reference  # which is zero without a reference model
     if settings.length_normalized or not settings.has_reference:
         gains = gains / counts
     chosen, rejected = gains.view(-1, 2).unbind(-1)
@@ -119,7 +119,7 @@ def reinforce(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Make drawn answers likelier by their gains, as far as an update may change a token.
 
-    `reference` is the model before it learned; without one that is this model without its adapter.
+    `reference` is the model before training; without one, this model without its adapter.
     """
     assert batch.drawn is not None and batch.gains is not None
     hidden, targets, _ = hidden_of_targets(model, batch)
@@ -176,7 +176,7 @@ def objective(
     """The objective that a recipe names; `teacher` is a model to learn from, or to stay close to.
 
     Raises:
-        InvalidRequest: it needs sequences whole, and the mesh divides them.
+        InvalidRequest: it needs whole sequences, and the mesh divides them.
     """
     name = recipe.objective
     if name in ("text", "chat"):

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:  # pydantic is needed where recipes are read alone
+if TYPE_CHECKING:  # pydantic is only needed for reading recipes
     from opennemo.train.config import Optim
 
 
 def optimizers(model: nn.Module, settings: "Optim") -> list[torch.optim.Optimizer]:
-    """For the parameters of a model that are to learn."""
+    """The optimizers for the trainable parameters of a model."""
     decayed, plain, matrices = [], [], []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:

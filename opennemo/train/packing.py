@@ -6,7 +6,7 @@ a resumed run, and any number of ranks, see the same data. Of text, documents ar
 of one width; conversations stay whole, and are packed into rows that are as full as they can be
 made (first fit over a shuffled list). No sequence sees another: `cu_seqlens` keeps them apart.
 Answers to one prompt (a preference's two, a group of samples) fork: the prompt is a sequence of its
-own, and each answer one that goes on where it ends (`Forked`).
+own, and each answer one that continues where it ends (`Forked`).
 
 This file does not know what the ids mean.
 """
@@ -25,7 +25,7 @@ from opennemo.model.positions import Window
 from opennemo.train.conversations import Example, Pair, n_shared
 from opennemo.train.corpus import Corpus
 
-IGNORED = -100  # a target that is no target
+IGNORED = -100  # marks an id without a target
 
 
 class PackedRow(NamedTuple):
@@ -33,7 +33,7 @@ class PackedRow(NamedTuple):
     targets: np.ndarray  # (T,) int64, the next id or IGNORED
     lengths: np.ndarray  # (S,) of the sequences that lie in it
     units: np.ndarray  # which examples, if they are numbered
-    parents: tuple[int, ...] = ()  # (S,) as of `Forked`, or none: no sequence goes on with another
+    parents: tuple[int, ...] = ()  # (S,) as of `Forked`, or none: no sequence continues another
 
 
 class PackedRows(Protocol):
@@ -64,7 +64,7 @@ class Batch:
 
     @property
     def answers(self) -> Tensor:
-        """(A,) places of the sequences that no other goes on with."""
+        """(A,) places of the sequences that no other continues."""
         n = len(self.cu_seqlens) - 1
         ends = sorted(set(range(n)) - set(self.parents))
         return torch.tensor(ends, device=self.cu_seqlens.device)
@@ -144,7 +144,7 @@ def pack(units: Sequence[Sequence[Example]]) -> PackedRow:
 def fork(unit: Sequence[Example]) -> tuple[list[np.ndarray], list[np.ndarray], list[int]]:
     """Ids, targets and parents of the sequences that a unit becomes: its trunk, then its answers.
 
-    A trunk ends before the first id with a target, so an answer begins with what is answered last.
+    A trunk ends before the first id with a target, so an answer begins with the id before that.
     """
     ids, targets = [e.ids for e in unit], [example_targets(e) for e in unit]
     n = n_shared(unit)
@@ -157,7 +157,7 @@ def fork(unit: Sequence[Example]) -> tuple[list[np.ndarray], list[np.ndarray], l
 
 
 def example_targets(example: Example) -> np.ndarray:
-    """(T,) int64: the next id where that is one to write."""
+    """(T,) int64: the next id where the model should write it."""
     targets = np.full(len(example.ids), IGNORED, np.int64)
     targets[:-1] = np.where(example.mask[1:], example.ids[1:].astype(np.int64), IGNORED)
     return targets

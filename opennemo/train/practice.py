@@ -24,7 +24,7 @@ from opennemo.train.conversations import Example, Task
 from opennemo.train.packing import Batch, collate, pack
 from opennemo.train.rewards import Attempt, Judge
 
-if TYPE_CHECKING:  # pydantic is needed where recipes are read alone
+if TYPE_CHECKING:  # pydantic is only needed for reading recipes
     from opennemo.train.config import Recipe
 
 SHOWN = 2  # groups of a step that go into the log of samples
@@ -33,7 +33,7 @@ SHOWN = 2  # groups of a step that go into the log of samples
 class Drawn(NamedTuple):
     """An answer."""
 
-    ids: list[int]  # with the one that ended it
+    ids: list[int]  # including the one that ended it
     log_probs: list[float]  # of each, under the model that drew it
     whole: bool  # it ended by itself
 
@@ -75,7 +75,7 @@ class TaskRows:
 
 @dataclass(frozen=True, kw_only=True)
 class Lesson:
-    """What a step makes of its answers."""
+    """The result of a step's answers."""
 
     updates: list[list[Batch]]  # for each update its batches, one for each pass
     filler: Batch  # nothing to learn, for ranks that must make as many passes as others
@@ -93,7 +93,7 @@ class Practice:
         """Without a judge every answer is learned from.
 
         Raises:
-            InvalidRequest: the model's turns end in a text that is no token.
+            InvalidRequest: the model's turns end in a text that is not a token.
         """
         if isinstance(end := turn_end(tokenizer), str):
             raise InvalidRequest(
@@ -119,7 +119,7 @@ class Practice:
         parts = self._judge(tasks, groups)
         worth = parts @ self.weights
         gains = worth - worth.mean(1, keepdims=True)
-        # Where all answers are worth the same there is nothing to prefer.
+        # Where all answers have the same reward there is nothing to prefer.
         kept = [i for i in range(len(tasks)) if self.judge is None or np.ptp(worth[i]) > 0]
         n_updates, n_epochs = (rl.updates, rl.epochs) if self.judge else (1, 1)
         size = self.recipe.data.micro_rows

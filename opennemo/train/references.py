@@ -1,4 +1,4 @@
-"""What a model thought of pairs of answers before it learned, kept in a run's folder."""
+"""Log-probabilities of pairs of answers from before training, stored in a run's folder."""
 
 from collections.abc import Callable
 from pathlib import Path

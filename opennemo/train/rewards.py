@@ -1,7 +1,7 @@
-"""What an answer is worth: functions of an attempt, by name, and how they are called.
+"""Rewards for answers: functions of an attempt, by name, and how they are called.
 
 A reward is a function of an `Attempt` that returns a number; `rl.rewards` names several, whose
-weighted sum is what reinforcement learning raises. Those here compare calls, numbers and forms by a
+weighted sum reinforcement learning raises. Those here check calls, numbers and formats by a
 program; a user's own is `module:function` or `file.py:function`. Rewards are called on a thread, so
 that one that never returns ends the run with an error instead of blocking it. An error names the
 answer that the reward was called with.
@@ -27,7 +27,7 @@ from opennemo.errors import InvalidRequest, OpenNemoError
 from opennemo.tokenizer.messages import Message, json_or_text
 from opennemo.train.conversations import Task
 
-if TYPE_CHECKING:  # pydantic is needed where recipes are read alone
+if TYPE_CHECKING:  # pydantic is only needed for reading recipes
     from opennemo.train.config import Reward
 
 SHOWN = 200  # characters of an answer in an error
@@ -36,7 +36,7 @@ NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 @dataclass(frozen=True)
 class Attempt:
-    """An answer that was drawn, and what it answers."""
+    """An answer that was drawn, and its task."""
 
     task: Task
     reply: Message  # content and tool_calls
@@ -124,7 +124,7 @@ def _has(text: str, word: str) -> bool:
     return re.search(rf"\b{re.escape(word)}\b", text, re.IGNORECASE) is not None
 
 
-# What IFEval's instructions ask of a text; `values` are those of its `kwargs`.
+# Checks of IFEval's instructions; `values` are those of its `kwargs`.
 CHECKS: dict[str, Callable[[str, Mapping[str, Any]], Any]] = {
     "keywords:existence": lambda t, v: all(_has(t, word) for word in v["keywords"]),
     "keywords:forbidden_words": lambda t, v: not any(_has(t, w) for w in v["forbidden_words"]),
@@ -183,7 +183,7 @@ CHECKS: dict[str, Callable[[str, Mapping[str, Any]], Any]] = {
 
 
 class Judge:
-    """The rewards of a run: what answers are worth, part by part."""
+    """The rewards of a run, part by part."""
 
     def __init__(self, rewards: Sequence["Reward"], timeout: float):
         """`timeout` are the seconds that one answer's reward may take.

@@ -1,4 +1,4 @@
-"""A run as a folder: begun, gone on with, and turned into models.
+"""A run as a folder: begun, resumed, and turned into models.
 
     recipe.json    every setting          metrics.jsonl  a line a step     tensorboard/   the same
     data.json      what it learns from    samples.jsonl  answers on the way
@@ -6,7 +6,7 @@
                                           training (fp8-static/, q4_k.gguf): what came out, and a
                                           model card
 
-The same command goes on with a run that was stopped or killed. Models are written once, at the end.
+The same command resumes a run that was stopped or killed. Models are written once, at the end.
 """
 
 from collections.abc import Callable
@@ -44,7 +44,7 @@ def train(
     recipe: Recipe, run: Path, *, sample: Sample | None = None,
     rollout: MakeRollout | None = None, quiet: bool = False,
 ) -> dict[str, Path]:  # fmt: skip
-    """Begin a run in a folder, or go on with it, and write what comes out; gives those folders.
+    """Begin a run in a folder, or resume it, and write the results; returns their folders.
 
     Raises: as `begin`, `Trainer.train`.
     """
@@ -74,7 +74,7 @@ def begin(
 
 
 def finish(trainer: Trainer) -> dict[str, Path]:
-    """Write what a run at its last step made; gives the folders."""
+    """Write the results of a run at its last step; returns their folders."""
     gather_(trainer.model)
     return export(trainer.recipe, trainer.run, trainer.setup) if _is_first() else {}
 
@@ -106,7 +106,7 @@ def open_run(recipe: Recipe, run: Path) -> None:
 
 
 def gather_(model: Transformer) -> None:
-    """Give the first rank the whole of weights that ranks share; the others let go of theirs."""
+    """Give the first rank the whole of divided weights; the other ranks free theirs."""
     gathered: dict[int, nn.Parameter] = {}  # a tied head is the embedding
     for module in model.modules():
         for name, weight in list(module.named_parameters(recurse=False)):
@@ -118,7 +118,7 @@ def gather_(model: Transformer) -> None:
 
 
 def export(recipe: Recipe, run: Path, setup: Setup) -> dict[str, Path]:
-    """Write what a run made: a model folder or an adapter, and the model in its number format."""
+    """Write a run's results: a model folder or an adapter, and the model in its number format."""
     if recipe.lora is not None:
         if not (adapter := run / "adapter").exists():
             with new_folder(adapter) as folder:
@@ -159,7 +159,7 @@ def save_model(setup: Setup, folder: Path) -> None:
 
 
 def learned_scales(model: Transformer) -> Calibration:
-    """The static scales that quantisation-aware training came to."""
+    """The static scales that quantisation-aware training found."""
     seen = observers(model)
     kv = getattr(model, "kv_rounding", None)
     return Calibration(

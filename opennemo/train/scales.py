@@ -1,4 +1,4 @@
-"""Static scales while a run learns them: alike on all ranks, and slowly forgetting outliers."""
+"""Static scales while a run learns them: equal on all ranks, and slowly forgetting outliers."""
 
 import torch
 import torch.distributed as dist
@@ -13,7 +13,7 @@ FORGET = 0.999
 
 @torch.no_grad()
 def settle_scales(model: Transformer, n_ranks: int) -> None:
-    """Bring ranks' largest magnitudes together, in place, and let them forget a little."""
+    """Combine the ranks' largest magnitudes, in place, and decay them a little."""
     scales = observers(model)
     if not scales:
         return

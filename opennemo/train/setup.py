@@ -1,7 +1,7 @@
-"""What a recipe asks for, made: the model and the rows it learns from.
+"""Makes what a recipe names: the model and the rows that it learns from.
 
-Nothing here trains; the order of things matters, and stands in `Setup.make`: weights first, then
-adapters or rounding on top of them, then data that fits the vocabulary.
+Nothing here trains; the order matters, and is in `Setup.make`: weights first, then adapters or
+rounding on top of them, then data that fits the vocabulary.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ from opennemo.train.packing import ExampleRows, PackedRows, TextRows
 from opennemo.train.practice import TaskRows
 from opennemo.train.rewards import Judge
 
-if TYPE_CHECKING:  # pydantic is needed where recipes are read alone
+if TYPE_CHECKING:  # pydantic is only needed for reading recipes
     from opennemo.train.config import Recipe, Source
 
 
@@ -42,7 +42,7 @@ class Setup:
     """A model before its first step, and its data."""
 
     model: Transformer
-    teacher: Transformer | None  # whose probabilities are learnt, or stayed close to
+    teacher: Transformer | None  # whose probabilities are learned, or kept close to
     tokenizer: Tokenizer
     tokenizer_path: Path
     train: PackedRows | TaskRows
@@ -57,7 +57,7 @@ class Setup:
 
         Raises:
             CheckpointError: a model or a folder of shards cannot be used.
-            InvalidRequest: what is named does not fit together.
+            InvalidRequest: the named parts do not fit together.
         """
         judge = Judge(recipe.rl.rewards, recipe.rl.timeout) if recipe.objective == "rl" else None
         at = None if recipe.model.path is None else locate(recipe.model.path)
@@ -65,7 +65,7 @@ class Setup:
         if at is None and recipe.model.tokenizer != OWN:
             tokenizer_path = locate(recipe.model.tokenizer or "")
         tokenizer = open_tokenizer(tokenizer_path)
-        # What is frozen stays as it is stored where bf16 is at home: it is most of the memory.
+        # Frozen weights, most of the memory, stay as stored where bf16 is fast.
         frozen = recipe.lora is not None and device.type == "cuda"
         model = make_model(recipe, at, None if frozen else torch.float32)
         if tokenizer.vocab_size > model.config.vocab_size:
@@ -134,12 +134,12 @@ def form_of_base(recipe: "Recipe", checkpoint: Checkpoint, dtype: torch.dtype | 
         return Form(dtype=getattr(torch, lora.dtype), blocks=False)
     blocks = lora is not None and recipe.qat is None and checkpoint.in_blocks
     if blocks and dtype is None:
-        dtype = torch.bfloat16  # blocks say nothing of what the rest is in
+        dtype = torch.bfloat16  # blocks do not determine the type of the rest
     return Form(dtype=dtype, blocks=blocks, head_in_blocks=False)
 
 
 def make_teacher(recipe: "Recipe", at: Path | None, tokenizer: Tokenizer) -> Transformer | None:
-    """The model that is learned from, or that reinforcement stays close to; None for neither.
+    """The teacher, or the model that reinforcement learning stays close to; None for neither.
 
     Raises:
         InvalidRequest: the objective needs one and none is named, or its vocabulary differs.
@@ -161,8 +161,8 @@ def make_teacher(recipe: "Recipe", at: Path | None, tokenizer: Tokenizer) -> Tra
 
 
 def initialise_(model: Transformer, seed: int) -> Transformer:
-    """Give a new model its weights: normal with 0.02, and what writes into the residual stream
-    less the deeper the model is (GPT-2), the same on any device."""
+    """Give a new model its weights, the same on any device: normal with 0.02, and smaller for
+    matrices that write into the residual stream, the more layers there are (GPT-2)."""
     generator = torch.Generator().manual_seed(seed)
     into_stream = 0.02 / (2 * model.config.n_layers) ** 0.5
     for name, parameter in model.named_parameters():
@@ -245,7 +245,7 @@ def _tasks(
 
 
 def same_data(before: Path, now: dict[str, Any]) -> None:
-    """Refuse to go on with a run on other data than it began with; else note what it is.
+    """Refuse to resume a run on other data than it began with; else record the data.
 
     Raises:
         InvalidRequest: the data changed.

@@ -1,7 +1,7 @@
-"""Lines of chat files, in the shapes that people have, to conversations in one shape.
+"""Lines of chat files, in their common shapes, to conversations in one shape.
 
-Each shape is a few lines that give OpenAI's `messages`, as plain dicts; what those say is judged by
-one function, `checked`, whatever the line looked like.
+Each shape is a few lines that give OpenAI's `messages`, as plain dicts; one function, `checked`,
+validates those, whatever shape the line had.
 
     messages                mistral-finetune's, with `tools`, `system`, `weight: 0`, `only_last`;
                             `functions` and `function_call` of OpenAI's first tools
@@ -39,10 +39,10 @@ TRANSCRIPT = re.compile(r"(?:^|\n\n)(Human|Assistant): ?")  # hh-rlhf's
 
 
 def parse_line(line: bytes) -> dict[str, Any]:
-    """The object that a line of JSON says.
+    """The object in a line of JSON.
 
     Raises:
-        InvalidRequest: it is not UTF-8, not JSON, or no object.
+        InvalidRequest: it is not UTF-8, not JSON, or not an object.
     """
     if not line:
         raise InvalidRequest("the file is empty")
@@ -78,13 +78,13 @@ def conversation_of(row: dict[str, Any]) -> tuple[list[Message], list[Tool]]:
         *earlier, last = messages
         messages = [*map(as_context, earlier), last]
     for key in ("system", "system_prompt"):
-        if row.get(key):  # behind, so that the places of the others stay as they are in the file
+        if row.get(key):  # last, so that the places of the others stay as they are in the file
             messages.append({"role": "system", "content": row[key]})
     return messages, _tools(row)
 
 
 def task_of(row: dict[str, Any]) -> tuple[list[Message], list[Tool], Message | None]:
-    """What is asked, the tools, and the reference answer of a line, if there is one.
+    """The prompt, the tools, and the reference answer of a line, if there is one.
 
     Raises:
         InvalidRequest: the line has no shape that is known.
@@ -95,7 +95,7 @@ def task_of(row: dict[str, Any]) -> tuple[list[Message], list[Tool], Message | N
         messages += [_message("system", row[k]) for k in ("system", "system_prompt") if row.get(k)]
     else:
         messages, tools = conversation_of(row)
-    # What one line calls its system text may come last here, and is laid out first in any case.
+    # A line's own system text may come last here; it is laid out first in any case.
     system = [m for m in messages if m.get("role") in ("system", "developer")]
     turns = [m for m in messages if m.get("role") not in ("system", "developer")]
     reference = None
@@ -109,7 +109,7 @@ def task_of(row: dict[str, Any]) -> tuple[list[Message], list[Tool], Message | N
 def preference_of(
     row: dict[str, Any],
 ) -> tuple[list[Message], list[Tool], tuple[list[Message], list[Message]]]:
-    """What is answered, the tools, and the chosen and the rejected answer of a line.
+    """The prompt, the tools, and the chosen and the rejected answer of a line.
 
     Raises:
         InvalidRequest: the line has no shape that is known.
@@ -148,7 +148,7 @@ def preference_of(
     return context, _tools(row), (answers[0], answers[1])
 
 
-# What is asked, and what answers it, as the makers of public sets call it together.
+# Prompts and their answers, by the names in public data sets.
 SHAPES = {
     ("messages", ""): "messages (OpenAI, mistral-finetune)",
     ("conversations", ""): "conversations (ShareGPT)",
@@ -168,7 +168,7 @@ SHAPES = {
 
 
 def shape_of(row: dict[str, Any]) -> str:
-    """What shape a good line has, in words, with the public sets that have it where some do."""
+    """A good line's shape in words, with public data sets that have it."""
     if "overall_preference" in row:
         return "two responses and overall_preference (HelpSteer3)"
     if isinstance(row.get("completions"), list):
@@ -243,7 +243,7 @@ def _first(row: dict[str, Any], keys: Sequence[str]) -> str | None:
 
 
 def _question(row: dict[str, Any], key: str) -> list[Message]:
-    """What is asked: messages, or a text with its input and what was said before."""
+    """The prompt: messages, or a text with its input and the earlier turns."""
     if not isinstance(row[key], str):
         return _turns(row[key], key)
     messages: list[Message] = []
@@ -272,8 +272,8 @@ def _no_conversation(row: dict[str, Any]) -> str:
 def checked(messages: list[Message], tools: list[Tool], *, strict: bool = True) -> list[Message]:
     """The conversation in normal form, good enough to learn from.
 
-    A server takes some things as they come (arguments that are no JSON, a call to a tool that is
-    gone), but to learn them would be to learn a mistake; unless `strict` is off they are refused.
+    A server accepts some mistakes (arguments that are not JSON, a call to a tool that is gone), but
+    a model should not learn them; unless `strict` is off they are refused.
     """
     try:
         conversation = normalize(messages)
@@ -306,7 +306,7 @@ def checked(messages: list[Message], tools: list[Tool], *, strict: bool = True) 
 
 
 def split_at_answers(messages: Sequence[Message]) -> Iterator[list[Message]]:
-    """One conversation for each answer that is to be learned: it, and what came before as context.
+    """One conversation for each answer that is to be learned, with the earlier turns as context.
 
     Mistral's layouts give the tools with the last question, so an earlier answer in the same
     sequence would be learned from a prompt without any. mistral-finetune learns the last one only.
