@@ -4,15 +4,15 @@
                                    [--formats fp32 int8 fp8 int4 q4_1] [--json FILE]
 
 First a training step on 8 answers of 50 tokens to one prompt of 500, packed with the prompt once
-(`Forked`) and once for each answer; then on a pair of answers. The goal is what arithmetic says:
-products with the blocks' weights for every token, with the head for what is learned, attention for
-what sees what. The model has 15 million weights. Steps take turns; the ratio is the median of
+(`Forked`) and once for each answer; then on a pair of answers. The goal follows from arithmetic:
+products with the blocks' weights for every token, with the head for learned tokens, attention for
+visible pairs. The model has 15 million weights. Steps take turns; the ratio is the median of
 neighbours' ratios of processor time.
 
 Then answers are drawn from a model that learns in a number format, and the log-probability of every
-token under the engine that drew it is compared with what the trainer computes. The order of
-additions differs, and decides about numbers on the border of two codes; beside it stands what
-becomes of the trainer's own numbers if it adds in float64, with the same roundings to codes.
+token under the engine that drew it is compared with the trainer's. The order of additions differs,
+and decides numbers on the border of two codes; for comparison, the trainer's own numbers are
+computed with sums in float64, with the same roundings to codes.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def answers(n: int, vocab_size: int) -> list[Example]:
 
 
 def seconds(model: Transformer, batch: Batch) -> float:
-    """Of the processor, for a loss and its gradients."""
+    """Processor seconds for a loss and its gradients."""
     start = time.process_time()
     loss, _ = next_token(model, batch)
     loss.backward()
@@ -69,7 +69,7 @@ def seconds(model: Transformer, batch: Batch) -> float:
 
 
 def operations(model: Transformer, batch: Batch) -> float:
-    """Of a step, in multiply-adds of one pass forward."""
+    """The cost of a step, in multiply-adds of one forward pass."""
     config, blocks = model.config, sum(p.numel() for p in model.layers.parameters())
     head = config.vocab_size * config.dim * batch.n_units
     width = config.n_layers * config.n_heads * config.head_dim
@@ -93,7 +93,7 @@ def sharing(model: Transformer, n: int, rounds: int) -> Row:
 
 @torch.no_grad()
 def differences(path: Path, format: str, n: int, max_tokens: int) -> tuple[Tensor, Tensor]:
-    """Of log-probabilities (T',): engine against trainer, and trainer in float32 and float64."""
+    """Log-probabilities (T',): engine against trainer, and trainer in float32 and float64."""
     model = load(open_checkpoint(path), form=Form(dtype=torch.float32))
     if format != "fp32":
         prepare_qat_(model, by_name(format))

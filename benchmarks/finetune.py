@@ -5,13 +5,13 @@
 
 Rank 16 on all seven linear layers of each block, float32 on a CPU: forward, loss, backward, AdamW;
 every third token is a target, as in chats, where the assistant says a third or less. Two cases: one
-sequence of so many tokens, and eight conversations whose lengths are quantiles of a chat file's.
+sequence of that many tokens, and eight conversations whose lengths are quantiles of a chat file's.
 Those are packed here; peft takes them one after the other and adds up gradients, which on a CPU is
-better for it than to pad them to the longest.
+faster for it than padding them to the longest.
 
 Each side runs in a process of its own, so that its peak of memory is its own, and they take turns,
-step by step; ratios are medians of neighbours' ratios. The memory that is compared is what comes on
-top of the loaded model, and the whole.
+step by step; ratios are medians of neighbours' ratios. Two amounts of memory are compared: the part
+on top of the loaded model, and the whole.
 """
 
 import argparse
@@ -107,7 +107,7 @@ SIDES = {"ours": ours, "peft": peft}
 
 
 def worker(side: str, model: str, lengths: Sequence[int], threads: int) -> None:
-    """Reads a line, does a step, says what it took."""
+    """Reads a line, does a step, reports its time and memory."""
     torch.set_num_threads(threads)
     step = SIDES[side](model, lengths)
     status = Path("/proc/self/status").read_text("utf-8")

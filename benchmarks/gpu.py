@@ -3,14 +3,14 @@
     python benchmarks/gpu.py [--formats bf16 fp8 q4_k] [--rounds N] [--no-peer] [--quick]
                              [--json FILE]
 
-Real weights would take no other time than random ones, so they are made on the card. A case is a
-step that decodes 1, 8, 32 or 128 sequences with 1,024 tokens behind each, one over a prompt of
+Real weights would take the same time as random ones, so random ones are made on the card. A case is
+a step that decodes 1, 8, 32 or 128 sequences with 1,024 tokens behind each, one over a prompt of
 2,048, and one that decodes behind 131,071 tokens in an FP8 cache. It is measured against what the
 card allows, and against transformers (bf16, SDPA, its default cache) on the very same weights in
 the same run. No program can be faster than the roofline: the bytes that a step must read over the
-bandwidth, or its products over the tensor cores' rate, whichever is more, both measured here.
-What does not fit the card is left out and named. Without a GPU there is nothing to do, but for
-`--toy`: a tiny model in Triton's interpreter (TRITON_INTERPRET=1) shows that all of this runs.
+bandwidth, or its products over the tensor cores' rate, whichever is more, both measured here. Cases
+that do not fit the card are left out and named. Without a GPU only `--toy` runs: a tiny model in
+Triton's interpreter (TRITON_INTERPRET=1) shows that all of this works.
 """
 
 import argparse
@@ -66,7 +66,7 @@ SCALES = {"q4_k": slice(0, 4), "q6_k": slice(208, 210)}
 
 
 class Card(NamedTuple):
-    """What a device was measured to do."""
+    """The measured speed of a device."""
 
     bandwidth: float  # bytes a second, read
     products: dict[str, float]  # floating point operations a second, by format
@@ -76,7 +76,7 @@ class Card(NamedTuple):
 
 
 def random_model(config: ModelConfig, device: str) -> Transformer:
-    """In bf16; activations keep a sane size through all layers."""
+    """In bf16; activations keep a reasonable size through all layers."""
     net = empty_model(config)
     for name, shape in {n: p.shape for n, p in net.named_parameters()}.items():
         weight = torch.empty(shape, dtype=torch.bfloat16, device=device)
@@ -105,7 +105,7 @@ def put_in_blocks_(net: Transformer) -> None:
 
 
 def inputs_of(case: Case, config: ModelConfig, device: str) -> tuple[Tensor, Paged, Tensor]:
-    """Random tokens, in shuffled pages of a cache that is full of numbers; the last is nobody's."""
+    """Random tokens, in shuffled pages of a cache full of numbers; the last page is unused."""
     length, page = case.context + case.tokens, FUSED_PAGE_SIZE
     n_pages = -(-length // page)
     table = torch.randperm(case.sequences * n_pages).view(case.sequences, n_pages)
@@ -182,7 +182,7 @@ def peer_step(peer: nn.Module, case: Case, config: ModelConfig) -> Callable[[], 
 
 
 def seconds(run: Callable[[], object], rounds: int) -> float:
-    """Of a step and the wait for its end, the median; what runs only once is done before."""
+    """The median time of a step and the wait for its end, after a warm-up."""
     times, first = [], 3 if torch.cuda.is_available() else 0  # at toy size nothing is warmed up
     for _ in range(rounds + first):
         start = time.perf_counter()
@@ -194,7 +194,7 @@ def seconds(run: Callable[[], object], rounds: int) -> float:
 
 
 def measure_card(device: str, size: int = 8192, n_bytes: int = 1 << 32) -> Card:
-    """What large reads (or copies, if they are better) and square products reach."""
+    """The speed of large reads (or copies, if they are faster) and of square products."""
     from opennemo.kernels.gpu import multiplies_fp8
 
     block = torch.ones(n_bytes // 4, device=device)
@@ -292,7 +292,7 @@ def peer_speeds(net: Transformer, cases: list[Case], rounds: int) -> dict[str, f
 
 
 def fitting(name: str, run: Callable[[], float]) -> float | None:
-    """What `run` gives, or None if the card's memory is too small for it."""
+    """The result of `run`, or None if the card's memory is too small for it."""
     try:
         return run()
     except torch.cuda.OutOfMemoryError:
@@ -357,7 +357,7 @@ def main() -> None:
     title = f"{name}, {datetime.now(UTC):%Y-%m-%d}: {card.bandwidth / 1e9:.0f} GB/s, {rates}"
     print(title, file=sys.stderr)
     net, rows = random_model(config, device), []
-    if options.toy:  # the interpreter knows no products in bf16
+    if options.toy:  # the interpreter has no products in bf16
         net.float()
     peers = peer_speeds(net, cases, rounds) if peer else {}
     for format in (f for f in formats if f in options.formats):
@@ -366,7 +366,7 @@ def main() -> None:
         if format == "q4_k":
             put_in_blocks_(net)
         rows += measure(net, format, cases, card, peers, rounds, device)
-        write_rows(rows, options.json)  # what is there is kept if the time is up
+        write_rows(rows, options.json)  # the rows so far are kept if the time is up
     rows += to_bf16(rows)
     show(title, rows)
     write_rows(rows, options.json)

@@ -1,11 +1,11 @@
-"""All that a GPU must show, in one command of at most 9 minutes: tests, speed, training.
+"""All checks on a GPU in one command of at most 9 minutes: tests, speed, training.
 
     python benchmarks/gpu_check.py [--out FOLDER] [--minutes 9] [--dry]        (or: make gpu)
 
 Three parts run one after the other, each a process with a share of the time, and none stops the
 others: the tests of kernels, step and engine on the card; `gpu.py --quick`; `gpu_training.py`.
 The folder then holds a log of each part, `versions.json`, `rows.json` (all that was measured),
-`summary.json`, and, where a part failed, the trace of its first failure. It asks no network.
+`summary.json`, and, where a part failed, the trace of its first failure. It needs no network.
 `--dry` rehearses it on a CPU, in Triton's interpreter and at toy size.
 """
 
@@ -74,7 +74,7 @@ def versions() -> dict[str, str]:
 
 
 def run(part: Part, out: Path, seconds: float, dry: bool) -> dict:
-    """A part, and what became of it; its output goes to its log as it comes."""
+    """A part and its result; its output goes to its log as it comes."""
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]]), "PYTHONUNBUFFERED": "1",
         "HF_HUB_OFFLINE": "1", "TRITON_INTERPRET": str(int(dry)),
@@ -141,7 +141,7 @@ def main() -> int:
         parser.error(f"--minutes {minutes:g}: must be above 0")
     out = options.out or Path(f"gpu-{datetime.now(UTC):%Y%m%d-%H%M%S}")
     out.mkdir(parents=True, exist_ok=True)
-    end = time.monotonic() + 60 * minutes - 10  # to write down what was found
+    end = time.monotonic() + 60 * minutes - 10  # to write down the results
     write(out / "versions.json", versions())
     results, spare = [], 0.0
     for part in parts(out, options.dry):

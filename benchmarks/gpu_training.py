@@ -4,8 +4,8 @@
 
 The trainer's own updates, of a new model of half a billion parameters over random tokens. Three
 checks end with an error: losses under FSDP2 equal those without ranks, losses are summed in
-float32, and learning under rounding to FP8 goes on. Two rows say how fast FSDP2 is beside no ranks,
-and how fast a step under rounding is beside one without. `--toy` runs a tiny model, here.
+float32, and learning under rounding to FP8 works. Two rows compare the speed of FSDP2 with that
+without ranks, and of a step under rounding with one without. `--toy` runs a tiny model, here.
 """
 
 import argparse
@@ -34,13 +34,13 @@ SHAPE = ModelConfig(
     vocab_size=32_768, max_position_embeddings=4096, tied_embeddings=True,
 )  # fmt: skip
 SEQUENCES, LENGTH = 8, 1024
-SAME = 0.02  # of a loss: what bf16 and another order of additions may change
+SAME = 0.02  # of a loss: the change that bf16 and another order of additions may cause
 LEAST = 1 / 1.6  # of the speed without rounding
 SUM = 3e-4  # relative error of a sum of losses in bf16
 
 
 def recipe(steps: int, qat: bool) -> Any:
-    """As a recipe's tree, without the package that checks those."""
+    """A recipe's tree, without the package that checks recipes."""
     return SimpleNamespace(
         seed=0, steps=steps, objective="text", preference=None, lora=None,
         qat=SimpleNamespace(format="fp8", kv=False, start=0.0, freeze=0.9) if qat else None,
@@ -98,7 +98,7 @@ def run(
 def on_one_rank(
     shape: ModelConfig, length: int, steps: int, device: torch.device, folder: Path
 ) -> tuple[list[float], float]:
-    """The same, where the model is one rank's share of one."""
+    """The same with FSDP2, on one rank."""
     backend = "nccl" if device.type == "cuda" else "gloo"
     store = f"file://{folder.resolve()}/store"
     dist.init_process_group(backend, init_method=store, rank=0, world_size=1)
@@ -109,7 +109,7 @@ def on_one_rank(
 
 
 def error_of_a_sum(shape: ModelConfig, device: torch.device) -> float:
-    """Of the losses of 4,096 hidden states in bf16, relative to sums in float64."""
+    """The error of summed losses of 4,096 hidden states in bf16, relative to sums in float64."""
     torch.manual_seed(0)
     model = Transformer(shape).to(device, torch.bfloat16)
     hidden = torch.randn(4096, shape.dim, device=device).bfloat16()

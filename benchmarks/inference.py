@@ -4,19 +4,19 @@
                                    [--threads 1 2] [--formats int8 fp8] [--json FILE]
 
 One row a case: a step that decodes 1, 8 or 32 sequences with 128 tokens behind each, a step over a
-prompt of 512 or 2,048, loading, and the most memory while decoding 32. Beside the speed stands what
-the format costs: the divergence (KL, nats a token) of its next-token probabilities from float32's,
-on this project's own documents. llama.cpp runs Q8_0 with its KV cache in f16, ours is in bf16;
-transformers runs float32. A decode row also says what share of this machine's read bandwidth the
-weights of a step came to, and `layer` measures that for a layer as wide as Mistral NeMo's, whose
-weights fit no cache.
+prompt of 512 or 2,048, loading, and the most memory while decoding 32. Beside the speed it shows
+the cost of the format: the divergence (KL, nats per token) of its next-token probabilities from
+float32's, on this project's own documents. llama.cpp runs Q8_0 with its KV cache in f16, ours is in
+bf16; transformers runs float32. A decode row also shows the share of this machine's read bandwidth
+at which the weights of a step are read, and `layer` measures that for a layer as wide as Mistral
+NeMo's, whose weights fit no cache.
 
 llama.cpp runs in a process of its own, in the environment of `--llama-python` (this one unless
 given; `pip install llama-cpp-python`), and is left out where there is none; so is OpenVINO, which
 reads the same file (`--openvino-python`, `pip install openvino-genai`). Ours and a peer take
 turns, case by case; a number is the median of the rounds, a ratio the median of the rounds' ratios.
-A busy machine spoils clock times, so every ratio comes twice: of the clock, and of processor time.
-With two threads processor time counts waiting too and is only a hint.
+A busy machine spoils clock times, so every ratio is given twice: of clock time and of processor
+time. With two threads processor time counts waiting too and is only a hint.
 """
 
 import argparse
@@ -160,7 +160,7 @@ def rounded(model: Path, format: str) -> Transformer:
 
 
 def weight_bytes(net: Transformer) -> int:
-    """Read by a step: everything but the embedding, of which it reads a row."""
+    """Bytes that a step reads: everything but the embedding, of which it reads a row."""
     state = net.state_dict()
     return sum(tensor.nbytes for name, tensor in state.items() if "tok_embeddings" not in name)
 
@@ -227,7 +227,7 @@ class Worker:
     def ask(self, **question: object) -> dict:
         assert self.process.stdin and self.process.stdout
         print(json.dumps(question), file=self.process.stdin, flush=True)
-        # OpenVINO writes of its own to standard output, too.
+        # OpenVINO writes to standard output, too.
         while (line := self.process.stdout.readline()) and not line.startswith("{"):
             continue
         if not line:

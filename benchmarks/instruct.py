@@ -1,18 +1,18 @@
-"""What adapting a model gave and cost: exact calls of functions, conversation, preferences.
+"""The gains and costs of adapting a model: exact calls of functions, conversation, preferences.
 
     python benchmarks/instruct.py MODEL [MODEL ...] [--n 200] [--chat FILE] [--prefs FILE]
                                   [--adapter FOLDER] [--shown 0] [--json FILE]
 
-Asked are `n` held-out cases, whose functions and arguments are none that `recipes/tool_data`
-puts into its training split: `free`, as the model likes, and `grammar`, held to calls that are
-valid. Exact are the same functions with the same arguments, or no call where none is right; parsed
-are answers that are whole, with calls of declared tools and arguments that their schemas allow.
+It asks `n` held-out cases, whose functions and arguments do not occur in the training split of
+`recipes/tool_data`: `free`, without a grammar, and `grammar`, restricted to valid calls. An answer
+is exact if it calls the same functions with the same arguments, or nothing where no call is right;
+it is parsed if it is complete and calls declared tools with arguments that their schemas allow.
 
 --chat is a chat file whose answers' loss is compared; --prefs a file of pairs, of which the model
-should find the chosen answer likelier, as a whole and by the token. The first model is what the
-others came from (`opennemo merge` folds an adapter into it); with --adapter it is measured once
-more, with that beside it. Goals: 60 % exact when free and 100 % parsed by grammar, after an adapter
-was learned in 20 minutes of a processor; at most 1 % more loss; 5 points more as preferred.
+should find the chosen answer likelier, as a whole and per token. The others are derived from the
+first model (`opennemo merge` folds an adapter into it); with --adapter it is measured once more,
+with that beside it. Goals: 60 % exact when free and 100 % parsed by grammar, after an adapter was
+learned in 20 minutes of processor time; at most 1 % more loss; 5 points more as preferred.
 """
 
 import argparse
@@ -79,7 +79,7 @@ def ask(
 
 
 def answers_of(example: Example) -> Iterator[Pair]:
-    """Each answer's ids after all that stands before it."""
+    """Each answer's ids after all that comes before it."""
     edges = np.flatnonzero(np.diff(np.concatenate(([False], example.mask, [False]))))
     ids = example.ids.tolist()
     for start, end in edges.reshape(-1, 2):
@@ -87,7 +87,7 @@ def answers_of(example: Example) -> Iterator[Pair]:
 
 
 def chat_loss(llm: LLM, file: Path) -> float:
-    """Nats a token of what the assistant says."""
+    """Nats per token of the assistant's words."""
     examples, _ = read_examples([file], llm.tokenizer, max_tokens=llm.engine.max_context)
     pairs = [pair for example in examples for pair in answers_of(example)]
     return -sum(s.logprob for s in llm.score(pairs)) / sum(len(pair[1]) for pair in pairs)

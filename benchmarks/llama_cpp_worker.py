@@ -1,7 +1,7 @@
 """llama.cpp as a peer: reads a case a line from stdin, answers with its seconds on stdout.
 
-It runs in a process, and if need be in an environment, of its own, so that its threads and ours
-never meet; it needs `llama-cpp-python` and nothing of this project.
+It runs in a process, and if needed in an environment, of its own, so that its threads and ours do
+not mix; it needs `llama-cpp-python` and nothing of this project.
 
     python llama_cpp_worker.py model.gguf
     {"start": 2}                            load on two threads and compute a token: {"seconds"}
@@ -109,7 +109,7 @@ for line in sys.stdin:
                 llama_cpp.llama_decode(ctx, batch)
     ctx, batch, memory = contexts[key]
     seconds, cpu_seconds = [], []
-    for _ in range(case["repeats"] + is_new):  # the first of all warms up
+    for _ in range(case["repeats"] + is_new):  # the first one warms up
         wall, cpu = time.perf_counter(), time.process_time()
         feed(ctx, batch, sequences, past, tokens)
         seconds.append(time.perf_counter() - wall)

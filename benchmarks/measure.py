@@ -1,4 +1,4 @@
-"""What benchmarks share: a row of their tables, and what a machine can do."""
+"""What benchmarks share: a row of their tables, and the speed of a machine."""
 
 import argparse
 import json
@@ -23,13 +23,13 @@ class Row:
 
 
 def write_rows(rows: Sequence[Row], file: Path | None) -> None:
-    """As JSON, if a file is named."""
+    """Write rows as JSON, if a file is named."""
     if file:
         file.write_text(json.dumps([asdict(row) for row in rows], indent=1), "utf-8")
 
 
 def gpu_options(parser: argparse.ArgumentParser) -> argparse.Namespace | None:
-    """What the command line asks for, `--toy` and `--json` included; None if there is no GPU."""
+    """The options of the command line, `--toy` and `--json` included; None if there is no GPU."""
     parser.add_argument("--toy", action="store_true", help="a tiny model, here, without a GPU")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
     options = parser.parse_args()

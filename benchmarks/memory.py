@@ -1,10 +1,10 @@
-"""Memory that training steps take, against what `opennemo plan` says they take, on a CPU.
+"""Memory that training steps take, against the estimates of `opennemo plan`, on a CPU.
 
     python benchmarks/memory.py         one layer at 131,072 tokens, and a quarter for two ranks
     python benchmarks/memory.py --nemo  an adapter's step of two layers as wide as NeMo's, too
 
-Each step runs in a process of its own, and its peak is what Linux tells. 131,072 tokens are ten
-minutes or more, for attention is quadratic.
+Each step runs in a process of its own, and Linux reports its peak. 131,072 tokens take ten minutes
+or more, since attention is quadratic.
 """
 
 import argparse
@@ -39,7 +39,7 @@ CONFIGS = {"narrow": NARROW, "nemo": replace(PRESETS["mistral-nemo-12b"], n_laye
 
 
 def step(case: dict[str, Any]) -> dict[str, float]:
-    """Take two steps, in this process, and tell what it took and what was planned."""
+    """Take two steps, in this process, and report the memory that it took and that was planned."""
     config, recipe = CONFIGS[case["config"]], parse_recipe(case["recipe"], "benchmark")
     parallel = recipe.parallel
     mesh = make_mesh("cpu", context_parallel=parallel.context_parallel)

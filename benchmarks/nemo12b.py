@@ -10,11 +10,11 @@ and 32 sequences, prompts of 512 and 2,048 tokens, and for models below a billio
 divergence (KL, nats a token) from float32. llama.cpp (`llama-cpp-python`, in the environment of
 `--llama-python`) takes turns with ours; both have their fastest cache: bf16 here, f16 there.
 
-Without it, real weights would take no other time than random ones, so a folder of Mistral NeMo's
+Without it, real weights would take the same time as random ones, so a folder of Mistral NeMo's
 exact shape is written with random codes (12.9 GB; kept if `--folder` names a place for it, and used
 again). It is then loaded and decodes in this process. A step reads every weight once, so no program
-can decode faster than this machine's read bandwidth over the bytes of a step; what counts is the
-share of it.
+can decode faster than this machine's read bandwidth over the bytes of a step; the result is the
+share of that bound.
 """
 
 import argparse
@@ -80,7 +80,7 @@ GOALS = {  # against llama.cpp: small models, and those of billions of weights
 
 
 def write_random(folder: Path, config: ModelConfig, format: str) -> None:
-    """A model folder of this shape whose weights are noise of a sane size."""
+    """A model folder of this shape whose weights are noise of a reasonable size."""
     tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for name, shape in weight_shapes(config).items():
         if not compressed.is_stored_in_codes(name):
@@ -272,7 +272,7 @@ def main() -> None:
     while engine.step():
         pass
     step = statistics.median([b - a for a, b in pairwise(times)])
-    # The machine's best, before and after: other work on it would make us look good.
+    # The machine's best, before and after: other work on it would make our share look too good.
     bandwidth = max(bandwidth, read_bandwidth(options.threads))
     table = Table(f"Mistral NeMo 12B in {options.format}, {options.threads} threads", "")
     table.add_row("weights a step reads", f"{n_bytes / 1e9:.2f} GB")

@@ -16,11 +16,11 @@ import openvino  # pyright: ignore[reportMissingImports]
 import openvino_genai as genai  # pyright: ignore[reportMissingImports]
 
 pipelines: dict[int, genai.LLMPipeline] = {}
-numbers = itertools.count()  # other ids each time, for prompts that were seen are remembered
+numbers = itertools.count()  # other ids each time, since prompts are cached
 
 
 def generate(threads: int, n_prompt: int, n_new: int) -> tuple[float, float]:
-    """Seconds of the clock and of processors for a prompt and so many tokens after it."""
+    """Seconds of clock and processor time for a prompt and this many tokens after it."""
     if threads not in pipelines:
         pipelines.clear()
         pipelines[threads] = genai.LLMPipeline(

@@ -11,11 +11,11 @@ Texts are JSON lines of `text` and `lang`. Two cases; data and seeds are the sam
     scratch     a small new model. (a) trained in full precision, (b) that one rounded
                 afterwards, (c) trained under rounding from a tenth of the steps on, and exported.
 
-Every arm is measured as the file it left: loss in nats a token against (a) with the standard error
-over windows, divergence KL(a || arm), and how often the likeliest token is the same. Beside them
-stand (a) in bf16, which is the noise that people accept anyway, and (a) in INT8 with fixed scales,
-which proves that the measure can see damage. FP8 is lossless here if (c) is no further from (a)
-than bf16 is, plus two standard errors. That a small new model shows no gap says nothing.
+Every arm is measured by its written file: loss in nats per token against (a) with the standard
+error over windows, divergence KL(a || arm), and how often the likeliest token is the same. Beside
+them are (a) in bf16, whose noise is commonly accepted, and (a) in INT8 with fixed scales, which
+proves that the measure can detect damage. FP8 is lossless here if (c) is no further from (a) than
+bf16 is, plus two standard errors. A small new model without a gap proves nothing.
 """
 
 import argparse
@@ -47,7 +47,7 @@ from opennemo.tokenizer import load_tokenizer
 from opennemo.train.config import parse_recipe
 from opennemo.train.run import train
 
-FORMAT = "fp8-static"  # what every engine for FP8 can run
+FORMAT = "fp8-static"  # every engine for FP8 can run it
 INT8 = Format(
     name="int8-static",
     weights=FORMATS["int8"].weights,
@@ -63,7 +63,7 @@ SCRATCH = {
 
 
 class Score(NamedTuple):
-    """Of one arm on one kind of text; a number a window."""
+    """One arm on one kind of text; a number for each window."""
 
     loss: Tensor
     kl: Tensor
@@ -84,7 +84,7 @@ def mean_and_error(x: Tensor) -> tuple[float, float]:
 
 
 def held_out(paths: list[Path], kinds: list[str], tokenizer: Any) -> dict[str, list[Tensor]]:
-    """Windows of ids by kind; `code` stands for every kind whose name begins so."""
+    """Windows of ids by kind; `code` stands for every kind whose name begins with it."""
     found: dict[str, list[Tensor]] = {}
     for kind in kinds:
         texts = (t for language, t in Texts(paths) if language.partition("-")[0] == kind)
@@ -108,7 +108,7 @@ def logits(model: Transformer, windows: list[Tensor]) -> Iterator[Tensor]:
 def scores(
     arms: dict[str, Callable[[], Transformer]], texts: dict[str, list[Tensor]], scratch: Path
 ) -> dict[str, dict[str, Score]]:
-    """Of every arm on every kind of text; the first arm is what the others are held against."""
+    """Measures every arm on every kind of text; the others are compared with the first arm."""
     found: dict[str, dict[str, Score]] = {}
     reference = scratch / "reference.bin"  # log-probabilities of the first arm, too many to keep
     for i, (name, make) in enumerate(arms.items()):

@@ -1,4 +1,4 @@
-"""Many replicas without having them: router, scheduler and KV cache as they are, in a timed world.
+"""Many replicas, simulated: router, scheduler and KV cache as they are, over simulated time.
 
     python benchmarks/scale.py [--replicas 1 8 64 256 1000] [--per-replica REQUESTS_A_DAY]
                                [--seconds N] [--step BASE TOKEN CONTEXT] [--kv-tokens N]
@@ -10,9 +10,9 @@ the model is a stub: a step takes BASE seconds, TOKEN for each token computed an
 token that is attended to. By default these are fitted to steps of SmolLM2-135M in float32, measured
 at the beginning on one thread; for another machine give its own.
 
-Against it stand routers that know no prefixes: round robin, and least loaded (fewest requests under
-way). The load grows with the replicas, up to 1,000 replicas and 10 million requests a day. What
-comes: conversations begin at random (Poisson); each is of one of four kinds, whose lengths follow
+It is compared with routers that know no prefixes: round robin, and least loaded (fewest requests
+under way). The load grows with the replicas, up to 1,000 replicas and 10 million requests a day.
+Conversations begin at random (Poisson); each is of one of four kinds, whose lengths follow
 quantiles of real ones (below), behind the system prompt of one of 16 applications; after an answer,
 the next turn comes when it was read, at four words a second, and some seconds later.
 
@@ -114,7 +114,7 @@ class RoundRobin:
 
 
 class LeastLoaded:
-    """Where the fewest requests are under way; of several, any."""
+    """The replica with the fewest requests under way; of several, any."""
 
     def __init__(self, names: list[str]):
         self._load, self._place = dict.fromkeys(names, 0), {}
@@ -171,7 +171,7 @@ class Conversation:
 
 
 def beginnings(rng: random.Random, requests_a_day: float, seconds: float) -> Iterator[float]:
-    """When conversations begin, so that so many requests come a day once they are under way."""
+    """Start times of conversations that give this many requests a day in the long run."""
     turns = sum(k.share * statistics.fmean(draw(rng, k.turns) for _ in range(500))
                 for k in KINDS.values())  # fmt: skip
     now = 0.0
@@ -184,7 +184,7 @@ def beginnings(rng: random.Random, requests_a_day: float, seconds: float) -> Ite
 
 @dataclass
 class Replica:
-    """A scheduler and a KV cache, and a model that takes time and says nothing."""
+    """A scheduler and a KV cache, and a model that only takes time."""
 
     kv_tokens: int
     times: Times
@@ -205,7 +205,7 @@ class Replica:
         return self.times.step(sum(c.n_new for c in self.chunks), n_context)
 
     def end(self) -> Iterator[tuple[Sequence, bool]]:
-        """Book the step as the engine does: who has one token more, and whether it was the last."""
+        """Record the step as the engine does: sequences get a token, and some end."""
         for chunk in self.chunks:
             sequence, reaches_end = chunk.sequence, chunk.reaches_end
             sequence.n_computed += chunk.n_new
@@ -331,7 +331,7 @@ def measured() -> Times:
             chunks.append(Chunk(sequence, new))
         tries = []
         for _ in range(3):
-            began = time.process_time()  # of one thread, so that others' work does not count
+            began = time.process_time()  # of one thread, so that other work does not count
             runner.run(chunks)
             tries.append(time.process_time() - began)
         cases.append((1, n * new, n * (past + new)))

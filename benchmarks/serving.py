@@ -1,4 +1,4 @@
-"""Servers over HTTP, ours and peers on the same weights: how soon, how evenly, how much.
+"""Servers over HTTP, ours and peers on the same weights: latency, regularity, throughput.
 
     python benchmarks/serving.py [--llama-python PYTHON] [--transformers-python PYTHON]
                                  [--clients 1 8 32 64] [--threads N] [--json FILE]
@@ -10,11 +10,11 @@ float32 against `transformers serve`, of whose two ways, with and without `--con
 both are measured. A row is the time to the first token (median), the time between tokens (50th,
 95th and 99th of a hundred), the time of a whole answer (median), or the tokens a second of all
 clients together. llama.cpp's server answers one client after the other: with several, its tokens
-follow each other as fast as with one, once an answer has begun, which the others wait for.
+follow each other as fast as with one, once an answer has begun, while the other clients wait.
 
-The last row says what HTTP and text cost: tokens a second over HTTP, with as many clients as there
-are at most, over those of the engine by itself in a process of its own; the median of three pairs.
-The client shares the machine with the servers, and its work counts as theirs.
+The last row shows what HTTP and text cost: tokens a second over HTTP, with the largest number of
+clients, over those of the engine by itself in a process of its own; the median of three pairs. The
+client shares the machine with the servers, and its work counts as theirs.
 
 `--beside` measures something else instead: how much later the tokens of a greedy stream come while
 another request asks for sixteen answers, by how these are sampled. The model is random, has 0.1 B
@@ -85,7 +85,7 @@ BESIDE: dict[str, dict] = {
 
 
 class Measured(NamedTuple):
-    """Of one server under so many clients; times in milliseconds."""
+    """One server under a number of clients; times in milliseconds."""
 
     first_token: float
     first_token_p99: float
@@ -148,7 +148,7 @@ async def stream(port: int, model: str, i: int, n_tokens: int) -> list[float]:
 async def load(
     port: int, model: str, n_clients: int, n_tokens: int, pid: int | None = None
 ) -> Measured:
-    """So many clients at once; a single one asks three questions, one after the other."""
+    """This many clients at once; a single one asks three questions, one after the other."""
     n_each = 3 if n_clients == 1 else 1
 
     async def ask(i: int) -> list[list[float]]:
@@ -273,7 +273,7 @@ def against(
 
 
 def http_cost(folder: Path, command: list[str], options: argparse.Namespace) -> Row:
-    """What is left of the engine's tokens a second behind HTTP."""
+    """The share of the engine's tokens a second that remains behind HTTP."""
     n, pairs = max(options.clients), []
     own = [sys.executable, __file__, "--engine", str(folder), "--clients", str(n)]
     alone = subprocess.Popen(

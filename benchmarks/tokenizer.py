@@ -4,9 +4,9 @@
 
 Every encoder gets the same chunks of some 0.3 MB, one after the other, in changing order. "Fresh"
 text is seen for the first time, as a server and a corpus see it; "repeated" text for the second,
-when caches answer. Speeds are of processor time, so that what else the machine does counts little;
-the rows in bulk are of the clock. Ratios are medians over the chunks, above 1 where ours
-is better. Texts come from installed packages, or from JSON lines with "text" and "lang".
+when caches answer. Speeds are of processor time, so that other work on the machine counts little;
+the rows in bulk are of clock time. Ratios are medians over the chunks, above 1 where ours is
+better. Texts come from installed packages, or from JSON lines with "text" and "lang".
 """
 
 import argparse
@@ -154,7 +154,7 @@ def measure_speed(rows: list[dict], encoders: dict[str, Encode], kinds: dict) ->
 def measure_bulk(rows: list[dict], kinds: dict, n_rounds: int) -> None:
     """MB per second of the clock, the best of some rounds, each in a process of its own.
 
-    A large mixture says what a second processor adds, as it can only when both are idle.
+    A large mixture shows what a second processor adds, if both are idle.
     """
     if not hasattr(os, "sched_setaffinity") or len(os.sched_getaffinity(0)) < 2:
         return
@@ -201,7 +201,7 @@ def bulk(n_processors: int) -> None:
 
 
 def mixture() -> list[str]:
-    """40 MB of source code and prose that is about it, in pieces: what is installed here."""
+    """40 MB of installed source code and its prose, in pieces."""
     texts, size = [], 0
     for file in sorted(folder_of("torch").parent.rglob("*.py")):
         text = file.read_bytes().decode("utf-8", "replace")
@@ -214,7 +214,7 @@ def mixture() -> list[str]:
 
 
 def measure_moments(rows: list[dict], encoders: dict[str, Encode], kinds: dict) -> None:
-    """What one waits for: loading, a chat prompt, and the longest texts that mean ill."""
+    """Waiting times of users: loading, a chat prompt, and the longest malicious texts."""
     load, first = [], []
     for _ in range(5):
         start = time.process_time()

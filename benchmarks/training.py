@@ -7,8 +7,8 @@ Four sequences of 256 random tokens a step, forward, loss, backward, AdamW, in f
 head is tied. Ours and a peer take turns, step by step (the Trainer, which cannot be stopped between
 steps, block by block). Numbers are tokens a second of processor time, the median over steps; a
 ratio is the median of neighbours' ratios. MFU is the share of what a large matrix product of this
-machine reaches, in the same process and time. Two more rows: what a step costs more under FP8's
-rounding, and what share of it waits for data.
+machine reaches, in the same process and time. Two more rows: the extra cost of a step under FP8's
+rounding, and the share of it that waits for data.
 
 litgpt is left out where it is not installed (`pip install litgpt==0.5.9 --no-deps` and lightning).
 """

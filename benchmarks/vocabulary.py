@@ -4,8 +4,9 @@
 
 Ours, `tokenizers` with the same split pattern, and SentencePiece (which cannot take it) learn from
 the same files, each in a process of its own. Processor time counts, for all threads together, so
-that what else the machine does counts little; bytes a token are measured on the same texts. Without
-files these are sources and docstrings of installed packages and the world's names in 163 languages.
+that other work on the machine counts little; bytes per token are measured on the same texts.
+Without files these are sources and docstrings of installed packages and the world's names in 163
+languages.
 """
 
 import argparse
@@ -95,7 +96,7 @@ def measure(name: str, files: list[Path], n: int) -> tuple[float, float, float, 
 
 
 def installed_texts(folder: Path) -> list[Path]:
-    """A file of what the benchmark of encoding reads, by language."""
+    """A file of the texts of the encoding benchmark, by language."""
     spec = importlib.util.spec_from_file_location(
         "encoding", Path(__file__).with_name("tokenizer.py")
     )
