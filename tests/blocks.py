@@ -12,7 +12,7 @@ def random_blocks(
 ) -> Tensor:
     """Rows of random codes; scales are ordinary numbers, or powers of two for exact sums.
 
-    `deviation` is what the weights' standard deviation shall be.
+    `deviation` is the weights' standard deviation.
     """
     unit = 1 / 64
     if deviation is not None:

@@ -1,4 +1,4 @@
-"""The package is a house: floors, a spine that imports no wing, no circles, one name a thing."""
+"""The package's structure: floors, a spine that imports no wing, no circles, one name a thing."""
 
 import ast
 import re
@@ -81,7 +81,7 @@ MODULES = {module_name(path): path for path in sorted(ROOT.rglob("*.py"))}
 
 
 def package_of(module: str) -> str:
-    """The part of the house that a module belongs to; "" for the package itself."""
+    """The part of the package that a module belongs to; "" for the package itself."""
     return [*module.split("."), ""][1]
 
 

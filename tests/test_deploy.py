@@ -1,4 +1,4 @@
-"""What deploys the server: valid manifests, not root, and a dashboard of metrics that exist."""
+"""Deploying the server: valid manifests, not root, and a dashboard of metrics that exist."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""The scripts in examples/ run as they stand, and print what they are there to show (some slow)."""
+"""The scripts in examples/ run as they are, and print what they should show (some slow)."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""Texts come out of any common kind of file, and what cannot be read is counted."""
+"""Texts are read from any common kind of file, and unreadable lines are counted."""
 
 import gzip
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The server's batches go on after a kill, keep to a key's limits and end in time."""
+"""The server's batches resume after a kill, keep to a key's limits and end in time."""
 
 import json
 import sqlite3

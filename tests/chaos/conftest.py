@@ -1,4 +1,4 @@
-"""What the tests under fire share: tests/serve's tiny servers, and how much hypothesis tries."""
+"""Shared by the chaos tests: tests/serve's tiny servers, and how much hypothesis tries."""
 
 from collections.abc import Callable
 

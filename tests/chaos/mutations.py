@@ -1,4 +1,4 @@
-"""Strategies that make good files strange: a bit, or beyond recognition, as parsers fear it."""
+"""Strategies that make good files strange: slightly, or beyond recognition."""
 
 import json
 import random

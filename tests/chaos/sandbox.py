@@ -1,4 +1,4 @@
-"""A process in which files that may be anything are opened, watched for all they could do.
+"""A process that opens files that may be anything, and is watched for everything they could do.
 
 Whatever is done to a file, a loader may answer in two ways: with what it loaded, or with an
 OpenNemoError of one line. `Sandbox.open` fails a test for everything else: another exception, a

@@ -4,8 +4,8 @@
     make soak MINUTES=60
 
 The clients are those of tests/serve/test_abuse.py: they ask in all protocols, hang up, send
-nonsense, read slowly. The model is tiny, so that the server does as much as possible of what is
-not computing. A row of the table is a twentieth of the time; pages are counted while nobody asks.
+nonsense, read slowly. The model is tiny, so that the server spends little of its time computing. A
+row of the table is a twentieth of the time; pages are counted while nobody asks.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Files that may be anything: each is read, or refused in one line, and nothing else happens.
 
 Good files of every kind are made strange (mutations.py) and opened in a process that is watched
-(sandbox.py). What was found so stands below, input by input.
+(sandbox.py). Inputs that once failed are listed below.
 """
 
 import json
@@ -184,7 +184,7 @@ def test_strange_files_are_read_or_refused_in_a_line(
     assert seen["refused"] > 0 or kind == "batch", seen
 
 
-# What was found so
+# Inputs that once failed
 
 
 def change(path: Path, *keys, value) -> None:

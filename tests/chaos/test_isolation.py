@@ -1,6 +1,6 @@
-"""Keys do not see each other: what one has asked saves the other no work, and shows nowhere.
+"""Keys do not see each other: one key's requests save another no work, and show nowhere.
 
-Timing is told by what is computed, so the tests count tokens: those in `usage`, which the client
+Timing follows from what is computed, so the tests count tokens: those in `usage`, which the client
 sees, and those that the model itself was given.
 """
 
@@ -49,7 +49,7 @@ def test_what_one_key_asked_looks_new_to_another(running, tiny_llm):
         assert ask(KEYS[0])[1] == warm[1]
         assert (
             ask(KEYS[1]) == alone
-        )  # and bob's answer tells nothing of it: not in work, not in words
+        )  # and bob's answer reveals nothing about it: not in work, not in words
         assert ask(KEYS[1]) == warm
 
 

@@ -163,7 +163,7 @@ async def talk(server: Server, n_clients: int, kill_after: int, delay: float) ->
             seen["asked"] += 1
             try:
                 answer = await client.post(CHAT, json=body)
-            except httpx2.TransportError:  # refused, reset, or cut off: the client is told
+            except httpx2.TransportError:  # refused, reset, or cut off: the client sees it
                 seen["told"] += 1
                 return
             assert answer.status_code == 200

@@ -1,4 +1,4 @@
-"""Requests that may be anything: an answer or a 4xx, for each of them, and the server goes on.
+"""Requests that may be anything: an answer or a 4xx for each, and the server keeps running.
 
 schemathesis makes requests out of our OpenAPI (tests/serve/test_gate.py). Here good bodies of every
 protocol are made strange in their inner parts (messages, tools, schemas), which OpenAPI does not

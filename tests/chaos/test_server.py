@@ -1,4 +1,4 @@
-"""A server under what befalls servers: an engine dies, clocks jump, clients idle, stall, vanish."""
+"""A server under common faults: an engine dies, clocks jump, clients idle, stall, vanish."""
 
 import json
 import resource
@@ -151,7 +151,7 @@ def connect(server, receive_buffer: int | None = None) -> socket.socket:
 
 
 def is_clean(server) -> bool:
-    """Nothing is held for anybody: no answers, no sequences, no pages."""
+    """Nothing is held any more: no answers, no sequences, no pages."""
     engine, gate = server.llm.engine, server.service.gatekeeper
     clients = (gate.anonymous, *gate.clients)
     return not (

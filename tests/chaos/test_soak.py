@@ -1,4 +1,4 @@
-"""A minute of eight clients (soak.py, which goes on for an hour by hand) leaves nothing behind."""
+"""A minute of eight clients (soak.py runs for an hour by hand) leaves nothing behind."""
 
 import pytest
 

@@ -1,7 +1,7 @@
-"""Texts that are made to hurt: each is tokenised in linear time, and none of them becomes control.
+"""Malicious texts: each is tokenised in linear time, and none of them becomes control.
 
-In the usual run only what comes out is looked at. Under `-m chaos` a megabyte of each is encoded
-by every tokenizer there is, and processor time, which no other process adds to, is bounded.
+The usual run only checks the results. Under `-m chaos` a megabyte of each is encoded by every
+tokenizer, and processor time, to which no other process adds, is bounded.
 """
 
 import importlib.resources

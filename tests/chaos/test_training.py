@@ -90,4 +90,4 @@ def test_twenty_kills_change_no_bit(recipe, tmp_path):
         [json.loads(line)["loss"] for line in (tmp_path / n / "metrics.jsonl").open()]
         for n in ("whole", "run")
     ]
-    assert losses[1] == losses[0]  # each step is told of once
+    assert losses[1] == losses[0]  # each step is recorded once

@@ -3,7 +3,7 @@
 One cluster for all of them, since it takes ten seconds to start; each test leaves two replicas.
 """
 
-# Few have Ray, which is an extra.
+# Ray is an extra, which few users install.
 # pyright: reportMissingImports=false
 import contextlib
 import importlib.util

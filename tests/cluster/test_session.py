@@ -1,6 +1,6 @@
 """What session.py changes in Ray is as it was when that file was written."""
 
-# Few have Ray, which is an extra.
+# Ray is an extra, which few users install.
 # pyright: reportMissingImports=false
 import importlib
 import inspect

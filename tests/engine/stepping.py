@@ -17,7 +17,7 @@ def prompts(n: int, shared: int = 0) -> list[list[int]]:
 
 
 def run(engine: LocalEngine, requests: list[tuple[list[int], SamplingParams]], **kwargs) -> list:
-    """Everything each request heard, with the engine stepped by hand."""
+    """All tokens of each request, with the engine stepped by hand."""
     heard: dict[int, list[Token]] = defaultdict(list)
     ids = [
         engine.submit(prompt, params, lambda e: heard[e.request_id].append(e), **kwargs)

@@ -27,7 +27,7 @@ FEW = frozenset(range(70, 76))
 
 
 def near(model: Transformer, noise: float) -> Transformer:
-    """A model that thinks nearly alike."""
+    """A nearly equal model."""
     torch.manual_seed(1)
     other = deepcopy(model)
     for parameter in other.parameters():

@@ -39,7 +39,7 @@ def folder(request, tmp_path_factory) -> Path:
 
 
 def heard_of(llm: LLM) -> dict:
-    """What a model says in some ways that differ in what they have the ranks do."""
+    """A model's answers in some ways that exercise the ranks differently."""
     side_by_side = [llm.complete(p, **GREEDY) for p in PROMPTS]
     ids = [reply.finish().ids for reply in side_by_side]
     again = [llm.complete(p, **GREEDY).finish() for p in PROMPTS]

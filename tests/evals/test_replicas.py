@@ -54,6 +54,6 @@ def test_a_run_that_is_killed_goes_on_and_ends_as_that_of_one_engine(
     assert len(keys) == len(set(keys))
     (ours,), (theirs,) = (report.read(tmp_path / name)[1] for name in ("ray", "one"))
     assert ours.items == pytest.approx(theirs.items, abs=1e-4)
-    # Who answers is no setting of a run: one engine goes on with it, too.
+    # Replicas are not a setting of a run: one engine can resume it, too.
     again = subprocess.run([*asked, str(tmp_path / "ray")], capture_output=True, timeout=300)
     assert again.returncode == 0, again.stderr

@@ -2,8 +2,8 @@
 
     python tests/kernels/compile_kernels.py 90
 
-Also holds attention to what its speed rests on, loads that run ahead and tensor cores, and every
-kernel to the memory that a multiprocessor shares.
+Also checks that attention loads ahead and uses tensor cores, on which its speed depends, and that
+every kernel fits the memory that a multiprocessor shares.
 """
 
 import sys

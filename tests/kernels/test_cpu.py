@@ -1,4 +1,4 @@
-"""The native kernels come out of the wheel, or are compiled once for each set of instructions."""
+"""The native kernels come from the wheel, or are compiled once for each set of instructions."""
 
 import multiprocessing
 from pathlib import Path

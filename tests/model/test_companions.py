@@ -1,4 +1,4 @@
-"""What goes along with the weights: tokenizers that transformers reads alike, and generation."""
+"""What accompanies the weights: tokenizers that transformers reads alike, and generation."""
 
 import importlib.resources
 import importlib.util

@@ -1,4 +1,4 @@
-"""What a model needs and what there is: arithmetic, and held against what loading takes."""
+"""The memory that models need and that is there: arithmetic, compared with what loading takes."""
 
 import math
 import os

@@ -218,7 +218,7 @@ def test_speed_follows_from_operations():
     assert made.seconds == pytest.approx(100 * step, rel=1e-9)
     again = replace(recipe, parallel=replace(recipe.parallel, activation_checkpointing=True))
     assert plan(again, NEMO, on("h100"), share_of_peak=0.5).seconds > 1.3 * made.seconds
-    # Llama 3.1 8B on 8 H100s, not compiled: torchtitan tells of 5,762 tokens a second and card.
+    # Llama 3.1 8B on 8 H100s, not compiled: torchtitan reports 5,762 tokens a second and card.
     llama = replace(NEMO, dim=4096, n_layers=32, vocab_size=128_256)
     recipe = recipe_of(data={"window": 8192, "rows": 16, "micro_rows": 2})
     assert plan(recipe, llama, on("h100", 8)).tokens_per_second / 8 == pytest.approx(5762, rel=0.15)

@@ -104,7 +104,7 @@ def run_server(
 
 @pytest.fixture(scope="session", autouse=True)
 def state_dir(tmp_path_factory) -> Iterator[None]:
-    """Servers in processes of their own must not take up batches of whoever runs the tests."""
+    """Servers in processes of their own must not resume batches of the user who runs the tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OPENNEMO_STATE_DIR", str(tmp_path_factory.mktemp("state")))
         yield

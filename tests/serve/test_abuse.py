@@ -167,7 +167,7 @@ class Abuser:
         assert await self._status(reader) in (401, 503)
 
     async def read_slowly(self, reader, writer) -> None:
-        """With a small window, so that the server cannot get rid of what it has to say."""
+        """With a small window, so that the server cannot send its whole answer."""
         long = {**STREAM, "n": 4, "logprobs": True, "top_logprobs": 20, "max_tokens": 500}
         writer.write(request(json.dumps(long).encode()))
         if await self._status(reader) == 200:

@@ -1,4 +1,4 @@
-"""What a JSON body is made of is counted as it comes in, however it is cut."""
+"""The values of a JSON body are counted as they come in, however it is cut."""
 
 import json
 

@@ -320,7 +320,7 @@ def test_llm_comply(running, tiny_llm):
 
 
 def test_anthropics_tool_runner_sends_whole_conversations(claude):
-    """Its client asks for a conversation that the server keeps, and must learn that none is."""
+    """Its client asks the server to keep a conversation, and must be refused."""
     seen = []
 
     @anthropic.beta_tool

@@ -21,7 +21,7 @@ def choice(http, **fields) -> dict:
 
 
 def test_the_border_of_the_context(http, server):
-    """An input as long as the context crashed a server; others cut it without a word."""
+    """An input as long as the context crashed a server; others cut it silently."""
     n = server.llm.engine.max_context
     for length, status in ((n - 1, 200), (n, 400), (n + 1, 400)):
         body = {"model": "tiny", "prompt": [70] * length, "max_tokens": 5}
@@ -270,7 +270,7 @@ def test_a_body_that_is_no_json_names_no_field(http):
 
 
 def test_more_tokens_than_there_is_room_for_are_reported(http, server):
-    """Clients send large numbers by default: others refuse them, or cut them without a word."""
+    """Clients send large numbers by default: others refuse them, or cut them silently."""
     room = server.llm.engine.max_context - 3
     body = {"model": "tiny", "prompt": [70] * 3}
     for n, header in ((room, None), (room + 1, str(room))):

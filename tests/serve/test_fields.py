@@ -118,7 +118,7 @@ GBNF = 'root ::= "yes" | digit{3}\ndigit ::= [0-9] # one'
     ],
 )
 def test_whatever_asks_for_a_form_gets_it(http, fields, pattern):
-    """vLLM's older fields, NIM's, SGLang's, llama.cpp's and TGI's were dropped in silence."""
+    """vLLM's older fields, NIM's, SGLang's, llama.cpp's and TGI's were dropped silently."""
     for path, prompt in ((CHAT, {}), ("/v1/completions", {"prompt": "Hi", "messages": None})):
         answer = http.post(path, json={**BODY, **prompt, **fields})
         assert answer.status_code == 200 and "x-ignored-params" not in answer.headers, answer.text

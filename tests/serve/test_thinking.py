@@ -1,4 +1,4 @@
-"""Thinking is a part of its own in every protocol, whole and streamed, and goes back as one."""
+"""Thinking is separate in every protocol, whole and streamed, and can be sent back."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A recipe is strict: what it does not know it refuses, by name."""
+"""A recipe is strict: unknown keys are refused, by name."""
 
 from pathlib import Path
 

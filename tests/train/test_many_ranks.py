@@ -1,4 +1,4 @@
-"""Ranks change how a run is computed, and nothing of what comes out: gloo, on this CPU."""
+"""Ranks change how a run is computed, but not its result: gloo, on this CPU."""
 
 import os
 import signal

@@ -191,7 +191,7 @@ def test_a_reward_that_fails_names_the_answer_and_nothing_is_lost(
         f"reward {rewards}:{reward} {complaint}{chats}, line " in said and ', the answer "' in said
     )
     assert "saved after 0 steps" in said and "\n" not in said
-    # The function is mended, and the same command goes on.
+    # The function is fixed, and the same command resumes.
     good = rewards.read_text()
     rewards.write_text(
         good.replace(f"def {reward}(attempt):", f"def {reward}(attempt):\n    return 0.5")
