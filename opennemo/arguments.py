@@ -109,7 +109,7 @@ class AnswerOptions:
                 json_schema = _closed(json_schema.model_json_schema())
             if not isinstance(json_schema, dict | bool):
                 raise InvalidRequest(
-                    f"json_schema: {json_schema!r} is no schema and no pydantic model"
+                    f"json_schema: {json_schema!r} is not a schema or pydantic model"
                 )
             return "json_schema", json.dumps(json_schema)
         pair = isinstance(format, tuple | list) and len(format) == 2

@@ -21,7 +21,7 @@ class OpenNemoError(Exception):
 
 
 class InvalidRequest(OpenNemoError):
-    """A prompt, conversation or setting that cannot be served as it stands."""
+    """A prompt, conversation or setting that cannot be served as it is."""
 
 
 class ContextTooLong(InvalidRequest):

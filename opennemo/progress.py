@@ -139,7 +139,7 @@ def _amount(done: int, total: int, unit: Unit) -> str:
 
 @contextmanager
 def _bars(quiet: bool) -> Iterator[Any]:
-    """Rich's display, which draws nothing where standard error is no terminal."""
+    """Rich's display, which draws nothing where standard error is not a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars

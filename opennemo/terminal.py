@@ -22,14 +22,14 @@ from opennemo.tokenizer.chat import Message
 
 HELP = """\
 /reset             begin a new conversation
-/system TEXT       set the system message, and begin anew; without TEXT, show it
+/system TEXT       set the system message, and begin again; without TEXT, show it
 /set NAME VALUE    a setting of sampling, such as temperature 0.7; without VALUE, the model's own
                    again; without both, show what is set
 /format FORM       json, or a file with a JSON schema, which answers follow; text for none
 /adapter FOLDER    answer with this LoRA adapter; off for the model itself
 /save FILE         write the conversation as one line of JSON, ready for fine-tuning
 /exit              leave, as Ctrl-D does; Ctrl-C stops an answer
-A text of several lines is pasted, or stands between two \"\"\"."""
+A text of several lines is pasted, or written between two \"\"\"."""
 QUOTES = '"""'
 # Settings of /set: the numbers among SamplingParams that change an answer.
 SETTINGS = {
@@ -248,7 +248,7 @@ class Conversation:
         self.console.print(f"[dim]Answers {escape(what)}.[/dim]", highlight=False)
 
     def set_adapter(self, folder: str) -> None:
-        """Answer with an adapter from now on; the first one loads the model anew, with room."""
+        """Answer with an adapter from now on; the first one reloads the model, with room."""
         if folder in ("", "off"):
             self.asked.pop("adapter", None)
             self.console.print("[dim]The model answers by itself.[/dim]")

@@ -40,7 +40,7 @@ def imports(*modules: str, without: list[str]) -> None:
 
 
 def modules(package: str) -> list[str]:
-    """Of a package, but for those that are about GGUF files, grammars, recipes or a GPU."""
+    """Modules of a package, except those about GGUF files, grammars, recipes or a GPU."""
     files = sorted((ROOT / "opennemo" / package).glob("*.py"))
     names = [f"opennemo.{package}.{file.stem}" for file in files if file.stem != "__init__"]
     texts = dict(zip(names, (f.read_text() for f in files if f.stem != "__init__"), strict=True))

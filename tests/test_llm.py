@@ -143,7 +143,7 @@ def test_misuse_is_one_line_that_says_what_is_allowed(tmp_path):
             ({"max_new_tokens": 5}, "did you mean max_tokens?"),
             ({"format": "json"}, "format: 'json' is not a pair of a kind .json_object, "),
             ({"format": ("jsn", "")}, "is not a pair of a kind"),
-            ({"json_schema": "x"}, "json_schema: 'x' is no schema and no pydantic model"),
+            ({"json_schema": "x"}, "json_schema: 'x' is not a schema or pydantic model"),
             ({"json_schema": {}, "format": ("regex", "a")}, "give one of the two"),
             ({"adapter": "x"}, "no adapter 'x'"),
         ):

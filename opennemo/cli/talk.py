@@ -124,7 +124,7 @@ def generate(
     max_cache_size: MaxCacheSize = 10 * 2**30,
     adapter: AdapterFolder = None,
 ) -> None:
-    """Continue a text as it stands, without a chat layout."""
+    """Continue a text as it is, without a chat layout."""
     if (prompt is None) == (file is None):
         raise InvalidRequest("give a prompt or --file FILE, one of the two")
     text = read_text(file) if file else prompt

@@ -191,7 +191,7 @@ def open_all(specs: Sequence[str]) -> dict[str, Tokenizer]:
     """Tokenizers from `PATH` or `NAME=PATH`; without a name they are called after the path.
 
     Raises:
-        InvalidRequest: two have the same name. CheckpointError: a path is no tokenizer.
+        InvalidRequest: two have the same name. CheckpointError: a path is not a tokenizer.
     """
     tokenizers: dict[str, Tokenizer] = {}
     for spec in specs:

@@ -78,7 +78,7 @@ class Engine(Protocol):
         engine's.
 
         Raises:
-            ContextTooLong: a context with its continuation, but for the last token.
+            ContextTooLong: a context with its continuation, without its last token, does not fit.
             InvalidRequest: an empty context or continuation, an id outside the vocabulary.
         """
         ...
@@ -148,7 +148,7 @@ def check_pair(engine: Engine, context: list[int], continuation: list[int]) -> N
     """Refuse what cannot be scored.
 
     Raises:
-        ContextTooLong: a context with its continuation, but for the last token.
+        ContextTooLong: a context with its continuation, without its last token, does not fit.
         InvalidRequest: an empty context or continuation, an id outside the vocabulary.
     """
     if not context or not continuation:

@@ -54,7 +54,7 @@ class _TakesTooLong(Exception):
 
 
 class Matcher:
-    """Where one answer stands in its grammar."""
+    """The state of one answer in its grammar."""
 
     def __init__(self, matcher: LLMatcher):
         self._matcher = matcher

@@ -86,7 +86,7 @@ class SamplingParams:
     xtc_threshold: float = 0.1  # tokens of at least this probability are likely
     repetition_penalty: float = 1.0  # divides logits of tokens seen in prompt or answer (CTRL)
     presence_penalty: float = 0.0  # subtracted once from tokens seen in the answer
-    frequency_penalty: float = 0.0  # subtracted for each time a token stands in the answer
+    frequency_penalty: float = 0.0  # subtracted for each time a token occurs in the answer
     dry_multiplier: float = 0.0  # of DRY's penalty on tokens that would continue a repetition
     dry_base: float = 1.75  # to the power of how much longer the repetition is than
     dry_allowed_length: int = 2  # this many tokens

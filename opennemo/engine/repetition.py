@@ -19,7 +19,7 @@ class Repetition:
 
     max_pattern_size: int  # tokens of the longest pattern that is searched for
     min_pattern_size: int = 1
-    min_count: int = 2  # how often it must stand at the end, in a row
+    min_count: int = 2  # how often it must occur at the end, in a row
 
     def __post_init__(self) -> None:
         bounds = {"max_pattern_size": (1, 2048), "min_count": (2, 2**20)}

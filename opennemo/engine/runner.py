@@ -169,7 +169,7 @@ class Runner:
         )  # fmt: skip
 
     def _place(self, layout: Layout) -> tuple[Tensor, Paged, Tensor]:
-        """A layout on the device: tokens (T,), where they stand, rows wanted (R,)."""
+        """A layout on the device: tokens (T,), their places, rows wanted (R,)."""
         attend = Paged(
             pages=self.pages,
             positions=self._tensor(layout.positions),

@@ -53,7 +53,7 @@ class Sequence:
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=lambda: [None])
     targets: list[Target] = field(default_factory=list)  # of a score, by place
     scores: list[tuple[float, bool]] = field(default_factory=list)  # of `targets`; is it likeliest?
-    matcher: "Matcher | None" = None  # where the answer stands in its grammar
+    matcher: "Matcher | None" = None  # the state of the answer in its grammar
     runs: Runs | None = None  # how long the answer has repeated itself
     guesses: tuple[int, ...] = ()  # at the tokens that come next; see drafts.py
     n_drafted: int = 0  # tokens that lie in the draft model's cache

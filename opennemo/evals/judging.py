@@ -4,8 +4,8 @@ A judge sees a question and an answer and writes a mark. A mark that is not in t
 an answer that does not come, is counted as missing, never guessed. Judges are biased (towards the
 first answer, long answers, and their own), so three controls go with the marks: `repeats` marks
 each answer more than once; `duel` shows two models' answers in both orders and counts a win only if
-both agree; `calibrate` and `agree` measure how far a judge can tell right from broken, and how it
-compares with given marks.
+both agree; `calibrate` and `agree` measure how well a judge distinguishes right from broken, and
+how it compares with given marks.
 
 MT-Bench: arXiv:2306.05685 and FastChat's prompts. WildBench: arXiv:2406.04770, its template v2.
 """

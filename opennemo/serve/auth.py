@@ -82,7 +82,7 @@ class Gatekeeper:
         self.admin_digest = hash_key(admin_key) if admin_key else None
 
     def identify(self, headers: dict[bytes, bytes]) -> Client:
-        """The client whose key stands in `Authorization: Bearer` or `x-api-key`.
+        """The client whose key is in `Authorization: Bearer` or `x-api-key`.
 
         Raises:
             Refusal: 401, no key or an unknown one.

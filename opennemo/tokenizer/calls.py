@@ -291,7 +291,7 @@ def read_calls(syntax: CallSyntax, *pieces: str) -> tuple[list[dict], str]:
 
 
 def _read_named(syntax: CallSyntax, pieces: Sequence[str]) -> tuple[list[dict], str]:
-    """A call whose name, id and arguments stand between marks, and what follows it."""
+    """A call whose name, id and arguments are between marks, and the rest of the text."""
     *between, last = syntax.marks[1:]
     if list(pieces[1::2]) not in ([last], [*between, last]):
         raise ValueError(f"a call has its name, then {last}, then its arguments")

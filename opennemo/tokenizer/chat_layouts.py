@@ -73,7 +73,7 @@ class ChatLayout:
         form: the normal form of messages that it starts from.
         forgets: calls and results are left out once the user speaks again, and there is one
             result in a turn.
-        tools_first: tools stand before the first user message, not the last.
+        tools_first: tools come before the first user message, not the last.
         has_settings: settings of the model come after the tools.
     """
 

@@ -83,7 +83,7 @@ class Cursor:
                 return list(self.numbers(NUMBERS[kind], n))
             return [self.value(kind) for _ in range(n)]
         if kind not in NUMBERS:
-            raise ValueError(f"{kind} is no type of a value")
+            raise ValueError(f"{kind} is not a type of a value")
         return self.number(NUMBERS[kind])
 
 

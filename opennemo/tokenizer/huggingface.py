@@ -76,7 +76,7 @@ class HuggingFace(CorpusTokenizer):
             if id not in names:
                 raise ValueError(f"it has no token {id!r}, which is to begin or end a text")
         if wrong := [name for name in names.values() if not isinstance(name, str)]:
-            raise ValueError(f"its token {wrong[0]!r} is no text")
+            raise ValueError(f"its token {wrong[0]!r} is not text")
         added = {added["content"]: added for added in spec.get("added_tokens") or []}
         special = {entry["id"] for entry in added.values() if entry["special"]} | {bos_id, eos_id}
         special |= {id for id in end_ids if id in names}

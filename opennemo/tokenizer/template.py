@@ -292,7 +292,7 @@ def _with_reasoning(message: dict) -> dict:
 def _spell_out_tools(messages: Sequence[dict], tools: Sequence[dict]) -> list[dict]:
     """The conversation for a template that has no place for tools, in the tags that Hermes began.
 
-    Definitions join the system text, calls become text, and results stand in the user's turn.
+    Definitions join the system text, calls become text, and results join the user's turn.
     """
     turns: list[dict] = []
     for message in messages:
@@ -343,7 +343,7 @@ def _patterns(names: tuple[str, ...]) -> tuple[re.Pattern[str], re.Pattern[str]]
     """One pattern to split at control tokens, and one for the first character of look-alikes.
 
     A look-alike is the name of a control token anywhere, or the beginning of one where a text
-    ends (or would, trimmed), lest the next text complete it.
+    ends (or would, trimmed), so that the next text cannot complete it.
     """
     names = tuple(name for name in names if len(name) > 1)
     first = [

@@ -60,7 +60,7 @@ class Tokenizer(ABC):
     def token_bytes(self, id: int) -> bytes:
         """The bytes one id stands for; b"" for a control token. IndexError if out of range."""
         if id < 0:
-            raise IndexError(f"{id} is no token id")
+            raise IndexError(f"{id} is not a token id")
         return self._bytes[id]
 
     @cached_property

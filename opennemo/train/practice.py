@@ -98,7 +98,7 @@ class Practice:
         if isinstance(end := turn_end(tokenizer), str):
             raise InvalidRequest(
                 f"objective {recipe.objective}: turns of this model end in the text {end!r}, "
-                "which is no token, so that no answer could end"
+                "which is not a token, so that no answer could end"
             )
         self.recipe, self.tokenizer, self.rollout = recipe, tokenizer, rollout
         self.judge, self.window = judge, window

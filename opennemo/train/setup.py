@@ -126,7 +126,7 @@ def make_model(
 def form_of_base(recipe: "Recipe", checkpoint: Checkpoint, dtype: torch.dtype | None) -> Form:
     """What stored weights become where a recipe's model learns; a `dtype` of None: as stored.
 
-    An adapter alone learns over blocks of a GGUF file as they are, but for the head's, which the
+    An adapter alone learns over blocks of a GGUF file as they are, except the head's, which the
     loss multiplies in parts.
     """
     lora = recipe.lora

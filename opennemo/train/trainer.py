@@ -173,7 +173,7 @@ class Trainer:
                 if skipped_in_a_row > MAX_SKIPPED:
                     raise OpenNemoError(
                         f"step {step}: {skipped_in_a_row} steps in a row with a gradient that is "
-                        "not finite; begin anew with a lower optim.lr or a longer optim.warmup"
+                        "not finite; start again with a lower optim.lr or a longer optim.warmup"
                     )
                 self._report(bar, step, values)
                 stop = self._agreed_to_stop()

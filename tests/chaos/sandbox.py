@@ -21,7 +21,7 @@ FIXED = 64 << 20
 
 
 class Sandbox:
-    """Opens files in a process of its own, which is made anew when a file has ended it."""
+    """Opens files in a process of its own, which is started again when a file has ended it."""
 
     def __init__(self, good: dict[str, Path]):
         """`good` has a file, or folder, of every kind that will be opened."""
@@ -84,7 +84,7 @@ def _work(pipe: Connection) -> None:
             size = _status("VmSize") + ROOM
             resource.setrlimit(resource.RLIMIT_AS, (size, size))
             continue
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins again
         before, refusal, failure = _status("VmHWM"), None, None
         try:
             LOADERS[kind](path)

@@ -237,7 +237,7 @@ def test_a_tokenizer_whose_text_could_become_control(good, tmp_path):
 def test_a_tokenizer_with_a_token_that_is_no_text(good, tmp_path, name):
     path = shutil.copytree(good["hf"], tmp_path / "hf")
     change(path / "tokenizer.json", "added_tokens", 9, "content", value=name)
-    with pytest.raises(CheckpointError, match="is no text"):
+    with pytest.raises(CheckpointError, match="is not text"):
         load_tokenizer(path)
 
 

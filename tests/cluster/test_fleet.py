@@ -76,7 +76,7 @@ def chat(http, **fields) -> dict:
 
 
 def texts(body: dict) -> list:
-    """What was said, but for the names of calls, which are random."""
+    """The answer, without the names of calls, which are random."""
     for choice in body["choices"]:
         for call in choice["message"].get("tool_calls") or []:
             del call["id"]
@@ -144,7 +144,7 @@ def test_answers_are_those_of_one_engine(replicas, folder: Path, running):
             ours, expected = (chat(c, messages=user(name), **fields) for c in (http, alone))
             assert texts(ours) == texts(expected), name
             assert ours["usage"] == expected["usage"], name
-        # Streamed, the same: every event but for ids and times.
+        # Streamed, the same: every event except ids and times.
         body = {"model": "tiny-folder", "messages": user("stream"), "stream": True,
                 "max_tokens": 40, "temperature": 1, "seed": 3}  # fmt: skip
         heard = []

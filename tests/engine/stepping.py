@@ -36,7 +36,7 @@ def answers(engine: LocalEngine, texts: list[list[int]], params: SamplingParams)
 
 @torch.inference_mode()
 def greedy(model: Transformer, prompt: list[int], n: int) -> list[int]:
-    """The definition: the whole text anew for every token, no cache."""
+    """The definition: the whole text again for every token, no cache."""
     tokens = list(prompt)
     for _ in range(n):
         packed = Packed.of(len(tokens), window=model.config.sliding_window)

@@ -68,7 +68,7 @@ def logits(model: Transformer) -> Tensor:
 
 
 def run(*arguments: object) -> str:
-    """A command of ours, in this process, for the table is changed here only."""
+    """A command of ours, in this process, since the table is changed here only."""
     done = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert done.exit_code == 0, done.output
     return done.output

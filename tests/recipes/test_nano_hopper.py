@@ -89,7 +89,7 @@ def test_pieces_that_are_missing_damaged_or_foreign_are_refused(tmp_path: Path):
 
 
 def rehearsal(folder: Path, model: str, **more: str) -> Recipe:
-    """The recipe as it is, but for a tiny model, little text and 20 steps on a CPU."""
+    """The recipe as it is, except for a tiny model, little text and 20 steps on a CPU."""
     source = f"[{{path='{folder / 'shards'}'}}]"
     settings = {
         "model": model, "steps": "20", "device": "cpu", "parallel.compile": "false",

@@ -443,7 +443,7 @@ def as_toml(tree: dict) -> str:
 
 
 def test_ranks_divide_the_prompts(make_rl, tmp_path):
-    """Two ranks draw and learn what one does, but for the order of additions."""
+    """Two ranks draw and learn what one does, except for the order of additions."""
     recipe = make_rl(steps=3, rl={"updates": 1}, saving={"every": 0})
     alone = run(recipe, tmp_path / "one")
     run_ranks(2, run, recipe, tmp_path / "two")

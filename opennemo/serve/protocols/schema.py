@@ -359,7 +359,7 @@ class CompletionRequest(Sampling):
         return [prompt] if isinstance(prompt[0], int) else prompt  # pyright: ignore[reportReturnType]
 
     def arguments(self, llm: LLM) -> dict[str, Any]:
-        """Arguments for `LLM.complete`, but for the prompt."""
+        """Arguments for `LLM.complete`, except the prompt."""
         if self.suffix:
             raise InvalidRequest("suffix: this model was not trained to fill in the middle")
         given = self.sampling(llm)

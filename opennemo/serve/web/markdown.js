@@ -4,7 +4,7 @@
  * What a model writes is treated as hostile, so there are three barriers: HTML in it is
  * shown as text, DOMPurify lets a short list of elements through, and the page's policy (Trusted
  * Types, no foreign hosts) would stop what came past both. Text grows at its end, so only blocks
- * that changed are made anew. Without the libraries (`make` brings them), text is shown as it is.
+ * that changed are made again. Without the libraries (`make` brings them), text is shown as it is.
  */
 
 import { copyButton, h } from "./dom.js";

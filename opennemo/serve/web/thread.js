@@ -56,7 +56,7 @@ class MessageView {
   #markdown = null;
   #tokens = null;
   #forms = null;
-  #showing = ""; // a summary of what the foot shows, so that it is made anew only if that changed
+  #showing = ""; // a summary of what the foot shows, so that it is made again only if that changed
 
   constructor(thread, conversation, node) {
     Object.assign(this, { thread, conversation, node });
