@@ -320,7 +320,7 @@ def test_an_index_decides_which_file_a_tensor_is_read_from(model, tmp_path, over
     assert torch.equal(load(folder).get_parameter(W1), new)
     # A file that the index does not name is not read, with a warning.
     save_file({KEY: new - 2}, folder / "model.safetensors")
-    with pytest.warns(UserWarning, match="model.safetensors is not read, for .*index.json"):
+    with pytest.warns(UserWarning, match="model.safetensors is not read, since .*index.json"):
         assert torch.equal(load(folder).get_parameter(W1), new)
     (folder / stale).unlink()
     with pytest.raises(CheckpointError, match=f"missing: {stale}.*remove model.safetensors.index"):

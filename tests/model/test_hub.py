@@ -176,8 +176,8 @@ def test_an_index_says_which_files_are_wanted(hub, tmp_path):
     [
         ("org/nowhere", "no such folder, and not on {hub}; if private, run: hf auth login"),
         ("org/gated", "accept its terms on {hub}/org/gated, then run: hf auth login"),
-        ("org/broken", "not in the cache, and not to be had from {hub}"),
-        ("org/cut-off", "not in the cache, and not to be had from {hub}"),
+        ("org/broken", "not in the cache, and not available from {hub}"),
+        ("org/cut-off", "not in the cache, and not available from {hub}"),
         ("org/pickled", "model.safetensors is missing"),
     ],
 )
@@ -188,7 +188,7 @@ def test_what_cannot_be_had(hub, model, message, tmp_path):
 
 def test_no_hub(tmp_path):
     found = fetch("org/model", "http://127.0.0.1:1", tmp_path)
-    assert found.startswith("REFUSED org/model: not in the cache, and not to be had from")
+    assert found.startswith("REFUSED org/model: not in the cache, and not available from")
     assert "\n" not in found and "give a folder" in found
     found = fetch("org/model", "http://127.0.0.1:1", tmp_path, HF_HUB_OFFLINE="1")
     assert found.startswith("REFUSED org/model: not in the cache") and "HF_HUB_OFFLINE" in found
