@@ -159,10 +159,10 @@ def main() -> None:
         assert max(gaps) < SAME, (
             f"losses under FSDP2 are off by {max(gaps):.1%}: {sharded}, {plain}"
         )
-        assert plain[-1] < plain[0], f"nothing is learnt: {plain}"
+        assert plain[-1] < plain[0], f"nothing is learned: {plain}"
         rounded, with_qat = run(*inputs, device, Path(folder), True)
         row("a step under rounding to FP8", with_qat, seconds, "no rounding", LEAST)
-        assert rounded[-1] < rounded[0], f"nothing is learnt under rounding: {rounded}"
+        assert rounded[-1] < rounded[0], f"nothing is learned under rounding: {rounded}"
 
 
 if __name__ == "__main__":

@@ -217,7 +217,7 @@ class Reply:
 
     @property
     def logprobs(self) -> list[TokenLogprobs]:
-        """Of the (first) answer's tokens, where `logprobs` asked for them; waits for the end."""
+        """Those of the (first) answer's tokens, if `logprobs` requested them; waits for the end."""
         return self.finish().answers[0].logprobs
 
     @property

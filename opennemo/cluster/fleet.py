@@ -195,7 +195,7 @@ class Fleet:
         return scores
 
     def load_adapter(self, name: str, folder: Path) -> None:
-        """Load it on all replicas; those that come later load it when it is first asked for."""
+        """Load it on all replicas; those that come later load it on its first request."""
         path = str(folder.absolute())
         self.broadcast("load_adapter", (name, path))
         self.adapters[name] = path

@@ -205,7 +205,7 @@ def _frequent(
 
 
 def _apart(places: np.ndarray, length: int) -> np.ndarray:
-    """Of runs such as "aaaa" every other place, from the left: pairs of equals must not overlap."""
+    """Every other place of runs such as "aaaa", from the left: pairs of equals must not overlap."""
     places = np.sort(places)
     is_first = np.append(True, places[1:] - places[:-1] != length)
     index = np.arange(len(places))

@@ -155,7 +155,7 @@ def _count(
 
 
 def _copies(parts: Sequence[Path], cleaning: Cleaning) -> np.ndarray:
-    """Of every document (S,): 1 if an earlier text is equal, 2 if one is nearly so, else 0."""
+    """For every document (S,): 1 if an earlier text is equal, 2 if one is nearly so, else 0."""
     sizes = []
     for path in parts:
         with np.load(path) as part:

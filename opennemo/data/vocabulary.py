@@ -28,7 +28,7 @@ from opennemo.tokenizer.tekken import SINGLE_BYTES, Tekken
 
 
 class VocabularySettings(BaseModel):
-    """What vocabulary to learn.
+    """The vocabulary to learn.
 
     Attributes:
         vocab_size: ids in all, control tokens included.

@@ -190,7 +190,7 @@ class SmallModel:
     def guess(
         self, lengths: Mapping[Sequence, int], eos_ids: frozenset[int]
     ) -> dict[Sequence, list[int]]:
-        """Guesses for sequences, as many as are asked for; they have pages for them."""
+        """Guesses for sequences, as many as requested; they have pages for them."""
         began = time.perf_counter()
         guesses: dict[Sequence, list[int]] = {sequence: [] for sequence in lengths}
         matchers = {s: s.matcher.copy() for s in lengths if s.matcher}

@@ -310,7 +310,7 @@ class LocalEngine(Loop):
         sequence.tokens.append(token)
         params, reason, matcher = sequence.params, None, sequence.matcher
         if matcher is not None and (error := matcher.advance(token)):
-            self._finish(sequence, "error", InvalidRequest(f"the grammar cannot go on: {error}"))
+            self._finish(sequence, "error", InvalidRequest(f"the grammar cannot continue: {error}"))
             return
         ends = token in self.eos_ids and not params.ignore_eos
         if token in params.stop_ids:  # never in the middle of what a grammar guarantees

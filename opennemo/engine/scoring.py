@@ -25,7 +25,7 @@ Pair = tuple[list[int], list[int]]  # ids of a context, and of its continuation
 
 @dataclass(frozen=True)
 class Score:
-    """Of one continuation."""
+    """The score of one continuation."""
 
     logprob: float  # nats, of all its tokens together
     greedy: bool  # whether each of them is the likeliest

@@ -46,7 +46,7 @@ class BenchmarkData:
 
     @property
     def _root(self) -> Path:
-        """Of the tree that is laid out like the hub."""
+        """The root of the tree that is laid out like the hub."""
         assert self.folder
         return self.folder / "hub" if (self.folder / "hub").is_dir() else self.folder
 

@@ -109,7 +109,7 @@ class Run:
                 key, value = json.loads(line)
             except (ValueError, TypeError):
                 raise InvalidRequest(
-                    f"{self._file.name}, line {number}: damaged; delete the line to go on"
+                    f"{self._file.name}, line {number}: damaged; delete the line to continue"
                 ) from None
             self._answers[key] = value
             whole += len(line)

@@ -12,7 +12,7 @@ need not check again, and the rest is refused with the place and what is allowed
     arguments               a JSON string or an object
     tool call ids           nine letters or digits; others are hashed, in call and result alike
     tool result             must answer a call; one that names none answers the first open one
-    prefix: true            on the last message, an assistant's: the answer goes on from it
+    prefix: true            on the last message, an assistant's: the answer continues it
     weight: 0               on an assistant message: context in training, not learned
 
 Joins and orders are those of `mistral-common`, the reference. Other fields are ignored.

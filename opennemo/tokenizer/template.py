@@ -320,7 +320,7 @@ def _spell_out_tools(messages: Sequence[dict], tools: Sequence[dict]) -> list[di
 
 
 def _first_words(content: str | list[dict]) -> str:
-    """What a message's rendering has of it first."""
+    """The first part of a message in its rendering."""
     if isinstance(content, str):
         return content.strip()
     opening = "[THINK]" if content[0]["type"] == "thinking" else ""

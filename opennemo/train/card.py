@@ -94,7 +94,7 @@ def _data(part: dict[str, Any]) -> list[str]:
     return [
         *lines,
         f"- {part['conversations']:,} conversations, {part['tokens']:,} tokens, of which "
-        f"{part['trained_tokens']:,} are learnt; {len(part['left_out']):,} lines left out",
+        f"{part['trained_tokens']:,} are learned; {len(part['left_out']):,} lines left out",
     ]
 
 
@@ -121,4 +121,4 @@ def _format(recipe: Recipe, stored: str) -> str:
         return "float32, no quantisation awareness"
     kv = ", keys and values in FP8" if qat.kv else ""
     place = "float32" if stored == "float32" else f"stored in {stored}"
-    return f"{place}; learnt as if rounded to {qat.format}{kv} from {qat.start:.0%} of the steps on"
+    return f"{place}; learned as if rounded to {qat.format}{kv} after {qat.start:.0%} of the steps"

@@ -39,7 +39,7 @@ CHUNK = 512
 def hidden_of_targets(
     model: Transformer, batch: Batch, mesh: Mesh | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of this rank's tokens with a target: hidden states (T', D), targets (T',), places (T',)."""
+    """For this rank's tokens with a target: hidden states (T', D), targets and places (T',)."""
     part = share(mesh, batch.cu_seqlens, batch.max_seqlen, batch.window)
     attend = batch.attend() if batch.parents else part.attend  # a fork is on one rank
     hidden = model(batch.tokens[part.inputs], fake_kv(model, attend))

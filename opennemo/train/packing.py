@@ -1,7 +1,7 @@
 """Rows of packed sequences: what a step of training computes on.
 
 Whatever the objective, training asks for row `i` of an endless list and gets ids laid end to end,
-with a target for each id that is to be learnt. Row `i` depends on the seed and on `i` alone, so
+with a target for each id that is to be learned. Row `i` depends on the seed and on `i` alone, so
 a resumed run, and any number of ranks, see the same data. Of text, documents are cut into rows
 of one width; conversations stay whole, and are packed into rows that are as full as they can be
 made (first fit over a shuffled list). No sequence sees another: `cu_seqlens` keeps them apart.
@@ -47,7 +47,7 @@ class Batch:
     """Rows laid end to end, as tensors on the device."""
 
     tokens: Tensor  # (T,) int64
-    targets: Tensor  # (T,) int64, IGNORED where nothing is to be learnt
+    targets: Tensor  # (T,) int64, IGNORED where nothing is to be learned
     cu_seqlens: Tensor  # (S + 1,) int32
     max_seqlen: int
     window: Window  # ModelConfig.sliding_window

@@ -91,7 +91,7 @@ def open_run(recipe: Recipe, run: Path) -> None:
         if differing := differences(before, recipe):
             raise InvalidRequest(
                 f"{run}: holds a run of another recipe ({'; '.join(differing[:5])}); choose "
-                "another folder, or go on with the same settings"
+                "another folder, or resume with the same settings"
             )
         return
     if not _is_first():

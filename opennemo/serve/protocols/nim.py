@@ -52,7 +52,7 @@ async def metrics(request: Request, service: TheService) -> Response:
 @router.get("/version")
 @router.get("/v1/version")
 async def version() -> Response:
-    """Of the server and of its API."""
+    """Versions of the server and of its API."""
     return Json({"release": opennemo.__version__, "api": "v1", "version": opennemo.__version__})
 
 
@@ -92,5 +92,5 @@ async def manifest(service: TheService) -> Response:
 
 @router.get("/v1/license")
 async def license() -> Response:
-    """Of the server; a model has its own."""
+    """The server's licence; a model has its own."""
     return Json(LICENSE)
