@@ -1,25 +1,29 @@
-"""Function calling: BFCL's questions, judged by BFCL's own checker of calls (its AST categories).
+"""Function calling: BFCL's questions, judged by BFCL's own checkers.
 
-`bfcl-eval` brings 120 packages with pins, of which the checker needs none, so it is installed
-without them (pip install --no-deps), and its table of models is replaced (patches.py).
+`bfcl-eval` brings 120 packages with pins, of which its checkers need one at most, so it is
+installed without them (pip install --no-deps), and its table of models is replaced (patches.py).
 
 Gorilla (arXiv:2305.15334) and the Berkeley function-calling leaderboard, version 4.
 """
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from opennemo.errors import InvalidRequest, OpenNemoError
+from opennemo.evals import multi_turn
 from opennemo.evals.benchmark_data import read_lines
 from opennemo.evals.endpoint import ChatModel
-from opennemo.evals.patches import BFCL_MODEL, call_checker
+from opennemo.evals.patches import BFCL_MODEL, bfcl, call_checker
 from opennemo.evals.rows import gather
 from opennemo.evals.runs import Run, digest
 from opennemo.evals.suites import Calls, Outcome, Request
 
-CATEGORIES = ("simple_python", "multiple", "parallel", "parallel_multiple", "irrelevance")
+KINDS = ("simple", "multiple", "parallel", "parallel_multiple", "irrelevance")
+LIVE = tuple(f"live_{kind}" for kind in (*KINDS, "relevance"))  # questions of BFCL's users
+ONE_TURN = ("simple_python", *KINDS[1:], *LIVE)
+CATEGORIES = (*ONE_TURN, *multi_turn.CATEGORIES)
 # BFCL's names of types, and JSON schema's.
 TYPES = {"dict": "object", "float": "number", "tuple": "array", "any": "string", "list": "array"}
 TYPES |= {name: name for name in ("string", "integer", "number", "boolean", "array", "object")}
@@ -29,8 +33,12 @@ def prepare(request: Request) -> None:
     """Raises InvalidRequest without BFCL, or if options do not go together."""
     if request.options.required and not request.options.grammar:
         raise InvalidRequest("--required needs the grammar, which --no-grammar leaves out")
-    request.chosen(CATEGORIES)
+    several = set(_chosen(request)) & set(multi_turn.CATEGORIES)
+    if several and request.options.required:
+        raise InvalidRequest("--required lets no turn end: leave multi_turn_* out of --tasks")
     call_checker()
+    if several and find_spec("mpmath") is None:
+        raise OpenNemoError("BFCL's multi_turn_* need mpmath: pip install mpmath")
 
 
 def measure(model: ChatModel, request: Request, run: Run) -> Outcome:
@@ -40,23 +48,25 @@ def measure(model: ChatModel, request: Request, run: Run) -> Outcome:
     to the model.
     """
     options: Calls = request.options
-    categories, grammar, required = request.chosen(CATEGORIES), options.grammar, options.required
+    grammar, required, check = options.grammar, options.required, call_checker()
 
-    def settings(category: str) -> dict[str, Any]:
-        only = {"tool_choice": "required", "parallel_tool_calls": "parallel" in category}
-        return {"temperature": 0.0, "max_tokens": 512} | (only if required else {})
+    def ask(asked: tuple[str, dict[str, Any]]) -> Any:
+        category, question = asked
 
-    check, asked = call_checker(), []
-    for category in categories:
-        asked += [(category, q) for q in questions(category)[: request.limit]]
-    prompts = [
-        (q["question"][0], [as_tool(f) for f in q["function"]], settings(category))
-        for category, q in asked
-    ]
+        def answer(messages: list[dict[str, Any]], functions: Sequence[Mapping[str, Any]]) -> Any:
+            only = {"tool_choice": "required", "parallel_tool_calls": "parallel" in category}
+            settings = {"temperature": 0.0, "max_tokens": 512}
+            settings |= only if required and functions else {}
+            return model.ask(messages, [as_tool(f) for f in functions], grammar, **settings)
+
+        if category in multi_turn.CATEGORIES:
+            return multi_turn.converse(question, answer)
+        return answer(question["question"][0], question["function"])
+
+    asked = [(c, q) for c in _chosen(request) for q in questions(c)[: request.limit]]
     answers = run.ask_all(
-        f"Calls of {model.name}", prompts,
-        key=lambda a: digest("tools", model.name, grammar, a),
-        ask=lambda a: model.ask(a[0], a[1], grammar, **a[2]),
+        f"Calls of {model.name}", asked,
+        key=lambda a: digest("tools", model.name, grammar, required, a), ask=ask,
     )  # fmt: skip
     values: dict[str, float | str] = {}
     items = []
@@ -73,38 +83,53 @@ def measure(model: ChatModel, request: Request, run: Run) -> Outcome:
     return Outcome(rows, items)
 
 
+def _chosen(request: Request) -> Sequence[str]:
+    return request.chosen(CATEGORIES, ONE_TURN if request.options.required else None)
+
+
 def verdict(
     check: Callable[..., dict[str, Any]], category: str, question: Mapping[str, Any], answer: Any
 ) -> str | None:
     """None if the answer's calls are right, else the checker's name of the error."""
-    calls = []
-    for call in answer.get("tool_calls") or ():
-        try:
-            arguments = json.loads(call["function"]["arguments"])
-        except ValueError:
-            return "arguments are not JSON"
-        calls.append({call["function"]["name"]: arguments})
-    if category == "irrelevance":
+    if category in multi_turn.CATEGORIES:
+        return multi_turn.judge(question, answer["turns"])
+    calls = multi_turn.read_calls(answer)
+    if "irrelevance" in category:  # to BFCL, a call that cannot be read is not one
         return "a call where there is nothing to call" if calls else None
+    if calls is None:
+        return "arguments are not a JSON object"
     if not calls:
         return "no call"
-    from bfcl_eval.constants.enums import Language  # pyright: ignore[reportMissingImports]
-
-    result = check(
-        question["function"], calls, question["ground_truth"], Language.PYTHON, category, BFCL_MODEL
-    )
+    if "relevance" in category:
+        return None
+    made, language = [{name: given} for name, given in calls], bfcl("constants.enums").Language
+    described, truth = question["function"], question["ground_truth"]
+    result = check(described, made, truth, language.PYTHON, category, BFCL_MODEL)
     return None if result["valid"] else str(result.get("error_type") or "wrong")
 
 
 def questions(category: str) -> list[dict[str, Any]]:
-    """BFCL's questions, each with its `ground_truth`."""
-    import bfcl_eval  # pyright: ignore[reportMissingImports]
-
-    folder = Path(bfcl_eval.__path__[0]) / "data"
+    """BFCL's questions, each with its `ground_truth` and the functions that it declares."""
+    folder = Path(bfcl("data").__path__[0])
     lines = read_lines(folder / f"BFCL_v4_{category}.json")
     answers = folder / "possible_answer" / f"BFCL_v4_{category}.json"
     truth = {a["id"]: a["ground_truth"] for a in read_lines(answers)} if answers.exists() else {}
-    return [q | {"ground_truth": truth.get(q["id"], [])} for q in lines]
+    asked = [q | {"ground_truth": truth.get(q["id"], [])} for q in lines]
+    return _with_services(asked, folder) if category in multi_turn.CATEGORIES else asked
+
+
+def _with_services(asked: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
+    """Questions with the functions of their services, apart from those held back, by turn."""
+    files = bfcl("constants.executable_backend_config").MULTI_TURN_FUNC_DOC_FILE_MAPPING
+    described = {name: read_lines(folder / "multi_turn_func_doc" / files[name]) for name in files}
+    for question in asked:
+        functions = {f["name"]: f for name in question["involved_classes"] for f in described[name]}
+        question["missed_function"] = {
+            turn: [functions.pop(name) for name in names]
+            for turn, names in question.get("missed_function", {}).items()
+        }
+        question["function"] = list(functions.values())
+    return asked
 
 
 def as_tool(function: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
     lm-eval 0.4.13           shows bars and logs of its own, with no setting against the bars
     datasets 5               finds a data set by a path only in the working directory
-    bfcl-eval 2026.3.23      imports every vendor's client beside its checker of calls
+    bfcl-eval 2026.3.23      imports every vendor's client beside its checker of calls, and keeps
+                             the simulated services of a conversation as globals of a module
 
 Each is undone when the block ends, except BFCL's table of models, which is missing otherwise.
 tests/evals/test_patches.py fails when one of these changes no longer works.
@@ -12,7 +13,9 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -21,6 +24,7 @@ from unittest.mock import patch
 from opennemo.errors import OpenNemoError
 
 BFCL_MODEL = "opennemo"  # in the checker's table, as one whose names have "_" for "."
+CONVERSATIONS = count()
 LOGGERS = ("lm_eval", "lm-eval", "datasets", "fsspec")
 
 
@@ -76,6 +80,21 @@ def call_checker() -> Callable[..., dict[str, Any]]:
         table: Any = ModuleType(name)
         table.MODEL_CONFIG_MAPPING = {BFCL_MODEL: SimpleNamespace(underscore_to_dot=True)}
         sys.modules[name] = table
-    from bfcl_eval.eval_checker.ast_eval import ast_checker  # pyright: ignore[reportMissingImports]
+    return bfcl("eval_checker.ast_eval.ast_checker").ast_checker
 
-    return ast_checker.ast_checker
+
+def bfcl(module: str) -> Any:
+    """A module of BFCL's, which may not be installed where types are checked."""
+    return import_module(f"bfcl_eval.{module}")
+
+
+@contextmanager
+def bfcl_services() -> Iterator[str]:
+    """A model's name that no conversation had before; its services are forgotten at the end."""
+    name = f"{BFCL_MODEL}{next(CONVERSATIONS)}"
+    kept = vars(bfcl("eval_checker.multi_turn_eval.multi_turn_utils"))
+    try:
+        yield name
+    finally:
+        for key in [key for key in list(kept) if key.startswith(f"{name}_")]:
+            del kept[key]

@@ -122,7 +122,7 @@ def hub(tmp_path_factory) -> Iterator[Path]:
     config.HF_DATASETS_CACHE = cache
 
 
-Answer = Callable[[dict], "str | int"]  # a text, or a status of HTTP
+Answer = Callable[[dict], "str | int | dict"]  # a text, a status of HTTP, or fields of a message
 
 
 @contextmanager
@@ -137,12 +137,12 @@ def serving(answer: Answer) -> Iterator[tuple[str, list[dict]]]:
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["content-length"])))
             bodies.append(body)
-            text = answer(body)
-            message = {"role": "assistant", "content": text}
-            if isinstance(text, int):
-                self._send(text, {"error": "as asked"})
-            else:
-                self._send(200, {"choices": [{"message": message}]})
+            said = answer(body)
+            if isinstance(said, int):
+                self._send(said, {"error": "as asked"})
+                return
+            fields = said if isinstance(said, dict) else {"content": said}
+            self._send(200, {"choices": [{"message": {"role": "assistant", **fields}}]})
 
         def _send(self, status: int, value: dict) -> None:
             data = json.dumps(value).encode()

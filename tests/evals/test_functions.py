@@ -1,15 +1,18 @@
 """BFCL: its own checker over our calls, in this process and against our server."""
 
 import json
+from dataclasses import replace
 from random import Random
 
 import pytest
 
+from opennemo.errors import InvalidRequest
 from opennemo.evals.endpoint import LocalModel, RemoteModel
 from opennemo.evals.functions import (
-    CATEGORIES,
+    ONE_TURN,
     as_tool,
     measure,
+    prepare,
     questions,
     verdict,
 )
@@ -18,6 +21,7 @@ from opennemo.evals.runs import Run
 from opennemo.evals.suites import Calls, Request
 from opennemo.llm import LLM
 from opennemo.tokenizer.messages import check_tools
+from tests.evals.conftest import serving
 
 pytest.importorskip("bfcl_eval", reason="not installed: pip install --no-deps bfcl-eval==2026.3.23")
 
@@ -27,43 +31,72 @@ def calls(truth: list[dict], rng: Random) -> dict:
     made = []
     for call in truth:
         ((name, arguments),) = call.items()
-        given = {k: _value(v[0]) for k, v in arguments.items() if v[0] != ""}
-        function = {"name": name.replace(".", "_"), "arguments": json.dumps(given)}
+        function = {"name": name.replace(".", "_"), "arguments": json.dumps(_value(arguments))}
         made.append({"id": "000000000", "type": "function", "function": function})
     rng.shuffle(made)  # parallel calls may come in any order
     return {"role": "assistant", "content": None, "tool_calls": made}
 
 
 def _value(value: object) -> object:
-    """BFCL writes each value inside an object as a list of those that it accepts."""
+    """BFCL writes most values inside an object as a list of those that it accepts."""
     if isinstance(value, dict):
-        return {k: _value(v[0]) for k, v in value.items() if v[0] != ""}
+        first = {k: v[0] if isinstance(v, list) and v else v for k, v in value.items()}
+        return {k: _value(v) for k, v in first.items() if v != ""}
     return [_value(v) for v in value] if isinstance(value, list) else value
 
 
-@pytest.mark.parametrize("category", CATEGORIES)
+NO_TRUTH = [{"f": {"x": [1]}}]  # a call where BFCL has none to compare with
+
+
+@pytest.mark.parametrize("category", ONE_TURN)
 def test_right_calls_pass_and_wrong_ones_say_why(category):
     check, rng, wrong = call_checker(), Random(0), []
     asked = questions(category)
-    assert len(asked) >= 200
+    assert len(asked) >= (16 if category.startswith("live") else 200)
     for question in asked:
         tools = check_tools([as_tool(f) for f in question["function"]])
-        assert tools and "." not in tools[0]["function"]["name"]
-        right = calls(question["ground_truth"], rng) if category != "irrelevance" else {}
-        why = verdict(check, category, question, right)
+        assert all("." not in tool["function"]["name"] for tool in tools)
+        assert tools or category == "live_irrelevance"
+        right = calls(question["ground_truth"] or NO_TRUTH, rng)
+        why = verdict(check, category, question, {} if "irrelevance" in category else right)
         wrong += [why] * (why is not None)
-    assert len(wrong) <= len(asked) // 100  # BFCL's own answers fail in two parallel questions
-    question, right = asked[0], calls(asked[0]["ground_truth"], rng)
-    if category == "irrelevance":
-        some = calls([{"f": {"x": [1]}}], rng)
-        assert verdict(check, category, question, some) == "a call where there is nothing to call"
+    assert len(wrong) <= len(asked) // 100  # a few of BFCL's own answers fail
+    question, right = asked[0], calls(asked[0]["ground_truth"] or NO_TRUTH, rng)
+    broken = json.loads(json.dumps(right))
+    broken["tool_calls"][0]["function"]["arguments"] = "{"
+    if "irrelevance" in category:
+        why = verdict(check, category, question, right)
+        assert why == "a call where there is nothing to call"
+        assert verdict(check, category, question, broken) is None  # as BFCL has it
         return
     assert verdict(check, category, question, {"content": "no"}) == "no call"
-    broken = json.loads(json.dumps(right))
+    assert verdict(check, category, question, broken) == "arguments are not a JSON object"
     broken["tool_calls"][0]["function"]["arguments"] = '{"nothing": 1}'
-    assert verdict(check, category, question, broken)
-    broken["tool_calls"][0]["function"]["arguments"] = "{"
-    assert verdict(check, category, question, broken) == "arguments are not JSON"
+    assert category == "live_relevance" or verdict(check, category, question, broken)
+
+
+@pytest.mark.parametrize(("category", "when_silent"), [
+    ("live_simple", 0), ("live_parallel", 0), ("live_relevance", 0), ("live_irrelevance", 100),
+])  # fmt: skip
+def test_an_endpoint_is_asked_and_scored(category, when_silent, tmp_path):
+    by_text = {str(q["question"][0]): q["ground_truth"] for q in questions(category)}
+    right = lambda body: calls(by_text[str(body["messages"])] or NO_TRUTH, Random(0))  # noqa: E731
+    request = Request(model="m", suite="tools", tasks=(category,), limit=6, options=Calls())
+    scores = {}
+    for name, answer in (("calls", right), ("silent", lambda _: "I cannot.")):
+        with serving(answer) as (url, bodies):
+            rows = measure(RemoteModel(url, "m"), request, Run(tmp_path / name, {})).rows
+        assert [(row.name, row.part, row.n) for row in rows] == [("BFCL", category, 6)]
+        assert len(bodies) == 6 and all(body["tools"] for body in bodies)
+        scores[name] = rows[0].score
+    assert scores == {"calls": 100 - when_silent, "silent": when_silent}
+
+
+def test_what_must_call_is_not_asked_for_several_turns():
+    request = Request(model="m", suite="tools", options=Calls(required=True))
+    prepare(request)
+    with pytest.raises(InvalidRequest, match=r"leave multi_turn_\* out"):
+        prepare(replace(request, tasks=("multi_turn_base",)))
 
 
 def test_types_become_those_of_json_schema():

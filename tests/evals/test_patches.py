@@ -5,7 +5,7 @@ from importlib.metadata import version
 
 import pytest
 
-from opennemo.evals.patches import call_checker, datasets_from, quiet_harness
+from opennemo.evals.patches import bfcl, bfcl_services, call_checker, datasets_from, quiet_harness
 
 
 def test_the_harness_is_the_version_whose_bars_are_hidden_and_comes_back(capfd):
@@ -39,3 +39,17 @@ def test_bfcls_checker_opens_without_the_clients_of_vendors():
     pytest.importorskip("bfcl_eval", reason="pip install --no-deps bfcl-eval==2026.3.23")
     assert version("bfcl-eval") == "2026.3.23"
     assert callable(call_checker())
+
+
+def test_bfcls_services_of_a_conversation_are_its_own_and_forgotten():
+    pytest.importorskip("bfcl_eval", reason="pip install --no-deps bfcl-eval==2026.3.23")
+    utils = bfcl("eval_checker.multi_turn_eval.multi_turn_utils")
+    before, results = set(vars(utils)), []
+    for _ in range(2):
+        with bfcl_services() as name:
+            calls = ["mkdir(dir_name='new')", "ls()"]
+            run = utils.execute_multi_turn_func_call
+            results.append(run(calls, {}, ["GorillaFileSystem"], name, "an_id")[0])
+            assert set(vars(utils)) != before
+        assert set(vars(utils)) == before
+    assert results[0] == results[1] and "new" in results[0][1]
