@@ -30,7 +30,7 @@ TYPES |= {name: name for name in ("string", "integer", "number", "boolean", "arr
 
 
 def prepare(request: Request) -> None:
-    """Raises InvalidRequest without BFCL, or if options do not go together."""
+    """Raises OpenNemoError if a package is missing, or if options do not go together."""
     if request.options.required and not request.options.grammar:
         raise InvalidRequest("--required needs the grammar, which --no-grammar leaves out")
     several = set(_chosen(request)) & set(multi_turn.CATEGORIES)
@@ -38,7 +38,7 @@ def prepare(request: Request) -> None:
         raise InvalidRequest("--required lets no turn end: leave multi_turn_* out of --tasks")
     call_checker()
     if several and find_spec("mpmath") is None:
-        raise OpenNemoError("BFCL's multi_turn_* need mpmath: pip install mpmath")
+        raise InvalidRequest("BFCL's multi_turn_* need mpmath: pip install mpmath")
 
 
 def measure(model: ChatModel, request: Request, run: Run) -> Outcome:
