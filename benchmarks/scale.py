@@ -4,8 +4,8 @@
                                [--seconds N] [--step BASE TOKEN CONTEXT] [--kv-tokens N]
                                [--plot FILE] [--json FILE]
 
-A discrete-event simulation. `cluster/routing.py` chooses, `engine/scheduler.py` plans every step and
-`engine/kv_cache.py` shares every page: the classes themselves, on the ids of every prompt. Only
+A discrete-event simulation. `cluster/routing.py` chooses, `engine/scheduler.py` plans every step
+and `engine/kv_cache.py` shares every page: the classes themselves, on the ids of every prompt. Only
 the model is a stub: a step takes BASE seconds, TOKEN for each token computed and CONTEXT for each
 token that is attended to. By default these are fitted to steps of SmolLM2-135M in float32, measured
 at the beginning on one thread; for another machine give its own.
