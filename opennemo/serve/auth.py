@@ -30,26 +30,33 @@ class KeyLimits:
 
 
 class Window:
-    """How much was used within the last minute."""
+    """How much was used within the last minute.
 
-    def __init__(self) -> None:
-        self._used: deque[tuple[float, int]] = deque()  # when, and how much
+    What exceeds `limit` counts in the minutes that follow, a limit in each, so that the mean holds.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit  # 0 is none
+        self._used: deque[tuple[float, int]] = deque()  # when it counts, and how much
         self._total = 0
 
     def add(self, n: int) -> None:
-        self._used.append((time.monotonic(), n))
-        self._total += n
+        begins = self._forget()
+        while n and self._limit:
+            minutes, n_there = divmod(self._total, self._limit)
+            part = min(n, self._limit - n_there)
+            last = self._used[-1][0] if self._used else 0
+            self._used.append((max(last, begins + MINUTE * (minutes + 1)), part))
+            self._total, n = self._total + part, n - part
 
-    def wait(self, limit: int, n_expected: int = 0) -> float:
-        """Seconds until less than `limit` is used; 0 if it is, or if there is no limit.
+    def wait(self, n_expected: int = 0) -> float:
+        """Seconds until less than the limit is used; 0 if it is, or if there is no limit.
 
         Expected tokens count as used. When they end is unknown, so the wait for them is 1 second.
         """
-        begins = time.monotonic() - MINUTE
-        while self._used and self._used[0][0] <= begins:
-            self._total -= self._used.popleft()[1]
-        too_many = self._total - limit  # 0 is one too many as well
-        if not limit or too_many + n_expected < 0:
+        begins = self._forget()
+        too_many = self._total - self._limit  # 0 is one too many as well
+        if not self._limit or too_many + n_expected < 0:
             return 0
         if too_many < 0:
             return 1
@@ -58,6 +65,13 @@ class Window:
             if too_many < 0:
                 return at - begins
         raise AssertionError("what was used makes up the total")
+
+    def _forget(self) -> float:
+        """Drop what counts no longer; where the minute that counts begins."""
+        begins = time.monotonic() - MINUTE
+        while self._used and self._used[0][0] <= begins:
+            self._total -= self._used.popleft()[1]
+        return begins
 
 
 @dataclass(eq=False)
@@ -69,8 +83,10 @@ class Client:
     digest: bytes = b""
     n_running: int = field(default=0, init=False)
     n_expected: int = field(default=0, init=False)  # tokens that running requests may use
-    requests: Window = field(default_factory=Window, init=False)
-    tokens: Window = field(default_factory=Window, init=False)
+
+    def __post_init__(self) -> None:
+        self.requests = Window(self.limits.requests_per_minute)
+        self.tokens = Window(self.limits.tokens_per_minute)
 
 
 class Gatekeeper:
@@ -113,10 +129,10 @@ class Gatekeeper:
         limits = client.limits
         if limits.max_concurrent and client.n_running >= limits.max_concurrent:
             raise _too_much(f"{limits.max_concurrent} requests at the same time", 1)
-        wait = client.tokens.wait(limits.tokens_per_minute, client.n_expected)
+        wait = client.tokens.wait(client.n_expected)
         if wait and not is_part:
             raise _too_much(f"{limits.tokens_per_minute} tokens a minute", wait)
-        if wait := client.requests.wait(limits.requests_per_minute):
+        if wait := client.requests.wait():
             raise _too_much(f"{limits.requests_per_minute} requests a minute", wait)
         client.requests.add(1)
         client.n_running += 1

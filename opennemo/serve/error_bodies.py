@@ -5,6 +5,7 @@ strict clients reject numbers there. Anthropic's clients get a shape of their ow
 """
 
 import json
+from math import ceil
 from typing import Any
 
 from fastapi.responses import Response
@@ -89,7 +90,7 @@ def error_response(error: Refusal, path: str) -> Response:
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
     if error.retry_after is not None:
-        headers["retry-after"] = str(max(1, round(error.retry_after)))
+        headers["retry-after"] = str(max(1, ceil(error.retry_after)))
     return Json(error_body(error, path), error.status, headers)
 
 

@@ -104,8 +104,27 @@ def test_limits_follow_a_clock_that_nobody_sets(monkeypatch):
         gate.release(client, 99)
         with pytest.raises(Refusal, match="100 tokens a minute") as refused:
             gate.admit(client)
-        # When the first of these is a minute old, and then the second, there are 99 left.
-        assert refused.value.retry_after == 40
+        # 204 were used where two minutes allow 200; the last of them count in the third.
+        assert refused.value.retry_after == 100
+
+
+def test_a_large_answer_counts_for_as_many_minutes_as_it_takes(monkeypatch):
+    now = 1e6
+    monkeypatch.setattr(auth.time, "monotonic", lambda: now)
+    client = auth.Client("alice", auth.KeyLimits(tokens_per_minute=200))
+    gate = auth.Gatekeeper([client], client.limits)
+    gate.admit(client)
+    for _ in range(3):  # the other two are parts of the same request
+        gate.admit(client, is_part=True)
+    for n_tokens in (961, 0, 30, 10):
+        gate.release(client, n_tokens)
+    for passed, left in ((0, 300), (299.5, 0.5)):  # 1,001 are five minutes' worth and one more
+        now += passed
+        with pytest.raises(Refusal, match="200 tokens a minute") as refused:
+            gate.admit(client)
+        assert refused.value.retry_after == left
+    now += 0.5
+    gate.admit(client)
 
 
 @pytest.mark.parametrize("jump", [-400 * 86400.0, 3600 * 20.0])
