@@ -2,6 +2,7 @@
 
 import re
 import sys
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -65,7 +66,9 @@ def chat(
     max_cache_size: MaxCacheSize = 10 * 2**30,
     adapter: AdapterFolder = None,
 ) -> None:
-    """Talk to a model. Without a terminal, answer the text on standard input, once.
+    """Talk to a model. Without a terminal, answer all of standard input as one message.
+
+    Commands such as /help are for the terminal alone.
 
     A --session is saved in ~/.local/state/opennemo/sessions, and what was computed for it in
     ~/.cache/opennemo/prefixes, unless --cache-dir names another folder.
@@ -141,9 +144,17 @@ def generate(
             llm.load_adapter("own", adapter)
         asked = {"stop": tuple(stop or ()), "adapter": adapter and "own"}
         asked["heal"] = llm.tokenizer.has_superwords
-        for piece in llm.complete(text or "", **asked, **sampling):
+        reply = llm.complete(text or "", **asked, **sampling)
+        for piece in reply:
             print(piece, end="", flush=True)
         print()
+        if not reply.text and reply.finish_reason == "stop":
+            what = f"the answer began with {reply.answers[0].stopped_by!r}"
+            if reply.answers[0].stopped_by is None:
+                chats = llm.tokenizer.chat_template or llm.tokenizer.instruct_version
+                hint = "; `opennemo chat` asks it in the layout of its conversations" if chats else ""
+                what = f"the model ended at once, without a word{hint}"
+            warnings.warn(what, stacklevel=1)
 
 
 def _load(

@@ -48,3 +48,16 @@ def test_an_answer_that_only_repeats_itself_ends(tmp_path):
         assert done.stdout == b"a" * expected + b"\n"
     done = opennemo("generate", str(tmp_path), "a", "--stop-repeats", "1")
     assert done.returncode == 2 and b"--stop-repeats" in done.stderr
+
+
+def test_an_answer_without_a_word_is_explained(tmp_path):
+    (a, b) = tiny.BYTES.encode("ab")
+    tiny.write_tokenizer(tmp_path, {})
+    tiny.write(tmp_path, tiny.weights(tiny.BYTES.vocab_size, [(a, tiny.BYTES.eos_id), (b, a)]))
+    done = opennemo("generate", str(tmp_path), "a")
+    assert (done.returncode, done.stdout) == (0, b"\n")
+    assert done.stderr.startswith(b"opennemo: the model ended at once") and b"chat" in done.stderr
+    done = opennemo("generate", str(tmp_path), "b", "--stop", "a")
+    assert (done.stdout, done.stderr) == (b"\n", b"opennemo: the answer began with 'a'\n")
+    done = opennemo("generate", str(tmp_path), "b")
+    assert (done.stdout, done.stderr) == (b"a\n", b"")
