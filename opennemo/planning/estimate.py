@@ -250,7 +250,8 @@ def _count_drawing(add, work: Work, stored: str) -> None:
 
 def _count_base(add, work: Work, stored: str, over: str) -> None:
     """The frozen model below adapters. Codes are not divided over ranks."""
-    number = work.machines.card.bytes
+    lora = work.recipe.lora
+    number = {"float32": 4, "bfloat16": 2}.get(lora.dtype if lora else "", work.machines.card.bytes)
     rest = work.n_tables * work.table + work.norms
     matrices = work.config.n_layers * work.block
     ranks = work.fsdp * work.tp

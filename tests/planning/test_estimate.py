@@ -115,6 +115,15 @@ def test_weights_and_adapters_are_counted_as_models_have_them():
     assert Work(recipe_of(lora={"rank": 4}), tiny, CPU).n_adapters == learning
 
 
+@pytest.mark.parametrize(("dtype", "size"), [("auto", 4), ("float32", 4), ("bfloat16", 2)])
+def test_frozen_weights_are_counted_in_the_type_that_the_recipe_names(dtype: str, size: int):
+    recipe, config = recipe_of(lora={"rank": 4, "dtype": dtype}), PRESETS["tiny"]
+    assert (
+        sizes(plan(recipe, config, CPU))["frozen weights"]
+        == size * Work(recipe, config, CPU).n_weights
+    )
+
+
 def test_nemo_is_adapted_in_24_gb_over_codes_and_not_over_bf16():
     recipe = recipe_of(
         objective="chat", data={"window": 4096, "rows": 16}, lora={"rank": 64},
