@@ -13,6 +13,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -21,7 +22,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from opennemo.errors import InvalidRequest
+from opennemo.errors import InvalidRequest, OpenNemoError
+from opennemo.progress import count
 from opennemo.texts import open_lines
 from opennemo.tokenizer import Tokenizer
 from opennemo.tokenizer.chat import encode_chat, encode_for_training
@@ -143,8 +145,8 @@ class Report:
             first = "; ".join(map(str, self.bad[:5]))
             more = f"; and {len(self.bad) - 5:,} more" if len(self.bad) > 5 else ""
             raise InvalidRequest(
-                f"{len(self.bad):,} bad lines: {first}{more}. `opennemo validate-data --fix` "
-                "mends what can be mended, `skip_bad = true` leaves them out"
+                f"{count(len(self.bad), 'bad line')}: {first}{more}. `opennemo validate-data "
+                "--fix` mends what can be mended, `skip_bad = true` leaves them out"
             )
 
 
@@ -276,10 +278,16 @@ def _read(paths: Sequence[Path], reader: Reader, processes: int | None) -> tuple
     else:
         # Spawned, not forked: the caller may have threads.
         spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(processes, mp_context=spawn) as pool:
-            ranks = range(processes)
-            todo = [pool.submit(_read_share, paths, reader, r, processes) for r in ranks]
-            shares = [future.result() for future in todo]
+        try:
+            with ProcessPoolExecutor(processes, mp_context=spawn) as pool:
+                ranks = range(processes)
+                todo = [pool.submit(_read_share, paths, reader, r, processes) for r in ranks]
+                shares = [future.result() for future in todo]
+        except BrokenProcessPool:
+            names = ", ".join(map(str, paths))
+            raise OpenNemoError(
+                f"{names}: a process that was reading it was killed, perhaps for want of memory"
+            ) from None
     units: list[Any] = []
     report = Report()
     for batch in (batch for row in zip_longest(*shares) for batch in row if batch is not None):

@@ -3,16 +3,19 @@
 import gzip
 import importlib.util
 import json
+import os
 import random
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from opennemo.errors import InvalidRequest
+from opennemo.errors import InvalidRequest, OpenNemoError
 from opennemo.model.hub import locate
 from opennemo.tokenizer import Tokenizer, load_tokenizer
 from opennemo.tokenizer.chat import encode_chat, parse_reply
+from opennemo.tokenizer.tekken import Tekken
 from opennemo.train.conversations import Example, read_examples, read_pairs, read_tasks
 
 SHARED = Path(__file__).parents[2] / "../shared/data"
@@ -471,3 +474,20 @@ def test_real_files(smollm2, nemo):
     for tokenizer in (smollm2, nemo):
         _, report = read_pairs([SHARED / "prefs/eval.jsonl.zst"], tokenizer, max_tokens=8192)
         assert not report.bad and report.n_conversations == 102
+
+
+class Killed(Tekken):
+    """Ends the process that begins to read with it."""
+
+    def expect_corpus(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="there are no such signals")
+def test_a_reading_process_that_is_killed_is_named_in_one_line(tmp_path):
+    file = tmp_path / "chats.jsonl"
+    file.write_text('{"messages": []}\n')
+    tokenizer = Killed(r"[\s\S]", [bytes([i]) for i in range(256)], n_special=64)
+    with pytest.raises(OpenNemoError, match=r"chats\.jsonl: a process .* was killed") as killed:
+        read_examples([file], tokenizer, max_tokens=8, processes=2)
+    assert "\n" not in str(killed.value)
