@@ -120,6 +120,11 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}"
 
 
+def count(n: int, what: str) -> str:
+    """A number of things: `1 line`, `2,000 lines`."""
+    return f"{n:,} {what}{'s' * (n != 1)}"
+
+
 def size(n_bytes: float) -> str:
     """Bytes as a person reads them, in binary units."""
     for unit in ("B", "KiB", "MiB"):

@@ -18,6 +18,7 @@ from opennemo.engine import SamplingParams
 from opennemo.errors import InvalidRequest, OpenNemoError
 from opennemo.files import read_json, write_whole
 from opennemo.llm import LLM
+from opennemo.progress import count
 from opennemo.tokenizer.chat import Message
 
 HELP = """\
@@ -177,7 +178,9 @@ class Conversation:
         }  # fmt: skip
         note = notes.get(reply.finish_reason, "")
         rate = len(reply.ids) / seconds
-        self.console.print(f"\n[dim]{len(reply.ids)} tokens, {rate:.1f} a second{note}[/dim]")
+        self.console.print(
+            f"\n[dim]{count(len(reply.ids), 'token')}, {rate:.1f} a second{note}[/dim]"
+        )
         answer: Message = {"role": "assistant", "content": "".join(pieces)}
         if thinking := reply.answers[0].thinking:
             answer["reasoning_content"] = thinking
@@ -278,7 +281,9 @@ class Conversation:
                 file.write(json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")
         except OSError as error:
             raise InvalidRequest(f"{name}: {error.strerror}") from None
-        self.console.print(f"[dim]Saved {len(self.messages)} messages to {escape(name)}.[/dim]")
+        self.console.print(
+            f"[dim]Saved {count(len(self.messages), 'message')} to {escape(name)}.[/dim]"
+        )
 
 
 class Lines:

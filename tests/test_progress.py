@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from opennemo.progress import clock, progress, size, stages
+from opennemo.progress import clock, count, progress, size, stages
 
 ROOT = Path(__file__).parent.parent
 
@@ -53,7 +53,7 @@ def test_quiet_work_prints_nothing(capsys: pytest.CaptureFixture[str]):
 def test_a_terminal_shows_a_bar():
     program = textwrap.dedent("""
         import time
-        from opennemo.progress import progress
+        from opennemo.progress import count, progress
         with progress("Counting", 3) as bar:
             for _ in range(3):
                 bar.advance(note="quickly")
@@ -73,6 +73,14 @@ def test_a_terminal_shows_a_bar():
 )
 def test_time_is_readable(seconds: float, text: str):
     assert clock(seconds) == text
+
+
+def test_numbers_of_things_are_readable():
+    assert [count(n, "bad line") for n in (0, 1, 2000)] == [
+        "0 bad lines",
+        "1 bad line",
+        "2,000 bad lines",
+    ]
 
 
 def test_sizes_are_readable():

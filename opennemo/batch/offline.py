@@ -21,7 +21,7 @@ from rich.console import Console
 
 from opennemo.batch.lines import Line, LineError, OutputLine, Slots, output_line, parse, run
 from opennemo.errors import InvalidRequest, OpenNemoError
-from opennemo.progress import progress
+from opennemo.progress import count, progress
 from opennemo.serve.app import create_app
 from opennemo.serve.service import Service
 from opennemo.serve.settings import Settings
@@ -48,18 +48,17 @@ def run_batch(source: Path, target: Path, settings: Settings) -> bool:
             todo = [place for place in places if place[0] not in output.ids]
             if foreign := output.ids - {id for id, *_ in places}:
                 raise InvalidRequest(
-                    f"{target}: {len(foreign):,} answers in it belong to no line of {source}; give "
+                    f"{target}: holds {count(len(foreign), 'answer')} to no line of {source}; give "
                     "another -o, or remove them"
                 )
             if not places:
                 raise InvalidRequest(f"{source}: holds no requests")
             if output.ids:
-                print(f"{len(output.ids):,} of {len(places):,} lines are answered already")
+                print(f"Answered already: {len(output.ids):,} of {count(len(places), 'line')}")
             if todo:
                 _answer(input, todo, len(places), output, settings)
-            print(
-                f"Wrote {target}: {len(places):,} lines, {output.n_failed:,} of them with an error"
-            )
+            lines = count(len(places), "line")
+            print(f"Wrote {target}: {lines}, {output.n_failed:,} of them with an error")
             return output.n_failed == 0
     except OSError as error:
         raise InvalidRequest(f"{error.filename or target}: {error.strerror}") from None
@@ -85,10 +84,8 @@ def _answer(
 
             answerer.answer(input, todo, save)
     except KeyboardInterrupt:
-        print(
-            f"\nStopped with {n_done:,} of {n_total:,} lines answered; the same command resumes",
-            file=sys.stderr,
-        )
+        done = f"{n_done:,} of {count(n_total, 'line')} answered"
+        print(f"\nStopped with {done}; the same command resumes", file=sys.stderr)
         raise
     finally:
         answerer.close()

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from opennemo.cli.options import DEFAULT_MODEL, one_of, processors, tokenizer_path
-from opennemo.progress import clock, stages
+from opennemo.progress import clock, count, stages
 
 app = typer.Typer()
 ENGINES = ("processes", "ray")
@@ -86,7 +86,9 @@ def tokenize(
         f"{seconds:,.0f} s ({read['text_bytes'] / 1e6 / max(seconds, 1e-3):,.1f} MB/s of text)"
     )
     if broken := read["unreadable_lines"]:
-        print(f"{broken:,} lines were not UTF-8 or not JSON with a text", file=sys.stderr)
+        print(
+            f"Left out: {count(broken, 'line')} not UTF-8, or not JSON with a text", file=sys.stderr
+        )
 
 
 @app.command()
@@ -159,7 +161,8 @@ def validate_data(
     if fix is not None:
         left_out = write_fixed(files, fix, report, tokenizer, max_tokens, prompts=prompts)
         print(
-            f"Wrote {fix}: {len(bad) - len(left_out):,} lines repaired, {len(left_out):,} left out"
+            f"Wrote {fix}: {count(len(bad) - len(left_out), 'line')} repaired, "
+            f"{len(left_out):,} left out"
         )
         bad = left_out
     for line in bad if fix is not None else bad[:SHOWN]:

@@ -8,7 +8,7 @@ import typer
 
 from opennemo.cli.options import Dtype, Model, NamesFormats, NewModel, given, one_of
 from opennemo.errors import InvalidRequest
-from opennemo.progress import progress, size
+from opennemo.progress import count, progress, size
 
 app = typer.Typer()
 LAYOUTS = ("hf", "mistral")
@@ -33,7 +33,7 @@ def info(model: Model) -> None:
     config, console = checkpoint.config, Console(highlight=False)
     scaling = config.rope_scaling
     types = [
-        f"{n:,} tensors in {type} ({size(n_bytes)})"
+        f"{count(n, 'tensor')} in {type} ({size(n_bytes)})"
         for type, (n, n_bytes) in checkpoint.stored_types().items()
     ]
     rows = {

@@ -152,7 +152,9 @@ def generate(
             what = f"the answer began with {reply.answers[0].stopped_by!r}"
             if reply.answers[0].stopped_by is None:
                 chats = llm.tokenizer.chat_template or llm.tokenizer.instruct_version
-                hint = "; `opennemo chat` asks it in the layout of its conversations" if chats else ""
+                hint = (
+                    "; `opennemo chat` asks it in the layout of its conversations" if chats else ""
+                )
                 what = f"the model ended at once, without a word{hint}"
             warnings.warn(what, stacklevel=1)
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from opennemo.cli.options import check_place, given, need, one_of, read_text, tokenizer_path
-from opennemo.progress import stages
+from opennemo.progress import count, stages
 
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Look at, compare and learn vocabularies."
@@ -133,4 +133,4 @@ def train(
     trained.save(output)
     print(f"Wrote {output}: {trained.tokenizer.vocab_size:,} ids")
     if broken := trained.record["unreadable_lines"]:
-        print(f"{broken:,} lines were not UTF-8 or not JSON and were left out", file=sys.stderr)
+        print(f"Left out: {count(broken, 'line')} not in UTF-8, or not JSON", file=sys.stderr)

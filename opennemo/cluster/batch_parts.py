@@ -19,7 +19,7 @@ from opennemo.batch.offline import Answerer, Place, places_in
 from opennemo.cluster.local_ray import quiet_ray_data
 from opennemo.errors import InvalidRequest, OpenNemoError
 from opennemo.files import open_whole, write_whole
-from opennemo.progress import progress
+from opennemo.progress import count, progress
 from opennemo.serve.logs import configure_logs
 from opennemo.serve.settings import Settings
 
@@ -50,18 +50,18 @@ def run_in_parts(source: Path, target: Path, settings: Settings, make: Make | No
         folder.mkdir(parents=True, exist_ok=True)
         made = {path.name for path in folder.glob("*.jsonl")}
         if foreign := made - {name for name, _ in parts}:
-            raise InvalidRequest(f"{folder}: {len(foreign)} parts in it belong to another input")
+            raise InvalidRequest(f"{folder}: holds {count(len(foreign), 'part')} of another input")
         todo = [part for part in parts if part[0] not in made]
         n_done = len(places) - sum(len(lines) for _, lines in todo)
         if n_done:
-            print(f"{n_done:,} of {len(places):,} lines are answered already")
+            print(f"Answered already: {n_done:,} of {count(len(places), 'line')}")
         with progress("Answering", len(places), done=n_done) as bar:
             for n_lines in (make or on_ray)(source, folder, todo, settings):
                 bar.advance(n_lines)
         n_failed = _merge(folder, [name for name, _ in parts], target)
     except OSError as error:
         raise InvalidRequest(f"{error.filename or target}: {error.strerror}") from None
-    print(f"Wrote {target}: {len(places):,} lines, {n_failed:,} of them with an error")
+    print(f"Wrote {target}: {count(len(places), 'line')}, {n_failed:,} of them with an error")
     return n_failed == 0
 
 

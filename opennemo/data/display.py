@@ -4,6 +4,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from opennemo.progress import count
 from opennemo.tokenizer.tokenizer import Tokenizer
 
 # Neighbours differ, and black letters are legible on all of them.
@@ -34,7 +35,7 @@ def show(tokenizer: Tokenizer, text: str) -> Group:
             shaded.append("\n")
         table.add_row(str(id), Text(token, style=shade), data.hex(" "))
     n_bytes = len(text.encode("utf-8", "replace"))
-    count = f"{len(ids):,} tokens, {len(text):,} characters, {n_bytes:,} bytes"
+    summary = ", ".join(map(count, (len(ids), len(text), n_bytes), ("token", "character", "byte")))
     if n_superwords or tokenizer.has_superwords:
-        count += f"; {n_superwords:,} of the tokens are superwords"
-    return Group(shaded, "", table, "", Text(count, style="dim"))
+        summary += f"; {count(n_superwords, 'superword')} among the tokens"
+    return Group(shaded, "", table, "", Text(summary, style="dim"))

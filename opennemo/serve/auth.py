@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from opennemo.errors import InvalidRequest
+from opennemo.progress import count
 from opennemo.serve.error_bodies import Refusal
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -128,12 +129,12 @@ class Gatekeeper:
         """
         limits = client.limits
         if limits.max_concurrent and client.n_running >= limits.max_concurrent:
-            raise _too_much(f"{limits.max_concurrent} requests at the same time", 1)
+            raise _too_much(f"{count(limits.max_concurrent, 'request')} at the same time", 1)
         wait = client.tokens.wait(client.n_expected)
         if wait and not is_part:
-            raise _too_much(f"{limits.tokens_per_minute} tokens a minute", wait)
+            raise _too_much(f"{count(limits.tokens_per_minute, 'token')} a minute", wait)
         if wait := client.requests.wait():
-            raise _too_much(f"{limits.requests_per_minute} requests a minute", wait)
+            raise _too_much(f"{count(limits.requests_per_minute, 'request')} a minute", wait)
         client.requests.add(1)
         client.n_running += 1
         client.n_expected += n_expected

@@ -140,7 +140,7 @@ def test_files_that_cannot_be_meant(tmp_path):
         refused("is not an answer of a batch")
         assert target.read_text() == text
     target.write_bytes(batch.output_line("batch_req_x", 1, "other", error={}).data)
-    refused("1 answers in it belong to no line of")
+    refused("holds 1 answer to no line of")
     target.unlink()
     target.mkdir()
     refused("is not a file")

@@ -25,7 +25,7 @@ def test_superwords_are_counted_and_underlined():
     words = Tekken(SUPERWORDS["tekken"], tokens)
     console = Console(width=80, record=True, file=io.StringIO(), force_terminal=True)
     console.print(show(words, "x of the"))
-    assert "2 tokens, 8 characters, 8 bytes; 1 of the tokens are superwords" in console.export_text(
+    assert "2 tokens, 8 characters, 8 bytes; 1 superword among the tokens" in console.export_text(
         clear=False
     )
     assert "underline" in console.export_html()

@@ -218,7 +218,7 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(texts: Path, tmp_p
     done = run(*command)
     assert done.returncode == 0, done.stderr
     assert "tokens of" in done.stdout and "left out: empty" in done.stdout
-    assert "1 lines were not" in done.stderr
+    assert "Left out: 1 line not" in done.stderr
     prepare(Job(inputs=(texts,), out=undisturbed, tokenizer=Path(OWN)))
     assert files(out) == files(undisturbed)
 
