@@ -100,12 +100,24 @@ class LowRank(nn.Module):
         self.b = nn.Parameter(torch.zeros(shape[0], rank))  # (O, r)
         nn.init.kaiming_uniform_(self.a, math.sqrt(5), generator=generator)  # as PEFT
         self.scale, self.enabled = scale, True
+        self.first_a: Tensor | None
+        self.first_b: Tensor | None
+        for name in ("first_a", "first_b"):
+            self.register_buffer(name, None, persistent=False)
+
+    @property
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """A and B; where they are disabled, those that a run began with, or None."""
+        if self.enabled:
+            return self.a, self.b
+        return (
+            None if self.first_a is None or self.first_b is None else (self.first_a, self.first_b)
+        )
 
     def forward(self, weight: Tensor) -> Tensor:
         """W (O, D) -> W + s * B @ A, in the type of W."""
-        if not self.enabled:
-            return weight
-        return fold(weight, self.scale, self.a, self.b)
+        factors = self.factors
+        return weight if factors is None else fold(weight, self.scale, *factors)
 
 
 def fold(weight: Tensor, scale: float, a: Tensor, b: Tensor) -> Tensor:
@@ -124,12 +136,13 @@ class LoRALinear(nn.Module):
         quantized = isinstance(self.base, QuantizedLinear)
         y = _ThroughCodes.apply(x, self.base) if quantized else self.base(x)
         lora = self.low_rank
-        if lora.enabled:
-            if self.dropout:
+        if (factors := lora.factors) is not None:
+            if self.dropout and lora.enabled:
                 x = F.dropout(x, self.dropout, self.training)
-            down = F.linear(x, lora.a.to(x.dtype))
+            a, b = factors
+            down = F.linear(x, a.to(x.dtype))
             # In place, since y is not needed without it, and a second one would be (T, O) again.
-            y.addmm_(down, lora.b.to(down.dtype).T, alpha=lora.scale)
+            y.addmm_(down, b.to(down.dtype).T, alpha=lora.scale)
         return y
 
 
@@ -217,8 +230,12 @@ def add_lora_(
     link_fused_(model)
 
 
-def start_from_(model: nn.Module, weights: Mapping[str, tuple[float, Tensor, Tensor]]) -> None:
+def start_from_(
+    model: nn.Module, weights: Mapping[str, tuple[float, Tensor, Tensor]], *, keep: bool = False
+) -> None:
     """Start adapters that are to learn from the values of one that was read (`read_adapter`).
+
+    With `keep` they store these values, too, and compute with them while they are disabled.
 
     Raises:
         InvalidRequest: it adapts other layers, or its rank is another.
@@ -233,6 +250,8 @@ def start_from_(model: nn.Module, weights: Mapping[str, tuple[float, Tensor, Ten
         with torch.no_grad():
             part.a.copy_(a)
             part.b.copy_(b * (scale / part.scale))
+            if keep:
+                part.first_a, part.first_b = part.a.detach().clone(), part.b.detach().clone()
 
 
 def merge_lora_(model: Transformer) -> None:

@@ -119,7 +119,8 @@ def reinforce(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Make drawn answers likelier by their gains, as far as an update may change a token.
 
-    `reference` is the model before training; without one, this model without its adapter.
+    `reference` is the model before training; without one, this model without its adapter, or
+    with the adapter that training started from.
     """
     assert batch.drawn is not None and batch.gains is not None
     hidden, targets, _ = hidden_of_targets(model, batch)

@@ -190,7 +190,8 @@ def change_weights_(model: Transformer, recipe: "Recipe") -> None:
             generator=generator,
         )  # fmt: skip
         if lora.start is not None:
-            start_from_(model, read_adapter(Path(lora.start), model.config))
+            keep = recipe.objective == "rl" and recipe.rl.kl > 0
+            start_from_(model, read_adapter(Path(lora.start), model.config), keep=keep)
 
 
 def _rows(

@@ -25,6 +25,7 @@ from opennemo.model.lora import (
     lora_disabled,
     merge_lora_,
     save_adapter,
+    start_from_,
 )
 from opennemo.model.quantization import QuantizedLinear, prepare_qat_, quantize_
 from opennemo.model.transformer import PRESETS, ModelConfig, Transformer
@@ -208,6 +209,26 @@ def test_disabled_is_the_base_and_comes_back():
             assert torch.equal(hidden(model), hidden(base))
             raise RuntimeError
         assert torch.equal(hidden(model), adapted_output)
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+def test_disabled_is_the_adapter_that_a_run_began_with_if_it_is_kept(tmp_path, rounded: bool):
+    save_adapter(with_lora(tiny()), tmp_path, base_model_name="a/b")
+    model = tiny()
+    if rounded:
+        prepare_qat_(model, FORMATS["int8"])
+    with_lora(model, dropout=0 if rounded else 0.5)
+    start_from_(model, read_adapter(tmp_path, model.config), keep=True)
+    at_first = hidden(model.eval())
+    names = model.state_dict().keys()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith((".a", ".b")):
+                parameter.mul_(2)
+    assert not torch.equal(hidden(model), at_first)
+    with lora_disabled(model.train()):
+        assert torch.equal(hidden(model), at_first)
+    assert not any("first" in name for name in names)
 
 
 def test_dropout_is_for_learning_only():

@@ -159,15 +159,23 @@ def test_an_adapter_learns_over_weights_or_codes(make_rl, base, stored, tmp_path
     if stored:
         quantize(base, tmp_path / "codes", format=stored)
     path = str(tmp_path / "codes" if stored else base)
-    recipe = make_rl(
-        steps=7, model={"path": path, "shape": None, "tokenizer": None},
-        lora={"rank": 8, "alpha": 16.0}, rl={"kl": 1e-3}, optim={"lr": 0.02, "weight_decay": 0.0},
-    )  # fmt: skip
-    records = run(recipe, tmp_path / "run")
+    asked = {
+        "model": {"path": path, "shape": None, "tokenizer": None}, "rl": {"kl": 1e-3},
+        "optim": {"lr": 0.02, "weight_decay": 0.0},
+    }  # fmt: skip
+    lora = {"rank": 8, "alpha": 16.0}
+    records = run(make_rl(steps=7, lora=lora, **asked), tmp_path / "run")
     assert all(r.get("change", 0) < 1e-4 for r in records)  # a step is one update of its answers
     assert records[-1]["reward"] > 2 * records[0]["reward"] > 0
     assert records[0]["kl"] == pytest.approx(0, abs=1e-6) and records[-1]["kl"] > 0.1
     assert (tmp_path / "run" / "adapter" / "README.md").exists()
+    # A run that goes on from it stays close to where it began, also where it is resumed.
+    lora["start"] = str(tmp_path / "run" / "adapter")
+    again = make_rl(steps=2, lora=lora, saving={"every": 1}, **asked)
+    with dying_at("practise", 2):
+        run(again, tmp_path / "again")
+    records = run(again, tmp_path / "again")
+    assert records[0]["kl"] == pytest.approx(0, abs=1e-6) and records[1]["kl"] > 0.1
 
 
 @pytest.mark.parametrize(
