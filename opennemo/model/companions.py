@@ -5,6 +5,7 @@ tokenizer.json from tekken.json, or from the fields of a GGUF file.
 """
 
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,8 @@ def copy_companions(src: Path, dst: Path, *, layout: FolderLayout = "mistral") -
     if not has_tokenizer:
         return
     tokenizer = load_tokenizer(src)
+    if layout == "mistral" and not [*dst.glob("tekken.json"), *dst.glob("tokenizer.model*")]:
+        warnings.warn(f"{src}: has no tekken.json, which Mistral's tools need", stacklevel=2)
     if not is_folder or (layout == "hf" and not (dst / "tokenizer.json").exists()):
         save_huggingface(tokenizer, dst)
     if not (dst / "generation_config.json").exists():

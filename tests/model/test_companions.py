@@ -112,3 +112,13 @@ def test_generation_that_makes_no_sense(key, value, tmp_path):
     (tmp_path / "generation_config.json").write_text(json.dumps({key: value}))
     with pytest.raises(CheckpointError, match=f"{key} is .*, not from 0 to"):
         read_generation_config(tmp_path)
+
+
+def test_mistral_s_layout_without_a_vocabulary_of_mistral_s_says_so(tekken: Path, tmp_path: Path):
+    (tmp_path / "hf").mkdir()
+    copy_companions(tekken, tmp_path / "hf", layout="hf")
+    (tmp_path / "hf" / "tekken.json").unlink()
+    (tmp_path / "ours").mkdir()
+    with pytest.warns(UserWarning, match=r"no tekken\.json, which Mistral's tools need"):
+        copy_companions(tmp_path / "hf", tmp_path / "ours", layout="mistral")
+    assert (tmp_path / "ours" / "tokenizer.json").exists()
