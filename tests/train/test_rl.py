@@ -165,7 +165,10 @@ def test_an_adapter_learns_over_weights_or_codes(make_rl, base, stored, tmp_path
     }  # fmt: skip
     lora = {"rank": 8, "alpha": 16.0}
     records = run(make_rl(steps=7, lora=lora, **asked), tmp_path / "run")
-    assert all(r.get("change", 0) < 1e-4 for r in records)  # a step is one update of its answers
+    # A step is one update of its answers. An input on the border of two codes may fall to either
+    # side by its last bit (docs/alignment.md, One arithmetic); other codes would change far more.
+    most = 1e-2 if stored else 1e-4
+    assert all(r.get("change", 0) < most for r in records)
     assert records[-1]["reward"] > 2 * records[0]["reward"] > 0
     assert records[0]["kl"] == pytest.approx(0, abs=1e-6) and records[-1]["kl"] > 0.1
     assert (tmp_path / "run" / "adapter" / "README.md").exists()
