@@ -66,7 +66,7 @@ SPINE_BUDGET = 7_350
 # What the spine does not need, directly or through others.
 WINGS = {"batch", "cli", "cluster", "data", "evals", "planning", "terminal"}
 # Lines of Python in the package. It falls; raise it only in the commit that needs it, saying why.
-BUDGET = 36_600
+BUDGET = 36_700
 # File names that two floors share on purpose: the same subject, seen from each.
 SHARED_NAMES = {"__init__", "__main__", "chat", "export"}  # export: what version 0.1 named so
 FORBIDDEN_NAMES = {"utils", "common", "base", "helpers", "core", "misc"}

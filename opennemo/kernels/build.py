@@ -67,11 +67,11 @@ def build(instructions: str) -> Path:
     name = library_name(instructions)
     if (library := PREBUILT / name).exists():
         return library
-    library = library_path(name)
+    library = cached_path(name)
     return library if library.exists() else compile_into(library.parent, instructions)
 
 
-def library_path(name: str) -> Path:
+def cached_path(name: str) -> Path:
     """Where a library of this name is or may be written: the user's cache, if it is writable."""
     with suppress(OSError, RuntimeError):  # RuntimeError: there is no home
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "opennemo"

