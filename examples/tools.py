@@ -29,7 +29,7 @@ TOOLS = [
     }
 ]
 
-with LLM.load(sys.argv[1] if len(sys.argv) > 1 else "smollm2-135m-instruct") as llm:
+with LLM.load(sys.argv[1] if len(sys.argv) > 1 else "smollm2-135m-tools") as llm:
     messages = [
         {"role": "user", "content": "How many days are there from 2024-01-01 to 2024-03-01?"}
     ]

@@ -37,7 +37,7 @@ def locate(model: str) -> Path:
     if model == DEFAULT_MODEL:
         return _built_in()
     if model == TOOLS_MODEL:
-        return _with_tools(_built_in(), Path(__file__).with_name(TOOLS_MODEL))
+        return with_adapter(_built_in(), Path(__file__).with_name(TOOLS_MODEL))
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model, re.ASCII) or model.endswith(".gguf"):
         raise CheckpointError(
             f"{model} does not exist; give a model folder, a .gguf file, {DEFAULT_MODEL}, "
@@ -65,7 +65,7 @@ def _built_in() -> Path:
     )
 
 
-def _with_tools(base: Path, adapter: Path) -> Path:
+def with_adapter(base: Path, adapter: Path) -> Path:
     """The model with the adapter folded in, as a file in the user's cache, written the first time."""
     digest = hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes())
     digest.update(f"{base.name} {base.stat().st_size}".encode())

