@@ -66,7 +66,7 @@ def _built_in() -> Path:
 
 
 def with_adapter(base: Path, adapter: Path) -> Path:
-    """The model with the adapter folded in, as a file in the user's cache, written the first time."""
+    """The model with the adapter folded in: a file in the user's cache, written once."""
     digest = hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes())
     digest.update(f"{base.name} {base.stat().st_size}".encode())
     path = cached_path(f"{TOOLS_MODEL}-{digest.hexdigest()[:12]}.gguf")
