@@ -242,7 +242,7 @@ def start_from_(
     """
     parts = dict(_low_ranks(model))
     if differing := sorted(parts.keys() ^ weights.keys()):
-        raise InvalidRequest(f"lora.start: only one of both adapters has {differing[0]}")
+        raise InvalidRequest(f"lora.start: only one of the two adapters adapts {differing[0]}")
     for path, part in parts.items():
         scale, a, b = weights[path]
         if a.shape != part.a.shape:

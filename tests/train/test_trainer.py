@@ -322,7 +322,7 @@ def test_an_adapter_goes_on_from_another_in_16_bits(make_recipe, tmp_path):
         torch.testing.assert_close(part.scale * part.b, b)
     for change, message in (
         ({"rank": 2}, "lora.start: its rank is 4, and lora.rank 2"),
-        ({"layers": ["wq", "wk"]}, r"of layers.0.feed_forward.w2, one adapter has a part"),
+        ({"layers": ["wq", "wk"]}, "only one of the two adapters adapts layers.0.feed_forward.w2"),
     ):
         with pytest.raises(InvalidRequest, match=message):
             Setup.make(make_recipe("chat", lora=lora | change, **changes), torch.device("cpu"))
