@@ -2,7 +2,7 @@
 
 Ray makes one in each process that has a handle, asks it about every call, and reports when a call
 has ended. The rest stays Ray's: it notices lost replicas, leaves out those that are full or being
-replaced, and holds calls while there is none.
+replaced, and holds calls until one is free.
 """
 
 # Ray is an extra, which few users install.

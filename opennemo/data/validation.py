@@ -108,7 +108,7 @@ def fix(
 
 
 def repair(line: bytes, reader: Reader) -> dict[str, Any] | None:
-    """The good part of a line, in the shape of `messages`; None if there is none."""
+    """The good part of a line, in the shape of `messages`; None if no part is good."""
     try:
         row = _renamed(parse_line(line))
         if reader.pairs:

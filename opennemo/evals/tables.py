@@ -121,7 +121,7 @@ def run_tasks(
 
 
 def _load(benchmark: Benchmark, data: BenchmarkData) -> tuple[dict[str, Any], dict[str, int]]:
-    """Its tasks by name, and as trouble the reason if there are none."""
+    """Its tasks by name; without tasks, the reason as `trouble`."""
     from lm_eval import tasks
 
     if lack := _lack(benchmark, data):

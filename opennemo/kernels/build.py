@@ -72,7 +72,7 @@ def build(instructions: str) -> Path:
 
 
 def cached_path(name: str) -> Path:
-    """Where a library of this name is or may be written: the user's cache, if it is writable."""
+    """Where a file of this name is or may be written: the user's cache, if it is writable."""
     with suppress(OSError, RuntimeError):  # RuntimeError: there is no home
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "opennemo"
         if not (folder / name).exists():

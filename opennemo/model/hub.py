@@ -76,7 +76,7 @@ def with_adapter(base: Path, adapter: Path) -> Path:
         from opennemo.model import export
 
         print(f"Folding the adapter of {TOOLS_MODEL} in, once ...", file=sys.stderr)
-        with TemporaryDirectory(dir=path.parent) as scratch:
+        with TemporaryDirectory(prefix="opennemo-") as scratch:
             merged = Path(scratch) / "merged.gguf"
             export.merge(base, adapter, merged, dtype=torch.float16)
             export.to_gguf(merged, path, format="q8_0")

@@ -37,8 +37,8 @@ class Window:
     """
 
     def __init__(self, limit: int) -> None:
-        self._limit = limit  # 0 is none
-        self._used: deque[tuple[float, int]] = deque()  # when it counts, and how much
+        self._limit = limit  # 0: unlimited
+        self._used: deque[tuple[float, int]] = deque()  # from when it counts, and how much
         self._total = 0
 
     def add(self, n: int) -> None:

@@ -32,7 +32,7 @@ class CorpusTokenizer(Tokenizer):
     """A tokenizer that fastokens makes faster once a corpus is expected.
 
     Attributes:
-        fastokens: None until built, and where there is none for this platform or vocabulary.
+        fastokens: None until it is built, or if it lacks this platform or vocabulary.
         plain_tokens: texts that are a token each by definition, not by merging.
     """
 

@@ -120,7 +120,7 @@ class Report:
         return sum(self.lengths)
 
     def percentiles(self, *shares: float) -> list[int]:
-        """Lengths that given percentages of the sequences do not exceed; 0 if there are none."""
+        """Lengths that given percentages of the sequences do not exceed; 0 without sequences."""
         lengths = np.percentile(self.lengths or [0], shares, method="lower")
         return [int(length) for length in lengths]
 
@@ -286,7 +286,8 @@ def _read(paths: Sequence[Path], reader: Reader, processes: int | None) -> tuple
         except BrokenProcessPool:
             names = ", ".join(map(str, paths))
             raise OpenNemoError(
-                f"{names}: a process that was reading it was killed, perhaps for want of memory"
+                f"{names}: a reading process ended early: out of memory, or started by a script "
+                'without `if __name__ == "__main__":`'
             ) from None
     units: list[Any] = []
     report = Report()
